@@ -1,0 +1,441 @@
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import action_units
+from action_units import (
+    ACTION_UNITS,
+    AU_NAMES,
+    MAX_INTENSITY,
+    PRESETS,
+    extract_au_tags,
+    format_aus,
+    parse_aus,
+)
+
+
+ALL_NAMES = ", ".join(AU_NAMES)
+RAMP = [0.25 * index for index in range(12)]
+
+
+def as_dict(aus):
+    """The AUs that are not 0, by name; for one expression."""
+    (row,) = parse_aus(aus).tolist()
+    return {name: value for name, value in zip(AU_NAMES, row, strict=True) if value}
+
+
+def message(aus):
+    with pytest.raises(ValueError) as error:
+        parse_aus(aus)
+    return str(error.value)
+
+
+# The tables.
+
+
+def test_the_12_aus_of_the_paper_in_order():
+    assert AU_NAMES == tuple(f"AU{number}" for number in (1, 2, 4, 5, 6, 9, 12, 15, 17, 20, 25, 26))
+
+
+def test_every_au_says_what_it_is():
+    for action_unit in ACTION_UNITS:
+        assert all((action_unit.facs_name, action_unit.muscles, action_unit.hint))
+        assert action_unit.region in ("brow", "eye", "cheek", "nose", "mouth", "chin", "jaw")
+    assert len({action_unit.facs_name for action_unit in ACTION_UNITS}) == 12
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_parses_within_facs_and_has_a_source(name):
+    preset = PRESETS[name]
+    assert re.fullmatch("[a-z]+( [a-z]+)*", name)
+    assert len(preset.source) > 10
+    assert as_dict(name) == as_dict(preset) == as_dict(preset.aus) == preset.aus
+    assert all(0 < value <= 5 for value in preset.aus.values())
+
+
+def test_presets_are_distinct():
+    assert len({format_aus(name) for name in PRESETS}) == len(PRESETS)
+
+
+def test_presets_cover_basic_compound_and_everyday_expressions():
+    basic = {"happy", "sad", "surprised", "fearful", "angry", "disgusted", "contemptuous"}
+    compound = {name for name, preset in PRESETS.items() if preset.source.startswith("Du, Tao & Martinez")}
+    assert basic < set(PRESETS) and len(compound) == 15
+    assert len(PRESETS.keys() - basic - compound) >= 10
+
+
+def test_a_compound_preset_follows_its_rule_and_names_what_is_missing():
+    preset = PRESETS["angrily disgusted"]
+    assert preset.aus == {"AU4": 4, "AU9": 3, "AU17": 4}
+    assert "4+10+17" in preset.source and "Without AU7, AU10, AU24 (AU9 for AU10)" in preset.source
+
+
+# What parse_aus reads.
+
+
+@pytest.mark.parametrize(
+    ("aus", "expected"),
+    [
+        ({"AU6": 2.5, "AU12": 5}, {"AU6": 2.5, "AU12": 5}),
+        ({"au06": 1, "12": 2, 26: 3, np.int64(1): np.float32(4)}, {"AU6": 1, "AU12": 2, "AU26": 3, "AU1": 4}),
+        ({"AU4": Fraction(1, 2)}, {"AU4": 0.5}),
+        ({}, {}),
+        ("", {}),
+        (" \n", {}),
+        ("neutral", {}),
+        ("AU6=2.5 AU12=5", {"AU6": 2.5, "AU12": 5}),
+        ("au6 = 2.5,  12=5e0", {"AU6": 2.5, "AU12": 5}),
+        ("AU12=-10 AU05=+.5", {"AU12": -10, "AU5": 0.5}),
+        ("6C+12D", {"AU6": 3, "AU12": 4}),
+        ("1+2+5B+26", {"AU1": 3, "AU2": 3, "AU5": 2, "AU26": 3}),
+        ("AU 6a + au12E", {"AU6": 1, "AU12": 5}),
+        ("AU6, AU12 AU25", {"AU6": 3, "AU12": 3, "AU25": 3}),
+        ("12", {"AU12": 3}),
+        ("polite smile", {"AU12": 3}),
+        ("Polite-Smile", {"AU12": 3}),
+        ("POLITE__SMILE @ 0.5", {"AU12": 1.5}),
+        ("polite smile@-1", {"AU12": -3}),
+        ([0] * 4 + [2] + [0] * 7, {"AU6": 2}),
+    ],
+)
+def test_one_expression(aus, expected):
+    assert parse_aus(aus).shape == (1, 12)
+    assert as_dict(aus) == expected
+
+
+def test_arrays_of_every_kind_read_alike():
+    expected = torch.tensor(RAMP)
+    for array in (
+        RAMP,
+        tuple(RAMP),
+        expected,
+        expected.to(torch.bfloat16),
+        torch.nn.Parameter(expected.double()),
+        np.array(RAMP),
+        np.array(RAMP[::-1], dtype=np.float16)[::-1],
+    ):
+        assert torch.equal(parse_aus(array), expected[None])
+    batch = torch.stack([expected, expected + 1])
+    for array in (batch, batch.numpy(), batch.tolist(), list(batch), batch.T.contiguous().T):
+        assert torch.equal(parse_aus(array), batch)
+
+
+def test_result_is_plain_float32_on_the_cpu_that_shares_nothing():
+    source = torch.zeros(2, 12, requires_grad=True)
+    parsed = parse_aus(source)
+    parsed += 1
+    assert parsed.dtype == torch.float32 and parsed.device.type == "cpu" and not parsed.requires_grad
+    assert source.sum() == 0
+
+
+def test_a_list_has_one_expression_per_prompt_in_any_mix_of_forms():
+    forms = [{"AU6": 3}, "6C", "AU6=3", "squinting@0", torch.zeros(12), RAMP, np.zeros(12), parse_aus("6C"), {}]
+    parsed = parse_aus(forms)
+    assert torch.equal(parsed, torch.cat([parse_aus(form) for form in forms]))
+    assert torch.equal(parse_aus(np.array(["happy", "sad"])), parse_aus(("happy", "sad")))
+    assert parse_aus(["happy"] * 12).shape == (12, 12)
+
+
+# What parse_aus refuses: the message says where, what came, what is allowed, and the way out.
+
+
+@pytest.mark.parametrize(
+    ("aus", "parts"),
+    [
+        ({"AU7": 1}, ["`aus`", "'AU7'", "does not know", ALL_NAMES]),
+        ("AU7=1", ["'AU7'", ALL_NAMES]),
+        ("6C+7D", ["'7'", ALL_NAMES]),
+        ({7: 1}, ["'7'", ALL_NAMES]),
+        ({-6: 1}, ["-6", ALL_NAMES]),
+        ({True: 1}, ["True", ALL_NAMES]),
+        ({None: 1}, ["None", ALL_NAMES]),
+        ({10**5000: 1}, ["too large", ALL_NAMES]),
+        ([{}, {"AU7": 1}], ["`aus[1]`", "'AU7'"]),
+        ({"AU6": 1, "au06": 2}, ["AU6 twice", "once"]),
+        ("6C+12D+AU6", ["AU6 twice", "once"]),
+        ("AU6=1 6=1", ["AU6 twice"]),
+        ({"AU6": math.nan}, ["AU6", "nan", "finite"]),
+        ({"AU6": math.inf}, ["AU6", "inf", "finite"]),
+        ("AU6=1e400", ["AU6", "inf", "finite"]),
+        ("AU6=nan", ["AU6", "nan", "finite"]),
+        ({"AU6": 10**5000}, ["AU6", "too large", "-10 to 10"]),
+        ({"AU6": 10.01}, ["AU6", "10.01", "0 (absent)", "5 (grade E)", "-10 to 10"]),
+        ([0] * 11 + [-11], ["AU26", "-11", "-10 to 10"]),
+        (torch.full((3, 12), 99), ["`aus[0]`", "AU1", "99"]),
+        ({"AU6": "2.5"}, ["AU6", "'2.5'", "number"]),
+        ({"AU6": True}, ["AU6", "True", "number"]),
+        ({"AU6": None}, ["AU6", "None", "number"]),
+        ({"AU6": 1j}, ["AU6", "complex", "number"]),
+        ([True] * 12, ["AU1", "True", "number"]),
+        ("happy@12", ["AU6", "48", "-10 to 10"]),
+        ("happy@", ["'happy'", "''", "finite number", "doubtful@0.5"]),
+        ("happy@much", ["'much'", "finite number"]),
+        ("happy@nan", ["'nan'", "finite number"]),
+        ("6C@0.5", ["'6C'", "only presets", "6C+12D"]),
+        ("doutful", ["'doutful'", "Did you mean 'doubtful'?"]),
+        ("Hapily-Surprised@0.5", ["Did you mean 'happily surprised'?"]),
+        ("anger", ["Did you mean 'angry'?"]),
+        ("xyzzy", ["'xyzzy'", "AU6=3 AU12=5", "6C+12D", "The presets are: neutral, happy,"]),
+        ("6F+12D", ["AU6", "grade 'F'", "A, B, C, D, E", "1, 2, 3, 4, 5", "AU6=2.5"]),
+        ("R12A+R14A", ["'R12'", "symmetric", "leave out the L or R"]),
+        ("12L", ["'12L'", "symmetric"]),
+        ("AUL12=2", ["'AUL12'", "symmetric"]),
+        ({"L12": 2}, ["'L12'", "symmetric"]),
+        ("AU6=2,5 AU12=5", ["'5'", "decimal point"]),
+        ("AU6=C", ["'AU6=C'", "AU6=2.5"]),
+        ("AU6=1_0", ["'AU6=1_0'"]),
+        ("AU6=٣", ["AU6=2.5"]),
+        ("AU6=3 12", ["'12'", "AU6=2.5"]),
+        ("6++12", ["separator", "6++12"]),
+        ("6+", ["separator"]),
+        ("AU6=3,", ["separator"]),
+        ([1, 2, 3], ["wrong count", "3", "12", ALL_NAMES]),
+        ([0] * 13, ["wrong count", "13"]),
+        ([[0] * 12, [0] * 11], ["`aus[1]`", "11", "12"]),
+        (torch.zeros(13), ["shape (13,)", "(12,) or (batch, 12)"]),
+        (torch.zeros(2, 2, 12), ["shape (2, 2, 12)"]),
+        (torch.zeros(0, 12), ["shape (0, 12)"]),
+        (torch.tensor(1.0), ["shape ()"]),
+        ([torch.zeros(2, 12)], ["`aus[0]`", "2 expressions", "one prompt"]),
+        (np.zeros((2, 13)), ["`aus[0]`", "13", "12"]),
+        (torch.zeros(12, dtype=torch.complex64), ["complex64", "real numbers"]),
+        (torch.zeros(12, dtype=torch.bool), ["bool", "real numbers"]),
+        (torch.zeros(2, 12).to_sparse(), ["sparse", "dense"]),
+        (torch.zeros(12, device="meta"), ["meta", "float32 tensor"]),
+        ([], ["empty", "Give a dict"]),
+        (np.zeros(0), ["empty", "Give a dict"]),
+        (None, ["NoneType", "Give a dict", "a string", "12 numbers", "per prompt"]),
+        (3.0, ["float", "Give a dict"]),
+        (b"6C", ["bytes", "Give a dict"]),
+        ({"AU6"}, ["set", "Give a dict"]),
+        (object(), ["object", "Give a dict"]),
+        (["happy", None], ["`aus[1]`", "NoneType"]),
+        (["happy", [["sad"]]], ["`aus[1]`", "other things than numbers"]),
+        ([1j] * 12, ["`aus[0]`", "complex"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else type(value).__name__,
+)
+def test_bad_input_names_cause_and_way_out(aus, parts):
+    text = message(aus)
+    assert text.startswith("`aus")
+    assert not [part for part in parts if part not in text], text
+    assert len(text) < 900
+
+
+def test_messages_use_the_callers_name_for_the_argument():
+    with pytest.raises(ValueError, match=r"^`negative_aus\[1\]` names 'AU7'"):
+        parse_aus([{}, {"AU7": 1}], "negative_aus")
+
+
+def test_a_nested_tensor_is_refused():
+    tensor = torch.nested.nested_tensor([torch.zeros(12), torch.zeros(12)], layout=torch.jagged)
+    assert "dense real numbers" in message(tensor)
+
+
+def test_a_list_that_holds_itself_is_refused():
+    aus = []
+    aus.append(aus)
+    assert "`aus[0]`" in message(aus)
+
+
+@pytest.mark.parametrize("text", ["0" * 10**6, " " * 10**6 + "x", "6+" * 10**5, "AU6=" + "9" * 10**6, "a" * 10**6])
+def test_long_strings_are_refused_at_once_and_quoted_short(text):
+    assert len(message(text)) < 900
+
+
+# format_aus.
+
+
+def test_format_leaves_zeros_out_and_numbers_short():
+    assert format_aus(parse_aus("AU12=5 AU6=2.50")) == "AU6=2.5 AU12=5"
+    assert format_aus({"AU1": 0.1, "AU2": 10, "AU4": -3, "AU5": 1 / 3}) == "AU1=0.1 AU2=10 AU4=-3 AU5=0.33333334"
+    assert format_aus(torch.zeros(12)) == format_aus([-0.0] * 12) == "neutral"
+
+
+def test_format_takes_one_expression():
+    assert format_aus(torch.ones(1, 12)) == format_aus([1] * 12)
+    with pytest.raises(ValueError, match="`vector` holds 2 expressions"):
+        format_aus(torch.ones(2, 12))
+    with pytest.raises(ValueError, match="`vector` has the shape"):
+        format_aus(torch.ones(11))
+
+
+intensities = st.floats(-MAX_INTENSITY, MAX_INTENSITY, width=32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(intensities, min_size=12, max_size=12))
+def test_format_reads_back_to_the_same_float32(values):
+    vector = torch.tensor(values)
+    text = format_aus(vector)
+    assert torch.equal(parse_aus(text)[0], vector)
+    assert format_aus(text) == text
+
+
+# extract_au_tags.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a boy in a park <AU6=3 AU12=5>", ("a boy in a park", "AU6=3 AU12=5")),
+        ("<6C+12D> a boy", ("a boy", "6C+12D")),
+        ("a boy <doubtful@0.5>, in a park", ("a boy, in a park", "doubtful@0.5")),
+        ("a  boy < Polite_Smile >  in  a park", ("a  boy in  a park", "Polite_Smile")),
+        ("a boy <6 = 3, 12=5> <my-token>", ("a boy <my-token>", "6 = 3, 12=5")),
+        ("<AU 12>", ("", "AU 12")),
+        ("a boy <neutral>", ("a boy", "neutral")),
+    ],
+)
+def test_a_tag_is_taken_out_of_the_prompt(prompt, expected):
+    assert extract_au_tags(prompt) == expected
+    parse_aus(expected[1])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", " a  boy ", "<sks> man", "<my-token>", "<2d> <3D>", "<12>", "<>", "< >", "a<b>c</b>", "I <3 you", "6C+12D"]
+    + [
+        "<lora:x:0.5>",
+        "<2+1 people>",
+        "1 < 2 = 3",
+        "a boy <happy",
+        "<audi-a4>",
+        "<happy-token>",
+        "AU6=3",
+        "<me@home>",
+    ],
+)
+def test_other_brackets_stay(prompt):
+    assert extract_au_tags(prompt) == (prompt, None)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("a boy <AU6=x>", "'AU6=x'"),
+        ("a boy <AU7=1>", "'AU7'"),
+        ("a boy <6F+12D>", "grade 'F'"),
+        ("a boy <R12A+R14A>", "symmetric"),
+        ("a boy <doutful@0.5>", "Did you mean 'doubtful'"),
+        ("a boy <happy@much>", "'much'"),
+        ("a boy <AU6=3 in a park", "'<AU6=3 in a park' and never closes"),
+        ("a boy < au6=3 <happy>", "closes"),
+        ("a boy <AU6=3> <AU12=5>", "2 AU tags"),
+        (None, "NoneType"),
+        (["a boy <AU6=3>"], "list"),
+    ],
+)
+def test_a_malformed_tag_is_an_error(prompt, text):
+    with pytest.raises(ValueError, match=re.escape(text)) as error:
+        extract_au_tags(prompt)
+    assert str(error.value).startswith("`prompt`")
+
+
+# Whatever comes in, parse_aus returns finite (n, 12) float32 or raises ValueError.
+
+
+def check_parses_or_refuses(aus):
+    try:
+        parsed = parse_aus(aus)
+    except ValueError as error:
+        assert str(error).startswith("`aus")
+        return
+    assert parsed.dtype == torch.float32 and parsed.ndim == 2 and parsed.shape[1] == 12 and len(parsed) > 0
+    assert parsed.isfinite().all() and parsed.abs().max() <= MAX_INTENSITY
+
+
+facs_pieces = ["AU", "au", "6", "12", "26", "0", "7", "C", "e", "F", "L", "R", "+", "-", "=", ",", ".", " ", "@"]
+facs_like = st.lists(st.sampled_from([*facs_pieces, "1e9", "nan", "inf", "happy", "_", "\n"]), max_size=8).map("".join)
+strings = (
+    st.text(max_size=20) | facs_like | st.sampled_from(sorted(PRESETS)) | st.from_regex(r"AU\d+=\S*", fullmatch=True)
+)
+numbers = st.integers() | st.floats() | st.fractions() | st.decimals() | st.complex_numbers() | st.booleans()
+leaves = strings | numbers | st.none() | st.binary(max_size=4)
+keys = strings | st.integers(-1, 30) | st.none() | st.booleans() | st.sampled_from(AU_NAMES)
+anything = st.recursive(
+    leaves | st.dictionaries(keys, leaves, max_size=4) | st.lists(numbers, min_size=11, max_size=13),
+    lambda children: (
+        st.lists(children, max_size=4) | st.tuples(children) | st.dictionaries(keys, children, max_size=3)
+    ),
+    max_leaves=12,
+)
+arrays = st.builds(
+    lambda shape, dtype, value: np.full(shape, value).astype(dtype),
+    st.lists(st.sampled_from([0, 1, 2, 12, 13]), max_size=3),
+    st.sampled_from(["f2", "f4", "f8", "i1", "i8", "u8", "?", "c8", "O", "U3", "S3", "M8[s]"]),
+    st.sampled_from([0, 1, 5, 100]),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(facs_like | strings)
+def test_any_string_parses_or_raises_value_error(text):
+    check_parses_or_refuses(text)
+
+
+@settings(max_examples=400, deadline=None)
+@given(anything)
+def test_any_structure_parses_or_raises_value_error(aus):
+    check_parses_or_refuses(aus)
+
+
+@settings(max_examples=150, deadline=None)
+@given(arrays)
+def test_any_array_parses_or_raises_value_error(array):
+    check_parses_or_refuses(array)
+    check_parses_or_refuses([array, array])
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf", "ignore:torch.quantize")
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0, 1, 2, 12, 13]), max_size=3),
+    st.sampled_from([value for value in vars(torch).values() if isinstance(value, torch.dtype)]),
+    st.sampled_from(["cpu", "meta"]),
+)
+def test_any_tensor_parses_or_raises_value_error(shape, dtype, device):
+    try:
+        tensor = torch.zeros(shape, dtype=dtype, device=device)
+    except (RuntimeError, TypeError):
+        return
+    check_parses_or_refuses(tensor)
+    check_parses_or_refuses([tensor])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(facs_like | st.sampled_from(["<", ">", "<AU6=3>", "a boy"]), max_size=6).map("".join))
+def test_any_prompt_gives_readable_aus_or_raises_value_error(prompt):
+    try:
+        rest, aus = extract_au_tags(prompt)
+    except ValueError as error:
+        assert str(error).startswith("`prompt`")
+        return
+    if aus is None:
+        assert rest == prompt
+    else:
+        assert parse_aus(aus).shape == (1, 12)
+
+
+# The file as diffusers loads it.
+
+
+def test_the_file_needs_torch_alone():
+    # diffusers takes any line that begins so for an import, in docstrings too.
+    text = Path(action_units.__file__).read_text(encoding="utf-8")
+    imports = set(re.findall(r"^\s*(?:import|from)\s+(\S+)", text, flags=re.MULTILINE))
+    assert imports == {"collections.abc", "dataclasses", "difflib", "math", "numbers", "re", "torch"}
+
+
+def test_docstring_examples_are_true():
+    import doctest
+
+    assert doctest.testmod(action_units).attempted >= 4
+    assert doctest.testmod(action_units).failed == 0
