@@ -1,0 +1,574 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+The trained part of FineFace outside the UNet: the AU encoder (Table 2), the keys and values that every cross-attention
+layer gets from it (Eq. 2), and the files they are kept in.
+"""
+
+import inspect
+import json
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+
+ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual")
+
+ENCODER_FOLDER = "au_encoder"
+ENCODER_CONFIG_NAME = f"{ENCODER_FOLDER}/config.json"
+ENCODER_WEIGHTS_NAME = f"{ENCODER_FOLDER}/diffusion_pytorch_model.safetensors"
+ATTN_PROCESSORS_NAME = "au_attn_processors.safetensors"
+LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
+# The layout of the published original.
+ORIGINAL_ENCODER_NAME = "au_encoder.ckpt"
+ORIGINAL_ATTN_PROCESSORS_NAME = "attn_processors.ckpt"
+
+
+class AUEncoder(ModelMixin, ConfigMixin):
+    r"""
+    Turn AU intensities into tokens as wide as the text embedding (paper §4.3, Table 2 and supplement "AU Encoders").
+
+    | `encoder_type` | a token is |
+    |---|---|
+    | `"none"` | the intensities, then zeros |
+    | `"mlp"` | one linear layer |
+    | `"res_mlp"` | the intensities, then one linear layer that fills the rest (the published SD 1.5 encoder) |
+    | `"res_mlp64"` | the intensities, then `hidden_dim` linear features, then zeros (the paper's choice) |
+    | `"res_3mlp"` | the intensities, then three layers with LayerNorm and LeakyReLU that fill the rest |
+    | `"individual"` | the sum of one small MLP for each AU and one for the interactions of all |
+
+    Args:
+        num_aus (`int`, defaults to 12):
+            How many AUs the model knows.
+        cross_attention_dim (`int`, defaults to 1024):
+            Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x.
+        encoder_type (`str`, defaults to `"res_mlp64"`):
+            One of `"none"`, `"mlp"`, `"res_mlp"`, `"res_mlp64"`, `"res_3mlp"`, `"individual"`.
+        num_tokens (`int`, defaults to 1):
+            Tokens for each face. The paper uses one. With `"none"`, which has no weights to tell them apart, all are
+            the same.
+        hidden_dim (`int`, defaults to 64):
+            Number of features in `"res_mlp64"`, and width of the hidden layers in `"res_3mlp"` and `"individual"`.
+
+    Raises:
+        ValueError: if the encoder type is unknown, or the parts do not fit into `cross_attention_dim`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_aus: int = 12,
+        cross_attention_dim: int = 1024,
+        encoder_type: str = "res_mlp64",
+        num_tokens: int = 1,
+        hidden_dim: int = 64,
+    ):
+        super().__init__()
+        _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
+        remaining_dim = cross_attention_dim - num_aus
+        if encoder_type == "none":
+            # A model without a single tensor has no dtype and cannot be saved.
+            self.register_buffer("intensity_scale", torch.ones(num_aus))
+        elif encoder_type == "mlp":
+            self.intensity_proj = nn.Linear(num_aus, num_tokens * cross_attention_dim)
+        elif encoder_type == "res_mlp":
+            self.intensity_proj = nn.Linear(num_aus, num_tokens * remaining_dim)
+        elif encoder_type == "res_mlp64":
+            self.intensity_proj = nn.Linear(num_aus, num_tokens * hidden_dim)
+        elif encoder_type == "res_3mlp":
+            self.intensity_proj = nn.Sequential(
+                nn.Linear(num_aus, hidden_dim),
+                nn.LayerNorm(hidden_dim),
+                nn.LeakyReLU(),
+                nn.Linear(hidden_dim, hidden_dim),
+                nn.LayerNorm(hidden_dim),
+                nn.LeakyReLU(),
+                nn.Linear(hidden_dim, num_tokens * remaining_dim),
+            )
+        elif encoder_type == "individual":
+            self.intensity_proj = _two_layers(num_aus, hidden_dim, num_tokens * cross_attention_dim)
+            self.individual_proj = nn.ModuleList(
+                _two_layers(1, hidden_dim, num_tokens * cross_attention_dim) for _ in range(num_aus)
+            )
+
+    def forward(self, au_intensities: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
+                FACS intensities: 0 is absent, 5 is grade E.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, num_tokens, cross_attention_dim)`.
+        """
+        encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
+        au_intensities = au_intensities.to(self.dtype)
+        residual = au_intensities[:, None].expand(-1, num_tokens, -1)  # (batch, num_tokens, num_aus)
+        if encoder_type == "none":
+            tokens = residual * self.intensity_scale
+        else:
+            features = self.intensity_proj(au_intensities)
+            if encoder_type == "individual":
+                for proj, intensity in zip(self.individual_proj, au_intensities.split(1, dim=1), strict=True):
+                    features = features + proj(intensity)
+            tokens = features.unflatten(1, (num_tokens, -1))
+            if encoder_type.startswith("res"):
+                tokens = torch.cat([residual, tokens], dim=-1)
+        return nn.functional.pad(tokens, (0, self.config.cross_attention_dim - tokens.shape[-1]))
+
+
+def _two_layers(in_features: int, hidden_dim: int, out_features: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, hidden_dim), nn.LeakyReLU(), nn.Linear(hidden_dim, out_features))
+
+
+def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim):
+    if encoder_type not in ENCODER_TYPES:
+        raise ValueError(f"`encoder_type` has to be one of {', '.join(ENCODER_TYPES)}, but is {encoder_type!r}.")
+    sizes = {"num_aus": num_aus, "cross_attention_dim": cross_attention_dim}
+    sizes |= {"num_tokens": num_tokens, "hidden_dim": hidden_dim}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"`{name}` has to be a positive integer, but is {size!r}.")
+    # What stands in a token beside the zeros. A residual encoder without room for one feature is no such encoder.
+    features = {"none": 0, "res_mlp": 1, "res_mlp64": hidden_dim, "res_3mlp": 1}
+    if encoder_type in features and num_aus + features[encoder_type] > cross_attention_dim:
+        raise ValueError(
+            f"`cross_attention_dim` is {cross_attention_dim}, but an {encoder_type!r} token holds {num_aus} AU"
+            f" intensities and at least {features[encoder_type]} features. Use fewer AUs, a smaller `hidden_dim`, or"
+            " the encoder type 'mlp', which fits any width."
+        )
+
+
+class AUAdapter(ModelMixin, ConfigMixin):
+    r"""
+    Everything that FineFace trains outside the LoRA: the AU encoder, and the projections to keys and values of all
+    cross-attention layers of a UNet (Eq. 2), packed into one linear layer for keys and one for values.
+
+    It is a component of the pipeline, so it is moved, cast, offloaded and saved like any other model. The UNet's
+    attention processors own no weights.
+
+    Args:
+        layers (`dict[str, int]`):
+            Inner width of each cross-attention layer by its name in the UNet, for instance
+            `{"mid_block.attentions.0.transformer_blocks.0.attn2": 1280}`. They are packed in the order of their names.
+        cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim:
+            See [`AUEncoder`].
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        layers: dict[str, int],
+        cross_attention_dim: int = 1024,
+        num_aus: int = 12,
+        encoder_type: str = "res_mlp64",
+        num_tokens: int = 1,
+        hidden_dim: int = 64,
+    ):
+        super().__init__()
+        if not layers:
+            raise ValueError("`layers` is empty: an AU adapter needs at least one cross-attention layer.")
+        # A saved config comes back sorted by key, so only the sorted order is the same before and after.
+        self.layers = dict(sorted(layers.items()))
+        self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
+        self.to_k_au = nn.Linear(cross_attention_dim, sum(layers.values()), bias=False)
+        self.to_v_au = nn.Linear(cross_attention_dim, sum(layers.values()), bias=False)
+
+    @classmethod
+    def from_unet(
+        cls,
+        unet: nn.Module,
+        num_aus: int = 12,
+        encoder_type: str = "res_mlp64",
+        num_tokens: int = 1,
+        hidden_dim: int = 64,
+    ) -> "AUAdapter":
+        """A new adapter for `unet`. Keys and values start as copies of the text's, as in the paper's code."""
+        text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
+        layers = {name: module.to_k.weight.shape[0] for name, module in text_layers.items()}
+        adapter = cls(layers, unet.config.cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim)
+        adapter.load_attn_processors_state_dict(
+            {f"{name}.processor.to_k_au.weight": module.to_k.weight for name, module in text_layers.items()}
+            | {f"{name}.processor.to_v_au.weight": module.to_v.weight for name, module in text_layers.items()}
+        )
+        return adapter
+
+    def forward(self, au_intensities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        r"""
+        Args:
+            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
+                FACS intensities: 0 is absent, 5 is grade E.
+
+        Returns:
+            `(au_keys, au_values)`, each of shape `(batch, num_tokens, sum(layers.values()))`: those of all layers side
+            by side, in the order of their names.
+        """
+        au_hidden_states = self.encoder(au_intensities).to(self.to_v_au.weight.dtype)
+        return self.to_k_au(au_hidden_states), self.to_v_au(au_hidden_states)
+
+    def attn_processors_state_dict(self) -> dict[str, torch.Tensor]:
+        """The keys and values of each layer by the names they have in a file, as views: nothing is copied."""
+        state_dict = {}
+        for name, proj in (("to_k_au", self.to_k_au), ("to_v_au", self.to_v_au)):
+            weights = proj.weight.detach().split(list(self.layers.values()))
+            state_dict |= {
+                f"{layer}.processor.{name}.weight": w for layer, w in zip(self.layers, weights, strict=True)
+            }
+        return state_dict
+
+    @torch.no_grad()
+    def load_attn_processors_state_dict(
+        self, state_dict: dict[str, torch.Tensor], source: str | Path = "`state_dict`"
+    ) -> None:
+        """
+        Copy the keys and values of each layer from `state_dict`. `source` is what an error calls it.
+
+        Raises:
+            ValueError: if a tensor is missing, unexpected, misshapen or not finite. Then nothing has been copied, but
+                in the last case.
+        """
+        targets = self.attn_processors_state_dict()
+        check_tensors(state_dict, {key: tuple(tensor.shape) for key, tensor in targets.items()}, source)
+        for key, target in targets.items():
+            target.copy_(state_dict[key])
+            _check_finite(key, target, source)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of one adapter. `encoder_config` is None in the published original layout, `lora` without a LoRA."""
+
+    attn_processors: Path
+    encoder: Path
+    encoder_config: Path | None
+    lora: Path | None
+
+
+def find_adapter_files(
+    pretrained_model_name_or_path: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+) -> AdapterFiles | None:
+    r"""
+    Find an adapter in a folder or a Hub repository, in our layout or in that of the published original.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `os.PathLike`):
+            A folder, or the id of a Hub repository.
+        variant (`str`, *optional*):
+            Of the original layout, take the files whose names begin with it: `"sd15"` for `sd15_au_encoder.ckpt`.
+        subfolder, revision, token, cache_dir, force_download, local_files_only:
+            As in `huggingface_hub.hf_hub_download`. A folder uses the first alone.
+
+    Returns:
+        `AdapterFiles`, or None if there is no adapter.
+
+    Raises:
+        OSError: if only a part of an adapter is there, or the Hub repository cannot be reached.
+    """
+    folder, given = Path(pretrained_model_name_or_path), os.fspath(pretrained_model_name_or_path)
+
+    def find(name: str) -> Path | None:
+        if folder.is_dir():
+            path = folder / (subfolder or "") / name
+            return path if path.is_file() else None
+        try:
+            path = hf_hub_download(
+                given,
+                name,
+                subfolder=subfolder,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        except EntryNotFoundError:
+            return None
+        except HFValidationError as error:
+            raise OSError(f"{given!r} is neither a folder nor the id of a Hub repository.") from error
+        return Path(path)
+
+    prefix = f"{variant}_" if variant else ""
+    ours = (ATTN_PROCESSORS_NAME, ENCODER_WEIGHTS_NAME, ENCODER_CONFIG_NAME)
+    original = (prefix + ORIGINAL_ATTN_PROCESSORS_NAME, prefix + ORIGINAL_ENCODER_NAME)
+    for names in (original,) if variant else (ours, original):
+        found = {name: find(name) for name in names}
+        absent = [name for name, path in found.items() if path is None]
+        if len(absent) == len(names):
+            continue
+        if absent:
+            present = [name for name in names if name not in absent]
+            raise OSError(
+                f"The AU adapter in {given!r} is not complete: there is {', '.join(present)}, but no"
+                f" {', '.join(absent)}."
+            )
+        paths = [found[name] for name in names]
+        return AdapterFiles(
+            *paths[:2], paths[2] if names == ours else None, None if variant else find(LORA_WEIGHTS_NAME)
+        )
+    return None
+
+
+def read_au_adapter(files: AdapterFiles, unet: nn.Module, layers: dict[str, int]) -> AUAdapter:
+    r"""
+    Read an adapter onto the CPU, in the dtype of `unet`, and check everything about it.
+
+    Args:
+        files (`AdapterFiles`):
+            From `find_adapter_files`.
+        unet (`UNet2DConditionModel`):
+            The base it has to fit. It is only looked at.
+        layers (`dict[str, int]`):
+            Inner width of each cross-attention layer of `unet` by its name.
+
+    Raises:
+        ValueError: if a file is broken, carries code, does not fit the base, or holds a wrong tensor. It names the
+            file.
+    """
+    cross_attention_dim = unet.config.cross_attention_dim
+    attn_processors, encoder_weights = read_tensors(files.attn_processors), read_tensors(files.encoder)
+    for tensor in attn_processors.values():
+        _check_base(tensor.shape[-1] if tensor.ndim else 0, cross_attention_dim, files.attn_processors)
+    if files.encoder_config is None:
+        attn_processors = {
+            re.sub(r"\.au_to_([kv])\.", r".to_\1_au.", key): tensor for key, tensor in attn_processors.items()
+        }
+        encoder_config = _original_encoder_config(encoder_weights, cross_attention_dim, files.encoder)
+        encoder_weights = {key.replace("au_encoder.", "intensity_proj."): t for key, t in encoder_weights.items()}
+    else:
+        encoder_config = _read_encoder_config(files.encoder_config)
+        _check_base(encoder_config.pop("cross_attention_dim"), cross_attention_dim, files.encoder_config)
+    try:
+        with torch.device("meta"):
+            adapter = AUAdapter(layers, cross_attention_dim, **encoder_config)
+    except ValueError as error:
+        raise ValueError(f"{str(files.encoder_config or files.encoder)!r}: {error}") from error
+    # Each tensor is read from the mapped file into its final place: there is never a second copy in memory.
+    adapter = nn.Module.to(adapter, unet.dtype).to_empty(device="cpu").eval()
+    adapter.load_attn_processors_state_dict(attn_processors, files.attn_processors)
+    expected = {key: tuple(tensor.shape) for key, tensor in adapter.encoder.state_dict().items()}
+    check_tensors(encoder_weights, expected, files.encoder)
+    adapter.encoder.load_state_dict(encoder_weights)
+    for key, tensor in adapter.encoder.state_dict().items():
+        _check_finite(key, tensor, files.encoder)
+    return adapter
+
+
+def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict | None]:
+    r"""
+    Read the LoRA of an adapter onto the CPU, in the dtype of `unet`, and check that all of it fits `unet`.
+
+    Returns:
+        The state dict in PEFT's names without a prefix, and the LoRA's metadata if the file states ranks and scales.
+
+    Raises:
+        ValueError: if the file is broken, or holds a tensor that fits no layer of `unet`. It names the file.
+    """
+    state_dict = {key.removeprefix("unet."): tensor for key, tensor in read_tensors(path).items()}
+    state_dict = convert_unet_state_dict_to_peft(state_dict)
+    modules, expected = dict(_unwrap(unet).named_modules()), {}
+    for name in {key.partition(".lora_")[0] for key in state_dict}:
+        weight = getattr(modules.get(name), "weight", None)
+        down = state_dict.get(f"{name}.lora_A.weight")
+        # What is left out here is unexpected.
+        if weight is not None and weight.ndim >= 2 and down is not None and down.ndim >= 2:
+            out_features, in_features, *kernel_size = weight.shape
+            expected[f"{name}.lora_A.weight"] = (down.shape[0], in_features, *kernel_size)
+            expected[f"{name}.lora_B.weight"] = (out_features, down.shape[0], *[1] * len(kernel_size))
+    check_tensors(state_dict, expected, path)
+    state_dict = {key: tensor.to(unet.dtype, copy=True) for key, tensor in state_dict.items()}
+    for key, tensor in state_dict.items():
+        _check_finite(key, tensor, path)
+    return state_dict, _read_lora_metadata(path, state_dict)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    r"""
+    Map the tensors of a `.safetensors` or `.ckpt` file into memory. Of a pickle nothing but tensors is ever unpacked.
+
+    Raises:
+        ValueError: if the file is truncated, no such file at all, carries code, or holds anything but named tensors.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
+    if not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{str(path)!r} is truncated or no PyTorch checkpoint. A bare pickle may carry code and is not opened."
+        )
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        # The chain is cut: PyTorch's own message explains how to run such code all the same.
+        raise ValueError(
+            f"{str(path)!r} carries code or objects other than tensors. It was not run. Better take nothing else from"
+            " its source."
+        ) from None
+    except (RuntimeError, ValueError, TypeError, LookupError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is a damaged PyTorch checkpoint: {error}") from error
+    if not isinstance(state_dict, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state_dict.values()):
+        raise ValueError(
+            f"{str(path)!r} holds a {type(state_dict).__name__}, but has to hold a dict of named tensors."
+        )
+    return state_dict
+
+
+def check_tensors(
+    state_dict: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], source: str | Path
+) -> None:
+    """Raise a ValueError unless `state_dict` holds floating point tensors of just these names and shapes."""
+    for problem, keys in (
+        ("misses", expected.keys() - state_dict),
+        ("has the unexpected", state_dict.keys() - expected),
+    ):
+        if keys:
+            some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            raise ValueError(f"{str(source)!r} {problem} {some}. It fits another base model, or is damaged.")
+    for key, shape in expected.items():
+        tensor = state_dict[key]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{str(source)!r}: {key} is {tensor.dtype} of shape {tuple(tensor.shape)}, but the base model needs a"
+                f" floating point tensor of shape {shape}."
+            )
+
+
+def _check_finite(key: str, tensor: torch.Tensor, source: str | Path) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{str(source)!r}: {key} holds values that are not finite in {tensor.dtype}.")
+
+
+def _check_base(found_dim: int, cross_attention_dim: int, source: Path) -> None:
+    if found_dim != cross_attention_dim:
+        raise ValueError(
+            f"{str(source)!r} is for {_name_base(found_dim)}, but this base is {_name_base(cross_attention_dim)}."
+            " Load it onto a base that it fits, or the adapter that fits this base. Of the published weights, the"
+            ' default is for Stable Diffusion 2.x and `variant="sd15"` for 1.x.'
+        )
+
+
+def _name_base(cross_attention_dim: int) -> str:
+    name = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}.get(cross_attention_dim, "another model")
+    return f"{name} (text embeddings of width {cross_attention_dim})"
+
+
+def _original_encoder_config(state_dict: dict[str, torch.Tensor], cross_attention_dim: int, source: Path) -> dict:
+    weight = state_dict.get("au_encoder.weight")
+    if weight is None or weight.ndim != 2:
+        raise ValueError(f"{str(source)!r} misses the matrix au_encoder.weight. It holds {', '.join(state_dict)}.")
+    hidden_dim, num_aus = weight.shape
+    encoder_type = "res_mlp" if num_aus + hidden_dim == cross_attention_dim else "res_mlp64"
+    return {"num_aus": num_aus, "encoder_type": encoder_type, "hidden_dim": hidden_dim}
+
+
+def _read_encoder_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text())
+        return {name: config[name] for name in inspect.signature(AUEncoder.__init__).parameters if name != "self"}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{str(path)!r} is not the config of an AU encoder: {error!r}") from error
+
+
+def _read_lora_metadata(path: Path, state_dict: dict[str, torch.Tensor]) -> dict | None:
+    """What PEFT needs to scale the LoRA as it was trained, or None if the file says nothing: then the scale is 1."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+    try:
+        stated = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
+        if not stated:
+            return None
+        metadata = {"r": int(stated["r"]), "lora_alpha": float(stated["lora_alpha"])}
+        for name, convert in (("rank_pattern", int), ("alpha_pattern", float)):
+            metadata[name] = {layer: convert(value) for layer, value in (stated.get(name) or {}).items()}
+        metadata["use_rslora"] = bool(stated.get("use_rslora"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} has broken metadata: {error!r}") from error
+    ranks = {tensor.shape[0] for key, tensor in state_dict.items() if key.endswith("lora_A.weight")}
+    if not ranks <= {metadata["r"], *metadata["rank_pattern"].values()}:
+        raise ValueError(f"{str(path)!r} holds a LoRA of rank {sorted(ranks)}, but its metadata say {metadata['r']}.")
+    # Which layers have a LoRA follows from the tensors; the rest of what a file states concerns training.
+    metadata["target_modules"] = sorted({key.partition(".lora_")[0] for key in state_dict})
+    return metadata
+
+
+def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet: nn.Module, lora_name: str) -> None:
+    r"""
+    Write the adapter, and the LoRA `lora_name` of `unet` if it has one, as a folder that `load_au_adapter` reads.
+
+    All files are first written beside `save_directory` and then renamed into place, `au_attn_processors.safetensors`
+    last. Whatever fails on the way, the folder never holds a mixture of two adapters that could be loaded.
+    """
+    save_directory = Path(save_directory)
+    if save_directory.is_file():
+        raise NotADirectoryError(f"`save_directory` has to be a folder, but {str(save_directory)!r} is a file.")
+    save_directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".au_adapter_", dir=save_directory.parent) as temporary:
+        temporary = Path(temporary)
+        adapter.encoder.save_pretrained(temporary / ENCODER_FOLDER)
+        state_dict = {key: tensor.cpu().clone() for key, tensor in adapter.attn_processors_state_dict().items()}
+        save_file(state_dict, temporary / ATTN_PROCESSORS_NAME, metadata={"format": "pt"})
+        has_lora = lora_name in getattr(unet, "peft_config", {})
+        if has_lora:
+            suffix = f".{lora_name}.weight"
+            weights = _unwrap(unet).state_dict()
+            lora = {k.replace(suffix, ".weight"): weight for k, weight in weights.items() if k.endswith(suffix)}
+            StableDiffusionLoraLoaderMixin.save_lora_weights(
+                temporary,
+                unet_lora_layers=lora,
+                unet_lora_adapter_metadata=unet.peft_config[lora_name].to_dict(),
+                weight_name=LORA_WEIGHTS_NAME,
+            )
+        (save_directory / ENCODER_FOLDER).mkdir(exist_ok=True)
+        # Without this file a folder is no adapter.
+        (save_directory / ATTN_PROCESSORS_NAME).unlink(missing_ok=True)
+        (save_directory / LORA_WEIGHTS_NAME).unlink(missing_ok=True)
+        names = [ENCODER_CONFIG_NAME, ENCODER_WEIGHTS_NAME, *([LORA_WEIGHTS_NAME] if has_lora else [])]
+        for name in (*names, ATTN_PROCESSORS_NAME):
+            os.replace(temporary / name, save_directory / name)
+
+
+def base_unet(unet: nn.Module) -> nn.Module:
+    """`unet` without any LoRA or attention processor that was loaded into it. It shares the weights."""
+    unet = _unwrap(unet)
+    if any(getattr(module, "merged", False) for module in unet.modules()):
+        raise ValueError(
+            "A LoRA is fused into the UNet, so the base weights are not there. Call `unfuse_lora()` first."
+        )
+    with torch.device("meta"):
+        base = type(unet).from_config(unet.config)
+    weights = {name.replace(".base_layer.", "."): weight for name, weight in unet.state_dict().items()}
+    base.load_state_dict({name: weights[name] for name in base.state_dict()}, assign=True)
+    return base
+
+
+def _unwrap(unet: nn.Module) -> nn.Module:
+    """What `torch.compile` has made a module around."""
+    return getattr(unet, "_orig_mod", unet)

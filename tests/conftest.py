@@ -1,0 +1,125 @@
+"""Tiny real components, built in memory: no network, no files, the same on every run."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from au_encoder import AUAdapter, write_au_adapter
+from pipeline_fineface import LORA_NAME, FineFacePipeline
+
+
+CROSS_ATTENTION_DIM = 32
+# Beside 12 AUs and 8 features, 12 zeros are left.
+HIDDEN_DIM = 8
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.<>=-"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+
+
+def make_components(seed: int = 0, cross_attention_dim: int = CROSS_ATTENTION_DIM) -> dict:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=cross_attention_dim,
+        intermediate_size=37,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return {
+        "vae": AutoencoderKL(
+            block_out_channels=(4, 8),
+            norm_num_groups=2,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+        ).eval(),
+        "text_encoder": CLIPTextModel(text_config).eval(),
+        "tokenizer": tokenizer,
+        "unet": UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=cross_attention_dim,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        ).eval(),
+        "scheduler": DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "image_encoder": None,
+    }
+
+
+def make_adapter(unet: UNet2DConditionModel, seed: int = 1, num_tokens: int = 1) -> AUAdapter:
+    torch.manual_seed(seed)
+    adapter = AUAdapter.from_unet(unet, num_tokens=num_tokens, hidden_dim=HIDDEN_DIM).eval()
+    for parameter in adapter.parameters():
+        # Strong enough that every test can see the AUs.
+        torch.nn.init.normal_(parameter, std=0.3)
+    return adapter
+
+
+def add_lora(unet: UNet2DConditionModel, name: str, seed: int = 2, rank: int = 4, alpha: int = 8) -> None:
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets), name)
+
+
+@pytest.fixture
+def tiny_components() -> dict:
+    return make_components()
+
+
+@pytest.fixture(scope="session")
+def tiny_sd_dir(tmp_path_factory) -> str:
+    """A saved Stable Diffusion pipeline without an adapter."""
+    folder = tmp_path_factory.mktemp("tiny_sd")
+    pipeline = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
+    pipeline.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter_dir(tmp_path_factory) -> str:
+    """A saved adapter with a LoRA, for the base of `tiny_sd_dir`."""
+    folder = tmp_path_factory.mktemp("tiny_adapter")
+    unet = make_components()["unet"]
+    adapter = make_adapter(unet)
+    add_lora(unet, LORA_NAME)
+    write_au_adapter(folder, adapter, unet, LORA_NAME)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_base(tiny_components) -> FineFacePipeline:
+    """A pipeline without an adapter."""
+    pipeline = FineFacePipeline(**tiny_components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def tiny_pipe(tiny_base, tiny_adapter_dir) -> FineFacePipeline:
+    """A pipeline with the adapter and its LoRA on."""
+    tiny_base.load_au_adapter(tiny_adapter_dir)
+    return tiny_base

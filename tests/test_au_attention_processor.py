@@ -1,0 +1,228 @@
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+
+from au_attention_processor import (
+    AUAttnProcessor,
+    attach_au_processors,
+    au_cross_attention_kwargs,
+    au_layers,
+    au_processors_detached,
+    detach_au_processors,
+)
+from au_encoder import AUAdapter
+
+
+SD21_UNET = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SD15_UNET = {"cross_attention_dim": 768, "attention_head_dim": 8}
+# Inner width of each cross-attention layer: two in each of three down blocks, three in each of three up blocks.
+SD_WIDTHS = {
+    **{f"down_blocks.{i}.attentions.{j}": width for i, width in enumerate((320, 640, 1280)) for j in range(2)},
+    "mid_block.attentions.0": 1280,
+    **{f"up_blocks.{i}.attentions.{j}": width for i, width in ((1, 1280), (2, 640), (3, 320)) for j in range(3)},
+}
+
+
+def some_aus(batch: int = 2, seed: int = 0) -> torch.Tensor:
+    return 5 * torch.rand(batch, 12, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    unet = make_components()["unet"]
+    attach_au_processors(unet)
+    return unet
+
+
+def call_unet(unet, au_kwargs=None, batch: int = 2, **kwargs) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    sample = torch.randn(batch, 4, 16, 16, generator=generator)
+    text = torch.randn(batch, 7, CROSS_ATTENTION_DIM, generator=generator)
+    return unet(sample, 500, text, cross_attention_kwargs=au_kwargs, **kwargs).sample
+
+
+@torch.no_grad()
+def predict(unet, adapter, au_scale=1.0, general=False, **kwargs) -> torch.Tensor:
+    lora_scale = kwargs.pop("lora_scale", 1.0)
+    au_kwargs = au_cross_attention_kwargs(unet, *adapter(some_aus()), au_scale, lora_scale, general)
+    assert set(au_kwargs) == ({"au_keys", "au_values"} if general else {"au_residual"})
+    return call_unet(unet, {**au_kwargs, "scale": lora_scale}, **kwargs)
+
+
+@pytest.mark.parametrize("au_scale", [1.0, -0.7, torch.tensor([0.3, 1.4])])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("lora_scale", [None, 1.0, 0.4])
+def test_one_token_path_equals_the_general_attention(unet, lora_scale, masked, au_scale):
+    adapter = make_adapter(unet)
+    options = {}
+    if lora_scale is not None:
+        add_lora(unet, "fineface")
+        options["lora_scale"] = lora_scale
+    if masked:
+        options["encoder_attention_mask"] = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 0, 1, 1, 1, 1, 0]])
+    fast = predict(unet, adapter, au_scale, **options)
+    general = predict(unet, adapter, au_scale, general=True, **options)
+    assert (fast - call_unet(unet)).abs().max() > 0.01
+    torch.testing.assert_close(fast, general, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_layer_computes_equation_2(unet, num_tokens):
+    adapter = make_adapter(unet, num_tokens=num_tokens)
+    add_lora(unet, "fineface")
+    name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    attn = unet.get_submodule(name)
+    generator = torch.Generator().manual_seed(3)
+    hidden_states = torch.randn(2, 9, attn.query_dim, generator=generator)
+    text = torch.randn(2, 7, CROSS_ATTENTION_DIM, generator=generator)
+    au_scale = 0.6
+
+    def attention(query, key, value):
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        weights = adapter.attn_processors_state_dict()
+        tokens = adapter.encoder(some_aus())
+        query = attn.to_q(hidden_states)
+        z = attention(query, attn.to_k(text), attn.to_v(text))
+        z = z + au_scale * attention(
+            query,
+            F.linear(tokens, weights[f"{name}.processor.to_k_au.weight"]),
+            F.linear(tokens, weights[f"{name}.processor.to_v_au.weight"]),
+        )
+        au_kwargs = au_cross_attention_kwargs(unet, *adapter(some_aus()), au_scale)
+        torch.testing.assert_close(attn(hidden_states, text, **au_kwargs), attn.to_out[0](z), atol=1e-5, rtol=1e-5)
+
+
+def test_doubling_the_scale_doubles_the_au_term(unet):
+    au_keys, au_values = make_adapter(unet)(some_aus())
+    once = au_cross_attention_kwargs(unet, au_keys, au_values, 1.0)["au_residual"]
+    torch.testing.assert_close(au_cross_attention_kwargs(unet, au_keys, au_values, 2.0)["au_residual"], 2 * once)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_zero_scale_adds_exactly_nothing(unet, num_tokens):
+    adapter = make_adapter(unet, num_tokens=num_tokens)
+    with torch.no_grad():
+        plain = call_unet(unet)
+        zero = call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()), 0.0))
+        half = call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()), torch.tensor([0.0, 1.0])))
+    assert torch.equal(zero, plain)
+    assert torch.equal(half[0], plain[0]) and not torch.equal(half[1], plain[1])
+
+
+def test_processors_go_on_and_off_without_a_trace():
+    unet = make_components()["unet"]
+    before, keys, plain = unet.attn_processors, list(unet.state_dict()), call_unet(unet)
+    names = [name for name, _ in unet.named_modules()]
+    attach_au_processors(unet)
+    assert all(isinstance(processor, AUAttnProcessor) for processor in unet.attn_processors.values())
+    assert list(unet.state_dict()) == keys and torch.equal(call_unet(unet), plain)
+    detach_au_processors(unet)
+    assert all(processor is before[name] for name, processor in unet.attn_processors.items())
+    assert [name for name, _ in unet.named_modules()] == names
+
+
+def test_attaching_wraps_each_layer_once_and_only_where_needed(unet):
+    first = unet.attn_processors
+    attach_au_processors(unet)
+    assert all(processor is first[name] for name, processor in unet.attn_processors.items())
+    unet.set_attention_slice("max")
+    attach_au_processors(unet)
+    assert all(isinstance(processor.processor, SlicedAttnProcessor) for processor in unet.attn_processors.values())
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_detaching_for_a_while_restores_what_was(unet, attached):
+    if not attached:
+        detach_au_processors(unet)
+    with au_processors_detached(unet):
+        assert all(type(processor) is AttnProcessor2_0 for processor in unet.attn_processors.values())
+    assert all(isinstance(p, AUAttnProcessor) == attached for p in unet.attn_processors.values())
+
+
+def test_diffusers_has_nothing_to_warn_of(unet, caplog):
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    predict(unet, make_adapter(unet))
+    predict(unet, make_adapter(unet), general=True)
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_sliced_attention_gives_the_same(unet, sliced):
+    expected = predict(unet, make_adapter(unet))
+    unet.set_attention_slice("max" if sliced else None)
+    attach_au_processors(unet)
+    torch.testing.assert_close(predict(unet, make_adapter(unet)), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_encoder_values_and_lora_receive_gradients(unet, checkpointing):
+    adapter = make_adapter(unet)
+    unet.requires_grad_(False)
+    add_lora(unet, "fineface")
+    if checkpointing:
+        unet.enable_gradient_checkpointing()
+        unet.train()
+    call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()))).square().mean().backward()
+    with_gradient = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.any()}
+    assert with_gradient == {name for name in unet.state_dict() if ".lora_" in name}
+    assert adapter.to_v_au.weight.grad.any() and adapter.encoder.intensity_proj.weight.grad.any()
+    assert adapter.to_k_au.weight.grad is None or not adapter.to_k_au.weight.grad.any()
+
+
+def test_keys_learn_with_more_than_one_token(unet):
+    adapter = make_adapter(unet, num_tokens=3)
+    call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()))).square().mean().backward()
+    assert adapter.to_k_au.weight.grad.any() and adapter.to_v_au.weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_float32_adapter_drives_a_half_precision_unet(unet, dtype):
+    adapter = make_adapter(unet)
+    au_kwargs = au_cross_attention_kwargs(unet.to(dtype=dtype), *adapter(some_aus()))
+    assert au_kwargs["au_residual"].dtype == dtype
+
+
+def test_weights_elsewhere_are_left_to_the_unet(unet):
+    au_keys, au_values = (tensor.to("meta") for tensor in make_adapter(unet)(some_aus()))
+    assert set(au_cross_attention_kwargs(unet, au_keys, au_values)) == {"au_keys", "au_values"}
+
+
+@pytest.mark.parametrize("config", [SD21_UNET, SD15_UNET], ids=["sd21", "sd15"])
+def test_all_sixteen_layers_of_the_real_unets_get_their_width(config):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        adapter = AUAdapter(au_layers(unet), config["cross_attention_dim"])
+        attach_au_processors(unet)
+    assert au_layers(unet) == {f"{name}.transformer_blocks.0.attn2": width for name, width in SD_WIDTHS.items()}
+    weights = adapter.attn_processors_state_dict()
+    for name, width in au_layers(unet).items():
+        assert weights[f"{name}.processor.to_v_au.weight"].shape == (width, config["cross_attention_dim"])
+        channels = unet.get_submodule(name).processor.channels
+        assert channels.stop - channels.start == width
+    with torch.device("meta"):
+        au_kwargs = au_cross_attention_kwargs(unet, *adapter(torch.zeros(2, 12)))
+        sample, text = torch.zeros(2, 4, 64, 64), torch.zeros(2, 77, config["cross_attention_dim"])
+        assert unet(sample, torch.tensor(1), text, cross_attention_kwargs=au_kwargs).sample.shape == sample.shape
+
+
+def test_a_unet_without_cross_attention_is_an_error():
+    unet = UNet2DConditionModel(
+        block_out_channels=(4,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+        norm_num_groups=2,
+    )
+    with pytest.raises(ValueError, match="no cross-attention layers"):
+        au_layers(unet)

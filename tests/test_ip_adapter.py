@@ -1,0 +1,257 @@
+"""An IP-Adapter beside the AUs (paper Eq. 5), by diffusers' own calls."""
+
+import PIL.Image
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import CROSS_ATTENTION_DIM, make_components
+from diffusers import StableDiffusionPipeline
+from diffusers.image_processor import IPAdapterMaskProcessor
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from action_units import parse_aus
+from au_attention_processor import AUAttnProcessor, au_cross_attention_kwargs, au_layers
+from pipeline_fineface import LORA_NAME, FineFacePipeline
+
+
+PROMPT = "a boy in a park"
+SMILE = {"AU6": 2.5, "AU12": 5}
+IMAGE_DIM = 20
+NUM_TOKENS = 4
+
+
+def make_image_encoder() -> CLIPVisionModelWithProjection:
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=20,
+        projection_dim=IMAGE_DIM,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
+
+
+def make_ip_adapter(unet, seed: int = 5, lora: bool = False) -> dict:
+    """The weights of an IP-Adapter as they are published: image projection, and keys and values by layer number."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(*shape):
+        return 0.5 * torch.randn(*shape, generator=generator)
+
+    names = list(unet.attn_processors)
+    widths = {f"{name}.processor": width for name, width in au_layers(unet).items()}
+    layers = {}
+    for number, name in enumerate(names):
+        if name in widths:
+            layers[f"{number}.to_k_ip.weight"] = weight(widths[name], CROSS_ATTENTION_DIM)
+            layers[f"{number}.to_v_ip.weight"] = weight(widths[name], CROSS_ATTENTION_DIM)
+    if lora:
+        for number, name in enumerate(names):
+            attn = unet.get_submodule(name.removesuffix(".processor"))
+            for proj in ("to_q", "to_k", "to_v", "to_out"):
+                linear = attn.to_out[0] if proj == "to_out" else getattr(attn, proj)
+                layers[f"{number}.{proj}_lora.down.weight"] = weight(2, linear.in_features)
+                layers[f"{number}.{proj}_lora.up.weight"] = weight(linear.out_features, 2)
+    image_proj = {
+        "proj.weight": weight(NUM_TOKENS * CROSS_ATTENTION_DIM, IMAGE_DIM),
+        "proj.bias": weight(NUM_TOKENS * CROSS_ATTENTION_DIM),
+        "norm.weight": torch.ones(CROSS_ATTENTION_DIM),
+        "norm.bias": torch.zeros(CROSS_ATTENTION_DIM),
+    }
+    return {"image_proj": image_proj, "ip_adapter": layers}
+
+
+def add_ip_adapter(pipe, *state_dicts: dict) -> None:
+    names = [""] * len(state_dicts)
+    pipe.load_ip_adapter(list(state_dicts), subfolder=names, weight_name=names, image_encoder_folder=None)
+
+
+def make_pipe(pipeline_class=FineFacePipeline):
+    components = make_components()
+    components["image_encoder"] = make_image_encoder()
+    components["feature_extractor"] = CLIPImageProcessor(size=32, crop_size=32)
+    pipe = pipeline_class(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def some_face(seed: int = 0) -> PIL.Image.Image:
+    pixels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())
+
+
+def draw(pipe, image=None, **kwargs) -> torch.Tensor:
+    kwargs = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "latent", **kwargs}
+    if "ip_adapter_image_embeds" not in kwargs:
+        kwargs["ip_adapter_image"] = image or some_face()
+    return pipe(generator=torch.Generator().manual_seed(0), **kwargs).images
+
+
+@pytest.fixture
+def both(tiny_adapter_dir) -> FineFacePipeline:
+    """AUs first, IP-Adapter second."""
+    pipe = make_pipe()
+    pipe.load_au_adapter(tiny_adapter_dir)
+    add_ip_adapter(pipe, make_ip_adapter(pipe.unet))
+    return pipe
+
+
+def wrapped(pipe) -> bool:
+    return all(isinstance(processor, AUAttnProcessor) for processor in pipe.unet.attn_processors.values())
+
+
+def test_a_layer_computes_equation_5(both):
+    name = "up_blocks.1.attentions.0.transformer_blocks.0.attn2"
+    attn = both.unet.get_submodule(name)
+    both.set_ip_adapter_scale(0.7)
+    generator = torch.Generator().manual_seed(3)
+    hidden_states = torch.randn(1, 9, attn.query_dim, generator=generator)
+    text = torch.randn(1, 7, CROSS_ATTENTION_DIM, generator=generator)
+    image = torch.randn(1, 1, NUM_TOKENS, CROSS_ATTENTION_DIM, generator=generator)
+
+    def attention(query, key, value):
+        query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
+        weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(dim=-1)
+        return (weights @ value).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        ip_adapter = attn.processor.processor
+        weights = both.au_adapter.attn_processors_state_dict()
+        tokens = both.au_adapter.encoder(parse_aus(SMILE))
+        query = attn.to_q(hidden_states)
+        z = attention(query, attn.to_k(text), attn.to_v(text))
+        z = z + 0.7 * attention(query, ip_adapter.to_k_ip[0](image[:, 0]), ip_adapter.to_v_ip[0](image[:, 0]))
+        z = z + 0.6 * attention(
+            query,
+            F.linear(tokens, weights[f"{name}.processor.to_k_au.weight"]),
+            F.linear(tokens, weights[f"{name}.processor.to_v_au.weight"]),
+        )
+        expected = attn.to_out[0](z)
+        for general in (False, True):
+            au_kwargs = au_cross_attention_kwargs(both.unet, *both.au_adapter(parse_aus(SMILE)), 0.6, general=general)
+            torch.testing.assert_close(attn(hidden_states, (text, [image]), **au_kwargs), expected, atol=1e-5, rtol=0)
+
+
+def test_the_order_of_loading_does_not_matter(both, tiny_adapter_dir):
+    pipe = make_pipe()
+    add_ip_adapter(pipe, make_ip_adapter(pipe.unet))
+    pipe.load_au_adapter(tiny_adapter_dir)
+    expected = draw(both, aus=SMILE)
+    assert torch.equal(draw(pipe, aus=SMILE), expected)
+    assert not torch.allclose(draw(both, aus=SMILE, image=some_face(1)), expected, atol=1e-3)
+    assert not torch.allclose(draw(both), expected, atol=1e-3)
+
+
+def test_without_aus_it_is_an_ip_adapter(both):
+    plain = make_pipe(StableDiffusionPipeline)
+    add_ip_adapter(plain, make_ip_adapter(plain.unet))
+    both.unload_au_adapter()
+    assert torch.equal(draw(both), draw(plain))
+
+
+def test_scales_are_set_with_the_aus_on(both):
+    full = draw(both, aus=SMILE)
+    both.set_ip_adapter_scale(0.0)
+    assert wrapped(both)
+    assert torch.equal(draw(both, aus=SMILE), draw(both, aus=SMILE, image=some_face(1)))
+    both.set_ip_adapter_scale({"up": 1.0})
+    assert not torch.allclose(draw(both, aus=SMILE), full, atol=1e-3)
+    both.set_ip_adapter_scale(1.0)
+    assert torch.equal(draw(both, aus=SMILE), full)
+
+
+def test_unloading_the_ip_adapter_leaves_the_aus(both, tiny_adapter_dir):
+    both.unload_ip_adapter()
+    assert wrapped(both)
+    pipe = make_pipe()
+    pipe.load_au_adapter(tiny_adapter_dir)
+    options = {"prompt": PROMPT, "aus": SMILE, "num_inference_steps": 2, "output_type": "latent"}
+    ours, theirs = (p(generator=torch.Generator().manual_seed(0), **options).images for p in (both, pipe))
+    assert torch.equal(ours, theirs)
+
+
+def test_unloading_the_aus_leaves_the_ip_adapter(both, tiny_adapter_dir):
+    expected = draw(both, aus=SMILE)
+    both.unload_au_adapter()
+    both.load_au_adapter(tiny_adapter_dir)
+    assert torch.equal(draw(both, aus=SMILE), expected)
+
+
+def masks_for(*faces: int) -> list[torch.Tensor]:
+    """For each IP-Adapter, one vertical strip of the picture for each of its faces."""
+    masks = []
+    for count in faces:
+        strips = torch.zeros(count, 32, 32)
+        for index, strip in enumerate(strips):
+            strip[:, index * 32 // count : (index + 1) * 32 // count] = 1
+        masks.append(IPAdapterMaskProcessor().preprocess(list(strips)).reshape(1, count, 32, 32))
+    return masks
+
+
+def test_masks_and_several_adapters(tiny_adapter_dir):
+    pipe = make_pipe()
+    pipe.load_au_adapter(tiny_adapter_dir)
+    add_ip_adapter(pipe, make_ip_adapter(pipe.unet, seed=5), make_ip_adapter(pipe.unet, seed=6))
+    pipe.set_ip_adapter_scale([[0.7, 0.5], 0.4])
+    images = [[some_face(0), some_face(1)], some_face(2)]
+    masked = draw(pipe, image=images, aus=SMILE, cross_attention_kwargs={"ip_adapter_masks": masks_for(2, 1)})
+    full = draw(
+        pipe, image=images, aus=SMILE, cross_attention_kwargs={"ip_adapter_masks": [m * 0 for m in masks_for(2, 1)]}
+    )
+    assert not torch.allclose(masked, full, atol=1e-3)
+    pipe.unload_au_adapter()
+    plain = make_pipe(StableDiffusionPipeline)
+    add_ip_adapter(plain, make_ip_adapter(plain.unet, seed=5), make_ip_adapter(plain.unet, seed=6))
+    plain.set_ip_adapter_scale([[0.7, 0.5], 0.4])
+    options = {"image": images, "cross_attention_kwargs": {"ip_adapter_masks": masks_for(2, 1)}}
+    assert torch.equal(draw(pipe, **options), draw(plain, **options))
+
+
+def test_masks_do_not_reach_the_aus(both):
+    """With the mask at 0 everywhere only the image falls away."""
+    none = {"ip_adapter_masks": [mask * 0 for mask in masks_for(1)]}
+    masked = draw(both, aus=SMILE, cross_attention_kwargs=none)
+    both.set_ip_adapter_scale(0.0)
+    assert torch.equal(masked, draw(both, aus=SMILE))
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 1.0}, {"au_guidance_scale": 3.0}])
+def test_embeddings_equal_the_image(both, guidance):
+    embeds = both.prepare_ip_adapter_image_embeds([some_face()], None, "cpu", 1, "guidance_scale" not in guidance)
+    ours = draw(both, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance)
+    assert torch.equal(ours, draw(both, aus=SMILE, **guidance))
+
+
+def test_au_guidance_keeps_the_image_in_both_branches(both):
+    joint = draw(both, aus=SMILE, guidance_scale=4.0)
+    torch.testing.assert_close(
+        draw(both, aus=SMILE, guidance_scale=4.0, au_guidance_scale=4.0), joint, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("aus_first", [True, False])
+def test_an_ip_adapter_with_a_lora_leaves_that_of_the_aus_on(tiny_adapter_dir, aus_first):
+    pipe = make_pipe()
+    weights = make_ip_adapter(pipe.unet, lora=True)
+    if aus_first:
+        pipe.load_au_adapter(tiny_adapter_dir)
+    add_ip_adapter(pipe, weights)
+    if not aus_first:
+        pipe.load_au_adapter(tiny_adapter_dir)
+    assert set(pipe._active_loras()) == {LORA_NAME, "faceid_0"}
+    assert wrapped(pipe) and draw(pipe, aus=SMILE).isfinite().all()
+
+
+def test_the_aus_are_attached_to_layers_of_the_unet_only(both):
+    assert not any(isinstance(module, AUAttnProcessor) for module in both.unet.encoder_hid_proj.modules())
+
+
+def test_a_pipeline_with_both_saves_the_base_and_the_aus(both, tmp_path):
+    both.save_pretrained(tmp_path)
+    pipe = FineFacePipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    add_ip_adapter(pipe, make_ip_adapter(pipe.unet))
+    assert torch.equal(draw(pipe, aus=SMILE), draw(both, aus=SMILE))

@@ -1,0 +1,128 @@
+"""The pipeline file loads from a clone and through diffusers, from anywhere and in silence."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_adapter
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_relative_imports
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PIPELINE = ROOT / "pipeline_fineface.py"
+LEAVES = {"action_units", "au_attention_processor", "au_encoder"}
+
+LOAD_AND_DRAW = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline_file, base, adapter = sys.argv[1:]
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=pipeline_file, trust_remote_code=True)
+pipe.load_au_adapter(adapter)
+pipe.set_progress_bar_config(disable=True)
+options = {"num_inference_steps": 1, "output_type": "latent"}
+smile, plain = (
+    pipe("a boy", aus=aus, generator=torch.Generator().manual_seed(0), **options).images for aus in ("12E", None)
+)
+assert pipe.__class__.__module__.startswith("diffusers_modules.")
+assert not torch.equal(smile, plain)
+# Its components make another pipeline of its class, as diffusers does with those from the Hub.
+again = pipe.__class__(**pipe.components, requires_safety_checker=False)
+again.set_progress_bar_config(disable=True)
+assert torch.equal(again("a boy", aus="12E", generator=torch.Generator().manual_seed(0), **options).images, smile)
+"""
+
+LOAD_IN_ONE_LINE = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+options = {"num_inference_steps": 1, "output_type": "latent"}
+smile, plain = (
+    pipe("a boy", aus=aus, generator=torch.Generator().manual_seed(0), **options).images for aus in ("12E", None)
+)
+assert not torch.equal(smile, plain)
+"""
+
+
+def run_python(code: str, *arguments: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # A fresh cache and a working directory outside the clone: neither an old copy nor a sibling can help.
+    environment |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "default"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def assert_silent(stderr: str) -> None:
+    for warning in ("pip install", "Expected types", "not expected", "ignored", "eyword arguments", "not initialized"):
+        assert warning not in stderr, stderr
+
+
+def test_diffusers_copies_every_sibling():
+    assert set(get_relative_imports(PIPELINE)) == LEAVES
+    for leaf in LEAVES:
+        assert get_relative_imports(ROOT / f"{leaf}.py") == []
+
+
+def test_the_leaves_import_no_sibling():
+    for leaf in LEAVES:
+        tree = ast.parse((ROOT / f"{leaf}.py").read_text())
+        imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not imported & (LEAVES | {"pipeline_fineface"})
+
+
+def test_both_ways_of_importing_bring_the_same_names():
+    block = next(node for node in ast.parse(PIPELINE.read_text()).body if isinstance(node, ast.If))
+    in_package = {alias.name for node in block.body for alias in node.names}
+    in_clone = {node.targets[0].id for node in block.orelse if isinstance(node, ast.Assign)}
+    assert in_package == in_clone
+
+
+def test_there_is_one_pipeline_class():
+    import pipeline_fineface
+
+    classes = [
+        value
+        for value in vars(pipeline_fineface).values()
+        if isinstance(value, type) and issubclass(value, DiffusionPipeline)
+        if not value.__module__.startswith("diffusers")
+    ]
+    assert classes == [pipeline_fineface.FineFacePipeline]
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+def test_custom_pipeline_loads_from_anywhere_without_warnings(elsewhere, tiny_sd_dir, tiny_adapter_dir):
+    arguments = (str(PIPELINE), tiny_sd_dir, tiny_adapter_dir)
+    result = run_python(LOAD_AND_DRAW, *arguments, cwd=elsewhere, cache=elsewhere / "hf")
+    assert result.returncode == 0, result.stderr
+    assert_silent(result.stderr)
+
+
+def test_an_exported_folder_loads_in_one_line(elsewhere, tiny_components, tmp_path):
+    """With the code beside the weights and the adapter as a component, nobody needs to know our class."""
+    StableDiffusionPipeline(**tiny_components, requires_safety_checker=False).save_pretrained(tmp_path)
+    make_adapter(tiny_components["unet"]).save_pretrained(tmp_path / "au_adapter")
+    for module in (PIPELINE.stem, *LEAVES):
+        shutil.copy(ROOT / f"{module}.py", tmp_path)
+    shutil.copy(ROOT / "au_encoder.py", tmp_path / "au_adapter")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    index |= {"_class_name": [PIPELINE.stem, "FineFacePipeline"], "au_adapter": ["au_encoder", "AUAdapter"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    result = run_python(LOAD_IN_ONE_LINE, str(tmp_path), cwd=elsewhere, cache=elsewhere / "hf")
+    assert result.returncode == 0, result.stderr
+    assert_silent(result.stderr)

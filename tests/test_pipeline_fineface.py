@@ -1,0 +1,428 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, make_adapter, make_components
+from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers.callbacks import SDCFGCutoffCallback
+from diffusers.models.attention_processor import AttnProcessor2_0
+
+from action_units import AU_NAMES, parse_aus
+from au_attention_processor import au_cross_attention_kwargs
+from pipeline_fineface import FineFacePipeline
+
+
+PROMPT = "a boy in a park"
+SMILE = {"AU6": 2.5, "AU12": 5}
+
+
+def draw(pipe, prompt=PROMPT, seed=0, **kwargs) -> torch.Tensor:
+    kwargs = {"num_inference_steps": 2, "output_type": "latent", **kwargs}
+    generator = kwargs.pop("generator", None) or torch.Generator().manual_seed(seed)
+    return pipe(prompt, generator=generator, **kwargs).images
+
+
+def assert_close(ours, theirs, tolerance=1e-5):
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+# The contract of AUs
+
+
+def test_aus_change_the_picture_and_a_seed_repeats_it(tiny_pipe):
+    smile = draw(tiny_pipe, aus=SMILE)
+    assert torch.equal(draw(tiny_pipe, aus=SMILE), smile)
+    for other in ({"AU12": 5}, {}, None):
+        assert not torch.allclose(draw(tiny_pipe, aus=other), smile, atol=1e-3)
+    assert not torch.allclose(draw(tiny_pipe, aus=SMILE, seed=1), smile, atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 1.0}, {"au_guidance_scale": 3.0}])
+def test_zero_scale_is_the_same_as_no_aus(tiny_pipe, guidance):
+    assert torch.equal(draw(tiny_pipe, aus=SMILE, au_scale=0, **guidance), draw(tiny_pipe, **guidance))
+
+
+def test_zero_aus_are_the_neutral_face_which_is_not_no_aus(tiny_pipe):
+    assert torch.equal(draw(tiny_pipe, aus={}), draw(tiny_pipe, aus=torch.zeros(12)))
+    assert not torch.allclose(draw(tiny_pipe, aus={}), draw(tiny_pipe), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "aus",
+    ["AU6=2.5 AU12=5", torch.tensor([0, 0, 0, 0, 2.5, 0, 5, 0, 0, 0, 0, 0]), [SMILE], [0] * 4 + [2.5, 0, 5] + [0] * 5],
+)
+def test_every_form_of_the_same_aus_gives_the_same_picture(tiny_pipe, aus):
+    assert torch.equal(draw(tiny_pipe, aus=aus), draw(tiny_pipe, aus=SMILE))
+
+
+def test_a_tag_in_the_prompt_is_the_same_as_the_argument(tiny_pipe):
+    assert torch.equal(draw(tiny_pipe, "a boy in a park <AU6=2.5 AU12=5>"), draw(tiny_pipe, aus=SMILE))
+
+
+def test_only_prompts_with_a_tag_get_aus(tiny_pipe):
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    both = draw(tiny_pipe, ["a boy <AU6=2.5 AU12=5>", "a girl"], generator=generators)
+    assert_close(both[:1], draw(tiny_pipe, "a boy", aus=SMILE))
+    assert_close(both[1:], draw(tiny_pipe, "a girl", seed=1))
+
+
+# Batches
+
+
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 1.0}, {"au_guidance_scale": 3.0}])
+def test_a_batch_equals_its_singles(tiny_pipe, guidance):
+    prompts, aus = ["a boy", "a girl in red", "an old man"], [SMILE, None, "1+4"]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    batch = draw(tiny_pipe, prompts, aus=aus, generator=generators, **guidance)
+    singles = [
+        draw(tiny_pipe, p, aus=a, seed=seed, **guidance) for seed, (p, a) in enumerate(zip(prompts, aus, strict=True))
+    ]
+    assert_close(batch, torch.cat(singles))
+
+
+def test_one_expression_serves_all_prompts(tiny_pipe):
+    prompts = ["a boy", "a girl"]
+    assert torch.equal(draw(tiny_pipe, prompts, aus=SMILE), draw(tiny_pipe, prompts, aus=[SMILE, SMILE]))
+
+
+@pytest.mark.parametrize("guidance", [{}, {"au_guidance_scale": 3.0}])
+def test_images_per_prompt_equal_separate_calls(tiny_pipe, guidance):
+    prompts, aus = ["a boy", "a girl"], [SMILE, "1+4"]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    images = draw(tiny_pipe, prompts, aus=aus, num_images_per_prompt=2, generator=generators, **guidance)
+    for index, image in enumerate(images):
+        single = draw(tiny_pipe, prompts[index // 2], aus=aus[index // 2], seed=index, **guidance)
+        assert_close(image, single[0])
+
+
+# Guidance
+
+
+def by_hand(pipe, prompt, aus, combine, negative_aus=None, steps=2) -> torch.Tensor:
+    """The denoising loop with each branch of guidance in a UNet call of its own."""
+    pipe.scheduler.set_timesteps(steps)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        text, empty = pipe.encode_prompt(prompt, "cpu", 1, True)
+        for t in pipe.scheduler.timesteps:
+
+            def predict(embeds, aus, t=t, latents=latents):
+                au_kwargs = au_cross_attention_kwargs(pipe.unet, *pipe.au_adapter(parse_aus(aus)))
+                return pipe.unet(latents, t, embeds, cross_attention_kwargs=au_kwargs).sample
+
+            neutral = {} if negative_aus is None else negative_aus
+            noise = combine(predict(empty, neutral), predict(text, neutral), predict(text, aus))
+            latents = pipe.scheduler.step(noise, t, latents).prev_sample
+    return latents
+
+
+def test_guidance_leads_away_from_the_neutral_face(tiny_pipe):
+    expected = by_hand(tiny_pipe, PROMPT, SMILE, lambda empty, text, full: empty + 4.0 * (full - empty))
+    assert_close(draw(tiny_pipe, aus=SMILE, guidance_scale=4.0), expected)
+
+
+@pytest.mark.parametrize("negative_aus", [None, "AU4=5"])
+def test_au_guidance_is_a_third_branch(tiny_pipe, negative_aus):
+    def combine(empty, text, full):
+        return empty + 4.0 * (text - empty) + 6.0 * (full - text)
+
+    expected = by_hand(tiny_pipe, PROMPT, SMILE, combine, negative_aus)
+    options = {"guidance_scale": 4.0, "au_guidance_scale": 6.0, "negative_aus": negative_aus}
+    assert_close(draw(tiny_pipe, aus=SMILE, **options), expected)
+
+
+def test_au_guidance_without_text_guidance(tiny_pipe):
+    expected = by_hand(tiny_pipe, PROMPT, SMILE, lambda empty, text, full: text + 6.0 * (full - text))
+    assert_close(draw(tiny_pipe, aus=SMILE, guidance_scale=1.0, au_guidance_scale=6.0), expected)
+
+
+def test_equal_scales_are_joint_guidance(tiny_pipe):
+    joint = draw(tiny_pipe, aus=SMILE, guidance_scale=4.0)
+    assert_close(draw(tiny_pipe, aus=SMILE, guidance_scale=4.0, au_guidance_scale=4.0), joint)
+
+
+def test_no_guidance_is_one_prediction_with_aus(tiny_pipe):
+    expected = by_hand(tiny_pipe, PROMPT, SMILE, lambda empty, text, full: full)
+    assert_close(draw(tiny_pipe, aus=SMILE, guidance_scale=1.0), expected)
+
+
+def test_negative_aus_are_led_away_from(tiny_pipe):
+    neutral = draw(tiny_pipe, aus=SMILE)
+    assert torch.equal(draw(tiny_pipe, aus=SMILE, negative_aus={}), neutral)
+    assert not torch.allclose(draw(tiny_pipe, aus=SMILE, negative_aus="AU4=5"), neutral, atol=1e-3)
+
+
+def test_the_lora_scale_reaches_the_aus(tiny_pipe):
+    """`scale` in `cross_attention_kwargs` also weighs the LoRA on the output projection of the AU term."""
+    halved = draw(tiny_pipe, aus=SMILE, cross_attention_kwargs={"scale": 0.5})
+    for module in tiny_pipe.unet.modules():
+        if hasattr(module, "lora_A"):
+            module.scale_layer(0.5)
+    assert_close(halved, draw(tiny_pipe, aus=SMILE))
+
+
+def test_more_than_one_token(tiny_base):
+    adapter = make_adapter(tiny_base.unet, num_tokens=3)
+    pipe = FineFacePipeline(**{**tiny_base.components, "au_adapter": adapter}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    assert not torch.allclose(draw(pipe, aus=SMILE), draw(pipe), atol=1e-3)
+    assert torch.equal(draw(pipe, aus=SMILE, au_scale=0), draw(pipe))
+    batch = draw(pipe, ["a boy"] * 2, aus=[SMILE, None], generator=[torch.Generator().manual_seed(0) for _ in "ab"])
+    assert_close(batch, torch.cat([draw(pipe, "a boy", aus=SMILE), draw(pipe, "a boy")]))
+
+
+# Everything that Stable Diffusion does
+
+
+@pytest.fixture
+def plain_sd() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"guidance_scale": 1.0},
+        {"guidance_rescale": 0.7},
+        {"negative_prompt": "ugly"},
+        {"num_images_per_prompt": 2},
+        {"height": 16, "width": 32},
+        {"eta": 0.5},
+        {"timesteps": None, "num_inference_steps": 4},
+        {"latents": torch.ones(1, 4, 16, 16)},
+        {"output_type": "np"},
+        {"output_type": "pt"},
+    ],
+    ids=str,
+)
+def test_without_an_adapter_it_is_stable_diffusion(tiny_base, plain_sd, options):
+    ours, theirs = draw(tiny_base, **options), draw(plain_sd, **options)
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_the_signature_begins_as_that_of_stable_diffusion():
+    import inspect
+
+    for name in ("__init__", "__call__"):
+        ours = list(inspect.signature(getattr(FineFacePipeline, name)).parameters)
+        theirs = [p for p in inspect.signature(getattr(StableDiffusionPipeline, name)).parameters if p != "kwargs"]
+        assert ours[: len(theirs)] == theirs
+
+
+@pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, LCMScheduler])
+def test_other_schedulers(tiny_pipe, plain_sd, scheduler):
+    for pipe in (tiny_pipe, plain_sd):
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    assert draw(tiny_pipe, aus=SMILE).isfinite().all()
+    tiny_pipe.unload_au_adapter()
+    assert torch.equal(draw(tiny_pipe), draw(plain_sd))
+
+
+def test_precomputed_embeddings_equal_the_prompt(tiny_pipe):
+    prompts, aus = ["a boy", "a girl"], [SMILE, "1+4"]
+    embeds, negative_embeds = tiny_pipe.encode_prompt(prompts, "cpu", 1, True)
+    options = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds, "aus": aus}
+    assert torch.equal(draw(tiny_pipe, None, **options), draw(tiny_pipe, prompts, aus=aus))
+
+
+def test_clip_skip_takes_an_earlier_layer_of_the_text_encoder(tiny_pipe):
+    _, negative_embeds = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, True)
+    ids = tiny_pipe.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
+    layers = tiny_pipe.text_encoder(ids, output_hidden_states=True).hidden_states
+    embeds = tiny_pipe.text_encoder.final_layer_norm(layers[-2])
+    expected = draw(tiny_pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative_embeds, aus=SMILE)
+    modules = list(tiny_pipe.text_encoder.named_modules())
+    assert torch.equal(draw(tiny_pipe, aus=SMILE, clip_skip=1), expected)
+    assert list(tiny_pipe.text_encoder.named_modules()) == modules
+    assert not hasattr(tiny_pipe.text_encoder, "text_model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(tiny_pipe, dtype):
+    full = draw(tiny_pipe, aus=SMILE, guidance_scale=1.0)
+    tiny_pipe.to(dtype=dtype)
+    half = draw(tiny_pipe, aus=SMILE, guidance_scale=1.0, au_guidance_scale=1.0)
+    assert half.dtype == dtype
+    torch.testing.assert_close(half.float(), full, atol=0.3, rtol=0.3)
+    assert torch.equal(draw(tiny_pipe, aus=SMILE, au_scale=0), draw(tiny_pipe))
+
+
+def test_output_types(tiny_pipe):
+    options = {"num_inference_steps": 1, "aus": SMILE}
+    assert isinstance(draw(tiny_pipe, output_type="pil", **options)[0], PIL.Image.Image)
+    assert draw(tiny_pipe, output_type="np", **options).shape == (1, 32, 32, 3)
+    assert draw(tiny_pipe, output_type="pt", **options).shape == (1, 3, 32, 32)
+    images, nsfw = tiny_pipe(PROMPT, return_dict=False, **options)
+    assert isinstance(images[0], PIL.Image.Image) and nsfw is None
+
+
+def test_vae_slicing_gives_the_same_pictures(tiny_pipe):
+    options = {"aus": SMILE, "output_type": "pt", "num_images_per_prompt": 2}
+    expected = draw(tiny_pipe, **options)
+    tiny_pipe.vae.enable_slicing()
+    assert_close(draw(tiny_pipe, **options), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"au_guidance_scale": 3.0}])
+def test_callbacks_see_and_change_the_tensors(tiny_pipe, options):
+    seen = []
+
+    def callback(pipe, step, timestep, tensors):
+        seen.append((step, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    latents = draw(
+        tiny_pipe, aus=SMILE, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, **options
+    )
+    text = (16, CROSS_ATTENTION_DIM)
+    shapes = {"latents": (1, 4, 16, 16), "prompt_embeds": (2, *text), "negative_prompt_embeds": (1, *text)}
+    assert seen == [(0, shapes), (1, shapes)]
+    assert not latents.any()
+
+
+def test_a_callback_can_interrupt(tiny_pipe):
+    steps = []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        pipe._interrupt = True
+        return tensors
+
+    draw(tiny_pipe, aus=SMILE, num_inference_steps=4, callback_on_step_end=callback)
+    assert steps == [0]
+
+
+@pytest.mark.parametrize("options", [{}, {"au_guidance_scale": 3.0}])
+def test_guidance_can_be_cut_off_on_the_way(tiny_pipe, options):
+    callback = SDCFGCutoffCallback(cutoff_step_ratio=0.5)
+    cut = draw(tiny_pipe, aus=SMILE, num_inference_steps=4, callback_on_step_end=callback, **options)
+    assert not torch.allclose(cut, draw(tiny_pipe, aus=SMILE, num_inference_steps=4, **options), atol=1e-3)
+
+
+def test_what_replaces_the_processors_does_not_lose_the_aus(tiny_pipe):
+    expected = draw(tiny_pipe, aus=SMILE)
+    tiny_pipe.enable_attention_slicing()
+    assert_close(draw(tiny_pipe, aus=SMILE), expected, 1e-4)
+    tiny_pipe.disable_attention_slicing()
+    assert_close(draw(tiny_pipe, aus=SMILE), expected, 1e-4)
+    tiny_pipe.unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(draw(tiny_pipe, aus=SMILE), expected)
+    tiny_pipe.fuse_lora()  # diffusers fuses the projections without any LoRA that is not
+    tiny_pipe.fuse_qkv_projections(vae=False)
+    assert_close(draw(tiny_pipe, aus=SMILE), expected, 1e-4)
+
+
+def test_a_guidance_distilled_unet(tiny_adapter_dir):
+    components = make_components()
+    config = {**components["unet"].config, "time_cond_proj_dim": 8}
+    components["unet"] = type(components["unet"]).from_config(config).eval()
+    pipe = FineFacePipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_au_adapter(tiny_adapter_dir)
+    assert not torch.allclose(draw(pipe, aus=SMILE), draw(pipe, aus=SMILE, au_guidance_scale=3.0), atol=1e-3)
+
+
+def test_a_pipeline_made_from_another(plain_sd, tiny_adapter_dir, tiny_pipe):
+    pipe = FineFacePipeline.from_pipe(plain_sd)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_au_adapter(tiny_adapter_dir)
+    assert torch.equal(draw(pipe, aus=SMILE), draw(tiny_pipe, aus=SMILE))
+
+
+def test_a_compiled_unet_is_compiled_once(tiny_pipe):
+    from torch._dynamo.utils import counters
+
+    calls = {
+        "smile": {"aus": SMILE},
+        "frown": {"aus": "1+4"},
+        "weak": {"aus": SMILE, "au_scale": 0.5},
+        "off": {"aus": SMILE, "au_scale": 0},
+        "none": {},
+        "other": {"prompt": "a girl", "aus": SMILE, "guidance_scale": 3.0},
+    }
+    expected = {name: draw(tiny_pipe, num_inference_steps=1, **options) for name, options in calls.items()}
+    torch._dynamo.reset()
+    counters.clear()
+    tiny_pipe.unet = torch.compile(tiny_pipe.unet, fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for name, options in calls.items():
+            assert_close(draw(tiny_pipe, num_inference_steps=1, **options), expected[name])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+# Bad input. No model runs before the error.
+
+
+@pytest.fixture
+def still_pipe(tiny_pipe, monkeypatch) -> FineFacePipeline:
+    def ran(*args, **kwargs):
+        raise AssertionError("a model ran before the input was checked")
+
+    for name in ("unet", "text_encoder", "vae", "au_adapter"):
+        monkeypatch.setattr(getattr(tiny_pipe, name), "forward", ran)
+    return tiny_pipe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aus": {"AU7": 1}}, "AU7"),
+        ({"aus": {"AU6": float("nan")}}, "AU6"),
+        ({"aus": {"AU6": float("inf")}}, "AU6"),
+        ({"aus": {"AU6": 11}}, "AU6"),
+        ({"aus": torch.zeros(13)}, "13"),
+        ({"aus": "hapy"}, "happy"),
+        ({"aus": "6G"}, "the grade 'G'"),
+        ({"aus": [SMILE, SMILE]}, "`aus` has 2 expressions, but there are 1 prompts"),
+        ({"prompt": ["a", "b", "c"], "aus": [SMILE, None]}, "2 expressions, but there are 3 prompts"),
+        ({"prompt": ["a", "b", "c"], "aus": torch.zeros(2, 12)}, "2 expressions, but there are 3 prompts"),
+        ({"aus": SMILE, "negative_aus": [SMILE, SMILE]}, "`negative_aus` has 2 expressions"),
+        ({"aus": SMILE, "negative_aus": "hapy"}, "negative_aus"),
+        ({"negative_aus": SMILE}, "there are no `aus`"),
+        ({"prompt": "a boy <AU12>", "aus": SMILE}, "Write them in one of the two"),
+        ({"prompt": "a boy <AU7>"}, "AU7"),
+        ({"prompt": ["a boy", "a girl <AU7>"]}, "`prompt\\[1\\]`"),
+        ({"prompt": ""}, "`prompt` has to say something"),
+        ({"prompt": "   "}, "`prompt` has to say something"),
+        ({"prompt": "<AU12>"}, "`prompt` has to say something"),
+        ({"prompt": []}, "`prompt` has to say something"),
+        ({"prompt": ["a boy", ""]}, "in every string of it"),
+        ({"prompt": ["a boy", 3]}, "in every string of it"),
+        ({"prompt": 3}, "`prompt` has to be of type"),
+        ({"prompt": None}, "Provide either `prompt` or `prompt_embeds`"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` has to be a whole number from 1 on, but is 0"),
+        ({"num_inference_steps": 2.5}, "`num_inference_steps`"),
+        ({"num_images_per_prompt": 0}, "`num_images_per_prompt`"),
+        ({"au_scale": float("nan")}, "`au_scale` has to be a finite number, but is nan"),
+        ({"au_scale": None}, "`au_scale` has to be a finite number, but is None"),
+        ({"au_scale": "1"}, "`au_scale` has to be a finite number, but is '1'"),
+        ({"au_guidance_scale": float("inf")}, "`au_guidance_scale` has to be a finite number, but is inf"),
+        ({"height": 33}, "divisible by 8"),
+        ({"negative_prompt": ["a", "b"]}, "`negative_prompt` has 2 entries, but `prompt` has 1"),
+        ({"generator": [torch.Generator()] * 2}, "`generator` is a list of 2, but the call makes 1 images"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "callback_on_step_end_tensor_inputs"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_bad_input_is_an_error_before_any_model_runs(still_pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(still_pipe, **options)
+
+
+def test_aus_without_an_adapter_are_an_error(tiny_base):
+    with pytest.raises(ValueError, match="load_au_adapter"):
+        draw(tiny_base, aus=SMILE)
+
+
+def test_an_unknown_argument_is_an_error(tiny_pipe):
+    with pytest.raises(TypeError, match="au_scales"):
+        tiny_pipe(PROMPT, au_scales=1.0)
+
+
+def test_the_adapter_knows_the_aus_of_the_pipeline(tiny_pipe):
+    assert tiny_pipe.au_adapter.config.num_aus == len(AU_NAMES)
+    assert tiny_pipe.au_adapter.config.hidden_dim == HIDDEN_DIM
