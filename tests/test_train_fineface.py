@@ -1,0 +1,602 @@
+"""Training: what it writes, what it changes, and that it repeats, resumes and caches without a difference."""
+
+import json
+import re
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import make_components
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+
+import train_fineface
+from action_units import AU_NAMES
+from pipeline_fineface import FineFacePipeline
+from toy_faces.renderer import caption, render, sample_aus, sample_portrait
+from train_fineface import (
+    TrainConfig,
+    batch_loss,
+    diffusion_loss,
+    load_training_data,
+    main,
+    make_model,
+    min_snr_weights,
+    parse_args,
+    smooth_au_intensities,
+)
+
+
+ADAPTER_FILES = {
+    "au_encoder/config.json",
+    "au_encoder/diffusion_pytorch_model.safetensors",
+    "au_attn_processors.safetensors",
+    "pytorch_lora_weights.safetensors",
+}
+WEIGHTS = sorted(name for name in ADAPTER_FILES if name.endswith(".safetensors"))
+TINY = "--au_hidden_dim 8 --rank 4 --train_batch_size 2 --max_train_steps 4 --learning_rate 1e-2 --report_to none"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def datasets_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state for the life of a process; here a process holds many runs."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def write_faces(folder, changes=(), drop=()):
+    """Five rendered faces. `changes` maps a row and a column to another value."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for seed in range(5):
+        aus = dict(zip(AU_NAMES, map(float, sample_aus(seed)), strict=True))
+        rows.append({"file_name": f"{seed}.png", "text": caption(sample_portrait(seed))} | aus)
+        render(sample_portrait(seed), sample_aus(seed)).resize((48, 40)).save(folder / f"{seed}.png")
+    for (row, column), value in dict(changes).items():
+        rows[row][column] = value
+    lines = [json.dumps({key: value for key, value in row.items() if key not in drop}) for row in rows]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def faces_dir(tmp_path_factory):
+    return write_faces(tmp_path_factory.mktemp("faces"))
+
+
+@pytest.fixture
+def arguments(tiny_sd_dir, faces_dir, tmp_path):
+    """The command line of a tiny run into `tmp_path / name`."""
+
+    def arguments(name, options=""):
+        paths = ["--pretrained_model_name_or_path", tiny_sd_dir, "--train_data_dir", str(faces_dir)]
+        return [*paths, "--output_dir", str(tmp_path / name), *TINY.split(), *options.split()]
+
+    return arguments
+
+
+@pytest.fixture
+def train(arguments, tmp_path):
+    """Train, and return the weights that were written."""
+
+    def train(name, options=""):
+        main(arguments(name, options))
+        return {file: load_file(tmp_path / name / file) for file in WEIGHTS}
+
+    return train
+
+
+@pytest.fixture
+def config(arguments):
+    return parse_args(arguments("run"))
+
+
+def flat(weights):
+    return {f"{file}:{key}": tensor for file, tensors in weights.items() for key, tensor in tensors.items()}
+
+
+def assert_equal(weights, others, **tolerance):
+    weights, others = flat(weights), flat(others)
+    assert weights.keys() == others.keys()
+    for key, tensor in weights.items():
+        if tolerance:
+            torch.testing.assert_close(tensor, others[key], **tolerance)
+        else:
+            assert torch.equal(tensor, others[key]), key
+
+
+def noisy_inputs(batch_size=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch_size, 4, 8, 8)
+    return {
+        "latents": torch.randn(shape, generator=generator),
+        "noise": torch.randn(shape, generator=generator),
+        "timesteps": torch.randint(1000, (batch_size,), generator=generator),
+        "encoder_hidden_states": torch.randn(batch_size, 5, 32, generator=generator),
+        "au_intensities": 5 * torch.rand(batch_size, 12, generator=generator),
+    }
+
+
+def make_noise_scheduler(prediction_type="epsilon"):
+    config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return DDPMScheduler(prediction_type=prediction_type, **config)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run writes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_the_adapter_and_it_changes_the_picture(arguments, tmp_path, tiny_base):
+    main(arguments("run"))
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {*ADAPTER_FILES, "train_config.json"}
+    assert json.loads((tmp_path / "run/train_config.json").read_text())["rank"] == 4
+
+    def picture(**kwargs):
+        generator = torch.Generator().manual_seed(0)
+        return tiny_base("a face", num_inference_steps=2, generator=generator, output_type="pt", **kwargs).images
+
+    base = picture()
+    tiny_base.load_au_adapter(tmp_path / "run")
+    assert tiny_base.unet.peft_config["fineface"].r == tiny_base.unet.peft_config["fineface"].lora_alpha == 4
+    assert not torch.equal(picture(aus={}), base)
+    assert not torch.equal(picture(aus={"AU12": 5}), picture(aus={}))
+    tiny_base.unload_au_adapter()
+    assert torch.equal(picture(), base)
+
+
+def test_checkpoints_are_adapters_and_only_the_last_ones_are_kept(train, tmp_path, tiny_base):
+    train("run", "--checkpointing_steps 1 --checkpoints_total_limit 2")
+    folders = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
+    assert folders == {"au_encoder", "checkpoint-3", "checkpoint-4"}
+    tiny_base.load_au_adapter(tmp_path / "run/checkpoint-3")
+    assert "unet.conv_in.weight" not in load_file(tmp_path / "run/checkpoint-3/trained_parameters.safetensors")
+
+
+def test_the_seed_repeats_a_run_and_another_one_does_not(train):
+    first = train("first", "--max_train_steps 2")
+    assert_equal(first, train("second", "--max_train_steps 2"))
+    third = train("third", "--max_train_steps 2 --seed 1")
+    assert not torch.equal(first[WEIGHTS[-1]].popitem()[1], third[WEIGHTS[-1]].popitem()[1])
+
+
+def test_dry_run_prints_the_settings_alone(arguments, tmp_path, capsys):
+    main(arguments("run", "--dry_run"))
+    assert json.loads(capsys.readouterr().out)["train_batch_size"] == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
+    config = TrainConfig(pretrained_model_name_or_path="base", output_dir=tmp_path / "run", train_data_dir=faces_dir)
+    assert (config.learning_rate, config.train_batch_size, config.rank) == (1e-4, 16, 32)
+    assert (config.au_noise_variance, config.au_rounding_prob) == (0.2, 0.2)
+    assert (config.encoder_type, config.num_au_tokens) == ("res_mlp64", 1)
+    assert (config.au_drop_prob, config.caption_drop_prob, config.snr_gamma) == (0, 0, None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Resuming, caching, accumulating
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", "--cache_latents --use_ema --lr_scheduler cosine --random_flip --caption_drop_prob 0.3"],
+    ids=["plain", "cached"],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, tmp_path, options):
+    options = f"--checkpointing_steps 2 --gradient_accumulation_steps 2 {options}"
+    uninterrupted = train("run", options)
+    random_state = torch.get_rng_state()
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    # What a kill while saving leaves behind.
+    (tmp_path / "run/.checkpoint-4.part").mkdir()
+    resumed = train("run", f"{options} --resume_from_checkpoint latest")
+    assert_equal(resumed, uninterrupted)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_checkpoint_can_be_continued_in_another_folder(train, tmp_path):
+    whole = train("run", "--checkpointing_steps 3")
+    assert_equal(train("other", f"--resume_from_checkpoint {tmp_path / 'run/checkpoint-3'}"), whole)
+
+
+def test_latest_without_a_checkpoint_starts_a_run(train, tmp_path):
+    first = train("first", "--max_train_steps 1")
+    assert_equal(first, train("second", "--max_train_steps 1 --resume_from_checkpoint latest"))
+
+
+def test_a_cache_changes_nothing_and_drops_the_encoders(train, monkeypatch, tmp_path):
+    plain = train("plain", "--random_flip --caption_drop_prob 0.3")
+    cached = train("cached", "--random_flip --caption_drop_prob 0.3 --cache_latents")
+    # Convolutions of other batch sizes round otherwise, and Adam's first steps divide by small numbers.
+    assert_equal(cached, plain, atol=1e-3, rtol=0)
+
+    def fail(*args):
+        raise AssertionError("Nothing has to be encoded when the cache is complete.")
+
+    monkeypatch.setattr(train_fineface.BaseEncoders, "encode_pictures", fail)
+    monkeypatch.setattr(train_fineface.BaseEncoders, "encode_captions", fail)
+    options = f"--random_flip --caption_drop_prob 0.3 --cache_latents --cache_dir {tmp_path / 'cached/cache'}"
+    assert_equal(train("again", options), cached)
+
+
+def test_a_cache_of_other_pictures_is_not_used(train, tmp_path, tiny_sd_dir, faces_dir):
+    options = f"--max_train_steps 1 --cache_latents --cache_dir {tmp_path / 'cache'}"
+    train("first", options)
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    train("second", f"{options} --resolution 16")
+    train("third", f"{options} --max_train_samples 3")
+    assert len(list((tmp_path / "cache").glob("latents-*"))) == 3
+    assert len(list((tmp_path / "cache").glob("captions-*"))) == 2
+
+
+def test_an_unfinished_cache_is_completed(train, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_fineface, "ROWS_PER_SHARD", 2)
+    cached = train("first", f"--cache_latents --cache_dir {tmp_path / 'cache'}")
+    shards = sorted((tmp_path / "cache").glob("latents-*/*"))
+    assert [shard.name for shard in shards] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
+    kept = shards[0].stat().st_mtime_ns
+    shards[1].unlink()
+    assert_equal(train("second", f"--cache_latents --cache_dir {tmp_path / 'cache'}"), cached)
+    assert shards[0].stat().st_mtime_ns == kept
+
+
+def test_accumulated_batches_equal_one_batch(train):
+    # One step with plain averages: what the gradients are decides alone.
+    options = "--max_train_steps 2 --adam_epsilon 1"
+    whole = train("whole", f"{options} --train_batch_size 4")
+    parts = train("parts", f"{options} --train_batch_size 2 --gradient_accumulation_steps 2")
+    assert_equal(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_workers_change_nothing(train):
+    options = "--max_train_steps 2"
+    assert_equal(train("workers", f"{options} --dataloader_num_workers 1"), train("none", options))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is trained
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_au_tokens", [1, 2])
+def test_only_encoder_values_and_lora_learn_and_keys_with_several_tokens(arguments, num_au_tokens):
+    config = parse_args(arguments("run", f"--num_au_tokens {num_au_tokens} --gradient_checkpointing"))
+    unet = make_components()["unet"]
+    base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
+    torch.manual_seed(0)
+    model = make_model(unet, config)
+    keys = model.au_adapter.to_k_au.weight.detach().clone()
+    optimizer = train_fineface.make_optimizer(model, config)
+    for seed in range(2):
+        diffusion_loss(model, make_noise_scheduler(), **noisy_inputs(seed=seed)).backward()
+        learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        optimizer.step()
+    adapter = {name for name in learning if not name.startswith("unet.")}
+    assert learning - adapter == {name for name, _ in model.named_parameters() if ".lora_" in name}
+    expected = {"encoder.intensity_proj.weight", "encoder.intensity_proj.bias", "to_v_au.weight"}
+    expected |= {"to_k_au.weight"} if num_au_tokens == 2 else set()
+    assert adapter == {f"au_adapter.{name}" for name in expected} == adapter & set(model.trained_parameters())
+    # Every layer of every attention has its LoRA, and all that learns did move.
+    attentions = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
+    assert len([name for name in learning if ".lora_" in name]) == 2 * 4 * len(attentions)
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.trained_parameters().values())
+    assert torch.equal(model.au_adapter.to_k_au.weight, keys) == (num_au_tokens == 1)
+    after = {name.replace(".base_layer", ""): tensor for name, tensor in unet.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
+
+
+def test_keys_and_values_start_as_those_of_the_text(config):
+    unet = make_components()["unet"]
+    text = {name: module.to_v.weight.clone() for name, module in unet.named_modules() if name.endswith("attn2")}
+    started = make_model(unet, config).au_adapter.attn_processors_state_dict()
+    assert all(torch.equal(started[f"{name}.processor.to_v_au.weight"], weight) for name, weight in text.items())
+
+
+def test_gradient_checkpointing_leaves_gradients_as_they_are(arguments):
+    gradients = []
+    for options in ("", "--gradient_checkpointing"):
+        torch.manual_seed(0)
+        model = make_model(make_components()["unet"], parse_args(arguments("run", options)))
+        for parameter in model.trained_parameters().values():
+            torch.nn.init.normal_(parameter, std=0.1)
+        diffusion_loss(model, make_noise_scheduler(), **noisy_inputs()).backward()
+        gradients.append([parameter.grad for parameter in model.trained_parameters().values()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_adapter_and_lora_have_learning_rates_of_their_own(arguments):
+    config = parse_args(arguments("run", "--learning_rate 0.1 --au_learning_rate 0.2"))
+    model = make_model(make_components()["unet"], config)
+    lora, adapter = train_fineface.make_optimizer(model, config).param_groups
+    assert (lora["lr"], adapter["lr"]) == (0.1, 0.2)
+    assert len(lora["params"]) + len(adapter["params"]) == len(model.trained_parameters())
+    assert any(parameter is model.au_adapter.to_v_au.weight for parameter in adapter["params"])
+
+
+def test_in_mixed_precision_what_is_trained_stays_in_float32(train, tmp_path):
+    weights = train("run", "--mixed_precision bf16 --max_train_steps 2 --cache_latents")
+    assert {tensor.dtype for tensor in flat(weights).values()} == {torch.float32}
+    cached = [load_file(path)["rows"] for path in (tmp_path / "run/cache").glob("*/*.safetensors")]
+    assert {rows.dtype for rows in cached} == {torch.float16}
+
+
+def test_all_gradients_together_are_clipped(train):
+    # Without Adam's division, a step is the gradient.
+    options = "--max_train_steps 1 --adam_weight_decay 0 --adam_beta1 0 --adam_epsilon 1"
+    start = flat(train("start", f"{options} --learning_rate 0"))
+    for max_grad_norm in (0.01, 0.02):
+        end = flat(train(f"{max_grad_norm}", f"{options} --learning_rate 1 --max_grad_norm {max_grad_norm}"))
+        length = sum((end[key] - tensor).square().sum() for key, tensor in start.items()).sqrt()
+        assert length == pytest.approx(max_grad_norm, rel=0.01)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labels and loss
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def smoothed(value, count=4000, variance=0.2, rounding_prob=0.0):
+    rng = np.random.default_rng(0)
+    aus = np.full(12, value, np.float32)
+    return np.stack([smooth_au_intensities(aus, variance, rounding_prob, rng) for _ in range(count)])
+
+
+def test_labels_get_noise_of_the_variance_and_stay_in_range():
+    inside = smoothed(2.5)
+    assert inside.mean() == pytest.approx(2.5, abs=0.01)
+    assert inside.var() == pytest.approx(0.2, rel=0.03)
+    at_zero = smoothed(0.0)
+    assert at_zero.min() == 0 and (at_zero == 0).mean() == pytest.approx(0.5, abs=0.02)
+    assert smoothed(5.0).max() == 5
+    assert (smoothed(2.5, count=10, variance=0) == 2.5).all()
+
+
+def test_a_fifth_of_the_samples_is_rounded_as_a_whole():
+    is_integer = smoothed(2.5, rounding_prob=0.2) % 1 == 0
+    assert (is_integer.all(axis=1) == is_integer.any(axis=1)).all()
+    assert is_integer[:, 0].mean() == pytest.approx(0.2, abs=0.02)
+
+
+def make_samples(arguments, options):
+    config = parse_args(arguments("run", options))
+    data = load_training_data(config)
+    encoders = train_fineface.BaseEncoders(config, torch.device("cpu"), torch.float32)
+    return train_fineface.TrainingSamples(train_fineface.make_inputs(data, encoders, 32), 1000, config), data
+
+
+def test_samples_go_through_all_rows_in_another_order_each_epoch(arguments):
+    samples, data = make_samples(arguments, "--au_noise_variance 0 --au_rounding_prob 0")
+    row_of = {tuple(aus): row for row, aus in enumerate(data.au_intensities)}
+    rows = [row_of[tuple(samples[number]["au_intensities"].numpy())] for number in range(20)]
+    epochs = [rows[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_dropped_aus_and_captions_have_their_shares(arguments):
+    samples, _ = make_samples(arguments, "--au_drop_prob 0.3 --caption_drop_prob 0.6")
+    drawn = [samples[number] for number in range(300)]
+    empty = samples.inputs.captions[0]
+    assert np.mean([bool((s["au_intensities"] == 0).all()) for s in drawn]) == pytest.approx(0.3, abs=0.09)
+    assert np.mean([torch.equal(s["caption"], empty) for s in drawn]) == pytest.approx(0.6, abs=0.09)
+    assert len({int(s["timesteps"]) for s in drawn}) > 200
+    assert not torch.equal(drawn[0]["noise"], drawn[0]["latent_noise"])
+    assert not torch.equal(drawn[0]["noise"], drawn[1]["noise"])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_loss_is_the_formula(config, prediction_type):
+    model = make_model(make_components()["unet"], config)
+    inputs, noise_scheduler = noisy_inputs(3), make_noise_scheduler(prediction_type)
+    alpha = noise_scheduler.alphas_cumprod[inputs["timesteps"]].sqrt().reshape(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    noisy = alpha * inputs["latents"] + sigma * inputs["noise"]
+    target = inputs["noise"]
+    if prediction_type == "v_prediction":
+        target = alpha * inputs["noise"] - sigma * inputs["latents"]
+    with torch.no_grad():
+        prediction = model(noisy, inputs["timesteps"], inputs["encoder_hidden_states"], inputs["au_intensities"])
+        losses = (prediction - target).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(diffusion_loss(model, noise_scheduler, **inputs), losses.mean())
+        snr = (alpha / sigma).square().flatten()
+        weights = snr.clamp(max=5) / (snr + 1 if prediction_type == "v_prediction" else snr)
+        torch.testing.assert_close(min_snr_weights(noise_scheduler, inputs["timesteps"], 5.0), weights)
+        weighted = diffusion_loss(model, noise_scheduler, **inputs, snr_gamma=5.0)
+        torch.testing.assert_close(weighted, (weights * losses).mean())
+
+
+def test_the_model_predicts_what_the_pipeline_predicts(config, tmp_path, tiny_components, tiny_base):
+    model = make_model(tiny_components["unet"], config)
+    for parameter in model.trained_parameters().values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.eval()
+    train_fineface.TrainingState(model, None).save_adapter(tmp_path / "adapter")
+    other = FineFacePipeline(**make_components(), requires_safety_checker=False)
+    other.load_au_adapter(tmp_path / "adapter")
+    inputs = noisy_inputs()
+    aus = inputs["au_intensities"]
+    with torch.no_grad():
+        expected = model(inputs["latents"], inputs["timesteps"], inputs["encoder_hidden_states"], aus)
+        kwargs = other.encode_aus(aus, torch.device("cpu"), 1, 2)[0]
+        predicted = other.unet(
+            inputs["latents"], inputs["timesteps"], inputs["encoder_hidden_states"], cross_attention_kwargs=kwargs
+        ).sample
+    torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_latents_are_drawn_from_the_distribution_and_scaled():
+    captured = {}
+
+    def model(noisy_latents, *args):
+        captured["noisy_latents"] = noisy_latents
+        return torch.zeros_like(noisy_latents)
+
+    mean, std, noise = torch.randn(3, 2, 4, 8, 8)
+    batch = {
+        "picture": torch.stack([mean, std], dim=1),
+        "caption": torch.zeros(2, 5, 32),
+        "latent_noise": noise,
+        "noise": torch.zeros(2, 4, 8, 8),
+        "timesteps": torch.tensor([0, 999]),
+        "au_intensities": torch.zeros(2, 12),
+    }
+    noise_scheduler = make_noise_scheduler()
+    assert batch_loss(model, noise_scheduler, batch, 0.5, None) == 0
+    alpha = noise_scheduler.alphas_cumprod[batch["timesteps"]].sqrt().reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(captured["noisy_latents"], alpha * 0.5 * (mean + std * noise))
+
+
+def test_training_learns_which_aus_belong_to_which_picture(config):
+    model = make_model(make_components()["unet"], config)
+    # At much noise, the velocity is what has to be known about the picture.
+    noise_scheduler = make_noise_scheduler("v_prediction")
+    inputs = noisy_inputs(2)
+    aus = torch.zeros(2, 12)
+    aus[0, 6], aus[1, 2] = 5, 5
+    inputs |= {"encoder_hidden_states": inputs["encoder_hidden_states"][:1].expand(2, -1, -1), "au_intensities": aus}
+    inputs |= {"latents": torch.tensor([2.0, -2.0]).reshape(2, 1, 1, 1) * torch.ones(2, 4, 8, 8)}
+    optimizer = torch.optim.AdamW(model.trained_parameters().values(), 1e-2)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(**changed):
+        inputs["noise"] = torch.randn(2, 4, 8, 8, generator=generator)
+        inputs["timesteps"] = torch.full((2,), 999)
+        return diffusion_loss(model, noise_scheduler, **inputs | changed)
+
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    with torch.no_grad():
+        right = torch.stack([loss() for _ in range(4)]).mean()
+        swapped = torch.stack([loss(au_intensities=aus.flip(0)) for _ in range(4)]).mean()
+    assert right < 0.75 * swapped
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data and errors
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_cut_in_the_middle(arguments):
+    samples, _ = make_samples(arguments, "")
+    pixels = samples.inputs.pictures[0]
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
+    assert -1 <= pixels.min() < pixels.max() <= 1
+    assert torch.equal(samples.inputs.pictures[5], pixels.flip(-1))
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "other columns"])
+def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_path, form):
+    folder, options = tmp_path / "other", ""
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(faces_dir), split="train")
+    if form == "parquet":
+        folder.mkdir()
+        loaded.to_parquet(folder / "train.parquet")
+    else:
+        shutil.copytree(faces_dir, folder)
+        (folder / "metadata.jsonl").unlink()
+        table = loaded.remove_columns("image").to_pandas()
+        table.insert(0, "file_name", [f"{row}.png" for row in range(5)])
+        if form == "other columns":
+            table, options = table.rename(columns={"text": "caption"}), " --caption_column caption"
+        table.to_csv(folder / "metadata.csv", index=False)
+    expected, data = make_samples(arguments, "")
+    other, other_data = make_samples(arguments, f"--train_data_dir {folder}{options}")
+    assert other_data.captions == data.captions
+    np.testing.assert_allclose(other_data.au_intensities, data.au_intensities, atol=1e-6)
+    assert torch.equal(other.inputs.pictures[3], expected.inputs.pictures[3])
+
+
+@pytest.mark.parametrize(
+    "changes, drop, message",
+    [
+        ({(3, "AU12"): 5.5}, (), r"Row 3 \('3.png'\): AU12 is 5.5. FACS intensities go from 0"),
+        ({(2, "AU12"): -0.1}, (), r"Row 2 \('2.png'\): AU12 is -0.1"),
+        ({(1, "AU4"): float("nan")}, (), r"Row 1 \('1.png'\): AU4 is nan"),
+        ({(4, "AU4"): None}, (), r"Row 4 \('4.png'\): AU4 is None"),
+        ({(0, "text"): None}, (), r"Row 0 \('0.png'\): `text` has to be a caption, but is None"),
+        ({(row, "AU7"): 1.0 for row in range(5)}, (), "has the column AU7, but the model knows AU1, AU2"),
+        ({}, ("AU9", "AU26"), "has no column AU9, AU26. It has .*AU12"),
+        ({}, ("text",), "has no column text.*`--caption_column`"),
+    ],
+)
+def test_a_wrong_label_is_named_before_any_model_is_loaded(arguments, tmp_path, changes, drop, message):
+    folder = write_faces(tmp_path / "wrong", changes, drop)
+    missing_model = ["--pretrained_model_name_or_path", str(tmp_path / "no model")]
+    with pytest.raises(ValueError, match=message):
+        main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_is_named(arguments, tmp_path):
+    folder = write_faces(tmp_path / "broken")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"Row 2: the picture '.*2\.png' cannot be read"):
+        main(arguments("run", f"--train_data_dir {folder} --train_batch_size 5"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--rank 0", "`--rank` has to be an integer, at least 1, but is 0"),
+        ("--seed -1", "`--seed` has to be an integer, at least 0, but is -1"),
+        ("--au_drop_prob 1.5", r"`--au_drop_prob` has to be a probability in \[0, 1\], but is 1.5"),
+        ("--learning_rate nan", "`--learning_rate` has to be a finite number, at least 0, but is nan"),
+        ("--encoder_type big", "invalid choice: 'big'"),
+        ("--train_data_dir nowhere", "`--train_data_dir` has to be a folder, but 'nowhere' is none"),
+        ("--dataset_name some/faces", "either from `--train_data_dir` or from `--dataset_name`"),
+        ("--max_train_step 3", "unrecognized arguments: --max_train_step"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_status_2(arguments, capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        main(arguments("run", options))
+    assert error.value.code == 2
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_resolution_that_does_not_fit_the_vae_is_refused(arguments):
+    with pytest.raises(ValueError, match="`--resolution` has to be divisible by 2, but is 33"):
+        main(arguments("run", "--resolution 33"))
+
+
+def test_a_base_that_predicts_something_else_is_refused(arguments, tmp_path, tiny_sd_dir):
+    shutil.copytree(tiny_sd_dir, tmp_path / "base")
+    DDIMScheduler(prediction_type="sample").save_pretrained(tmp_path / "base/scheduler")
+    with pytest.raises(ValueError, match="predicts 'sample', but has to predict epsilon or v_prediction"):
+        main([*arguments("run"), "--pretrained_model_name_or_path", str(tmp_path / "base")])
+
+
+def test_an_earlier_run_is_not_overwritten_and_not_continued_otherwise(train, arguments, tmp_path):
+    train("run", "--max_train_steps 2 --checkpointing_steps 1")
+    with pytest.raises(ValueError, match="holds checkpoint-2 of an earlier run.*`--resume_from_checkpoint latest`"):
+        main(arguments("run"))
+    with pytest.raises(ValueError, match="`--rank` is 8, but '.*checkpoint-2' was trained with 4"):
+        main(arguments("run", "--resume_from_checkpoint latest --rank 8"))
+    with pytest.raises(ValueError, match="holds checkpoint-2, which is not '.*checkpoint-1'. Delete later"):
+        main(arguments("run", f"--resume_from_checkpoint {tmp_path / 'run/checkpoint-1'}"))
+    with pytest.raises(FileNotFoundError, match="`--resume_from_checkpoint`: 'nowhere' is no checkpoint"):
+        main(arguments("run", "--resume_from_checkpoint nowhere"))
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(arguments, tmp_path, tiny_sd_dir):
+    shutil.copytree(tiny_sd_dir, tmp_path / "base")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "base/unet")
+    torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
+    unet.save_pretrained(tmp_path / "base/unet")
+    with pytest.raises(FloatingPointError, match="The loss is nan at step 1"):
+        main([*arguments("run"), "--pretrained_model_name_or_path", str(tmp_path / "base")])
