@@ -21,7 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -273,6 +273,7 @@ def find_adapter_files(
     cache_dir: str | os.PathLike | None = None,
     force_download: bool = False,
     local_files_only: bool = False,
+    optional: bool = False,
 ) -> AdapterFiles | None:
     r"""
     Find an adapter in a folder or a Hub repository, in our layout or in that of the published original.
@@ -285,13 +286,14 @@ def find_adapter_files(
         subfolder, revision, token, cache_dir, force_download, local_files_only:
             As in `huggingface_hub.hf_hub_download`. A folder uses the first alone.
 
-    Returns:
-        `AdapterFiles`, or None if there is no adapter.
+        optional (`bool`, defaults to `False`):
+            Return None if there is no adapter, instead of raising an error.
 
     Raises:
-        OSError: if only a part of an adapter is there, or the Hub repository cannot be reached.
+        OSError: if there is no adapter, or only a part of one, or the Hub repository cannot be reached.
     """
     folder, given = Path(pretrained_model_name_or_path), os.fspath(pretrained_model_name_or_path)
+    unreached: list[LocalEntryNotFoundError] = []
 
     def find(name: str) -> Path | None:
         if folder.is_dir():
@@ -308,6 +310,9 @@ def find_adapter_files(
                 force_download=force_download,
                 local_files_only=local_files_only,
             )
+        except LocalEntryNotFoundError as error:
+            unreached.append(error)
+            return None
         except EntryNotFoundError:
             return None
         except HFValidationError as error:
@@ -332,7 +337,19 @@ def find_adapter_files(
         return AdapterFiles(
             *paths[:2], paths[2] if names == ours else None, None if variant else find(LORA_WEIGHTS_NAME)
         )
-    return None
+    if optional:
+        return None
+    what = f"AU adapter{f' of the variant {variant!r}' if variant else ''}"
+    if unreached:
+        raise OSError(
+            f"There is no {what} in the cache for the Hub repository (no folder) {given!r}, and the Hub was not"
+            " reached. Load it once online, without `local_files_only` and HF_HUB_OFFLINE, or pass a folder."
+        ) from unreached[0]
+    raise OSError(
+        f"There is no {what} in the {'folder' if folder.is_dir() else 'Hub repository (no folder)'} {given!r}: neither"
+        f" {ATTN_PROCESSORS_NAME} and the folder {ENCODER_FOLDER}, nor {ORIGINAL_ATTN_PROCESSORS_NAME} and"
+        f" {ORIGINAL_ENCODER_NAME} as the paper's authors published them."
+    )
 
 
 def read_au_adapter(files: AdapterFiles, unet: nn.Module, layers: dict[str, int]) -> AUAdapter:

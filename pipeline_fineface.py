@@ -133,7 +133,7 @@ class FineFacePipeline(StableDiffusionPipeline):
         if pipeline.au_adapter is None and "au_adapter" not in kwargs:
             hub_options = ("revision", "token", "cache_dir", "force_download", "local_files_only")
             hub_kwargs = {name: kwargs[name] for name in hub_options if kwargs.get(name) is not None}
-            files = find_adapter_files(pretrained_model_name_or_path, **hub_kwargs)
+            files = find_adapter_files(pretrained_model_name_or_path, optional=True, **hub_kwargs)
             if files is not None:
                 pipeline._load_adapter_files(files)
         return pipeline
@@ -189,13 +189,6 @@ class FineFacePipeline(StableDiffusionPipeline):
             force_download=force_download,
             local_files_only=local_files_only,
         )
-        if files is None:
-            found_as = "folder" if os.path.isdir(pretrained_model_name_or_path) else "Hub repository (no folder)"
-            raise OSError(
-                f"There is no AU adapter{f' of the variant {variant!r}' if variant else ''} in the {found_as}"
-                f" {os.fspath(pretrained_model_name_or_path)!r}: neither au_attn_processors.safetensors and the folder"
-                " au_encoder, nor attn_processors.ckpt and au_encoder.ckpt as the paper's authors published them."
-            )
         self._load_adapter_files(files)
 
     def save_au_adapter(self, save_directory: str | os.PathLike) -> None:

@@ -527,7 +527,7 @@ def test_a_path_that_does_not_exist_is_an_error(tiny_base, tmp_path):
 
 
 def test_a_hub_repository_that_is_not_there_offline_is_an_error(tiny_base, tmp_path):
-    with pytest.raises(OSError, match="no AU adapter in the Hub repository .no folder. 'some/repository'"):
+    with pytest.raises(OSError, match="cache for the Hub repository .no folder. 'some/repository', and the Hub"):
         tiny_base.load_au_adapter("some/repository", cache_dir=tmp_path, local_files_only=True)
 
 
