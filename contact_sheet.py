@@ -1,0 +1,83 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Labelled sheets of pictures: tables beside and below each other, on white."""
+
+import textwrap
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+
+INK, GREY = "#222", "#777"
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    Pictures of one size in rows of equal length.
+
+    Args:
+        rows (`list[list[Image.Image]]`):
+            The pictures.
+        row_labels (`list[str]`):
+            One for each row, at its left; what follows a line break is small and grey. Empty for a table without.
+        column_labels (`list[str]`):
+            One for each column, above it.
+    """
+
+    rows: list[list[Image.Image]]
+    row_labels: list[str]
+    column_labels: list[str]
+
+
+def draw_sheet(bands: list[list[Table]], title: str) -> Image.Image:
+    """Tables beside each other in bands below each other, under a title."""
+    unit = _unit(bands[0][0])
+    rows = [[draw_table(table) for table in band] for band in bands]
+    width = max(sum(image.width + unit for image in row) for row in rows) - unit
+    band_heights = [max(image.height for image in row) + unit for row in rows]
+    sheet = Image.new("RGB", (width + 2 * unit, sum(band_heights) + 5 * unit // 2), "white")
+    font = ImageFont.load_default(unit)
+    while len(title) > 1 and font.getlength(title) > width:
+        title = title[:-2] + "…"
+    ImageDraw.Draw(sheet).text((unit, unit), title, GREY, font, anchor="lt")
+    y = 5 * unit // 2
+    for row, band_height in zip(rows, band_heights, strict=True):
+        x = unit
+        for image in row:
+            sheet.paste(image, (x, y))
+            x += image.width + unit
+        y += band_height
+    return sheet
+
+
+def draw_table(table: Table) -> Image.Image:
+    """The pictures with thin gaps, and their labels. All sizes follow the height of a picture."""
+    width, height = table.rows[0][0].size
+    unit, gap = _unit(table), max(1, height // 32)
+    font, small_font = ImageFont.load_default(unit), ImageFont.load_default(0.85 * unit)
+    left = round(0.66 * height) if table.row_labels else 0
+    # A letter is about half as wide as the font is high.
+    captions = [textwrap.fill(label, max(1, round(1.8 * width / unit))) for label in table.column_labels]
+    top = round(1.25 * unit) * max(caption.count("\n") + 1 for caption in captions)
+    size = (left + len(captions) * (width + gap) - gap, top + len(table.rows) * (height + gap) - gap)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    for column, caption in enumerate(captions):
+        middle = left + column * (width + gap) + width / 2
+        draw.multiline_text((middle, top - gap), caption, INK, font, anchor="md", align="center")
+    for row, pictures in enumerate(table.rows):
+        y = top + row * (height + gap)
+        if table.row_labels:
+            name, _, description = table.row_labels[row].partition("\n")
+            description = textwrap.fill(description, max(1, 2 * left // unit))
+            draw.text((0, y + height / 2), name, INK, font, anchor="ls")
+            draw.multiline_text((0, y + height / 2 + gap), description, GREY, small_font)
+        for column, picture in enumerate(pictures):
+            image.paste(picture, (left + column * (width + gap), y))
+    return image
+
+
+def _unit(table: Table) -> int:
+    """Size of the letters, from which the margins follow, in pixels."""
+    return max(8, table.rows[0][0].height // 9)
