@@ -1,0 +1,207 @@
+"""The networks of the embedded world: ordinary diffusers and transformers classes, and one small picture reader."""
+
+import json
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from toy_faces.renderer import ATTRIBUTES, SIZE
+
+
+TEXT_WIDTH = 128
+MAX_TOKENS = 48
+
+
+class PictureReader(ModelMixin, ConfigMixin):
+    r"""
+    A convolutional network that reads numbers from a 128×128 picture: the AU meter and the attribute reader are two
+    trained instances of it.
+
+    Faces are nearly aligned, so the last feature map is flattened, not pooled: where a stroke is, is what it means.
+
+    Args:
+        outputs (`int`): how many numbers it reads.
+        block_out_channels (`tuple[int, ...]`): channels after each halving of the resolution.
+        hidden_size (`int`): width of the layer between the feature map and the outputs.
+        scale (`float`): what an output of 1 stands for; 5 for AU intensities keeps the network's numbers near 1.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        outputs: int,
+        block_out_channels: tuple[int, ...] = (24, 48, 64, 64),
+        hidden_size: int = 128,
+        scale: float = 1.0,
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        in_channels = 3
+        for index, channels in enumerate(block_out_channels):
+            # A 5×5 first layer sees a whole stroke; every layer halves the resolution to stay cheap.
+            kernel_size = 5 if index == 0 else 3
+            layers += [
+                nn.Conv2d(in_channels, channels, kernel_size, stride=2, padding=kernel_size // 2),
+                nn.GroupNorm(8, channels),
+                nn.SiLU(),
+            ]
+            if index:
+                layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.SiLU()]
+            in_channels = channels
+        self.features = nn.Sequential(*layers)
+        side = SIZE // 2 ** len(block_out_channels)
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(in_channels * side**2, hidden_size),
+            nn.SiLU(),
+            nn.Linear(hidden_size, outputs),
+        )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, 3, 128, 128)` in [-1, 1] → `(batch, outputs)`."""
+        return self.config.scale * self.head(self.features(pixel_values))
+
+
+def attribute_logits(logits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Cut the attribute reader's `(batch, outputs)` into one `(batch, number of values)` per attribute."""
+    sizes = [len(values) for values in ATTRIBUTES.values()]
+    return dict(zip(ATTRIBUTES, logits.split(sizes, dim=1), strict=True))
+
+
+def attribute_loss(logits: torch.Tensor, attributes: list[dict[str, str]]) -> torch.Tensor:
+    """Mean cross-entropy over the attributes of a batch."""
+    losses = []
+    for name, values in attribute_logits(logits).items():
+        target = [ATTRIBUTES[name].index(portrait[name]) for portrait in attributes]
+        losses.append(F.cross_entropy(values, torch.tensor(target, device=values.device)))
+    return torch.stack(losses).mean()
+
+
+def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
+    """
+    A CLIP tokenizer whose byte-pair merges are learned from the world's captions: its words become one token each,
+    any other text falls back to pieces and bytes.
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    # The normalisation and splitting of CLIPTokenizer itself: the learned merges are then the ones it will use.
+    bpe.normalizer = CLIPTokenizer().backend_tokenizer.normalizer
+    bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.pre_tokenizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
+    )
+    bpe.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    # CLIP's order: bytes, bytes that end a word, one entry a merge, the two special tokens.
+    words = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(pair) for pair in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_image_encoder() -> CLIPVisionModelWithProjection:
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=256,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=SIZE,
+            patch_size=16,
+        )
+    )
+
+
+def make_vae(block_out_channels: tuple[int, ...], layers_per_block: int) -> AutoencoderKL:
+    """Three halvings and 16 latent channels: as many numbers as four channels at twice the resolution would hold, in
+    a quarter of the positions, so the UNet costs a quarter."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=block_out_channels,
+        layers_per_block=layers_per_block,
+        latent_channels=16,
+        norm_num_groups=8,
+        sample_size=SIZE,
+        scaling_factor=1.0,
+        mid_block_add_attention=False,
+    )
+
+
+def make_unet(block_out_channels: tuple[int, ...]) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=SIZE // 8,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D",) * len(block_out_channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(block_out_channels),
+        block_out_channels=block_out_channels,
+        layers_per_block=1,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=tuple(channels // 32 for channels in block_out_channels),
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """Zero terminal SNR with v-prediction: flat backgrounds need a first step that really starts from noise."""
+    return DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
+
+
+def make_meter() -> PictureReader:
+    """Reads the 12 AU intensities; it plays the part that LibreFace plays in the paper."""
+    return PictureReader(outputs=12, scale=5.0)
+
+
+def make_attribute_reader() -> PictureReader:
+    return PictureReader(outputs=sum(len(values) for values in ATTRIBUTES.values()))
+
+
+def normalize_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """
+    Give every latent channel mean 0 and standard deviation 1 by folding the change into the VAE's two 1×1
+    convolutions: the VAE's reconstructions stay the same, and `scaling_factor` is 1.
+    """
+    channels = len(mean)
+    with torch.no_grad():
+        quant, post_quant = vae.quant_conv, vae.post_quant_conv
+        post_quant.bias += (post_quant.weight[:, :, 0, 0] * mean).sum(1)
+        post_quant.weight *= std[None, :, None, None]
+        quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+        quant.weight[:channels] /= std[:, None, None, None]
+        # The second half are log variances.
+        quant.bias[channels:] -= 2 * std.log()
