@@ -179,6 +179,7 @@ def make_scheduler() -> DDIMScheduler:
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
+        steps_offset=1,  # without effect on trailing timesteps; another value makes diffusers warn
     )
 
 

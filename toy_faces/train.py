@@ -383,6 +383,11 @@ class Recipe:
         for name in ("meter", "attribute_reader"):
             network = PictureReader.from_pretrained(self.folder / name / name, dtype=torch.float16)
             network.save_pretrained(weights / name)
+        for path in weights.rglob("config.json"):
+            # Where the stages lay on this disk is nobody else's business.
+            config = json.loads(path.read_text())
+            config.pop("_name_or_path", None)
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:

@@ -1,0 +1,207 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded world beside its renderer: the loop that trains it, the recipe, the weights, the report."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from action_units import AU_NAMES
+from generate import read_model_defaults
+from pipeline_fineface import FineFacePipeline
+from toy_faces import networks, report, train
+from toy_faces.fit import fit
+from toy_faces.networks import PictureReader
+from toy_faces.pictures import UNSEEN, aus_of, captions_of, render_pictures, render_seed, to_pixel_values
+from toy_faces.renderer import ATTRIBUTES, attributes_in
+
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "toy_faces" / "weights"
+
+
+class Stopped(Exception):
+    pass
+
+
+def fit_line(folder: Path, steps: int, stop_at: int | None = None) -> torch.Tensor:
+    """Fit a line; the loss function raises at one step, as a kill would end it."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+
+    def loss_function(rng: np.random.Generator) -> torch.Tensor:
+        if stop_at is not None and loss_function.step == stop_at:
+            raise Stopped
+        loss_function.step += 1
+        x = torch.from_numpy(rng.normal(size=(8, 3))).float() + 0.01 * torch.randn(8, 3)
+        return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+    loss_function.step = 0
+    fit("line", {"line": model}, loss_function, folder, steps, 0.1, ema_decay=0.9)
+    return model.weight.detach()
+
+
+def test_an_interrupted_fit_continues_as_if_it_had_not_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr("toy_faces.fit.SECONDS_BETWEEN_CHECKPOINTS", -1)  # a checkpoint at every step
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = fit_line(tmp_path / "whole", 20)
+    with pytest.raises(Stopped):
+        fit_line(tmp_path / "parts", 20, stop_at=7)
+    assert torch.equal(fit_line(tmp_path / "parts", 20), whole)
+    assert torch.equal(fit_line(tmp_path / "parts", 20), whole)  # and a finished one is not trained on
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path):
+    with pytest.raises(FloatingPointError, match="nan at step 0"):
+        fit("bad", {"bad": nn.Linear(1, 1)}, lambda rng: torch.tensor(float("nan")), tmp_path, 5, 0.1)
+
+
+def test_pictures_come_back_from_their_file(tmp_path):
+    pictures = render_pictures(tmp_path / "pictures.npy", 4, processes=1)
+    assert np.array_equal(pictures[3], render_seed(3))
+    with pytest.raises(ValueError, match="4 pictures, but the preset asks for 5"):
+        render_pictures(tmp_path / "pictures.npy", 5)
+    pixel_values = to_pixel_values(pictures)
+    assert pixel_values.shape == (4, 3, 128, 128) and -1 <= pixel_values.min() and pixel_values.max() <= 1
+
+
+def test_the_words_of_the_world_are_one_token_each_and_no_text_is_lost():
+    captions = captions_of(range(300), 0)
+    tokenizer = networks.make_tokenizer(captions)
+    assert max(len(tokenizer(text).input_ids) for text in captions) <= networks.MAX_TOKENS
+    assert tokenizer.tokenize("a girl with red hair") == [f"{word}</w>" for word in "a girl with red hair".split()]
+    text = "zürich ⅔ 東京 <au>"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True).replace(" ", "") == text.replace(
+        " ", ""
+    )
+
+
+def test_normalized_latents_have_unit_scale_and_decode_to_the_same_picture():
+    torch.manual_seed(0)
+    vae = networks.make_vae((8, 8, 8, 8), 0).eval()
+    pixel_values = to_pixel_values(np.stack([render_seed(seed) for seed in range(4)]))
+    with torch.no_grad():
+        before = vae.encode(pixel_values).latent_dist
+        mean, std = before.mean.mean((0, 2, 3)), before.mean.std((0, 2, 3))
+        picture = vae.decode(before.mean).sample
+        networks.normalize_latents(vae, mean, std)
+        after = vae.encode(pixel_values).latent_dist
+        assert torch.allclose(after.mean.mean((0, 2, 3)), torch.zeros(16), atol=1e-4)
+        assert torch.allclose(after.mean.std((0, 2, 3)), torch.ones(16), atol=1e-4)
+        assert torch.allclose(after.std * std[:, None, None], before.std, rtol=1e-3)
+        assert torch.allclose(vae.decode(after.mean).sample, picture, atol=1e-4)
+
+
+def test_the_attribute_loss_is_least_for_the_right_attributes():
+    attributes = {name: values[0] for name, values in ATTRIBUTES.items()}
+    logits = torch.cat([10 * torch.eye(len(values))[:1] for values in ATTRIBUTES.values()], dim=1)
+    assert networks.attribute_loss(logits, [attributes]) < 0.01
+    wrong = attributes | {"skin": ATTRIBUTES["skin"][1]}
+    assert networks.attribute_loss(logits, [wrong]) > 1
+
+
+def test_dose_response_on_answers_known_by_hand():
+    prompts, commands = report.single_commands(range(2))
+    assert len(prompts) == len(commands) == 2 * 12 * 5
+    neutral = torch.zeros_like(commands)
+    for row in report.dose_response(commands, 0.5 * commands, neutral):
+        assert row["r"] == pytest.approx(1) and row["slope"] == pytest.approx(0.5) and row["others"] == 0
+        assert row["mse"] == pytest.approx(0.25 * np.mean([1, 4, 9, 16, 25]) / 12)
+    shifted = report.dose_response(commands, commands + 1, neutral)[0]
+    assert shifted["others"] == pytest.approx(1) and shifted["slope"] == pytest.approx(1)
+
+
+def test_every_prompt_of_the_report_names_what_is_scored():
+    assert len(report.PROMPTS) == len(set(report.PROMPTS)) == 15
+    named = [attributes_in(prompt) for prompt in report.PROMPTS]
+    for name in report.SCORED_ATTRIBUTES:
+        assert sum(name in attributes for attributes in named) >= 3, name
+    prompts, combinations = report.combination_commands(range(15), 50)
+    assert len(prompts) == len(combinations) == 150 and len(combinations.unique(dim=0)) == 50
+    assert set(prompts) == set(range(15)) and ((combinations > 0).sum(1) >= 2).all()
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    train.main(["--preset=tiny", f"--output_dir={folder}", "--device=cpu"])
+    return folder
+
+
+def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_path):
+    recipe = train.Recipe(train.PRESETS["tiny"], tiny_run, "cpu")
+    weights = tmp_path / "weights"
+    recipe.export(weights)
+    pipe = FineFacePipeline.from_pretrained(weights, dtype=torch.float32)
+    assert pipe.au_adapter is not None and pipe.image_encoder is not None
+    image = pipe("a girl", aus="AU12=5", num_inference_steps=1).images[0]
+    assert image.size == (128, 128)
+    meter = PictureReader.from_pretrained(weights / "meter", dtype=torch.float32)
+    assert meter(torch.zeros(1, 3, 128, 128)).shape == (1, 12)
+    assert StableDiffusionPipeline.from_pretrained(weights).unet.config.sample_size == 16
+
+
+def test_a_finished_recipe_does_nothing_twice(tiny_run):
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
+    train.main(["--preset=tiny", f"--output_dir={tiny_run}", "--device=cpu", "--until=attribute_reader"])
+    assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
+
+
+@pytest.mark.slow
+def test_a_recipe_killed_at_any_moment_goes_on(tmp_path):
+    command = [sys.executable, "-m", "toy_faces.train", "--preset=tiny", f"--output_dir={tmp_path}", "--device=cpu"]
+    for seconds in (6, 8, 10, 12):
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+    assert (tmp_path / "adapter" / "au_attn_processors.safetensors").exists()
+
+
+# What is committed.
+
+
+def test_the_weights_are_small_safetensors_and_complete():
+    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 24 * 2**20
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".md", ".txt"}
+    index = json.loads((WEIGHTS / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_the_meter_reads_renders_that_it_never_saw():
+    meter = PictureReader.from_pretrained(WEIGHTS / "meter", dtype=torch.float32).eval()
+    seeds = range(UNSEEN, UNSEEN + 64)
+    with torch.no_grad():
+        measured = meter(to_pixel_values(np.stack([render_seed(seed) for seed in seeds])))
+    assert (measured - aus_of(seeds)).square().mean() < 0.3
+
+
+def test_the_embedded_face_obeys_brows_lids_and_jaw():
+    pipe = FineFacePipeline.from_pretrained(WEIGHTS, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    meter = PictureReader.from_pretrained(WEIGHTS / "meter", dtype=torch.float32).eval()
+    prompts = [report.PROMPTS[index] for index in (0, 1, 8)]
+    measured = {}
+    for aus in ("neutral", "AU4=5", "AU5=5", "AU26=5"):
+        generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        images = pipe(
+            prompts, aus=aus, generator=generators, output_type="pt", **read_model_defaults(str(WEIGHTS))
+        ).images
+        with torch.no_grad():
+            measured[aus] = meter(images * 2 - 1).mean(0)
+    for name in ("AU4", "AU5", "AU26"):
+        column = AU_NAMES.index(name)
+        assert measured[f"{name}=5"][column] > measured["neutral"][column] + 1, name
