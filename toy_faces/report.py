@@ -16,14 +16,13 @@ import torch
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
-from generate import number_or_none, read_model_defaults
+from generate import EMBEDDED_MODEL, number_or_none, read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces.networks import PictureReader, attribute_logits
 from toy_faces.pictures import UNSEEN, aus_of, render_seed, to_pixel_values
 from toy_faces.renderer import ATTRIBUTES, attributes_in, sample_portrait
 
 
-WEIGHTS = Path(__file__).parent / "weights"
 PROMPTS = (
     "a closeup of a boy with short brown hair in a park, wearing a red sweater",
     "a portrait of a woman with long black hair and tan skin at the beach, wearing a blue shirt",
@@ -72,7 +71,7 @@ class Bench:
     def read(self, network: PictureReader, pixel_values: torch.Tensor) -> torch.Tensor:
         return torch.cat([network(part.to(self.device)).cpu() for part in pixel_values.split(64)])
 
-    def generate(self, prompts: list[int], aus: torch.Tensor | None, desc: str, seeds: list[int]) -> torch.Tensor:
+    def generate(self, prompts: list[int], aus: torch.Tensor | None, desc: str) -> torch.Tensor:
         """Pixel values in [-1, 1] of `PROMPTS[prompts[i]]` with `aus[i]`, `(len(prompts), 3, 128, 128)`."""
         pictures = []
         for start in tqdm(range(0, len(prompts), self.batch_size), desc=desc, mininterval=5):
@@ -80,7 +79,7 @@ class Bench:
             output = self.pipeline(
                 [PROMPTS[index] for index in prompts[part]],
                 aus=None if aus is None else aus[part],
-                generator=[torch.Generator().manual_seed(seed) for seed in seeds[part]],
+                generator=[torch.Generator().manual_seed(UNSEEN + index) for index in prompts[part]],
                 output_type="pt",
                 **self.call_kwargs,
             )
@@ -179,15 +178,13 @@ def mean_squared_error(measured: torch.Tensor, commands: torch.Tensor) -> float:
 def evaluate(bench: Bench, quick: bool) -> tuple[dict[str, float], list[dict], dict[str, float]]:
     prompts = range(3) if quick else range(len(PROMPTS))
     figures = measure_instruments(bench, 128 if quick else 512)
-    seeds_of = lambda indices: [UNSEEN + index for index in indices]  # noqa: E731 - one seed a prompt
-
     all_prompts = list(prompts)
-    plain = bench.generate(all_prompts, None, "without AUs", seeds_of(all_prompts))
-    neutral = bench.generate(all_prompts, torch.zeros(len(all_prompts), 12), "neutral", seeds_of(all_prompts))
+    plain = bench.generate(all_prompts, None, "without AUs")
+    neutral = bench.generate(all_prompts, torch.zeros(len(all_prompts), 12), "neutral")
     measured_plain, measured_neutral = (bench.read(bench.meter, pictures) for pictures in (plain, neutral))
 
     single_prompts, single = single_commands(prompts)
-    measured = bench.read(bench.meter, bench.generate(single_prompts, single, "single AUs", seeds_of(single_prompts)))
+    measured = bench.read(bench.meter, bench.generate(single_prompts, single, "single AUs"))
     per_au = dose_response(single, measured, measured_neutral[single_prompts])
     figures["mean r"] = float(np.mean([row["r"] for row in per_au]))
     figures["lowest r"] = min(row["r"] for row in per_au)
@@ -196,7 +193,7 @@ def evaluate(bench: Bench, quick: bool) -> tuple[dict[str, float], list[dict], d
     figures["other AUs move by"] = float(np.mean([row["others"] for row in per_au]))
 
     combination_prompts, combinations = combination_commands(prompts, 50)
-    pictures = bench.generate(combination_prompts, combinations, "combinations", seeds_of(combination_prompts))
+    pictures = bench.generate(combination_prompts, combinations, "combinations")
     measured = bench.read(bench.meter, pictures)
     figures["combinations, MSE"] = mean_squared_error(measured, combinations)
     figures["combinations, MSE without AUs"] = mean_squared_error(measured_plain[combination_prompts], combinations)
@@ -234,7 +231,7 @@ def format_report(figures: dict, per_au: list[dict], agreement: dict, settings: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=WEIGHTS)
+    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
     group = parser.add_argument_group("sampling", "Default: what the fineface.json of the model says.")
     group.add_argument("--num-inference-steps", type=int, default=argparse.SUPPRESS)
     group.add_argument("--guidance-scale", type=float, default=argparse.SUPPRESS)
