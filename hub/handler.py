@@ -1,0 +1,199 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What a Hugging Face Inference Endpoint runs: `handler.py` at the root of an exported repository.
+
+    {"inputs": "a boy in a park", "parameters": {"aus": "6C+12D", "seed": 3}}
+
+is answered by a picture, and a request that is wrong in any way by {"error": what is wrong, "error_type": ...}.
+Callers that can send only text write AUs into it: "a boy <AU6=3 AU12=5> in a park".
+"""
+
+import json
+import math
+import re
+import threading
+from numbers import Real
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+
+MODEL_DEFAULTS_NAME = "fineface.json"
+MAX_PROMPT_LENGTH = 2000
+MAX_SEED = 2**63 - 1
+MAX_GUIDANCE = 100
+
+NUMBERS = ("au_scale", "au_guidance_scale", "guidance_scale")
+WHOLE_NUMBERS = ("seed", "num_inference_steps", "width", "height")
+TEXTS = ("negative_prompt",)
+EXPRESSIONS = ("aus", "negative_aus")
+PARAMETERS = (*EXPRESSIONS, *NUMBERS, *WHOLE_NUMBERS, *TEXTS)
+
+
+class EndpointHandler:
+    r"""
+    Args:
+        path (`str`):
+            Folder of an exported repository.
+        max_steps (`int`, defaults to 100):
+            The most denoising steps that a request may ask for.
+        max_pixels (`int`, defaults to 1024 · 1024):
+            The most pixels that a picture may have.
+    """
+
+    def __init__(self, path: str = "", max_steps: int = 100, max_pixels: int = 1024 * 1024):
+        self.max_steps, self.max_pixels = max_steps, max_pixels
+        has_accelerator = torch.accelerator.is_available()
+        device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
+        self.pipeline = DiffusionPipeline.from_pretrained(
+            path, dtype=torch.float16 if has_accelerator else torch.float32, trust_remote_code=True
+        ).to(device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.defaults = _read_defaults(Path(path) / MODEL_DEFAULTS_NAME)
+        # A pipeline keeps the settings of its call in itself, so it serves one at a time.
+        self.lock = threading.Lock()
+
+    def __call__(self, data: dict) -> Image.Image | dict[str, str]:
+        r"""
+        Args:
+            data (`dict`):
+                `{"inputs": prompt, "parameters": {…}}`. All parameters are optional, and None is the same as none:
+                `aus` and `negative_aus` in any form that fits into JSON, `au_scale`, `au_guidance_scale`,
+                `guidance_scale`, `num_inference_steps`, `width`, `height`, `negative_prompt`, as in the pipeline's
+                `__call__`; and `seed`, a whole number from 0 on, without which each picture is another.
+
+        Returns:
+            A picture, or `{"error": message, "error_type": "invalid_request" or "out_of_memory"}`.
+        """
+        try:
+            arguments = self.check(data)
+            seed = arguments.pop("seed", None)
+            generator = None if seed is None else torch.Generator().manual_seed(seed)
+            with self.lock:
+                return self.pipeline(**arguments, generator=generator).images[0]
+        except ValueError as error:
+            return {"error": str(error), "error_type": "invalid_request"}
+        except torch.OutOfMemoryError:
+            message = "There is not enough memory for this picture. Ask for fewer pixels."
+            return {"error": message, "error_type": "out_of_memory"}
+
+    def check(self, data: dict) -> dict:
+        """The arguments of the pipeline's call, and the seed. What AUs say is checked by the pipeline, before it runs.
+
+        Raises:
+            ValueError: if the request has another form, or asks for too much.
+        """
+        if not isinstance(data, dict):
+            raise ValueError(f'The request has to be {{"inputs": prompt, "parameters": {{…}}}}, but is {_kind(data)}.')
+        _check_names(data, ("inputs", "parameters"), "the request")
+        prompt = _check_text("inputs", data.get("inputs"))
+        if not prompt.strip():
+            raise ValueError("`inputs` is empty. Say what to draw, such as 'a girl in a park'.")
+        parameters = data.get("parameters")
+        parameters = {} if parameters is None else parameters
+        if not isinstance(parameters, dict):
+            raise ValueError(f"`parameters` has to be an object, but is {_kind(parameters)}.")
+        _check_names(parameters, PARAMETERS, "`parameters`")
+        given = {name: value for name, value in parameters.items() if value is not None}
+
+        for name in TEXTS:
+            if name in given:
+                _check_text(name, given[name])
+        for name in NUMBERS:
+            value = given.get(name, 0)
+            is_number = isinstance(value, Real) and not isinstance(value, bool)
+            if not is_number or not abs(value) <= MAX_GUIDANCE:
+                raise ValueError(
+                    f"`{name}` has to be a number from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, but is {_show(value)}."
+                )
+        for name, value in ((name, given[name]) for name in WHOLE_NUMBERS if name in given):
+            lowest, highest, step = self._limits(name)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or not lowest <= value <= highest or value % step:
+                what = "a whole number" if step == 1 else f"a multiple of {step}"
+                raise ValueError(f"`{name}` has to be {what} from {lowest} to {highest}, but is {_show(value)}.")
+        for name in EXPRESSIONS:
+            _check_expression(name, given.get(name))
+
+        arguments = {**self.defaults, **given, "prompt": prompt}
+        sizes = [arguments.get(name) for name in ("width", "height")]
+        if any(name in given for name in ("width", "height")):
+            width, height = (size or self._default_size() for size in sizes)
+            if width * height > self.max_pixels:
+                raise ValueError(f"{width} x {height} pixels are more than the {self.max_pixels} that are allowed.")
+        return arguments
+
+    def _limits(self, name: str) -> tuple[int, int, int]:
+        """The lowest value, the highest one, and what it has to be a multiple of."""
+        if name == "seed":
+            return 0, MAX_SEED, 1
+        if name == "num_inference_steps":
+            return 1, self.max_steps, 1
+        return 8, self.max_pixels // 8, 8
+
+    def _default_size(self) -> int:
+        sample_size = self.pipeline.unet.config.sample_size
+        return (sample_size if isinstance(sample_size, int) else max(sample_size)) * self.pipeline.vae_scale_factor
+
+
+def _read_defaults(path: Path) -> dict:
+    """What suits the model best, if its repository says so."""
+    if not path.is_file():
+        return {}
+    defaults = json.loads(path.read_text(encoding="utf-8"))
+    size = defaults.pop("size", None)
+    return defaults | ({} if size is None else {"width": size, "height": size})
+
+
+def _check_names(values: dict, known: tuple[str, ...], where: str) -> None:
+    unknown = [name for name in values if name not in known]
+    if unknown:
+        raise ValueError(f"{_show(unknown[0])} is unknown in {where}. Known are {', '.join(known)}.")
+
+
+def _check_text(name: str, value) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"`{name}` has to be one text, but is {_kind(value)}.")
+    if len(value) > MAX_PROMPT_LENGTH:
+        raise ValueError(f"`{name}` has {len(value)} characters, and may have {MAX_PROMPT_LENGTH}.")
+    # JSON can carry halves of characters, which no tokenizer can.
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"`{name}` has to be Unicode text, but has a half of a character in it.")
+    return value
+
+
+def _check_expression(name: str, value) -> None:
+    """Forms only. Numbers in JSON may be endless, and lists as deep as they like."""
+    if isinstance(value, str):
+        _check_text(name, value)
+        return
+    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    is_flat = all(isinstance(item, (int, float)) and math.isfinite(_float(item)) for item in items)
+    if value is not None and not (isinstance(value, (dict, list)) and is_flat):
+        raise ValueError(
+            f"`{name}` has to be a text such as '6C+12D', an object such as {{\"AU6\": 2.5}}, or 12 numbers, but is"
+            f" {_show(value)}."
+        )
+
+
+def _float(value) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _kind(value) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "missing"}
+    return names.get(type(value), "a number" if isinstance(value, Real) else f"of type {type(value).__name__}")
+
+
+def _show(value) -> str:
+    """A short form of anything: error messages go back to the caller, who may have sent a lot."""
+    # Python refuses to print whole numbers of more than some thousand digits.
+    is_huge = isinstance(value, int) and abs(value) > 2**64
+    text = "a very large number" if is_huge else repr(value) if isinstance(value, (Real, str)) else _kind(value)
+    return text if len(text) <= 60 else f"{text[:56]}…{text[-1]}"
