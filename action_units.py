@@ -244,6 +244,80 @@ def extract_au_tags(prompt: str, argument: str = "prompt") -> tuple[str, str | N
     return before + gap + after, text
 
 
+def parse_aus_per_prompt(
+    aus, batch_size: int, argument: str = "aus", num_people: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    The `aus` of a call of the pipeline: one expression for each prompt, or one for all; None leaves it to the prompt.
+
+    Args:
+        aus (as for `parse_aus`, or None, or a `list` with None in it):
+            The expressions.
+        batch_size (`int`):
+            Number of prompts.
+        argument (`str`, defaults to `"aus"`):
+            What error messages call the input.
+        num_people (`int`, *optional*):
+            With several people in a picture, one for each person, or one for all people. Then a list of expressions
+            serves all prompts, and a list of such lists, or a tensor of shape `(batch, people, 12)`, has one for each.
+
+    Returns:
+        Intensities of shape `(batch_size, 12)`, and of shape `(batch_size,)` 1 for each row that has AUs and 0 else.
+        With a number of people, both have a dimension more, after that of the batch.
+
+    Raises:
+        ValueError: as for `parse_aus`, or if the number of expressions fits neither prompts nor people.
+
+    Example:
+        >>> intensities, has_aus = parse_aus_per_prompt(["12E", None], 2)
+        >>> intensities[:, 6].tolist(), has_aus.tolist()
+        ([5.0, 0.0], [1.0, 0.0])
+    """
+    if num_people is None:
+        return _parse_expressions(aus, batch_size, argument, "prompts")
+    if not _is_for_each_prompt(aus):
+        intensities, has_aus = _parse_expressions(aus, num_people, argument, "masks")
+        return intensities.expand(batch_size, -1, -1), has_aus.expand(batch_size, -1)
+    if len(aus) != batch_size:
+        raise ValueError(
+            f"`{argument}` has expressions for {len(aus)} pictures, but there are {batch_size} prompts. Pass a list of"
+            " expressions for each prompt, or one list for all."
+        )
+    rows = [_parse_expressions(entry, num_people, f"{argument}[{i}]", "masks") for i, entry in enumerate(aus)]
+    return torch.stack([intensities for intensities, _ in rows]), torch.stack([has_aus for _, has_aus in rows])
+
+
+def _is_for_each_prompt(aus) -> bool:
+    """Whether the entries of `aus` are lists of expressions. A list of numbers is one expression."""
+    if not isinstance(aus, list | tuple):
+        return getattr(aus, "ndim", 0) == 3
+    return any(
+        getattr(entry, "ndim", 0) == 2
+        or (isinstance(entry, list | tuple) and not all(isinstance(item, Real) for item in entry))
+        for entry in aus
+    )
+
+
+def _parse_expressions(aus, count: int, argument: str, counted: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Intensities `(count, 12)` and which rows have AUs `(count,)`."""
+    if aus is None:
+        return torch.zeros(count, len(AU_NAMES)), torch.zeros(count)
+    absent = [entry is None for entry in aus] if isinstance(aus, list | tuple) else [False]
+    if any(absent):
+        aus = [{} if entry is None else entry for entry in aus]
+    intensities = parse_aus(aus, argument)
+    has_aus = torch.tensor([not entry for entry in absent]).float() if any(absent) else torch.ones(len(intensities))
+    if len(intensities) == 1:
+        return intensities.expand(count, -1), has_aus.expand(count)
+    if len(intensities) != count:
+        raise ValueError(
+            f"`{argument}` has {len(intensities)} expressions, but there are {count} {counted}. Pass one for each, or"
+            " one for all. For several expressions of one prompt, repeat it: `prompt=[prompt] * len(aus)`; for several"
+            " people in one picture, pass a mask for each as `au_masks`."
+        )
+    return intensities, has_aus
+
+
 def _without_arrays(aus, label: str):
     """Tensors and numpy arrays as nested lists, anything else as it is."""
     if not isinstance(aus, torch.Tensor):

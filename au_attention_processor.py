@@ -11,6 +11,9 @@ The layer then applies its output projection `to_out`, which is affine, so the s
 With one AU token, which is what the paper uses, a softmax over one key is 1 whatever the query: the attention is V_AU,
 the same at every position and every denoising step. So its whole term is one vector for each layer and image, which
 `au_cross_attention_kwargs` computes once, before the first step. K_AU has no influence then.
+
+Several people in a picture have AUs of their own, each in the region of a mask: then the second term is the sum over
+the people, weighed at each position by their masks.
 """
 
 import inspect
@@ -18,12 +21,18 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from PIL import Image
 from torch import nn
+
+
+# Masks may be drawn for a size that is rounded a little differently.
+MAX_MASK_DISTORTION = 0.05
 
 
 class AUAttnProcessor(nn.Module):
@@ -58,6 +67,7 @@ class AUAttnProcessor(nn.Module):
         au_residual: torch.Tensor | None = None,
         au_keys: torch.Tensor | None = None,
         au_values: torch.Tensor | None = None,
+        au_masks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -67,16 +77,21 @@ class AUAttnProcessor(nn.Module):
                 What one AU token adds to each layer's output.
             au_keys, au_values (`torch.Tensor` of shape `(batch, num_tokens, sum of all widths)`, *optional*):
                 Keys and values for the attention to any number of AU tokens.
+            au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
+                Where each person is, in the size of the latents. The tensors above then have a dimension of people
+                after that of the batch.
         """
         masks = {"ip_adapter_masks": ip_adapter_masks} if self.takes_ip_adapter_masks else {}
         output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **masks)
         if self.channels is None:
             return output
+        weights = None if au_masks is None else _query_weights(au_masks, output.shape[1]).to(output.dtype)
         if au_residual is not None:
-            output = output + au_residual[:, None, self.channels].to(output.dtype)
+            au_residual = au_residual[..., self.channels].to(output.dtype)
+            output = output + (au_residual[:, None] if weights is None else weights @ au_residual)
         if au_keys is not None:
             au_keys, au_values = (tensor[..., self.channels].to(output.dtype) for tensor in (au_keys, au_values))
-            output = output + _au_attention(attn, hidden_states, au_keys, au_values)
+            output = output + _au_attention(attn, hidden_states, au_keys, au_values, weights)
         return output
 
 
@@ -127,6 +142,7 @@ def au_cross_attention_kwargs(
     au_scale: float | torch.Tensor = 1.0,
     lora_scale: float = 1.0,
     general: bool = False,
+    au_masks: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""
     The `cross_attention_kwargs` that make `unet`, with its processors attached, attend to the AUs. Differentiable.
@@ -145,9 +161,13 @@ def au_cross_attention_kwargs(
             The `scale` that the same call passes to the UNet in `cross_attention_kwargs`.
         general (`bool`, defaults to `False`):
             Compute the attention also for one token, which gives the same result more slowly.
+        au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
+            From `read_au_masks`. The rows of all other tensors are then those of the first picture's people, of the
+            second's, and so on.
 
     Returns:
-        `{"au_residual": tensor}` for one token, `{"au_keys": tensor, "au_values": tensor}` otherwise.
+        `{"au_residual": tensor}` for one token, `{"au_keys": tensor, "au_values": tensor}` otherwise, and `"au_masks"`
+        if there are masks.
     """
     dtype = unet.dtype
     au_scale = torch.as_tensor(au_scale, device=au_values.device).to(dtype).reshape(-1, 1, 1)
@@ -157,7 +177,7 @@ def au_cross_attention_kwargs(
     devices = {attn.to_out[0].weight.device for attn in layers}
     if general or au_values.shape[1] != 1 or devices - {au_values.device, torch.device("meta")}:
         # Attention is linear in its values, so the scale can be applied to them.
-        return {"au_keys": au_keys, "au_values": au_scale * au_values}
+        return _with_masks({"au_keys": au_keys, "au_values": au_scale * au_values}, au_masks)
     # The offset of the affine `to_out` is what it makes of 0, which is the last row.
     values = F.pad(au_values, (0, 0, 0, 0, 0, 1)).split([attn.inner_dim for attn in layers], dim=-1)
     scale_lora_layers(unet, lora_scale)
@@ -166,7 +186,95 @@ def au_cross_attention_kwargs(
     finally:
         unscale_lora_layers(unet, lora_scale)
     outputs = torch.cat(outputs, dim=-1)
-    return {"au_residual": (au_scale * (outputs[:-1] - outputs[-1:])).squeeze(1)}
+    return _with_masks({"au_residual": (au_scale * (outputs[:-1] - outputs[-1:])).squeeze(1)}, au_masks)
+
+
+def read_au_masks(au_masks, batch_size: int, latent_size: tuple[int, int]) -> torch.Tensor:
+    r"""
+    Bring masks of people into the form that the attention processors take.
+
+    Args:
+        au_masks (`torch.Tensor`, `np.ndarray`, `PIL.Image.Image` or `list`):
+            A mask, one for each person, or a list of the latter with an entry for each prompt; as a tensor, of shape
+            `(height, width)`, `(people, height, width)` or `(batch or 1, people, height, width)`. It goes from 0
+            (elsewhere) to 1 (the person), in a PIL image from black to white. It covers the whole picture, in any
+            resolution.
+        batch_size (`int`):
+            Number of prompts.
+        latent_size (`tuple[int, int]`):
+            Height and width of the latents.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, people, *latent_size)`, `float32`, on the CPU.
+
+    Raises:
+        ValueError: if the masks have another form, size or range.
+    """
+    masks = _mask_tensor(au_masks)
+    if not 2 <= masks.ndim <= 4 or 0 in masks.shape:
+        raise ValueError(
+            f"`au_masks` has the shape {tuple(masks.shape)}. It needs (height, width), (people, height, width) or"
+            " (batch, people, height, width)."
+        )
+    masks = masks.reshape(*[1] * (4 - masks.ndim), *masks.shape)
+    if len(masks) not in (1, batch_size):
+        raise ValueError(
+            f"`au_masks` has masks for {len(masks)} pictures, but there are {batch_size} prompts. Pass them for each"
+            " prompt, or once for all."
+        )
+    if not (masks.min() >= 0 and masks.max() <= 1):  # written so that NaN fails too
+        raise ValueError(
+            f"`au_masks` goes from {masks.min():g} to {masks.max():g}. Masks go from 0, elsewhere, to 1, the person."
+        )
+    distortion = masks.shape[-1] / masks.shape[-2] * latent_size[0] / latent_size[1]
+    if abs(distortion - 1) > MAX_MASK_DISTORTION:
+        raise ValueError(
+            f"`au_masks` are {masks.shape[-1]}×{masks.shape[-2]} wide and high, which is another shape than the"
+            " picture has. Masks cover the whole picture: draw them in its `width` and `height`."
+        )
+    return F.interpolate(masks, latent_size, mode="area").expand(batch_size, -1, -1, -1)
+
+
+def _mask_tensor(mask) -> torch.Tensor:
+    if isinstance(mask, torch.Tensor):
+        return mask.detach().float().cpu()
+    if isinstance(mask, Image.Image):
+        return torch.from_numpy(np.array(mask.convert("L"))).float() / 255
+    if isinstance(mask, np.ndarray) and mask.dtype.kind in "bfiu":
+        return torch.from_numpy(mask.astype(np.float32))
+    if not isinstance(mask, (list, tuple)) or not mask:
+        raise ValueError(
+            f"`au_masks` is or holds {'an empty' if mask in ([], ()) else 'a'} {type(mask).__name__}. A mask is a PIL"
+            " image, a tensor or an array; pass one for each person."
+        )
+    masks = [_mask_tensor(entry) for entry in mask]
+    shapes = {tuple(entry.shape) for entry in masks}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"`au_masks` holds masks of the shapes {', '.join(map(str, sorted(shapes)))}. All need the same size, and"
+            " all pictures of a call the same number of people; add an empty mask where one has fewer."
+        )
+    return torch.stack(masks)
+
+
+def _with_masks(tensors: dict[str, torch.Tensor], au_masks: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    if au_masks is None:
+        return tensors
+    tensors = {name: tensor.unflatten(0, (-1, au_masks.shape[1])) for name, tensor in tensors.items()}
+    dtype, device = next((tensor.dtype, tensor.device) for tensor in tensors.values())
+    return {**tensors, "au_masks": au_masks.to(device=device, dtype=dtype)}
+
+
+def _query_weights(au_masks: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """How much each position of a layer belongs to each person: `(batch, num_queries, people)`."""
+    height, width = au_masks.shape[-2:]
+    while height * width > num_queries:
+        height, width = (height + 1) // 2, (width + 1) // 2  # the UNet's downsampling rounds up
+    if height * width != num_queries:
+        raise ValueError(
+            f"`au_masks` were made for latents of {tuple(au_masks.shape[-2:])}, which is not the size of the picture."
+        )
+    return F.adaptive_avg_pool2d(au_masks, (height, width)).flatten(2).transpose(1, 2)
 
 
 def _attention_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Attention]]:
@@ -181,13 +289,25 @@ def _attention_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def _au_attention(
-    attn: Attention, hidden_states: torch.Tensor, au_keys: torch.Tensor, au_values: torch.Tensor
+    attn: Attention,
+    hidden_states: torch.Tensor,
+    au_keys: torch.Tensor,
+    au_values: torch.Tensor,
+    weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    query, key, value = (
-        tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
-        for tensor in (attn.to_q(hidden_states), au_keys, au_values)
-    )
-    attended = F.scaled_dot_product_attention(query, key, value, scale=attn.scale)
-    attended = attended.transpose(1, 2).flatten(2)  # (batch, query tokens, width)
+    def split_heads(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (batch, heads, tokens, head_dim)
+
+    def attend(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        attended = F.scaled_dot_product_attention(query, split_heads(key), split_heads(value), scale=attn.scale)
+        return attended.transpose(1, 2).flatten(2)  # (batch, query tokens, width)
+
+    query = split_heads(attn.to_q(hidden_states))
+    if weights is None:
+        attended = attend(au_keys, au_values)
+    else:
+        # `to_out` is affine, so it can follow the sum.
+        people = zip(weights.unbind(-1), au_keys.unbind(1), au_values.unbind(1), strict=True)
+        attended = sum(weight[..., None] * attend(key, value) for weight, key, value in people)
     offset = attn.to_out[0](attended.new_zeros(1, 1, attended.shape[-1]))
     return (attn.to_out[0](attended) - offset) / attn.rescale_output_factor

@@ -21,13 +21,14 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 
 if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
-    from .action_units import AU_NAMES, extract_au_tags, parse_aus
+    from .action_units import AU_NAMES, extract_au_tags, parse_aus_per_prompt
     from .au_attention_processor import (
         attach_au_processors,
         au_cross_attention_kwargs,
         au_layers,
         au_processors_detached,
         detach_au_processors,
+        read_au_masks,
     )
     from .au_encoder import AdapterFiles, base_unet, find_adapter_files, read_au_adapter, read_lora, write_au_adapter
 else:  # a clone: the files are top-level modules
@@ -38,12 +39,13 @@ else:  # a clone: the files are top-level modules
 
     AU_NAMES = _action_units.AU_NAMES
     extract_au_tags = _action_units.extract_au_tags
-    parse_aus = _action_units.parse_aus
+    parse_aus_per_prompt = _action_units.parse_aus_per_prompt
     attach_au_processors = _au_attention_processor.attach_au_processors
     au_cross_attention_kwargs = _au_attention_processor.au_cross_attention_kwargs
     au_layers = _au_attention_processor.au_layers
     au_processors_detached = _au_attention_processor.au_processors_detached
     detach_au_processors = _au_attention_processor.detach_au_processors
+    read_au_masks = _au_attention_processor.read_au_masks
     AdapterFiles = _au_encoder.AdapterFiles
     base_unet = _au_encoder.base_unet
     find_adapter_files = _au_encoder.find_adapter_files
@@ -328,6 +330,7 @@ class FineFacePipeline(StableDiffusionPipeline):
         negative_aus=None,
         au_scale=1.0,
         au_guidance_scale=None,
+        au_masks=None,
     ):
         """Raise a ValueError for anything wrong with the arguments of a call, before any model runs."""
         super().check_inputs(
@@ -357,6 +360,9 @@ class FineFacePipeline(StableDiffusionPipeline):
                 f"`generator` is a list of {len(generator)}, but the call makes {batch_size * num_images_per_prompt}"
                 " images. Pass one for each image, or one alone."
             )
+        self._check_aus(aus, negative_aus, au_scale, au_guidance_scale, au_masks, batch_size, height, width)
+
+    def _check_aus(self, aus, negative_aus, au_scale, au_guidance_scale, au_masks, batch_size, height, width):
         scales = {"au_scale": au_scale}
         if au_guidance_scale is not None:
             scales["au_guidance_scale"] = au_guidance_scale
@@ -365,11 +371,16 @@ class FineFacePipeline(StableDiffusionPipeline):
                 raise ValueError(f"`{name}` has to be a finite number, but is {scale!r}.")
         if aus is None and negative_aus is not None:
             raise ValueError("`negative_aus` says what to guide away from, but there are no `aus` to guide to.")
+        if aus is None and au_masks is not None:
+            raise ValueError("`au_masks` says where each of the `aus` goes, but there are no `aus`.")
         if aus is not None:
             if self.au_adapter is None:
                 raise ValueError("`aus` need an AU adapter, and none is loaded. Load one with `load_au_adapter`.")
-            _parse_aus(aus, batch_size, "aus")
-            _parse_aus({} if negative_aus is None else negative_aus, batch_size, "negative_aus")
+            num_people = None
+            if au_masks is not None:
+                num_people = read_au_masks(au_masks, batch_size, self._latent_size(height, width)).shape[1]
+            parse_aus_per_prompt(aus, batch_size, "aus", num_people)
+            parse_aus_per_prompt({} if negative_aus is None else negative_aus, batch_size, "negative_aus", num_people)
 
     def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`StableDiffusionPipeline.encode_prompt`]."""
@@ -392,12 +403,15 @@ class FineFacePipeline(StableDiffusionPipeline):
         negative_aus=None,
         au_scale: float = 1.0,
         lora_scale: float = 1.0,
+        au_masks=None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         r"""
         Encode AUs into what the UNet takes as `cross_attention_kwargs`. It is the same at every denoising step.
 
         Args:
-            aus, negative_aus, au_scale:
+            aus, negative_aus, au_scale, au_masks, height, width:
                 See `__call__`.
             device (`torch.device`):
                 Where the tensors go.
@@ -415,14 +429,93 @@ class FineFacePipeline(StableDiffusionPipeline):
         if self.au_adapter is None:
             return {}, {}
         attach_au_processors(self.unet)  # where `set_attn_processor` or attention slicing has replaced them
-        intensities, has_aus = _parse_aus(aus, batch_size, "aus")
-        negative_intensities, _ = _parse_aus({} if negative_aus is None else negative_aus, batch_size, "negative_aus")
-        rows = torch.cat([intensities, negative_intensities]).repeat_interleave(num_images_per_prompt, dim=0)
-        scales = au_scale * has_aus.repeat(2).repeat_interleave(num_images_per_prompt)
-        au_keys, au_values = self.au_adapter(rows.to(device))
-        kwargs = au_cross_attention_kwargs(self.unet, au_keys, au_values, scales.to(device), lora_scale)
+        num_people = None
+        if au_masks is not None:
+            au_masks = read_au_masks(au_masks, batch_size, self._latent_size(height, width))
+            num_people = au_masks.shape[1]
+            au_masks = au_masks.repeat_interleave(num_images_per_prompt, dim=0).repeat(2, 1, 1, 1)
+        negative_aus = {} if negative_aus is None else negative_aus
+        positive, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people)
+        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people)
+        intensities = torch.cat([positive, negative]).repeat_interleave(num_images_per_prompt, dim=0)
+        scales = au_scale * torch.cat([has_aus, has_aus]).repeat_interleave(num_images_per_prompt, dim=0).flatten()
+        au_keys, au_values = self.au_adapter(intensities.reshape(-1, len(AU_NAMES)).to(device))
+        kwargs = au_cross_attention_kwargs(
+            self.unet, au_keys, au_values, scales.to(device), lora_scale, au_masks=au_masks
+        )
         half = batch_size * num_images_per_prompt
         return {k: tensor[:half] for k, tensor in kwargs.items()}, {k: tensor[half:] for k, tensor in kwargs.items()}
+
+    @torch.no_grad()
+    def au_cross_attention_kwargs(
+        self,
+        aus,
+        batch_size: int = 1,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 7.5,
+        negative_aus=None,
+        au_scale: float = 1.0,
+        au_masks=None,
+        height: int | None = None,
+        width: int | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        r"""
+        AU control for another Stable Diffusion pipeline that shares this one's UNet:
+
+            >>> inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, dtype=pipe.dtype)
+            >>> au_kwargs = pipe.au_cross_attention_kwargs("6C+12E")
+            >>> inpaint(prompt, image, mask_image, cross_attention_kwargs=au_kwargs)
+
+        Args:
+            aus, negative_aus, au_scale, au_masks, height, width:
+                See `__call__`. Height and width of the picture matter to masks only.
+            batch_size (`int`, defaults to 1):
+                Number of prompts of the other call.
+            num_images_per_prompt, guidance_scale:
+                As in the other call, whose defaults are the same. Image-to-image pipelines have fewer steps than asked
+                for, but AUs are the same at every step.
+            cross_attention_kwargs (`dict`, *optional*):
+                What else the other call should get, such as `{"scale": 0.7}` for the LoRA.
+
+        Returns:
+            The `cross_attention_kwargs` of the other call.
+
+        Raises:
+            ValueError: if an argument is wrong.
+        """
+        counts = {"batch_size": batch_size, "num_images_per_prompt": num_images_per_prompt}
+        for name, count in counts.items():
+            if not isinstance(count, Integral) or count < 1:
+                raise ValueError(f"`{name}` has to be a whole number from 1 on, but is {count!r}.")
+        if aus is None:
+            raise ValueError("`aus` is None. Without AUs, the other call needs no `cross_attention_kwargs`.")
+        self._check_aus(aus, negative_aus, au_scale, None, au_masks, batch_size, height, width)
+        lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        au_kwargs, negative_au_kwargs = self.encode_aus(
+            aus,
+            self._execution_device,
+            num_images_per_prompt,
+            batch_size,
+            negative_aus,
+            au_scale,
+            lora_scale,
+            au_masks,
+            height,
+            width,
+        )
+        if guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None:
+            au_kwargs = {k: torch.cat([negative_au_kwargs[k], tensor]) for k, tensor in au_kwargs.items()}
+        return {**(cross_attention_kwargs or {}), **au_kwargs}
+
+    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        sample_size = self.unet.config.sample_size
+        default_height, default_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        return height or default_height * self.vae_scale_factor, width or default_width * self.vae_scale_factor
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        height, width = self._image_size(height, width)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
     @property
     def au_guidance_scale(self) -> float | None:
@@ -463,9 +556,10 @@ class FineFacePipeline(StableDiffusionPipeline):
         negative_aus: str | dict[str, float] | torch.Tensor | list | None = None,
         au_scale: float = 1.0,
         au_guidance_scale: float | None = None,
+        au_masks: torch.Tensor | list | None = None,
     ) -> StableDiffusionPipelineOutput | tuple:
         r"""
-        Generate images. All arguments but the last four are those of [`StableDiffusionPipeline.__call__`].
+        Generate images. All arguments but the last five are those of [`StableDiffusionPipeline.__call__`].
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
@@ -488,6 +582,13 @@ class FineFacePipeline(StableDiffusionPipeline):
                 None guides prompt and AUs together by `guidance_scale`, as in the paper. A number guides the AUs on
                 their own, with `guidance_scale` for the prompt, at the cost of a third prediction for each step:
                 e(∅,0) + guidance_scale · (e(c,0) − e(∅,0)) + au_guidance_scale · (e(c,au) − e(c,0)).
+            au_masks (`torch.Tensor` or `list`, *optional*):
+                Where each of several people is: a PIL image for each, white on black, or a tensor of shape `(people,
+                height, width)` from 0 to 1. Then `aus` is a list with an expression for each person, or None for one
+                without AUs; where there are several prompts, this list serves all, or `aus` is a list of such lists.
+                `negative_aus` likewise; and `au_masks` may hold the masks of each prompt, `(batch, people, height,
+                width)`. Masks are stretched to the layers of the UNet; soft edges stay soft. Outside, there are no
+                AUs, and where masks overlap, they add up.
 
         Examples:
 
@@ -503,10 +604,7 @@ class FineFacePipeline(StableDiffusionPipeline):
 
         # 1. Check inputs.
         prompt, aus = _take_au_tags(prompt, aus)
-        sample_size = self.unet.config.sample_size
-        default_height, default_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        height = height or default_height * self.vae_scale_factor
-        width = width or default_width * self.vae_scale_factor
+        height, width = self._image_size(height, width)
         self.check_inputs(
             prompt,
             height,
@@ -525,6 +623,7 @@ class FineFacePipeline(StableDiffusionPipeline):
             negative_aus,
             au_scale,
             au_guidance_scale,
+            au_masks,
         )
 
         self._guidance_scale = guidance_scale
@@ -554,7 +653,16 @@ class FineFacePipeline(StableDiffusionPipeline):
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         au_kwargs, negative_au_kwargs = self.encode_aus(
-            aus, device, num_images_per_prompt, batch_size, negative_aus, au_scale, lora_scale
+            aus,
+            device,
+            num_images_per_prompt,
+            batch_size,
+            negative_aus,
+            au_scale,
+            lora_scale,
+            au_masks,
+            height,
+            width,
         )
         image_embeds = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
@@ -663,25 +771,6 @@ def _take_au_tags(prompt, aus):
     if aus is not None:
         raise ValueError("AUs stand in `prompt` and in `aus`. Write them in one of the two.")
     return pairs[0] if isinstance(prompt, str) else ([text for text, _ in pairs], [tag for _, tag in pairs])
-
-
-def _parse_aus(aus, batch_size: int, argument: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intensities of shape `(batch_size, 12)`, and of shape `(batch_size,)` 1 for each row that has AUs and 0 else."""
-    if aus is None:
-        return torch.zeros(batch_size, len(AU_NAMES)), torch.zeros(batch_size)
-    absent = [entry is None for entry in aus] if isinstance(aus, (list, tuple)) else [False]
-    if any(absent):
-        aus = [{} if entry is None else entry for entry in aus]
-    intensities = parse_aus(aus, argument)
-    has_aus = torch.tensor([not entry for entry in absent]).float() if any(absent) else torch.ones(len(intensities))
-    if len(intensities) == 1:
-        return intensities.expand(batch_size, -1), has_aus.expand(batch_size)
-    if len(intensities) != batch_size:
-        raise ValueError(
-            f"`{argument}` has {len(intensities)} expressions, but there are {batch_size} prompts. Pass one for each"
-            " prompt, or one for all. For several expressions of one prompt, repeat it: `prompt=[prompt] * len(aus)`."
-        )
-    return intensities, has_aus
 
 
 def _check_num_aus(adapter: ModelMixin) -> None:

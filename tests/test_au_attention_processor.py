@@ -1,11 +1,13 @@
 import logging
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from PIL import Image
 
 from au_attention_processor import (
     AUAttnProcessor,
@@ -14,6 +16,7 @@ from au_attention_processor import (
     au_layers,
     au_processors_detached,
     detach_au_processors,
+    read_au_masks,
 )
 from au_encoder import AUAdapter
 
@@ -226,3 +229,115 @@ def test_a_unet_without_cross_attention_is_an_error():
     )
     with pytest.raises(ValueError, match="no cross-attention layers"):
         au_layers(unet)
+
+
+# Masks: several people in one picture
+
+
+def some_masks(batch: int = 2, people: int = 2, size: tuple[int, int] = (16, 16)) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return read_au_masks(torch.rand(batch, people, 32, 32, generator=generator), batch, size)
+
+
+@torch.no_grad()
+def predict_people(unet, adapter, au_masks, general=False, au_scale=1.0) -> torch.Tensor:
+    rows = some_aus(au_masks.shape[0] * au_masks.shape[1])
+    au_kwargs = au_cross_attention_kwargs(unet, *adapter(rows), au_scale, general=general, au_masks=au_masks)
+    return call_unet(unet, au_kwargs)
+
+
+@pytest.mark.parametrize("general", [False, True])
+def test_one_full_mask_is_no_mask(unet, general):
+    adapter = make_adapter(unet)
+    full = predict_people(unet, adapter, read_au_masks(torch.ones(1, 8, 8), 2, (16, 16)), general)
+    torch.testing.assert_close(full, predict(unet, adapter, general=general), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("au_scale", [1.0, torch.tensor([0.3, 0.0, 1.4, 2.0])])
+def test_one_token_path_equals_the_general_attention_under_masks(unet, au_scale):
+    adapter = make_adapter(unet)
+    fast = predict_people(unet, adapter, some_masks(), au_scale=au_scale)
+    general = predict_people(unet, adapter, some_masks(), general=True, au_scale=au_scale)
+    assert (fast - predict(unet, adapter)).abs().max() > 0.01
+    torch.testing.assert_close(fast, general, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_a_layer_adds_up_the_people_where_they_are(unet, num_tokens):
+    adapter = make_adapter(unet, num_tokens=num_tokens)
+    attn = unet.get_submodule("up_blocks.1.attentions.0.transformer_blocks.0.attn2")
+    generator = torch.Generator().manual_seed(3)
+    # 3×5 queries of latents 5×9, as the UNet's downsampling rounds.
+    hidden_states = torch.randn(1, 15, attn.query_dim, generator=generator)
+    text = torch.randn(1, 7, CROSS_ATTENTION_DIM, generator=generator)
+    rows = some_aus(2)
+    masks = torch.zeros(1, 2, 5, 9)
+    masks[:, 0, :, :4], masks[:, 1, :, 4:] = 1, 0.5
+    weights = F.adaptive_avg_pool2d(masks, (3, 5)).flatten(2)  # (1, people, queries)
+    with torch.no_grad():
+        plain = attn(hidden_states, text)
+        au_kwargs = au_cross_attention_kwargs(unet, *adapter(rows), au_masks=masks)
+        found = attn(hidden_states, text, **au_kwargs) - plain
+        expected = torch.zeros_like(plain)
+        for person in range(2):
+            alone = au_cross_attention_kwargs(unet, *adapter(rows[person : person + 1]))
+            expected += weights[:, person, :, None] * (attn(hidden_states, text, **alone) - plain)
+    assert 0 < weights[0, 0].sum() < 15
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_outside_all_masks_is_the_base(unet, num_tokens):
+    adapter = make_adapter(unet, num_tokens=num_tokens)
+    with torch.no_grad():
+        assert torch.equal(predict_people(unet, adapter, torch.zeros(2, 3, 16, 16)), call_unet(unet))
+
+
+def test_masks_of_another_size_than_the_picture_are_an_error(unet):
+    with pytest.raises(ValueError, match="not the size of the picture"):
+        predict_people(unet, make_adapter(unet), some_masks(size=(24, 24)))
+
+
+def test_masks_come_in_every_form():
+    left, right = torch.zeros(32, 64), torch.zeros(32, 64)
+    left[:, :32] = right[:, 32:] = 1
+    pictures = [Image.fromarray((255 * mask).byte().numpy()) for mask in (left, right)]
+    expected = torch.zeros(3, 2, 4, 8)
+    expected[:, 0, :, :4] = expected[:, 1, :, 4:] = 1
+    for masks in (
+        torch.stack([left, right]),
+        torch.stack([left, right])[None],
+        torch.stack([left, right])[None].expand(3, -1, -1, -1),
+        np.stack([left, right]).astype(bool),
+        [left, right],
+        pictures,
+        [picture.convert("1") for picture in pictures],
+        [pictures] * 3,
+    ):
+        assert torch.equal(read_au_masks(masks, 3, (4, 8)), expected)
+    assert torch.equal(read_au_masks(pictures[0], 1, (4, 8)), expected[:1, :1])
+    # The edge lies within the second of five columns.
+    edge = torch.zeros(2, 4)
+    edge[:, :1] = 1
+    assert read_au_masks(edge, 1, (1, 2)).tolist() == [[[[0.5, 0.0]]]]
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (torch.zeros(4), "shape \\(4,\\)"),
+        (torch.zeros(1, 0, 8, 8), "shape"),
+        (torch.zeros(3, 1, 8, 8), "3 pictures, but there are 2 prompts"),
+        (torch.full((1, 8, 8), 255.0), "goes from 255 to 255"),
+        (torch.full((1, 8, 8), float("nan")), "goes from nan"),
+        (torch.zeros(1, 8, 16), "16×8 wide and high"),
+        ([torch.zeros(8, 8), torch.zeros(8, 9)], "\\(8, 8\\), \\(8, 9\\)"),
+        ([], "an empty list"),
+        (["left"], "a str"),
+        (None, "a NoneType"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_bad_mask_is_an_error(masks, message):
+    with pytest.raises(ValueError, match=message):
+        read_au_masks(masks, 2, (16, 16))

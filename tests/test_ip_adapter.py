@@ -255,3 +255,78 @@ def test_a_pipeline_with_both_saves_the_base_and_the_aus(both, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     add_ip_adapter(pipe, make_ip_adapter(pipe.unet))
     assert torch.equal(draw(pipe, aus=SMILE), draw(both, aus=SMILE))
+
+
+# FaceID: embeddings of faces, from a face recognition model, in place of images
+
+
+FACE_DIM = 512
+FACE_TOKENS = 16
+
+
+def make_faceid_portrait(unet, seed: int = 7) -> dict:
+    """
+    `ip-adapter-faceid-portrait-v11_sd15.bin`: two layers from 512 over 1024 to 16 tokens for each face, a norm, and
+    keys and values; only as wide as the tiny UNet.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dim = CROSS_ATTENTION_DIM
+    return {
+        "image_proj": {
+            "proj.0.weight": 0.05 * torch.randn(2 * FACE_DIM, FACE_DIM, generator=generator),
+            "proj.0.bias": torch.zeros(2 * FACE_DIM),
+            "proj.2.weight": 0.05 * torch.randn(FACE_TOKENS * dim, 2 * FACE_DIM, generator=generator),
+            "proj.2.bias": torch.zeros(FACE_TOKENS * dim),
+            "norm.weight": torch.ones(dim),
+            "norm.bias": torch.zeros(dim),
+        },
+        "ip_adapter": make_ip_adapter(unet, seed)["ip_adapter"],
+    }
+
+
+def some_id_embeds(num_faces: int, guided: bool = True, seed: int = 0) -> list[torch.Tensor]:
+    """`(1, num_faces, 512)`, and zeros before it with guidance, as diffusers wants them."""
+    embeds = torch.randn(1, num_faces, FACE_DIM, generator=torch.Generator().manual_seed(seed))
+    return [torch.cat([torch.zeros_like(embeds), embeds]) if guided else embeds]
+
+
+def make_faceid_pipe(tiny_adapter_dir, aus_first: bool = True) -> FineFacePipeline:
+    pipe = make_pipe()
+    if aus_first:
+        pipe.load_au_adapter(tiny_adapter_dir)
+    add_ip_adapter(pipe, make_faceid_portrait(pipe.unet))
+    if not aus_first:
+        pipe.load_au_adapter(tiny_adapter_dir)
+    return pipe
+
+
+@pytest.mark.parametrize("num_faces", [1, 5])
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 1.0}, {"au_guidance_scale": 3.0}])
+def test_faceid_portrait_takes_faces_and_aus(tiny_adapter_dir, num_faces, guidance):
+    pipe = make_faceid_pipe(tiny_adapter_dir)
+    embeds = some_id_embeds(num_faces, "guidance_scale" not in guidance)
+    assert pipe.unet.encoder_hid_proj([embeds[0][-1:]])[0].shape == (1, num_faces, FACE_TOKENS, CROSS_ATTENTION_DIM)
+    smile = draw(pipe, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance)
+    other_face = some_id_embeds(num_faces, "guidance_scale" not in guidance, seed=1)
+    for options in ({"aus": "1+4"}, {"aus": None}, {"aus": SMILE, "ip_adapter_image_embeds": other_face}):
+        options = {"ip_adapter_image_embeds": embeds, **options, **guidance}
+        assert not torch.allclose(draw(pipe, **options), smile, atol=1e-3)
+    pipe = make_faceid_pipe(tiny_adapter_dir, aus_first=False)
+    assert torch.equal(draw(pipe, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance), smile)
+
+
+def test_each_of_two_people_has_a_face_and_aus(tiny_adapter_dir):
+    """The masks of both kinds, for faces and for AUs, side by side."""
+    pipe = make_faceid_pipe(tiny_adapter_dir)
+    left, right = masks_for(2)[0][0]
+    options = {
+        "ip_adapter_image_embeds": some_id_embeds(2),
+        "cross_attention_kwargs": {"ip_adapter_masks": masks_for(2)},
+        "au_masks": [left, right],
+    }
+    both = draw(pipe, aus=[SMILE, "1+4"], **options)
+    assert not torch.allclose(draw(pipe, aus=["1+4", SMILE], **options), both, atol=1e-3)
+    swapped = {**options, "ip_adapter_image_embeds": [embeds.flip(1) for embeds in some_id_embeds(2)]}
+    assert not torch.allclose(draw(pipe, aus=[SMILE, "1+4"], **swapped), both, atol=1e-3)
+    pipe.set_ip_adapter_scale(0.0)
+    assert torch.equal(draw(pipe, aus=[SMILE, "1+4"], **options), draw(pipe, aus=[SMILE, "1+4"], **swapped))
