@@ -21,511 +21,57 @@ its label smoothing. So a resumed run sees what the uninterrupted run would have
 processes nor that of accumulated batches nor caching changes it.
 """
 
-import argparse
-import dataclasses
 import functools
-import hashlib
+import gc
 import json
 import math
 import os
 import re
 import shutil
-import typing
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, is_tensorboard_available, set_seed
-from datasets import Dataset, load_dataset
-from datasets import Image as ImageFeature
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, is_tensorboard_available, set_seed
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from peft import LoraConfig
-from PIL import ImageOps
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from action_units import AU_NAMES
 from au_attention_processor import attach_au_processors, au_cross_attention_kwargs
-from au_encoder import ENCODER_TYPES, AUAdapter, check_tensors, read_tensors, write_au_adapter
-from pipeline_fineface import LORA_NAME
+from au_encoder import AUAdapter, check_tensors, read_tensors, write_au_adapter
+from contact_sheet import Table, draw_sheet
+from pipeline_fineface import LORA_NAME, FineFacePipeline
+from training_config import RESUME_WITH_OTHER, TrainConfig, default_settings, parse_args
+from training_data import (
+    BaseEncoders,
+    TrainingSamples,
+    cache_inputs,
+    disk_errors_explained,
+    load_training_data,
+    make_dataloader,
+    make_inputs,
+)
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-ROWS_PER_SHARD = 1024
-
-# What may change when a run is resumed: where things are, how long it goes on, and what costs time or memory only.
-RESUME_WITH_OTHER = {
-    *("pretrained_model_name_or_path", "revision", "variant", "train_data_dir", "dataset_name", "output_dir"),
-    *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
-    *("cache_latents", "cache_dir", "dataloader_num_workers", "gradient_checkpointing", "mixed_precision", "dry_run"),
-}
 
 CONFIG_NAME = "train_config.json"
 STATE_NAME = "training_state.json"
 PARAMETERS_NAME = "trained_parameters.safetensors"
 EMA_PARAMETERS_NAME = "ema_parameters.safetensors"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Configuration
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def option(default, description: str):
-    return dataclasses.field(default=default, metadata={"help": description})
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What can be set, each as a flag of the same name. The defaults are the paper's, where it names a value."""
-
-    pretrained_model_name_or_path: str = option(dataclasses.MISSING, "Folder or Hub id of the base model.")
-    output_dir: Path = option(dataclasses.MISSING, "Folder for the adapter and the checkpoints.")
-    revision: str | None = option(None, "Revision of the base model on the Hub.")
-    variant: str | None = option(None, "Variant of the base model's files, for instance fp16.")
-
-    train_data_dir: Path | None = option(None, "Folder with pictures and metadata, or with Parquet files.")
-    dataset_name: str | None = option(None, "Hub id of a data set, instead of --train_data_dir.")
-    image_column: str = option("image", "Column of the pictures.")
-    caption_column: str = option("text", "Column of the captions.")
-    max_train_samples: int | None = option(None, "Use only so many rows, the first ones.")
-    resolution: int | None = option(None, "Side of the training pictures in pixels; by default the base model's.")
-    random_flip: bool = option(False, "Mirror half of the pictures. AUs are symmetric.")
-    cache_latents: bool = option(False, "Encode pictures and captions once, to disk, before training.")
-    cache_dir: Path | None = option(None, "Folder of that cache; by default OUTPUT_DIR/cache.")
-    dataloader_num_workers: int = option(0, "Processes that prepare batches; 0 does it in the main process.")
-
-    encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
-    au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.")
-    num_au_tokens: int = option(1, "Tokens that the AU encoder makes.")
-    rank: int = option(32, "Rank of the LoRA, and its alpha.")
-
-    au_noise_variance: float = option(0.2, "Label smoothing: variance of the Gaussian noise on the intensities.")
-    au_rounding_prob: float = option(0.2, "Label smoothing: share of samples with intensities rounded to integers.")
-    au_drop_prob: float = option(0.0, "Share of samples trained with all AUs at 0.")
-    caption_drop_prob: float = option(0.0, "Share of samples trained with an empty caption.")
-    snr_gamma: float | None = option(None, "Min-SNR loss weighting, usually with 5.0; by default none.")
-
-    max_train_steps: int = option(20_000, "Optimizer steps.")
-    train_batch_size: int = option(16, "Samples for each process and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes for each optimizer step.")
-    learning_rate: float = option(1e-4, "Learning rate.")
-    au_learning_rate: float | None = option(None, "That of the AU encoder, keys and values, if it is another one.")
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = option("constant", "Learning rate schedule.")
-    lr_warmup_steps: int = option(0, "Optimizer steps in which the learning rate rises, for schedules with warm-up.")
-    adam_beta1: float = option(0.9, "AdamW: beta1.")
-    adam_beta2: float = option(0.999, "AdamW: beta2.")
-    adam_weight_decay: float = option(1e-2, "AdamW: weight decay.")
-    adam_epsilon: float = option(1e-8, "AdamW: epsilon.")
-    max_grad_norm: float = option(1.0, "Norm to which the gradient of all trained parameters together is clipped.")
-    use_ema: bool = option(False, "Save an exponential moving average of the trained parameters.")
-    ema_decay: float = option(0.9999, "Largest decay of that average.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "By default what accelerate is set to.")
-    gradient_checkpointing: bool = option(False, "Save memory, at the cost of a second forward pass.")
-    seed: int = option(0, "Seed of everything that is random.")
-
-    checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the last ones.")
-    resume_from_checkpoint: str | None = option(None, 'A checkpoint folder, or "latest" for the last one if any.')
-    report_to: str | None = option(None, 'A tracker of accelerate, or "none"; by default TensorBoard if installed.')
-    dry_run: bool = option(False, "Print these settings and stop.")
-
-    def __post_init__(self):
-        if (self.train_data_dir is None) == (self.dataset_name is None):
-            raise ValueError("The data come either from `--train_data_dir` or from `--dataset_name`: set one of them.")
-        if self.train_data_dir is not None and not self.train_data_dir.is_dir():
-            raise ValueError(f"`--train_data_dir` has to be a folder, but {str(self.train_data_dir)!r} is none.")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"`--output_dir` has to be a folder, but {str(self.output_dir)!r} is a file.")
-        for field in dataclasses.fields(self):
-            name, value, kind = field.name, getattr(self, field.name), _value_type(field.name)
-            if value is None:
-                continue
-            if typing.get_origin(kind) is Literal:
-                choices = typing.get_args(kind)
-                self._check(name, value in choices, f"one of {', '.join(choices)}")
-            elif name.endswith("_prob"):
-                self._check(name, 0 <= value <= 1, "a probability in [0, 1]")
-            elif kind is float:
-                self._check(name, math.isfinite(value) and value >= 0, "a finite number, at least 0")
-            elif kind is int:
-                lowest = 0 if name in ("dataloader_num_workers", "lr_warmup_steps", "seed") else 1
-                self._check(name, value >= lowest, f"an integer, at least {lowest}")
-
-    def _check(self, name: str, holds: bool, allowed: str) -> None:
-        if not holds:
-            raise ValueError(f"`--{name}` has to be {allowed}, but is {getattr(self, name)!r}.")
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
-
-
-@functools.cache
-def _value_type(field_name: str):
-    """The type of a field of `TrainConfig`, where it is not None."""
-    hint = typing.get_type_hints(TrainConfig)[field_name]
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    return hint if typing.get_origin(hint) is Literal or not members else members[0]
-
-
-def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """The command line as a `TrainConfig`. What is wrong with it is printed, with exit status 2."""
-    parser = argparse.ArgumentParser(
-        description="Fine-tune an AU adapter on a frozen Stable Diffusion base.", allow_abbrev=False
-    )
-    for field in dataclasses.fields(TrainConfig):
-        kind, options = _value_type(field.name), {"help": field.metadata["help"]}
-        if field.default is dataclasses.MISSING:
-            options["required"] = True
-        else:
-            options["default"] = field.default
-        if kind is bool:
-            options["action"] = "store_true"
-        elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
-        else:
-            options["type"] = kind
-        parser.add_argument(f"--{field.name}", **options)
-    arguments = parser.parse_args(argv)
-    try:
-        return TrainConfig(**vars(arguments))
-    except ValueError as error:
-        parser.error(str(error))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """
-    The checked rows of a data set.
-
-    Args:
-        pictures (sequence of `{"path": …, "bytes": …}`):
-            Files, or the bytes of files.
-        captions (`list[str]`):
-            One for each row.
-        au_intensities (`numpy.ndarray` of shape `(rows, 12)`):
-            FACS intensities in [0, 5].
-    """
-
-    pictures: Sequence[dict]
-    captions: list[str]
-    au_intensities: np.ndarray
-
-
-class PixelRows:
-    """The pictures as `(3, resolution, resolution)` float32 in [-1, 1]. The second half of the rows is mirrored."""
-
-    def __init__(self, pictures: Sequence[dict], resolution: int):
-        self.pictures = pictures
-        self.resolution = resolution
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        flip, row = divmod(row, len(self.pictures))
-        entry = self.pictures[row]
-        try:
-            picture = ImageFeature().decode_example(entry).convert("RGB")
-        except (OSError, SyntaxError) as error:
-            raise ValueError(f"Row {row}: the picture {entry['path']!r} cannot be read: {error}") from error
-        # The shorter side is resized, the longer one cut.
-        picture = ImageOps.fit(picture, (self.resolution, self.resolution))
-        pixels = np.asarray(ImageOps.mirror(picture) if flip else picture)
-        return torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1).contiguous()
-
-
-def load_training_data(config: TrainConfig) -> TrainingData:
-    """Load and check all labels and captions. Pictures are opened when they are needed."""
-    dataset = _load_dataset(config)
-    if config.max_train_samples is not None:
-        dataset = dataset.select(range(min(config.max_train_samples, len(dataset))))
-    if len(dataset) == 0:
-        raise ValueError("The data set is empty.")
-    _check_columns(dataset.column_names, config)
-    pictures = dataset.select_columns(config.image_column)
-    pictures = pictures.cast_column(config.image_column, ImageFeature(decode=False))[config.image_column]
-
-    def label(row: int) -> str:
-        path = pictures[row]["path"]
-        return f"Row {row}" + (f" ({Path(path).name!r})" if path else "")
-
-    captions = dataset[config.caption_column][:]
-    for row, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise ValueError(f"{label(row)}: `{config.caption_column}` has to be a caption, but is {caption!r}.")
-    return TrainingData(pictures, captions, _read_au_intensities(dataset, label))
-
-
-def _load_dataset(config: TrainConfig) -> Dataset:
-    if config.dataset_name is not None:
-        return load_dataset(config.dataset_name, split="train")
-    parquet_files = sorted(map(str, config.train_data_dir.rglob("*.parquet")))
-    if parquet_files and not list(config.train_data_dir.rglob("metadata.*")):
-        return load_dataset("parquet", data_files=parquet_files, split="train")
-    return load_dataset("imagefolder", data_dir=str(config.train_data_dir), split="train")
-
-
-def _check_columns(columns: list[str], config: TrainConfig) -> None:
-    missing = [name for name in (config.image_column, config.caption_column, *AU_NAMES) if name not in columns]
-    if missing:
-        raise ValueError(
-            f"The data set has no column {', '.join(missing)}. It has {', '.join(columns)}. Columns of the picture and"
-            " the caption are named by `--image_column` and `--caption_column`."
-        )
-    unknown = [name for name in columns if re.fullmatch(r"(?i)AU_?\d+", name) and name not in AU_NAMES]
-    if unknown:
-        raise ValueError(
-            f"The data set has the column {', '.join(unknown)}, but the model knows {', '.join(AU_NAMES)}. Leave out"
-            " what is no part of the training."
-        )
-
-
-def _read_au_intensities(dataset: Dataset, label: Callable[[int], str]) -> np.ndarray:
-    intensities = np.empty((len(dataset), len(AU_NAMES)), np.float32)
-    for column, name in enumerate(AU_NAMES):
-        for row, value in enumerate(dataset[name][:]):
-            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 5:
-                raise ValueError(
-                    f"{label(row)}: {name} is {value!r}. FACS intensities go from 0 (absent) to 5 (grade E)."
-                )
-            intensities[row, column] = value
-    return intensities
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Base model and caches
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class BaseEncoders:
-    """The frozen text encoder and VAE of the base, for training: pictures and captions in, their embeddings out."""
-
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype):
-        hub_options = {"revision": config.revision}
-        base = config.pretrained_model_name_or_path
-        self.tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **hub_options)
-        hub_options |= {"variant": config.variant, "dtype": dtype}
-        self.text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
-        self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae", **hub_options)
-        for module in (self.text_encoder, self.vae):
-            module.to(device).eval().requires_grad_(False)
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def tokenize(self, captions: list[str]) -> torch.Tensor:
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        return tokens.input_ids
-
-    @torch.no_grad()
-    def encode_captions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`(batch, tokens)` → `(batch, tokens, cross_attention_dim)`."""
-        return self.text_encoder(input_ids.to(self.text_encoder.device))[0]
-
-    @torch.no_grad()
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, 3, height, width)` → mean and standard deviation of the latents, `(batch, 2, channels, …)`."""
-        pixel_values = pixel_values.to(self.vae.device, self.vae.dtype)
-        distribution = self.vae.encode(pixel_values).latent_dist
-        return torch.stack([distribution.mean, distribution.std], dim=1)
-
-    def fingerprint(self) -> str:
-        digest = hashlib.blake2b(digest_size=16)
-        for module in (self.text_encoder, self.vae):
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tensor.dtype}".encode())
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-
-class CachedRows:
-    """Rows of tensors in memory-mapped files of `ROWS_PER_SHARD` rows each."""
-
-    def __init__(self, paths: list[Path]):
-        self.shards = [read_tensors(path)["rows"] for path in paths]
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return self.shards[row // ROWS_PER_SHARD][row % ROWS_PER_SHARD]
-
-
-def cache_rows(
-    folder: Path,
-    rows: PixelRows | torch.Tensor,
-    num_rows: int,
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    batch_size: int,
-    accelerator: Accelerator,
-) -> CachedRows:
-    """
-    Encode the rows that are not in `folder` yet. Files are renamed into place when they are complete, so an
-    interrupted run leaves nothing wrong behind, and the next one goes on with the missing files.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{shard:05d}.safetensors" for shard in range(math.ceil(num_rows / ROWS_PER_SHARD))]
-    mine = paths[accelerator.process_index :: accelerator.num_processes]
-    missing = [path for path in mine if not path.exists()]
-    for path in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
-        first = int(path.stem) * ROWS_PER_SHARD
-        last = min(first + ROWS_PER_SHARD, num_rows)
-        batches = [range(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]
-        encoded = [encode(torch.stack([rows[row] for row in batch])).cpu() for batch in batches]
-        unfinished = path.with_suffix(".part")
-        save_file({"rows": torch.cat(encoded)}, unfinished)
-        os.replace(unfinished, path)
-    accelerator.wait_for_everyone()
-    return CachedRows(paths)
-
-
-def _fingerprint(*settings, pictures: Sequence[dict] = ()) -> str:
-    """A hash of all that a cache depends on; of pictures that are files, path, size and time of the last change."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for entry in pictures:
-        if entry["bytes"] is None:
-            status = os.stat(entry["path"])
-            digest.update(f"{entry['path']} {status.st_size} {status.st_mtime_ns}\n".encode())
-        else:
-            digest.update(hashlib.blake2b(entry["bytes"], digest_size=16).digest())
-    return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class SampleInputs:
-    """
-    What samples are made of. `pictures` and `captions` are pixels and token ids, or with a cache the distributions of
-    the latents and the text embeddings. The second half of `pictures` is mirrored; `captions[0]` is empty.
-    """
-
-    pictures: PixelRows | CachedRows
-    captions: torch.Tensor | CachedRows
-    caption_indices: list[int]
-    au_intensities: np.ndarray
-    latents_shape: tuple[int, int, int]
-
-
-def make_inputs(data: TrainingData, encoders: BaseEncoders, resolution: int) -> SampleInputs:
-    captions = list(dict.fromkeys(["", *data.captions]))
-    index_of = {caption: index for index, caption in enumerate(captions)}
-    side = resolution // encoders.vae_scale_factor
-    return SampleInputs(
-        PixelRows(data.pictures, resolution),
-        encoders.tokenize(captions),
-        [index_of[caption] for caption in data.captions],
-        data.au_intensities,
-        (encoders.vae.config.latent_channels, side, side),
-    )
-
-
-def cache_inputs(
-    inputs: SampleInputs, encoders: BaseEncoders, config: TrainConfig, accelerator: Accelerator
-) -> SampleInputs:
-    """`inputs` encoded and kept on disk, by the hash of what they and the encoders are."""
-    # Half precision is ample for latents; bfloat16 is not.
-    dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
-    pictures, captions = inputs.pictures, inputs.captions
-    cache_dir = config.cache_dir or config.output_dir / "cache"
-    settings = (encoders.fingerprint(), dtype, pictures.resolution, config.random_flip)
-    latents = cache_rows(
-        cache_dir / f"latents-{_fingerprint(*settings, pictures=pictures.pictures)}",
-        pictures,
-        len(pictures.pictures) * (1 + config.random_flip),
-        lambda pixel_values: encoders.encode_pictures(pixel_values).to(dtype),
-        config.train_batch_size,
-        accelerator,
-    )
-    embeddings = cache_rows(
-        cache_dir / f"captions-{_fingerprint(settings[:2], captions.tolist())}",
-        captions,
-        len(captions),
-        lambda input_ids: encoders.encode_captions(input_ids).to(dtype),
-        config.train_batch_size,
-        accelerator,
-    )
-    return dataclasses.replace(inputs, pictures=latents, captions=embeddings)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def smooth_au_intensities(
-    au_intensities: np.ndarray, variance: float, rounding_prob: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Smooth the labels of one sample: Gaussian noise, clipped to [0, 5]; some samples rounded (paper §4.3)."""
-    noise = rng.standard_normal(au_intensities.shape, np.float32)
-    smoothed = np.clip(au_intensities + np.float32(math.sqrt(variance)) * noise, 0, 5)
-    return np.round(smoothed) if rng.random() < rounding_prob else smoothed
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(num_rows)
-
-
-class TrainingSamples(torch.utils.data.Dataset):
-    """The endless sequence of training samples. Sample n is a function of the seed and n alone."""
-
-    def __init__(self, inputs: SampleInputs, num_train_timesteps: int, config: TrainConfig):
-        self.inputs = inputs
-        self.num_train_timesteps = num_train_timesteps
-        self.config = config
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        config, inputs = self.config, self.inputs
-        num_rows = len(inputs.au_intensities)
-        row = int(epoch_order(num_rows, config.seed, number // num_rows)[number % num_rows])
-        # All is drawn always, in the same order: one option more leaves the other draws as they are.
-        rng = np.random.default_rng((config.seed, 1, number))
-        noise, latent_noise = rng.standard_normal((2, *inputs.latents_shape), np.float32)
-        timestep = int(rng.integers(self.num_train_timesteps))
-        flip, drop_aus, drop_caption = rng.random(3) < (0.5, config.au_drop_prob, config.caption_drop_prob)
-        au_intensities = smooth_au_intensities(
-            inputs.au_intensities[row], config.au_noise_variance, config.au_rounding_prob, rng
-        )
-        return {
-            "picture": inputs.pictures[row + num_rows if flip and config.random_flip else row],
-            "caption": inputs.captions[0 if drop_caption else inputs.caption_indices[row]],
-            "au_intensities": torch.from_numpy(au_intensities * np.float32(not drop_aus)),
-            "noise": torch.from_numpy(noise),
-            "latent_noise": torch.from_numpy(latent_noise),
-            "timesteps": torch.tensor(timestep),
-        }
-
-
-def make_dataloader(
-    samples: TrainingSamples, first_step: int, config: TrainConfig, accelerator: Accelerator
-) -> torch.utils.data.DataLoader:
-    """The batches of this process from `first_step` to the last one."""
-    size, accumulated = config.train_batch_size, config.gradient_accumulation_steps
-    starts = [
-        (batch * accelerator.num_processes + accelerator.process_index) * size
-        for batch in range(first_step * accumulated, config.max_train_steps * accumulated)
-    ]
-    return torch.utils.data.DataLoader(
-        samples,
-        batch_sampler=[range(start, start + size) for start in starts],
-        num_workers=config.dataloader_num_workers,
-        pin_memory=accelerator.device.type != "cpu",
-        # Its seeds are not used, but it would draw them from the global random state.
-        generator=torch.Generator(),
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -597,15 +143,22 @@ def diffusion_loss(
     timesteps: torch.Tensor,
     encoder_hidden_states: torch.Tensor,
     au_intensities: torch.Tensor,
+    loss_weights: torch.Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
-    """Mean squared error of what the base predicts, noise or velocity. `latents` are scaled already."""
+    """
+    Mean squared error of what the base predicts, noise or velocity. `latents` are scaled already, and `loss_weights`
+    of shape `(batch, height, width)` have the mean 1.
+    """
     noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
     prediction = model(noisy_latents, timesteps, encoder_hidden_states, au_intensities)
-    losses = F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3))
+    errors = F.mse_loss(prediction.float(), target, reduction="none")
+    if loss_weights is not None:
+        errors = errors * loss_weights[:, None]
+    losses = errors.mean(dim=(1, 2, 3))
     if snr_gamma is not None:
         losses = losses * min_snr_weights(noise_scheduler, timesteps, snr_gamma)
     return losses.mean()
@@ -633,6 +186,7 @@ def batch_loss(
         batch["timesteps"],
         encoder_hidden_states,
         batch["au_intensities"],
+        batch.get("loss_weights"),
         snr_gamma,
     )
 
@@ -644,10 +198,14 @@ def batch_loss(
 
 @dataclass
 class TrainingState:
-    """What changes during training, and what a checkpoint holds. `model` is without wrappers."""
+    """
+    What changes during training, and what a checkpoint holds. `model` is without wrappers, and `samples_per_step` is
+    the number over all processes.
+    """
 
     model: FineFaceModel
     ema: EMAModel | None
+    samples_per_step: int = 1
     step: int = 0
 
     @contextmanager
@@ -673,7 +231,8 @@ class TrainingState:
         if self.ema is not None:
             averages = {n: p.cpu() for n, p in zip(parameters, self.ema.shadow_params, strict=True)}
             save_file(averages, folder / EMA_PARAMETERS_NAME)
-        (folder / STATE_NAME).write_text(json.dumps({"step": self.step}))
+        progress = {"step": self.step, "samples_per_step": self.samples_per_step}
+        (folder / STATE_NAME).write_text(json.dumps(progress))
         self.save_adapter(folder)
 
     @torch.no_grad()
@@ -719,11 +278,21 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
     folder = config.output_dir / f"checkpoint-{state.step}"
     unfinished = config.output_dir / f".{folder.name}.part"
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # Also those of a process that was killed.
+        for path in config.output_dir.glob(".checkpoint-*.part"):
+            shutil.rmtree(path)
         unfinished.mkdir()
-        (unfinished / CONFIG_NAME).write_text(config.to_json())
     accelerator.wait_for_everyone()
-    accelerator.save_state(unfinished)
+    with disk_errors_explained(folder.name, unfinished):
+        try:
+            if accelerator.is_main_process:
+                (unfinished / CONFIG_NAME).write_text(config.to_json())
+            is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+            # DeepSpeed would write the base too.
+            accelerator.save_state(unfinished, **{"exclude_frozen_parameters": True} if is_deepspeed else {})
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         os.replace(unfinished, folder)
@@ -759,12 +328,98 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def _check_same_run(saved: dict, config: TrainConfig, checkpoint: Path) -> None:
+    saved = default_settings() | saved
     for name, value in json.loads(config.to_json()).items():
         if name not in RESUME_WITH_OTHER and saved[name] != value:
             raise ValueError(
                 f"`--{name}` is {value!r}, but {str(checkpoint)!r} was trained with {saved[name]!r}. A run continues"
                 " with the settings it began with."
             )
+
+
+def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
+    """Samples are counted through, so a step has to have as many of them as before, on however many processes."""
+    saved = json.loads((checkpoint / STATE_NAME).read_text()).get("samples_per_step", samples_per_step)
+    if saved != samples_per_step:
+        raise ValueError(
+            f"A step has {samples_per_step} samples, but had {saved} in {str(checkpoint)!r}. They are the product of"
+            " `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes: keep it."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Validation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw_validation(state: TrainingState, config: TrainConfig, encoders: BaseEncoders, device: torch.device):
+    """A sheet: a row for each prompt and seed, a column for each expression. Its noise is the same every time."""
+    base, model = config.pretrained_model_name_or_path, state.model
+    scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler", revision=config.revision)
+    pipeline = FineFacePipeline(
+        vae=encoders.vae,
+        text_encoder=encoders.text_encoder,
+        tokenizer=encoders.tokenizer,
+        unet=model.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        au_adapter=model.au_adapter,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [config.seed + number for number in range(config.num_validation_images)]
+    rows = [(prompt, seed) for prompt in config.validation_prompt for seed in seeds]
+    jobs = [(prompt, aus, seed) for prompt, seed in rows for aus in config.validation_aus]
+    pictures: list[Image.Image] = []
+    model.eval()
+    # Of other sizes than those of training, the UNet would be compiled again.
+    with state.ema_weights(), torch.compiler.set_stance("force_eager"):
+        for start in tqdm(range(0, len(jobs), config.train_batch_size), "validation", leave=False):
+            prompts, aus, seeds = zip(*jobs[start : start + config.train_batch_size], strict=True)
+            pictures += pipeline(
+                list(prompts),
+                aus=list(aus),
+                generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+                num_inference_steps=config.validation_inference_steps,
+                guidance_scale=config.validation_guidance_scale,
+            ).images
+    model.train()
+    columns = len(config.validation_aus)
+    table = Table(
+        [pictures[start : start + columns] for start in range(0, len(pictures), columns)],
+        [f"seed {seed}\n{prompt}" for prompt, seed in rows],
+        list(config.validation_aus),
+    )
+    return draw_sheet([[table]], f"step {state.step}")
+
+
+def validate(
+    accelerator: Accelerator, state: TrainingState, config: TrainConfig, encoders: BaseEncoders | None
+) -> None:
+    """Draw the sheet, keep it in the folder `validation`, and show it in TensorBoard or W&B."""
+    own_encoders = encoders is None
+    if own_encoders:
+        encoders = BaseEncoders(config, accelerator.device, state.model.unet.dtype)
+    with accelerator.autocast():
+        sheet = draw_validation(state, config, encoders, accelerator.device)
+    path = config.output_dir / "validation" / f"step-{state.step:06}.png"
+    unfinished = path.with_suffix(".part")
+    path.parent.mkdir(exist_ok=True)
+    with disk_errors_explained(path.name, unfinished):
+        sheet.save(unfinished, "PNG")
+    os.replace(unfinished, path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=state.step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": [sheet]}, step=state.step)
+    if own_encoders:
+        del encoders
+        gc.collect()
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -774,7 +429,7 @@ def _check_same_run(saved: dict, config: TrainConfig, checkpoint: Path) -> None:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     trackers = config.report_to or ("tensorboard" if is_tensorboard_available() else "none")
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if trackers == "none" else trackers,
@@ -782,6 +437,34 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # A schedule counts optimizer steps, however many processes take them.
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        raise ValueError(
+            "FSDP divides what is trained between the processes, and an adapter is too small to gain from that. Launch"
+            " with `--multi_gpu`, or with DeepSpeed in stage 1 or 2."
+        )
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        # It has settings of its own for these.
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": config.train_batch_size,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "gradient_clipping": config.max_grad_norm,
+        }
+    return accelerator
+
+
+def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
+    """Trackers get the settings as text and numbers: TensorBoard takes nothing else."""
+    settings = json.loads(config.to_json()).items()
+    flat = {name: " | ".join(value) if isinstance(value, list) else value for name, value in settings}
+    accelerator.init_trackers("fineface", {name: value for name, value in flat.items() if value is not None})
+
+
+def write_config(config: TrainConfig) -> None:
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = config.output_dir / f".{CONFIG_NAME}.part"
+    with disk_errors_explained(CONFIG_NAME, unfinished):
+        unfinished.write_text(config.to_json())
+    os.replace(unfinished, config.output_dir / CONFIG_NAME)
 
 
 def load_noise_scheduler(config: TrainConfig) -> DDPMScheduler:
@@ -804,6 +487,11 @@ def choose_resolution(config: TrainConfig, unet: UNet2DConditionModel, vae_scale
     return resolution
 
 
+def attention_for_training(device: torch.device, dtype: torch.dtype = torch.bfloat16):
+    """On CPUs, and in bfloat16, a step with plain matrix products is faster than one with fused attention."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype != torch.float32 else nullcontext()
+
+
 def make_optimizer(model: FineFaceModel, config: TrainConfig) -> torch.optim.Optimizer:
     parameters = model.trained_parameters()
     au_learning_rate = config.learning_rate if config.au_learning_rate is None else config.au_learning_rate
@@ -811,7 +499,14 @@ def make_optimizer(model: FineFaceModel, config: TrainConfig) -> torch.optim.Opt
         {"params": [p for name, p in parameters.items() if name.startswith("unet.")], "lr": config.learning_rate},
         {"params": [p for name, p in parameters.items() if name.startswith("au_adapter.")], "lr": au_learning_rate},
     ]
-    return torch.optim.AdamW(
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        make = bitsandbytes.optim.AdamW8bit
+    else:
+        devices = {parameter.device.type for parameter in parameters.values()}
+        make = functools.partial(torch.optim.AdamW, fused=devices <= {"cpu", "cuda"})
+    return make(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
@@ -826,52 +521,111 @@ def train(
     samples: TrainingSamples,
     compute_loss: Callable[..., torch.Tensor],
     checkpoint: Path | None,
+    show: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train from `checkpoint`, or from the start, to the last step. `compute_loss(model, batch=batch)` is a scalar."""
+    """
+    Train from `checkpoint`, or from the start, to the last step. `compute_loss(model, batch=batch)` is a scalar, and
+    `show` is called in the main process at every `--validation_steps` and at the end.
+    """
     optimizer = make_optimizer(state.model, config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
         optimizer,
         num_warmup_steps=config.lr_warmup_steps,
         num_training_steps=config.max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
     )
+    if config.torch_compile:
+        state.model.unet.compile()
     model, optimizer, lr_scheduler = accelerator.prepare(state.model, optimizer, lr_scheduler)
     register_state(accelerator, state)
     if checkpoint is not None:
         accelerator.load_state(checkpoint)
     parameters = list(state.model.trained_parameters().values())
     dataloader = make_dataloader(samples, state.step, config, accelerator)
-    progress = tqdm(total=config.max_train_steps, initial=state.step, disable=not accelerator.is_main_process)
-    step_loss = torch.zeros((), device=accelerator.device)
-    for batch in dataloader:
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        with accelerator.accumulate(model):
-            loss = compute_loss(model, batch=batch)
-            accelerator.backward(loss)
-            step_loss += loss.detach() / config.gradient_accumulation_steps
-            if accelerator.sync_gradients:
-                mean_loss = accelerator.reduce(step_loss, "mean").item()
-                if not math.isfinite(mean_loss):
-                    raise FloatingPointError(
-                        f"The loss is {mean_loss} at step {state.step + 1}. Training has stopped before it spoilt the"
-                        " weights; checkpoints are kept. A lower learning rate or bf16 instead of fp16 may help."
-                    )
-                accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        if not accelerator.sync_gradients:
-            continue
-        step_loss.zero_()
-        lr_scheduler.step()
-        if state.ema is not None:
-            state.ema.step(parameters)
-        state.step += 1
-        progress.update()
-        progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-        accelerator.log({"train_loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}, step=state.step)
-        if state.step % config.checkpointing_steps == 0:
-            save_checkpoint(accelerator, state, config)
-    progress.close()
+    step_loss, rows = torch.zeros((), device=accelerator.device), []
+    bar = {"total": config.max_train_steps, "initial": state.step, "disable": not accelerator.is_main_process}
+    with tqdm(**bar) as progress:
+        for batch in dataloader:
+            rows += batch["row"].tolist()
+            batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+            with accelerator.accumulate(model):
+                loss = compute_loss(model, batch=batch)
+                accelerator.backward(loss)
+                step_loss += loss.detach() / config.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    mean_loss = accelerator.reduce(step_loss, "mean").item()
+                    gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    # A scaler leaves out steps whose gradients overflow, and goes on with a smaller scale.
+                    overflows = accelerator.scaler is None and not math.isfinite(gradient_norm or 0)
+                    if overflows or not math.isfinite(mean_loss):
+                        stop_before_step(accelerator, state, samples, config, mean_loss, rows)
+                optimizer.step()
+                optimizer.zero_grad()
+            if not accelerator.sync_gradients:
+                continue
+            step_loss.zero_()
+            rows.clear()
+            lr_scheduler.step()
+            if state.ema is not None:
+                state.ema.step(parameters)
+            state.step += 1
+            progress.update()
+            progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+            accelerator.log({"train_loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}, step=state.step)
+            if state.step % config.checkpointing_steps == 0:
+                save_checkpoint(accelerator, state, config)
+            if state.step % config.validation_steps == 0 or state.step == config.max_train_steps:
+                if accelerator.is_main_process:
+                    show()
+                accelerator.wait_for_everyone()
+
+
+def stop_before_step(
+    accelerator: Accelerator,
+    state: TrainingState,
+    samples: TrainingSamples,
+    config: TrainConfig,
+    mean_loss: float,
+    rows: list[int],
+) -> None:
+    """Keep the weights, which are good still, and raise an error that names the pictures of all processes."""
+    names = []
+    for row in gather_object(rows):
+        data, index = samples.inputs.data.locate(row)
+        names.append(data.name(index))
+    if state.step and not (config.output_dir / f"checkpoint-{state.step}").exists():
+        save_checkpoint(accelerator, state, config)
+    kept = f"checkpoint-{state.step} holds them" if state.step else "there was no step before it"
+    what = f"The loss is {mean_loss}" if not math.isfinite(mean_loss) else "The gradient is not finite"
+    raise FloatingPointError(
+        f"{what} at step {state.step + 1}, with the samples {', '.join(names)}. Training has stopped before it spoilt"
+        f" the weights; {kept}. A lower learning rate or bf16 instead of fp16 may help."
+    )
+
+
+def check_hub(config: TrainConfig) -> str:
+    """
+    The whole name of the repository of `--push_to_hub`.
+
+    Raises:
+        OSError: if nobody is logged in, or the Hub cannot be reached.
+    """
+    from hub.export import check_push
+
+    api = check_push(config.repo_id)
+    return config.repo_id if "/" in config.repo_id else f"{api.whoami()['name']}/{config.repo_id}"
+
+
+def push_to_hub(config: TrainConfig, repo_id: str) -> None:
+    """Upload a repository of the base and the adapter that loads in one line, with pictures in its card."""
+    from hub import export
+
+    arguments = [str(config.output_dir), str(config.output_dir / "hub"), "--overwrite", "--push", repo_id]
+    arguments += ["--base", config.pretrained_model_name_or_path]
+    arguments += ["--num-inference-steps", str(config.validation_inference_steps)]
+    print(export.run(export.parse_args(arguments)))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -880,10 +634,16 @@ def main(argv: list[str] | None = None) -> None:
         print(config.to_json(), end="")
         return
     checkpoint = find_checkpoint(config)
+    repo_id = check_hub(config) if config.push_to_hub else None
+    if config.allow_tf32:
+        torch.set_float32_matmul_precision("high")
     accelerator = make_accelerator(config)
+    samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    if checkpoint is not None:
+        check_samples_per_step(checkpoint, samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
-    accelerator.init_trackers("fineface", json.loads(config.to_json()))
+    init_trackers(accelerator, config)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     noise_scheduler = load_noise_scheduler(config)
@@ -894,19 +654,17 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(unet, config, dtype).to(accelerator.device)
     encoders = BaseEncoders(config, accelerator.device, dtype)
     scaling_factor = encoders.vae.config.scaling_factor
-    resolution = choose_resolution(config, unet, encoders.vae_scale_factor)
+    inputs = make_inputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     if accelerator.is_main_process:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        (config.output_dir / CONFIG_NAME).write_text(config.to_json())
-    inputs = make_inputs(data, encoders, resolution)
+        write_config(config)
     if config.cache_latents:
-        inputs = cache_inputs(inputs, encoders, config, accelerator)
+        inputs = cache_inputs(inputs, config, accelerator)
         # The VAE and the text encoder leave the memory.
         encoders = None
 
     ema = EMAModel(model.trained_parameters().values(), config.ema_decay) if config.use_ema else None
-    state = TrainingState(model, ema)
-    samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config)
+    state = TrainingState(model, ema, samples_per_step)
+    samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
     compute_loss = functools.partial(
         batch_loss,
         noise_scheduler=noise_scheduler,
@@ -914,11 +672,33 @@ def main(argv: list[str] | None = None) -> None:
         encoders=encoders,
         snr_gamma=config.snr_gamma,
     )
-    train(config, accelerator, state, samples, compute_loss, checkpoint)
+
+    def show() -> None:
+        if config.validation_prompt:
+            validate(accelerator, state, config, encoders)
+
+    with attention_for_training(accelerator.device, dtype):
+        train(config, accelerator, state, samples, compute_loss, checkpoint, show)
     if accelerator.is_main_process:
-        state.save_adapter(config.output_dir)
+        with disk_errors_explained("The adapter", config.output_dir / ".adapter"):
+            state.save_adapter(config.output_dir)
+        if repo_id is not None:
+            push_to_hub(config, repo_id)
     accelerator.end_training()
 
 
+def run_program() -> int:
+    """The exit status: 0, 2 for anything wrong with what was asked or with a disk, 130 after Ctrl-C."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: continue with `--resume_from_checkpoint latest`", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program())

@@ -3,31 +3,32 @@
 import json
 import re
 import shutil
+import signal
+import socket
 
-import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import make_components
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from hub_server import TOKEN, running_hub
+from PIL import Image
 from safetensors.torch import load_file
+from training_runs import (  # noqa: F401
+    arguments_fixture,
+    config_fixture,
+    datasets_cache_fixture,
+    faces_dir_fixture,
+    fresh_accelerator_fixture,
+    run_processes_fixture,
+)
 
 import train_fineface
-from action_units import AU_NAMES
+import training_data
 from pipeline_fineface import FineFacePipeline
-from toy_faces.renderer import caption, render, sample_aus, sample_portrait
-from train_fineface import (
-    TrainConfig,
-    batch_loss,
-    diffusion_loss,
-    load_training_data,
-    main,
-    make_model,
-    min_snr_weights,
-    parse_args,
-    smooth_au_intensities,
-)
+from train_fineface import batch_loss, diffusion_loss, main, make_model, min_snr_weights
+from training_config import TrainConfig, parse_args
 
 
 ADAPTER_FILES = {
@@ -37,52 +38,13 @@ ADAPTER_FILES = {
     "pytorch_lora_weights.safetensors",
 }
 WEIGHTS = sorted(name for name in ADAPTER_FILES if name.endswith(".safetensors"))
-TINY = "--au_hidden_dim 8 --rank 4 --train_batch_size 2 --max_train_steps 4 --learning_rate 1e-2 --report_to none"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def datasets_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        yield
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its state for the life of a process; here a process holds many runs."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def write_faces(folder, changes=(), drop=()):
-    """Five rendered faces. `changes` maps a row and a column to another value."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for seed in range(5):
-        aus = dict(zip(AU_NAMES, map(float, sample_aus(seed)), strict=True))
-        rows.append({"file_name": f"{seed}.png", "text": caption(sample_portrait(seed))} | aus)
-        render(sample_portrait(seed), sample_aus(seed)).resize((48, 40)).save(folder / f"{seed}.png")
-    for (row, column), value in dict(changes).items():
-        rows[row][column] = value
-    lines = [json.dumps({key: value for key, value in row.items() if key not in drop}) for row in rows]
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def faces_dir(tmp_path_factory):
-    return write_faces(tmp_path_factory.mktemp("faces"))
-
-
-@pytest.fixture
-def arguments(tiny_sd_dir, faces_dir, tmp_path):
-    """The command line of a tiny run into `tmp_path / name`."""
-
-    def arguments(name, options=""):
-        paths = ["--pretrained_model_name_or_path", tiny_sd_dir, "--train_data_dir", str(faces_dir)]
-        return [*paths, "--output_dir", str(tmp_path / name), *TINY.split(), *options.split()]
-
-    return arguments
+# Everything that changes what is trained, all at once.
+EVERYTHING = (
+    "--cache_latents --use_ema --lr_scheduler cosine --random_flip --caption_drop_prob 0.3 --face_loss_weight 4"
+    " --timestep_bias_strategy later --timestep_bias_multiplier 3 --timestep_sampling stratified --noise_offset 0.1"
+    " --mixed_precision bf16 --snr_gamma 5"
+)
+VALIDATION = "--validation_aus neutral AU12=5 --validation_inference_steps 2 --validation_prompt woman man"
 
 
 @pytest.fixture
@@ -94,11 +56,6 @@ def train(arguments, tmp_path):
         return {file: load_file(tmp_path / name / file) for file in WEIGHTS}
 
     return train
-
-
-@pytest.fixture
-def config(arguments):
-    return parse_args(arguments("run"))
 
 
 def flat(weights):
@@ -192,8 +149,8 @@ def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    ["", "--cache_latents --use_ema --lr_scheduler cosine --random_flip --caption_drop_prob 0.3"],
-    ids=["plain", "cached"],
+    ["", EVERYTHING],
+    ids=["plain", "everything"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, tmp_path, options):
     options = f"--checkpointing_steps 2 --gradient_accumulation_steps 2 {options}"
@@ -243,7 +200,7 @@ def test_a_cache_of_other_pictures_is_not_used(train, tmp_path, tiny_sd_dir, fac
 
 
 def test_an_unfinished_cache_is_completed(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_fineface, "ROWS_PER_SHARD", 2)
+    monkeypatch.setattr(training_data, "ROWS_PER_SHARD", 2)
     cached = train("first", f"--cache_latents --cache_dir {tmp_path / 'cache'}")
     shards = sorted((tmp_path / "cache").glob("latents-*/*"))
     assert [shard.name for shard in shards] == ["00000.safetensors", "00001.safetensors", "00002.safetensors"]
@@ -264,6 +221,121 @@ def test_accumulated_batches_equal_one_batch(train):
 def test_workers_change_nothing(train):
     options = "--max_train_steps 2"
     assert_equal(train("workers", f"{options} --dataloader_num_workers 1"), train("none", options))
+
+
+def test_a_step_may_be_divided_otherwise_when_resumed_but_not_be_another(train, arguments, tmp_path):
+    options = "--checkpointing_steps 2 --adam_epsilon 1"
+    whole = train("run", f"{options} --train_batch_size 4")
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    options += " --resume_from_checkpoint latest"
+    with pytest.raises(ValueError, match="A step has 2 samples, but had 4 in '.*checkpoint-2'.*number of processes"):
+        main(arguments("run", f"{options} --train_batch_size 2"))
+    parts = train("run", f"{options} --train_batch_size 2 --gradient_accumulation_steps 2")
+    assert_equal(parts, whole, atol=1e-5, rtol=0)
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(train, arguments, run_processes, tmp_path):
+    options = "--checkpointing_steps 1 --checkpoints_total_limit 1 --use_ema"
+    whole = train("whole", options)
+    moments = [
+        ["", "save_file", "checkpoint-2.part/trained_parameters"],
+        ["os", "replace", "run/checkpoint-2"],
+        ["shutil", "rmtree", "run/checkpoint-1"],
+        ["os", "replace", "run/au_attn_processors"],
+    ]
+    left = []
+    for moment in moments:
+        run = {"arguments": arguments("run", f"{options} --resume_from_checkpoint latest"), "kill": moment}
+        (answer,) = run_processes(run)
+        assert answer["status"] == -signal.SIGKILL, answer["messages"]
+        left.append(sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")))
+    unfinished = [".checkpoint-2.part", "checkpoint-1"]
+    assert left == [unfinished, unfinished, ["checkpoint-1", "checkpoint-2"], ["checkpoint-4"]]
+    assert_equal(train("run", f"{options} --resume_from_checkpoint latest"), whole)
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_full_disk_is_reported_and_no_checkpoint_is_lost(train, arguments, run_processes, tmp_path):
+    options = "--checkpointing_steps 1 --checkpoints_total_limit 1"
+    whole = train("whole", options)
+    train("run", f"{options} --max_train_steps 2")
+    options += " --resume_from_checkpoint latest"
+    (answer,) = run_processes({"arguments": arguments("run", options), "largest_file": 20_000})
+    assert answer["status"] == 2
+    (message,) = [line for line in answer["messages"].splitlines() if "error: " in line]
+    expected = r"error: checkpoint-3 cannot be written to '.*/run', where \d+ MiB are free: .*File too large"
+    assert re.search(expected, message)
+    assert "What was written before is kept. Make room" in message
+    assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert_equal(train("run", options), whole)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(train, arguments, run_processes, tmp_path):
+    options = "--adam_epsilon 1 --timestep_sampling stratified --face_loss_weight 4 --checkpointing_steps 2 --use_ema"
+    whole = train("whole", f"{options} --train_batch_size 4")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "ACCELERATE_USE_CPU": "true"}
+    both = {"arguments": arguments("run", f"{options} --cache_latents"), "environment": address | {"WORLD_SIZE": "2"}}
+    answers = run_processes(
+        *({**both, "environment": both["environment"] | {"RANK": rank, "LOCAL_RANK": rank}} for rank in ("0", "1"))
+    )
+    assert [answer["status"] for answer in answers] == [0, 0], answers
+    parts = {file: load_file(tmp_path / "run" / file) for file in WEIGHTS}
+    assert_equal(parts, whole, atol=1e-5, rtol=0)
+    # One process goes on with what two began.
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    options += " --resume_from_checkpoint latest --cache_latents --train_batch_size 4"
+    assert_equal(train("run", options), whole, atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is shown
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", ["", "--cache_latents --use_ema --mixed_precision bf16"], ids=["plain", "cached"])
+def test_validation_pictures_are_sheets_and_change_nothing(train, tmp_path, options):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    silent = train("silent", options)
+    shown = train("shown", f"{options} {VALIDATION} --validation_steps 3 --report_to tensorboard")
+    assert_equal(shown, silent)
+    sheets = sorted((tmp_path / "shown/validation").iterdir())
+    assert [path.name for path in sheets] == ["step-000003.png", "step-000004.png"]
+    (run,) = (tmp_path / "shown/logs/fineface").glob("events.*")
+    events = event_accumulator.EventAccumulator(str(run), {"images": 0, "scalars": 0}).Reload()
+    assert [event.step for event in events.Images("validation")] == [3, 4]
+    assert [event.step for event in events.Scalars("train_loss")] == [1, 2, 3, 4]
+
+
+def test_validation_pictures_have_the_same_noise_every_time(train, tmp_path):
+    options = f"{VALIDATION} --num_validation_images 2 --validation_steps 1 --max_train_steps 2 --learning_rate 0"
+    train("run", options)
+    first, second = (Image.open(path) for path in sorted((tmp_path / "run/validation").iterdir()))
+    # Two prompts and two seeds below each other, two expressions beside each other, of 32 pixels each.
+    assert first.height > 4 * 32 and first.width > 2 * 32
+    title = 20
+    assert np.array_equal(np.asarray(first)[title:], np.asarray(second)[title:])
+    # Pictures of noise, not white paper.
+    assert len(np.unique(np.asarray(first)[title:].reshape(-1, 3), axis=0)) > 1000
+
+
+def test_pushed_to_the_hub_it_has_a_card_and_loads_in_one_line(arguments, tmp_path, monkeypatch):
+    options = "--push_to_hub --hub_model_id fineface --validation_inference_steps 1"
+    with running_hub() as hub:
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "not the one")
+        with pytest.raises(OSError, match="does not take the token"):
+            main(arguments("run", options))
+        assert not (tmp_path / "run").exists()
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        main(arguments("run", options))
+        files = hub.repositories["model", "user/fineface"].files
+    card = files["README.md"].decode()
+    assert "| `rank` | 4 |" in card and 'from_pretrained("user/fineface"' in card
+    assert ADAPTER_FILES | {"model_index.json", "pipeline.py", "images/AU12.png"} <= files.keys()
+    assert not any("checkpoint" in name for name in files)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -344,57 +416,8 @@ def test_all_gradients_together_are_clipped(train):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Labels and loss
+# Loss
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def smoothed(value, count=4000, variance=0.2, rounding_prob=0.0):
-    rng = np.random.default_rng(0)
-    aus = np.full(12, value, np.float32)
-    return np.stack([smooth_au_intensities(aus, variance, rounding_prob, rng) for _ in range(count)])
-
-
-def test_labels_get_noise_of_the_variance_and_stay_in_range():
-    inside = smoothed(2.5)
-    assert inside.mean() == pytest.approx(2.5, abs=0.01)
-    assert inside.var() == pytest.approx(0.2, rel=0.03)
-    at_zero = smoothed(0.0)
-    assert at_zero.min() == 0 and (at_zero == 0).mean() == pytest.approx(0.5, abs=0.02)
-    assert smoothed(5.0).max() == 5
-    assert (smoothed(2.5, count=10, variance=0) == 2.5).all()
-
-
-def test_a_fifth_of_the_samples_is_rounded_as_a_whole():
-    is_integer = smoothed(2.5, rounding_prob=0.2) % 1 == 0
-    assert (is_integer.all(axis=1) == is_integer.any(axis=1)).all()
-    assert is_integer[:, 0].mean() == pytest.approx(0.2, abs=0.02)
-
-
-def make_samples(arguments, options):
-    config = parse_args(arguments("run", options))
-    data = load_training_data(config)
-    encoders = train_fineface.BaseEncoders(config, torch.device("cpu"), torch.float32)
-    return train_fineface.TrainingSamples(train_fineface.make_inputs(data, encoders, 32), 1000, config), data
-
-
-def test_samples_go_through_all_rows_in_another_order_each_epoch(arguments):
-    samples, data = make_samples(arguments, "--au_noise_variance 0 --au_rounding_prob 0")
-    row_of = {tuple(aus): row for row, aus in enumerate(data.au_intensities)}
-    rows = [row_of[tuple(samples[number]["au_intensities"].numpy())] for number in range(20)]
-    epochs = [rows[start : start + 5] for start in range(0, 20, 5)]
-    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-
-
-def test_dropped_aus_and_captions_have_their_shares(arguments):
-    samples, _ = make_samples(arguments, "--au_drop_prob 0.3 --caption_drop_prob 0.6")
-    drawn = [samples[number] for number in range(300)]
-    empty = samples.inputs.captions[0]
-    assert np.mean([bool((s["au_intensities"] == 0).all()) for s in drawn]) == pytest.approx(0.3, abs=0.09)
-    assert np.mean([torch.equal(s["caption"], empty) for s in drawn]) == pytest.approx(0.6, abs=0.09)
-    assert len({int(s["timesteps"]) for s in drawn}) > 200
-    assert not torch.equal(drawn[0]["noise"], drawn[0]["latent_noise"])
-    assert not torch.equal(drawn[0]["noise"], drawn[1]["noise"])
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -487,66 +510,8 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Data and errors
+# Errors
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def test_pictures_are_cut_in_the_middle(arguments):
-    samples, _ = make_samples(arguments, "")
-    pixels = samples.inputs.pictures[0]
-    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
-    assert -1 <= pixels.min() < pixels.max() <= 1
-    assert torch.equal(samples.inputs.pictures[5], pixels.flip(-1))
-
-
-@pytest.mark.parametrize("form", ["csv", "parquet", "other columns"])
-def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_path, form):
-    folder, options = tmp_path / "other", ""
-    loaded = datasets.load_dataset("imagefolder", data_dir=str(faces_dir), split="train")
-    if form == "parquet":
-        folder.mkdir()
-        loaded.to_parquet(folder / "train.parquet")
-    else:
-        shutil.copytree(faces_dir, folder)
-        (folder / "metadata.jsonl").unlink()
-        table = loaded.remove_columns("image").to_pandas()
-        table.insert(0, "file_name", [f"{row}.png" for row in range(5)])
-        if form == "other columns":
-            table, options = table.rename(columns={"text": "caption"}), " --caption_column caption"
-        table.to_csv(folder / "metadata.csv", index=False)
-    expected, data = make_samples(arguments, "")
-    other, other_data = make_samples(arguments, f"--train_data_dir {folder}{options}")
-    assert other_data.captions == data.captions
-    np.testing.assert_allclose(other_data.au_intensities, data.au_intensities, atol=1e-6)
-    assert torch.equal(other.inputs.pictures[3], expected.inputs.pictures[3])
-
-
-@pytest.mark.parametrize(
-    "changes, drop, message",
-    [
-        ({(3, "AU12"): 5.5}, (), r"Row 3 \('3.png'\): AU12 is 5.5. FACS intensities go from 0"),
-        ({(2, "AU12"): -0.1}, (), r"Row 2 \('2.png'\): AU12 is -0.1"),
-        ({(1, "AU4"): float("nan")}, (), r"Row 1 \('1.png'\): AU4 is nan"),
-        ({(4, "AU4"): None}, (), r"Row 4 \('4.png'\): AU4 is None"),
-        ({(0, "text"): None}, (), r"Row 0 \('0.png'\): `text` has to be a caption, but is None"),
-        ({(row, "AU7"): 1.0 for row in range(5)}, (), "has the column AU7, but the model knows AU1, AU2"),
-        ({}, ("AU9", "AU26"), "has no column AU9, AU26. It has .*AU12"),
-        ({}, ("text",), "has no column text.*`--caption_column`"),
-    ],
-)
-def test_a_wrong_label_is_named_before_any_model_is_loaded(arguments, tmp_path, changes, drop, message):
-    folder = write_faces(tmp_path / "wrong", changes, drop)
-    missing_model = ["--pretrained_model_name_or_path", str(tmp_path / "no model")]
-    with pytest.raises(ValueError, match=message):
-        main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_broken_picture_is_named(arguments, tmp_path):
-    folder = write_faces(tmp_path / "broken")
-    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"Row 2: the picture '.*2\.png' cannot be read"):
-        main(arguments("run", f"--train_data_dir {folder} --train_batch_size 5"))
 
 
 @pytest.mark.parametrize(
@@ -559,6 +524,10 @@ def test_a_broken_picture_is_named(arguments, tmp_path):
         ("--encoder_type big", "invalid choice: 'big'"),
         ("--train_data_dir nowhere", "`--train_data_dir` has to be a folder, but 'nowhere' is none"),
         ("--dataset_name some/faces", "either from `--train_data_dir` or from `--dataset_name`"),
+        ("--validation_aus AU7=2", "AU7"),
+        ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
+        ("--report_to paper", "`--report_to` has to be all, none or one of"),
+        ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` 5 has to be after"),
         ("--max_train_step 3", "unrecognized arguments: --max_train_step"),
     ],
 )
@@ -598,5 +567,14 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(arguments,
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "base/unet")
     torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
     unet.save_pretrained(tmp_path / "base/unet")
-    with pytest.raises(FloatingPointError, match="The loss is nan at step 1"):
+    message = r"The loss is nan at step 1, with the samples Row \d \('\d.png'\), Row \d \('\d.png'\)\. .*no step be"
+    with pytest.raises(FloatingPointError, match=message):
         main([*arguments("run"), "--pretrained_model_name_or_path", str(tmp_path / "base")])
+
+
+def test_the_last_good_weights_are_kept_when_the_loss_is_no_longer_finite(arguments, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"at step 2, with the samples Row .*; checkpoint-1 holds them"):
+        main(arguments("run", "--learning_rate 1e30"))
+    kept = load_file(tmp_path / "run/checkpoint-1/trained_parameters.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    assert json.loads((tmp_path / "run/checkpoint-1/training_state.json").read_text())["step"] == 1

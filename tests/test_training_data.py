@@ -1,0 +1,272 @@
+"""From a data set to samples: what is read, what is refused, and what a sample is made of."""
+
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from training_runs import (  # noqa: F401
+    arguments_fixture,
+    config_fixture,
+    datasets_cache_fixture,
+    faces_dir_fixture,
+    fresh_accelerator_fixture,
+    write_faces,
+)
+
+from train_fineface import main
+from training_config import parse_args
+from training_data import (
+    BaseEncoders,
+    TrainingSamples,
+    face_weights,
+    load_training_data,
+    make_inputs,
+    smooth_au_intensities,
+)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labels and samples
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def smoothed(value, count=4000, variance=0.2, rounding_prob=0.0):
+    rng = np.random.default_rng(0)
+    aus = np.full(12, value, np.float32)
+    return np.stack([smooth_au_intensities(aus, variance, rounding_prob, rng) for _ in range(count)])
+
+
+def test_labels_get_noise_of_the_variance_and_stay_in_range():
+    inside = smoothed(2.5)
+    assert inside.mean() == pytest.approx(2.5, abs=0.01)
+    assert inside.var() == pytest.approx(0.2, rel=0.03)
+    at_zero = smoothed(0.0)
+    assert at_zero.min() == 0 and (at_zero == 0).mean() == pytest.approx(0.5, abs=0.02)
+    assert smoothed(5.0).max() == 5
+    assert (smoothed(2.5, count=10, variance=0) == 2.5).all()
+
+
+def test_a_fifth_of_the_samples_is_rounded_as_a_whole():
+    is_integer = smoothed(2.5, rounding_prob=0.2) % 1 == 0
+    assert (is_integer.all(axis=1) == is_integer.any(axis=1)).all()
+    assert is_integer[:, 0].mean() == pytest.approx(0.2, abs=0.02)
+
+
+def make_samples(arguments, options):
+    config = parse_args(arguments("run", options))
+    data = load_training_data(config)
+    encoders = BaseEncoders(config, torch.device("cpu"), torch.float32)
+    return TrainingSamples(make_inputs(data, encoders, 32), 1000, config), data
+
+
+def test_samples_go_through_all_rows_in_another_order_each_epoch(arguments):
+    samples, data = make_samples(arguments, "--au_noise_variance 0 --au_rounding_prob 0")
+    row_of = {tuple(aus): row for row, aus in enumerate(data.au_intensities)}
+    rows = [row_of[tuple(samples[number]["au_intensities"].numpy())] for number in range(20)]
+    epochs = [rows[start : start + 5] for start in range(0, 20, 5)]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_dropped_aus_and_captions_have_their_shares(arguments):
+    samples, _ = make_samples(arguments, "--au_drop_prob 0.3 --caption_drop_prob 0.6")
+    drawn = [samples[number] for number in range(300)]
+    empty = samples.inputs.caption(None)
+    assert np.mean([bool((s["au_intensities"] == 0).all()) for s in drawn]) == pytest.approx(0.3, abs=0.09)
+    assert np.mean([torch.equal(s["caption"], empty) for s in drawn]) == pytest.approx(0.6, abs=0.09)
+    assert len({int(s["timesteps"]) for s in drawn}) > 200
+    assert not torch.equal(drawn[0]["noise"], drawn[0]["latent_noise"])
+    assert not torch.equal(drawn[0]["noise"], drawn[1]["noise"])
+
+
+def test_timesteps_are_as_likely_as_the_strategy_says(arguments):
+    def drawn(options):
+        samples, _ = make_samples(arguments, options)
+        return np.array([samples._timestep(0, fraction) for fraction in np.linspace(0, 1, 20_000, endpoint=False)])
+
+    def share(timesteps, begin, end):
+        return ((timesteps >= begin) & (timesteps < end)).mean()
+
+    plain = drawn("")
+    assert (plain.min(), plain.max()) == (0, 999)
+    assert share(plain, 400, 500) == pytest.approx(0.1, abs=1e-3)
+    later = drawn("--timestep_bias_strategy later --timestep_bias_portion 0.5 --timestep_bias_multiplier 3")
+    assert share(later, 500, 1000) == pytest.approx(0.75, abs=1e-3)
+    earlier = drawn("--timestep_bias_strategy earlier --timestep_bias_portion 0.5 --timestep_bias_multiplier 3")
+    assert share(earlier, 0, 500) == pytest.approx(0.75, abs=1e-3)
+    options = "--timestep_bias_strategy range --timestep_bias_begin 400 --timestep_bias_multiplier 4"
+    assert share(drawn(options), 400, 1000) == pytest.approx(2400 / 2800, abs=1e-3)
+
+
+def test_stratified_timesteps_lie_one_in_each_interval_of_a_step(arguments):
+    samples, _ = make_samples(arguments, "--timestep_sampling stratified")
+    samples.samples_per_step = 8
+    for step in range(3):
+        timesteps = [int(samples[8 * step + number]["timesteps"]) for number in range(8)]
+        assert [timestep // 125 for timestep in timesteps] == list(range(8))
+
+
+def test_noise_offset_shifts_whole_channels(arguments):
+    plain, shifted = (make_samples(arguments, f"--noise_offset {offset}")[0] for offset in (0, 0.5))
+    shifts = torch.stack([shifted[number]["noise"] - plain[number]["noise"] for number in range(200)])
+    assert shifts.std(dim=(2, 3)).max() < 1e-5
+    assert shifts.mean(dim=(2, 3)).std() == pytest.approx(0.5, rel=0.1)
+
+
+def test_the_face_weighs_more_where_it_is_in_the_cut_picture():
+    size = np.array([300, 200])
+    # Of the square in the middle, which begins at 50 pixels, the left half of the upper half.
+    box = np.array([50 / 300, 0, 150 / 300, 0.5], np.float32)
+    weights = face_weights(box, size, 8, 3.0)
+    assert weights.mean() == pytest.approx(1)
+    inside = weights[:4, :4]
+    np.testing.assert_allclose(inside, inside[0, 0], rtol=1e-5)
+    np.testing.assert_allclose(weights[4:], weights[-1, -1], rtol=1e-5)
+    assert inside[0, 0] / weights[-1, -1] == pytest.approx(3)
+    # A cell that is covered to a half counts half of the way.
+    partly = face_weights(np.array([0, 0, 1 / 16, 1], np.float32), np.array([64, 64]), 8, 3.0)
+    assert partly[0, 0] / partly[0, 7] == pytest.approx(2)
+
+
+def test_a_mirrored_picture_has_its_face_mirrored(arguments, tmp_path):
+    boxes = {(row, name): value for row in range(5) for name, value in (("face_x0", 0.1), ("face_x1", 0.4))}
+    folder = write_faces(tmp_path / "left", boxes)
+    samples, data = make_samples(arguments, f"--random_flip --face_loss_weight 5 --train_data_dir {folder}")
+    seen = set()
+    for number in range(20):
+        sample = samples[number]
+        is_flipped = torch.equal(sample["picture"], samples.inputs.pictures[int(sample["row"]) + len(data)])
+        left, right = sample["loss_weights"].chunk(2, dim=1)
+        assert (left.sum() < right.sum()) == is_flipped
+        seen.add(is_flipped)
+    assert seen == {True, False}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data sets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_cut_in_the_middle(arguments):
+    samples, _ = make_samples(arguments, "")
+    pixels = samples.inputs.pictures[0]
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
+    assert -1 <= pixels.min() < pixels.max() <= 1
+    assert torch.equal(samples.inputs.pictures[5], pixels.flip(-1))
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "other columns"])
+def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_path, form):
+    folder, options = tmp_path / "other", ""
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(faces_dir), split="train")
+    if form == "parquet":
+        folder.mkdir()
+        loaded.to_parquet(folder / "train.parquet")
+    else:
+        shutil.copytree(faces_dir, folder)
+        (folder / "metadata.jsonl").unlink()
+        table = loaded.remove_columns("image").to_pandas()
+        table.insert(0, "file_name", [f"{row}.png" for row in range(5)])
+        if form == "other columns":
+            table, options = table.rename(columns={"text": "caption"}), " --caption_column caption"
+        table.to_csv(folder / "metadata.csv", index=False)
+    expected, data = make_samples(arguments, "")
+    other, other_data = make_samples(arguments, f"--train_data_dir {folder}{options}")
+    assert other_data.captions.to_pylist() == data.captions.to_pylist()
+    np.testing.assert_allclose(other_data.au_intensities, data.au_intensities, atol=1e-6)
+    assert torch.equal(other.inputs.pictures[3], expected.inputs.pictures[3])
+
+
+@pytest.mark.parametrize(
+    "changes, drop, message",
+    [
+        ({(3, "AU12"): 5.5}, (), r"Row 3 \('3.png'\): AU12 is 5.5. FACS intensities go from 0"),
+        ({(2, "AU12"): -0.1}, (), r"Row 2 \('2.png'\): AU12 is -0.1"),
+        ({(1, "AU4"): float("nan")}, (), r"Row 1 \('1.png'\): AU4 is nan"),
+        ({(4, "AU4"): None}, (), r"Row 4 \('4.png'\): AU4 is None"),
+        ({(0, "text"): None}, (), r"Row 0 \('0.png'\): `text` has to be a caption, but is None"),
+        ({(row, "AU7"): 1.0 for row in range(5)}, (), "has the column AU7, but the model knows AU1, AU2"),
+        ({}, ("AU9", "AU26"), "has no column AU9, AU26. It has .*AU12"),
+        ({}, ("text",), "has no column text.*`--caption_column`"),
+    ],
+)
+def test_a_wrong_label_is_named_before_any_model_is_loaded(arguments, tmp_path, changes, drop, message):
+    folder = write_faces(tmp_path / "wrong", changes, drop)
+    missing_model = ["--pretrained_model_name_or_path", str(tmp_path / "no model")]
+    with pytest.raises(ValueError, match=message):
+        main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_is_named(arguments, tmp_path):
+    folder = write_faces(tmp_path / "broken")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"Row 2: the picture '.*2\.png' cannot be read"):
+        main(arguments("run", f"--train_data_dir {folder} --train_batch_size 5"))
+
+
+@pytest.fixture
+def shards_dir(faces_dir, tmp_path):
+    """The faces four times over, in two Parquet files of five row groups of two rows each."""
+    loaded = datasets.load_dataset("imagefolder", data_dir=str(faces_dir), split="train")
+    table = datasets.concatenate_datasets([loaded] * 4).cast_column("image", datasets.Image(decode=False))
+    pictures = [
+        {"bytes": Path(entry["path"]).read_bytes(), "path": f"{row}.png"} for row, entry in enumerate(table["image"])
+    ]
+    table = table.remove_columns("image").with_format("arrow")[:]
+    table = table.append_column("image", pa.array(pictures))
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        pq.write_table(table.slice(10 * shard, 10), tmp_path / f"shards/{shard}.parquet", row_group_size=2)
+    return tmp_path / "shards"
+
+
+def test_a_stream_has_each_row_once_an_epoch_and_few_in_memory(arguments, shards_dir):
+    options = f"--train_data_dir {shards_dir} --streaming --shuffle_buffer_size 4"
+    samples, data = make_samples(arguments, options)
+    _, whole = make_samples(arguments, f"--train_data_dir {shards_dir}")
+    most_rows, epochs = 0, []
+    for epoch in range(2):
+        rows = []
+        for number in range(20 * epoch, 20 * epoch + 20):
+            rows.append(int(samples[number]["row"]))
+            most_rows = max(most_rows, sum(map(len, data.loaded.values())))
+        assert sorted(rows) == list(range(20))
+        epochs.append(rows)
+    assert epochs[0] != epochs[1] != list(range(20))
+    assert most_rows <= 2 * 4 + 2
+    for row in (0, 7, 19):
+        part, index = data.locate(row)
+        assert np.array_equal(part.au_intensities[index], whole.au_intensities[row])
+        assert part.name(index) == f"Row {row} ('{row}.png')"
+
+
+def test_a_streamed_run_resumes_bit_for_bit(arguments, shards_dir, tmp_path):
+    options = f"--train_data_dir {shards_dir} --streaming --shuffle_buffer_size 4 --checkpointing_steps 2"
+    main(arguments("run", options))
+    files = [
+        tmp_path / "run" / name for name in ("au_attn_processors.safetensors", "pytorch_lora_weights.safetensors")
+    ]
+    whole = [path.read_bytes() for path in files]
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    main(arguments("run", f"{options} --resume_from_checkpoint latest"))
+    assert [path.read_bytes() for path in files] == whole
+
+
+def test_a_wrong_label_in_a_stream_is_named_when_it_is_read(arguments, shards_dir):
+    table = pq.read_table(shards_dir / "1.parquet")
+    index = table.column_names.index("AU12")
+    table = table.set_column(index, "AU12", pa.array([9.0] * 10))
+    pq.write_table(table, shards_dir / "1.parquet", row_group_size=2)
+    with pytest.raises(ValueError, match=r"Row 1\d \('1\d.png'\): AU12 is 9.0. FACS intensities go from 0"):
+        main(arguments("run", f"--train_data_dir {shards_dir} --streaming --train_batch_size 20"))
+
+
+def test_only_parquet_files_are_streamed(arguments):
+    with pytest.raises(ValueError, match="`--streaming` reads Parquet files, but '.*' has others, or none"):
+        main(arguments("run", "--streaming"))

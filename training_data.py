@@ -1,0 +1,590 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+From a data set to training samples: rows that are checked, pictures and captions that are encoded, now or once for all
+in a cache on disk, and the endless sequence of samples.
+
+Each sample is a function of the seed and of its number in the run. Memory does not grow with the pictures: labels are
+arrays, everything else stays in files that are mapped or read piece by piece.
+"""
+
+import dataclasses
+import hashlib
+import io
+import math
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from accelerate import Accelerator
+from datasets import Image as ImageFeature
+from datasets import load_dataset, load_dataset_builder
+from diffusers import AutoencoderKL
+from PIL import ExifTags, Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from action_units import AU_NAMES
+from au_encoder import read_tensors
+from training_config import TrainConfig
+
+
+FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
+ROWS_PER_SHARD = 1024
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class TrainingData:
+    """
+    Checked rows of a table. Pictures are opened when they are needed.
+
+    Args:
+        table (`pyarrow.Table`):
+            With the columns of pictures, captions, the 12 AUs, and with `--face_loss_weight` of the face's box.
+        config (`TrainConfig`):
+            Names the columns.
+        first_row (`int`, defaults to 0):
+            Number of the first row, for messages.
+
+    Raises:
+        ValueError: if a column is missing, or a value is not what it has to be. It names the row.
+    """
+
+    def __init__(self, table: pa.Table, config: TrainConfig, first_row: int = 0):
+        _check_columns(table.column_names, config)
+        self.first_row = first_row
+        self.pictures = table.column(config.image_column)
+        self.captions = table.column(config.caption_column)
+        self._check_captions(config.caption_column)
+        self.au_intensities = self._read_numbers(
+            table, AU_NAMES, 5, "FACS intensities go from 0 (absent) to 5 (grade E)."
+        )
+        self.face_boxes = None
+        if config.face_loss_weight != 1:
+            self.face_boxes = self._read_numbers(table, FACE_BOX, 1, "A face's box is a part of the picture, 0 to 1.")
+            self.picture_sizes = np.zeros((len(table), 2), np.int32)
+
+    def __len__(self) -> int:
+        return len(self.au_intensities)
+
+    def locate(self, row: int) -> tuple["TrainingData", int]:
+        """The table that holds a row, and its index there."""
+        return self, row
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, 0, epoch)).permutation(len(self))
+
+    def picture(self, row: int) -> dict:
+        """`{"path": …, "bytes": …}`, one of which may be None."""
+        entry = self.pictures[row].as_py()
+        if isinstance(entry, dict):
+            return entry
+        return {"path": entry, "bytes": None} if isinstance(entry, str) else {"path": None, "bytes": entry}
+
+    def picture_size(self, row: int) -> np.ndarray:
+        """Width and height, for which only the head of the file is read, and only once."""
+        if not self.picture_sizes[row].any():
+            entry = self.picture(row)
+            with Image.open(entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])) as picture:
+                is_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+                self.picture_sizes[row] = picture.size[::-1] if is_on_its_side else picture.size
+        return self.picture_sizes[row]
+
+    def name(self, row: int) -> str:
+        """What messages call a row."""
+        path = self.picture(row)["path"]
+        return f"Row {self.first_row + row}" + (f" ({Path(path).name!r})" if path else "")
+
+    def _check_captions(self, column: str) -> None:
+        is_text = pa.types.is_string(self.captions.type) or pa.types.is_large_string(self.captions.type)
+        wrong = pc.is_null(self.captions).to_numpy() if is_text else np.ones(len(self.captions), bool)
+        if wrong.any():
+            row = int(wrong.argmax())
+            caption = self.captions[row].as_py()
+            raise ValueError(f"{self.name(row)}: `{column}` has to be a caption, but is {caption!r}.")
+
+    def _read_numbers(self, table: pa.Table, names: tuple[str, ...], highest: float, allowed: str) -> np.ndarray:
+        numbers = np.empty((len(table), len(names)), np.float32)
+        for index, name in enumerate(names):
+            column = table.column(name)
+            wrong = np.ones(len(table), bool)
+            if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+                # What is missing becomes NaN, which is in no range.
+                numbers[:, index] = column.cast(pa.float64()).to_numpy()
+                wrong = ~((numbers[:, index] >= 0) & (numbers[:, index] <= highest))
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise ValueError(f"{self.name(row)}: {name} is {column[row].as_py()!r}. {allowed}")
+        return numbers
+
+
+class StreamedData:
+    """
+    The rows of Parquet files, here or on the Hub, read a row group at a time when they are needed.
+
+    An epoch goes through the row groups in another order each time, and shuffles the rows of as many of them together
+    as hold `shuffle_buffer_size` rows. About twice as many rows are in memory.
+    """
+
+    def __init__(self, urls: list[str], config: TrainConfig):
+        with ThreadPoolExecutor(16) as pool:
+            footers = list(tqdm(pool.map(_read_footer, urls), "Parquet files", len(urls), leave=False))
+        self.config = config
+        self.groups = [(url, f, i) for url, f in zip(urls, footers, strict=True) for i in range(f.num_row_groups)]
+        sizes = [footer.row_group(index).num_rows for _, footer, index in self.groups]
+        self.ends = np.cumsum(sizes)
+        # Some may be left out by `--max_train_samples`.
+        self.num_rows = min(int(self.ends[-1]), config.max_train_samples or int(self.ends[-1]))
+        self.most_rows = 2 * config.shuffle_buffer_size + max(sizes)
+        self.loaded: OrderedDict[int, TrainingData] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def locate(self, row: int) -> tuple[TrainingData, int]:
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        first_row = int(self.ends[group - 1]) if group else 0
+        if group not in self.loaded:
+            url, footer, index = self.groups[group]
+            with fsspec.open(url) as file:
+                table = pq.ParquetFile(file, metadata=footer).read_row_group(index)
+            self.loaded[group] = TrainingData(table, self.config, first_row)
+            while len(self.loaded) > 1 and sum(map(len, self.loaded.values())) > self.most_rows:
+                self.loaded.popitem(last=False)
+        self.loaded.move_to_end(group)
+        return self.loaded[group], row - first_row
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, 0, epoch))
+        starts = np.minimum(np.concatenate([[0], self.ends]), self.num_rows)
+        windows, buffered = [[]], 0
+        for group in rng.permutation(len(self.groups)):
+            if buffered >= self.config.shuffle_buffer_size:
+                windows.append([])
+                buffered = 0
+            windows[-1].append(np.arange(starts[group], starts[group + 1]))
+            buffered += len(windows[-1][-1])
+        return np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
+
+
+def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
+    """Load and check all labels and captions; those of a stream are checked when they are read."""
+    if config.streaming:
+        return StreamedData(_find_parquet_files(config), config)
+    if config.dataset_name is not None:
+        dataset = load_dataset(config.dataset_name, split="train")
+    else:
+        parquet_files = sorted(map(str, config.train_data_dir.rglob("*.parquet")))
+        if parquet_files and not list(config.train_data_dir.rglob("metadata.*")):
+            dataset = load_dataset("parquet", data_files=parquet_files, split="train")
+        else:
+            dataset = load_dataset("imagefolder", data_dir=str(config.train_data_dir), split="train")
+    if config.max_train_samples is not None:
+        dataset = dataset.select(range(min(config.max_train_samples, len(dataset))))
+    if len(dataset) == 0:
+        raise ValueError("The data set is empty.")
+    # As a table it stays mapped from its files.
+    return TrainingData(dataset.with_format("arrow")[:], config)
+
+
+def _find_parquet_files(config: TrainConfig) -> list[str]:
+    if config.dataset_name is not None:
+        urls = list(load_dataset_builder(config.dataset_name).config.data_files["train"])
+    else:
+        urls = sorted(map(str, config.train_data_dir.rglob("*.parquet")))
+    if not urls or not all(url.endswith(".parquet") for url in urls):
+        source = config.dataset_name or config.train_data_dir
+        raise ValueError(f"`--streaming` reads Parquet files, but {str(source)!r} has others, or none. Leave it out.")
+    return urls
+
+
+def _read_footer(url: str) -> pq.FileMetaData:
+    with fsspec.open(url) as file:
+        return pq.read_metadata(file)
+
+
+def _check_columns(columns: list[str], config: TrainConfig) -> None:
+    needed = [config.image_column, config.caption_column, *AU_NAMES]
+    needed += FACE_BOX if config.face_loss_weight != 1 else ()
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(
+            f"The data set has no column {', '.join(missing)}. It has {', '.join(columns)}. Columns of the picture and"
+            " the caption are named by `--image_column` and `--caption_column`; `--face_loss_weight` needs"
+            f" {', '.join(FACE_BOX)}."
+        )
+    unknown = [name for name in columns if re.fullmatch(r"(?i)AU_?\d+", name) and name not in AU_NAMES]
+    if unknown:
+        raise ValueError(
+            f"The data set has the column {', '.join(unknown)}, but the model knows {', '.join(AU_NAMES)}. Leave out"
+            " what is no part of the training."
+        )
+
+
+class PixelRows:
+    """The pictures as `(3, resolution, resolution)` float32 in [-1, 1]. The second half of the rows is mirrored."""
+
+    def __init__(self, data: TrainingData | StreamedData, resolution: int):
+        self.data = data
+        self.resolution = resolution
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        flip, row = divmod(row, len(self.data))
+        data, index = self.data.locate(row)
+        try:
+            picture = ImageFeature().decode_example(data.picture(index)).convert("RGB")
+        except (OSError, SyntaxError) as error:
+            path = data.picture(index)["path"]
+            raise ValueError(f"Row {row}: the picture {path!r} cannot be read: {error}") from error
+        # The shorter side is resized, the longer one cut.
+        picture = ImageOps.fit(picture, (self.resolution, self.resolution))
+        pixels = np.asarray(ImageOps.mirror(picture) if flip else picture)
+        return torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Base model and caches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class BaseEncoders:
+    """The frozen text encoder and VAE of the base, for training: pictures and captions in, their embeddings out."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype):
+        hub_options = {"revision": config.revision}
+        base = config.pretrained_model_name_or_path
+        self.tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **hub_options)
+        hub_options |= {"variant": config.variant, "dtype": dtype}
+        self.text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
+        self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae", **hub_options)
+        self._prepare(device)
+
+    @classmethod
+    def from_components(cls, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL):
+        """Of models that are loaded already, where they are."""
+        encoders = cls.__new__(cls)
+        encoders.tokenizer, encoders.text_encoder, encoders.vae = tokenizer, text_encoder, vae
+        encoders._prepare(vae.device)
+        return encoders
+
+    def _prepare(self, device: torch.device) -> None:
+        for module in (self.text_encoder, self.vae):
+            module.eval().requires_grad_(False).to(device)
+        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def tokenize(self, caption: str) -> torch.Tensor:
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+        return tokens.input_ids[0]
+
+    @torch.no_grad()
+    def encode_captions(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens)` → `(batch, tokens, cross_attention_dim)`."""
+        return self.text_encoder(input_ids.to(self.text_encoder.device))[0]
+
+    @torch.no_grad()
+    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, 3, height, width)` → mean and standard deviation of the latents, `(batch, 2, channels, …)`."""
+        pixel_values = pixel_values.to(self.vae.device, self.vae.dtype)
+        distribution = self.vae.encode(pixel_values).latent_dist
+        return torch.stack([distribution.mean, distribution.std], dim=1)
+
+    def fingerprint(self) -> str:
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        digest = hashlib.blake2b(repr((vocabulary, self.tokenizer.model_max_length)).encode(), digest_size=16)
+        for module in (self.text_encoder, self.vae):
+            for name, tensor in module.state_dict().items():
+                digest.update(f"{name} {tensor.dtype}".encode())
+                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class TokenRows:
+    """The token ids of captions."""
+
+    def __init__(self, captions: pa.Array, encoders: BaseEncoders):
+        self.captions = captions
+        self.encoders = encoders
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.encoders.tokenize(self.captions[row].as_py())
+
+
+class CachedRows:
+    """Rows of tensors in memory-mapped files of `ROWS_PER_SHARD` rows each."""
+
+    def __init__(self, paths: list[Path]):
+        self.shards = [read_tensors(path)["rows"] for path in paths]
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.shards[row // ROWS_PER_SHARD][row % ROWS_PER_SHARD]
+
+
+def cache_rows(
+    folder: Path,
+    rows: PixelRows | TokenRows,
+    num_rows: int,
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> CachedRows:
+    """
+    Encode the rows that are not in `folder` yet. Files are renamed into place when they are complete, so an
+    interrupted run leaves nothing wrong behind, and the next one goes on with the missing files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{shard:05d}.safetensors" for shard in range(math.ceil(num_rows / ROWS_PER_SHARD))]
+    mine = paths[accelerator.process_index :: accelerator.num_processes]
+    missing = [path for path in mine if not path.exists()]
+    size = config.train_batch_size
+    for path in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
+        first = int(path.stem) * ROWS_PER_SHARD
+        last = min(first + ROWS_PER_SHARD, num_rows)
+        batches = torch.utils.data.DataLoader(
+            rows,
+            batch_sampler=[range(start, min(start + size, last)) for start in range(first, last, size)],
+            num_workers=config.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
+        encoded = torch.cat([encode(batch).cpu() for batch in batches])
+        unfinished = path.with_suffix(".part")
+        with disk_errors_explained(f"{folder.name[:16]}/{path.name}", unfinished):
+            save_file({"rows": encoded}, unfinished)
+        os.replace(unfinished, path)
+    accelerator.wait_for_everyone()
+    return CachedRows(paths)
+
+
+@contextmanager
+def disk_errors_explained(what: str, unfinished: Path) -> Iterator[None]:
+    """What fails to be written inside is reported with the room that is left. Nothing finished is touched."""
+    try:
+        yield
+    # The writers of torch and safetensors raise errors of their own for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        folder = unfinished.parent
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize / 2**20
+        raise OSError(
+            f"{what} cannot be written to {str(folder)!r}, where {free:.0f} MiB are free: {error}. What was written"
+            " before is kept. Make room, and go on with `--resume_from_checkpoint latest`."
+        ) from error
+
+
+def _fingerprint(*settings, data: TrainingData | None = None) -> str:
+    """A hash of all that a cache depends on; of pictures that are files, path, size and time of the last change."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+    for row in range(len(data or ())):
+        entry = data.picture(row)
+        if entry["bytes"] is None:
+            status = os.stat(entry["path"])
+            digest.update(f"{entry['path']} {status.st_size} {status.st_mtime_ns}\n".encode())
+        else:
+            digest.update(hashlib.blake2b(entry["bytes"], digest_size=16).digest())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class SampleInputs:
+    """
+    What samples are made of: the labels in `data`, and `pictures` and `captions` as pixels and token ids, or with a
+    cache as distributions of the latents and text embeddings. The second half of `pictures` is mirrored.
+
+    `caption_indices` says which of the cached `captions` a row has; the first one is empty. Without a cache, row n has
+    caption n, and `no_caption` is the empty one.
+    """
+
+    data: TrainingData | StreamedData
+    pictures: PixelRows | CachedRows
+    latents_shape: tuple[int, int, int]
+    encoders: BaseEncoders | None
+    captions: CachedRows | None = None
+    caption_indices: np.ndarray | None = None
+
+    def caption(self, row: int | None) -> torch.Tensor:
+        """The caption of a row, or for None the empty one."""
+        if self.captions is not None:
+            return self.captions[0 if row is None else int(self.caption_indices[row])]
+        if row is None:
+            return self.encoders.tokenize("")
+        data, index = self.data.locate(row)
+        return self.encoders.tokenize(data.captions[index].as_py())
+
+
+def make_inputs(data: TrainingData | StreamedData, encoders: BaseEncoders, resolution: int) -> SampleInputs:
+    side = resolution // encoders.vae_scale_factor
+    shape = (encoders.vae.config.latent_channels, side, side)
+    return SampleInputs(data, PixelRows(data, resolution), shape, encoders)
+
+
+def cache_inputs(inputs: SampleInputs, config: TrainConfig, accelerator: Accelerator) -> SampleInputs:
+    """`inputs` encoded and kept on disk, by the hash of what they and the encoders are."""
+    data, encoders = inputs.data, inputs.encoders
+    # Half precision is ample for latents; bfloat16 is not.
+    dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
+    cache_dir = config.cache_dir or config.output_dir / "cache"
+    settings = (encoders.fingerprint(), dtype)
+    latents = cache_rows(
+        cache_dir / f"latents-{_fingerprint(*settings, inputs.pictures.resolution, config.random_flip, data=data)}",
+        inputs.pictures,
+        len(data) * (1 + config.random_flip),
+        lambda pixel_values: encoders.encode_pictures(pixel_values).to(dtype),
+        config,
+        accelerator,
+    )
+    # Many rows share a caption. Offsets of 32 bits would end at 2 GiB of text.
+    encoded = data.captions.cast(pa.large_string()).combine_chunks().dictionary_encode()
+    captions = pa.concat_arrays([pa.array([""], pa.large_string()), encoded.dictionary])
+    digest = hashlib.blake2b(digest_size=16)
+    for caption in captions:
+        digest.update(repr(caption.as_py()).encode())
+    embeddings = cache_rows(
+        cache_dir / f"captions-{_fingerprint(*settings, digest.hexdigest())}",
+        TokenRows(captions, encoders),
+        len(captions),
+        lambda input_ids: encoders.encode_captions(input_ids).to(dtype),
+        config,
+        accelerator,
+    )
+    indices = encoded.indices.to_numpy() + 1
+    return dataclasses.replace(inputs, pictures=latents, encoders=None, captions=embeddings, caption_indices=indices)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samples
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def smooth_au_intensities(
+    au_intensities: np.ndarray, variance: float, rounding_prob: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Smooth the labels of one sample: Gaussian noise, clipped to [0, 5]; some samples rounded (paper §4.3)."""
+    noise = rng.standard_normal(au_intensities.shape, np.float32)
+    smoothed = np.clip(au_intensities + np.float32(math.sqrt(variance)) * noise, 0, 5)
+    return np.round(smoothed) if rng.random() < rounding_prob else smoothed
+
+
+def timestep_probabilities(num_train_timesteps: int, config: TrainConfig) -> np.ndarray:
+    """How likely each timestep is: all alike, but for those that `--timestep_bias_strategy` names."""
+    weights = np.ones(num_train_timesteps)
+    portion = round(num_train_timesteps * config.timestep_bias_portion)
+    favoured = {
+        "none": slice(0, 0),
+        "earlier": slice(0, portion),
+        "later": slice(num_train_timesteps - portion, None),
+        "range": slice(config.timestep_bias_begin, config.timestep_bias_end),
+    }
+    weights[favoured[config.timestep_bias_strategy]] *= config.timestep_bias_multiplier
+    return weights / weights.sum()
+
+
+def face_weights(box: np.ndarray, picture_size: np.ndarray, side: int, weight: float) -> np.ndarray:
+    """
+    Weights of the loss at each of `side` × `side` latents, `weight` inside the face against 1 outside, with mean 1.
+
+    Args:
+        box (`numpy.ndarray` of shape `(4,)`):
+            Left, top, right and bottom, from 0 to 1 of the whole picture.
+        picture_size (`numpy.ndarray` of shape `(2,)`):
+            Width and height of the picture, of which training sees the square in the middle.
+    """
+    shorter_side = picture_size.min()
+    cut = (picture_size - shorter_side) / 2
+    corners = (box.reshape(2, 2) * picture_size - cut) / shorter_side * side
+    cells = np.arange(side)[:, None]
+    # How much of each column and row of latents the box covers.
+    covered = np.clip(np.minimum(corners[1], cells + 1) - np.maximum(corners[0], cells), 0, 1)
+    weights = 1 + (weight - 1) * np.outer(covered[:, 1], covered[:, 0])
+    return (weights / weights.mean()).astype(np.float32)
+
+
+class TrainingSamples(torch.utils.data.Dataset):
+    """
+    The endless sequence of training samples. Sample n is a function of the seed and n alone, and with stratified
+    timesteps of `samples_per_step`.
+    """
+
+    def __init__(self, inputs: SampleInputs, num_train_timesteps: int, config: TrainConfig, samples_per_step: int = 1):
+        self.inputs = inputs
+        self.config = config
+        self.samples_per_step = samples_per_step
+        self.timestep_ends = np.cumsum(timestep_probabilities(num_train_timesteps, config))
+        self.orders: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        config, inputs = self.config, self.inputs
+        row = self._row(number)
+        data, index = inputs.data.locate(row)
+        # All is drawn always, in the same order: one option more leaves the other draws as they are.
+        rng = np.random.default_rng((config.seed, 1, number))
+        noise, latent_noise = rng.standard_normal((2, *inputs.latents_shape), np.float32)
+        timestep = self._timestep(number, rng.random())
+        flip, drop_aus, drop_caption = rng.random(3) < (0.5, config.au_drop_prob, config.caption_drop_prob)
+        flip = flip and config.random_flip
+        au_intensities = smooth_au_intensities(
+            data.au_intensities[index], config.au_noise_variance, config.au_rounding_prob, rng
+        )
+        offset = rng.standard_normal((len(noise), 1, 1), np.float32)
+        sample = {
+            "row": torch.tensor(row),
+            "picture": inputs.pictures[row + len(inputs.data) if flip else row],
+            "caption": inputs.caption(None if drop_caption else row),
+            "au_intensities": torch.from_numpy(au_intensities * np.float32(not drop_aus)),
+            "noise": torch.from_numpy(noise + np.float32(config.noise_offset) * offset),
+            "latent_noise": torch.from_numpy(latent_noise),
+            "timesteps": torch.tensor(timestep),
+        }
+        if data.face_boxes is not None:
+            size, side = data.picture_size(index), inputs.latents_shape[-1]
+            weights = face_weights(data.face_boxes[index], size, side, config.face_loss_weight)
+            sample["loss_weights"] = torch.from_numpy(np.flip(weights, 1).copy() if flip else weights)
+        return sample
+
+    def _row(self, number: int) -> int:
+        epoch, place = divmod(number, len(self.inputs.data))
+        if epoch not in self.orders:
+            # A batch may lie in two epochs.
+            self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}
+            self.orders[epoch] = self.inputs.data.order(self.config.seed, epoch)
+        return int(self.orders[epoch][place])
+
+    def _timestep(self, number: int, fraction: float) -> int:
+        if self.config.timestep_sampling == "stratified":
+            fraction = (number % self.samples_per_step + fraction) / self.samples_per_step
+        timestep = np.searchsorted(self.timestep_ends, fraction, side="right")
+        return min(int(timestep), len(self.timestep_ends) - 1)
+
+
+def make_dataloader(
+    samples: TrainingSamples, first_step: int, config: TrainConfig, accelerator: Accelerator
+) -> torch.utils.data.DataLoader:
+    """The batches of this process from `first_step` to the last one."""
+    size, accumulated = config.train_batch_size, config.gradient_accumulation_steps
+    starts = [
+        (batch * accelerator.num_processes + accelerator.process_index) * size
+        for batch in range(first_step * accumulated, config.max_train_steps * accumulated)
+    ]
+    return torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=[range(start, start + size) for start in starts],
+        num_workers=config.dataloader_num_workers,
+        pin_memory=accelerator.device.type != "cpu",
+        # Its seeds are not used, but it would draw them from the global random state.
+        generator=torch.Generator(),
+    )
