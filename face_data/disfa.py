@@ -1,0 +1,325 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+DISFA: 27 people filmed while they watch videos, 12 AUs of each frame graded 0 to 5 by hand (paper §4.4).
+
+    DISFA/ActionUnit_Labels/SN001/SN001_au1.txt      "frame,intensity", frames counted from 1
+    DISFA/Videos_LeftCamera/LeftVideoSN001_comp.avi  or the frames as pictures, FOLDER/SN001/00001.jpg
+
+All frames with any AU are kept, and of those with none a share. Labels and film differ in length by some frames; what
+only one of them has is left out. A subject is a part.
+"""
+
+import functools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from action_units import AU_NAMES
+from face_data.store import (
+    PICTURE_ERRORS,
+    PICTURE_SUFFIXES,
+    Part,
+    claim_folder,
+    mark_finished,
+    place_picture,
+    replace_file,
+    run_parts,
+)
+from face_data.table_index import au_columns
+
+
+VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov")
+NUM_SUBJECTS = 27
+NO_AU = "no AU, and not in the share that is kept"
+INCOMPLETE = "labels of some AUs only"
+NO_LABELS = "no labels"
+NO_PICTURES = "subject without video or pictures"
+NO_FRAME = "labels without a frame"
+NO_LABEL = "frames without a label"
+UNREADABLE = "picture or video that cannot be read"
+_SUBJECT = re.compile(r"SN\d{3}")
+
+
+@dataclass(frozen=True)
+class Disfa:
+    """
+    What is read, and how.
+
+    Args:
+        root (`Path`):
+            The folder of the data set; it, or one below it, holds `SN001/SN001_au1.txt` and so on.
+        images (`Path`, *optional*):
+            A folder of pictures in a folder for each subject, instead of the videos. The number at the end of a
+            name is the frame's, and the first frame's is 1; it is 0 if any picture has the number 0.
+        camera (`str`):
+            "left" or "right".
+        neutral_share (`float`):
+            Share of the frames without any AU that is kept, in [0, 1].
+        seed (`int`):
+            Decides which.
+        jpeg_quality (`int`):
+            Of frames that are taken from videos, 1 to 95.
+        subjects (`tuple[str, ...]`):
+            Only these; empty for all.
+    """
+
+    root: Path
+    images: Path | None = None
+    camera: str = "left"
+    neutral_share: float = 0.1
+    seed: int = 0
+    jpeg_quality: int = 95
+    subjects: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if not 0 <= self.neutral_share <= 1:
+            raise ValueError(f"`--neutral_share` has to be in [0, 1], but is {self.neutral_share}.")
+        if not 1 <= self.jpeg_quality <= 95:
+            raise ValueError(f"`--jpeg_quality` has to be from 1 to 95, but is {self.jpeg_quality}.")
+        for folder in (self.root, self.images):
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"{str(folder)!r} is no folder.")
+
+    def settings(self) -> dict:
+        values = asdict(self) | {"root": str(self.root.resolve()), "subjects": list(self.subjects)}
+        values["images"] = None if self.images is None else str(self.images.resolve())
+        return {"source": "disfa", "correct_aus": False, "needs_photo_filter": False} | values
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The frames of a subject that have labels, those of them that are `chosen`, and where pictures go."""
+
+    subject: str
+    labelled: frozenset[int]
+    chosen: frozenset[int]
+    folder: Path
+
+    def file_name(self, frame: int, suffix: str) -> str:
+        return f"images/{self.subject}/{frame:05d}{suffix}"
+
+
+def prepare_disfa(disfa: Disfa, folder: Path, num_workers: int, on_error: str) -> None:
+    """Fill the work folder `folder`, which `face_data.store` describes."""
+    labels = find_label_folders(disfa.root)
+    if disfa.images is None:
+        media, first_number = find_videos(disfa.root, disfa.camera), 1
+        if media:
+            import_av()
+    else:
+        media = {path.name: path for path in sorted(disfa.images.glob("SN*")) if _SUBJECT.fullmatch(path.name)}
+        first_number = 0 if any(0 in number_pictures(path) for path in media.values()) else 1
+    subjects = choose_subjects(sorted(labels.keys() | media.keys()), disfa.subjects)
+    claim_folder(folder, disfa.settings())
+    work = functools.partial(make_part, disfa, labels, media, first_number, folder, on_error)
+    run_parts(work, subjects, lambda part: part_path(folder, part).is_file(), num_workers, "DISFA")
+    mark_finished(folder)
+
+
+def make_part(
+    disfa: Disfa,
+    labels: dict[str, Path],
+    media: dict[str, Path],
+    first_number: int,
+    folder: Path,
+    on_error: str,
+    subject: str,
+) -> None:
+    """Write the part of one subject."""
+    part = Part(on_error)
+    intensities = {}
+    if subject in labels:
+        intensities = read_labels(labels[subject], subject, part)
+    else:
+        part.problem(NO_LABELS, media[subject])
+    if intensities and subject not in media:
+        part.problem(NO_PICTURES, disfa.images or disfa.root, subject, len(intensities))
+    elif intensities:
+        chosen = choose_frames(intensities, subject, disfa, part)
+        frames = Frames(subject, frozenset(intensities), frozenset(chosen), folder)
+        if disfa.images is None:
+            placed = place_video_frames(media[subject], frames, disfa.jpeg_quality, part)
+        else:
+            placed = place_images(media[subject], first_number, frames, part)
+        for frame, file_name in sorted(placed.items()):
+            row = {"file_name": file_name, "text": ""} | au_columns(intensities[frame])
+            part.rows.append(row | {"source": "disfa", "subject": subject, "origin": f"{subject}/{frame}"})
+    part.write(part_path(folder, subject))
+
+
+def part_path(folder: Path, subject: str) -> Path:
+    return folder / "rows" / f"{subject}.jsonl"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is there
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_label_folders(root: Path) -> dict[str, Path]:
+    """The folder of each subject's labels."""
+    candidates = [root, root / "ActionUnit_Labels", *sorted(path for path in root.glob("*/ActionUnit_Labels"))]
+    for candidate in candidates:
+        found = {
+            path.name: path
+            for path in candidate.glob("SN*")
+            if _SUBJECT.fullmatch(path.name) and any(path.glob(f"{path.name}_au*.txt"))
+        }
+        if found:
+            return found
+    raise ValueError(
+        f"There are no labels below {str(root)!r}. DISFA has them as ActionUnit_Labels/SN001/SN001_au1.txt."
+    )
+
+
+def find_videos(root: Path, camera: str) -> dict[str, Path]:
+    """The video of each subject; the two cameras' file names differ in their letter case."""
+    found = {}
+    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
+        match = re.match(rf"{camera}video(sn\d{{3}})", path.name, flags=re.IGNORECASE)
+        if match:
+            subject = match[1].upper()
+            if subject in found:
+                raise ValueError(f"There are two videos of {subject}: {found[subject]} and {path}. Leave one.")
+            found[subject] = path
+    return found
+
+
+def number_pictures(folder: Path) -> dict[int, Path]:
+    """The pictures of a subject by the number at the end of their names."""
+    numbered = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in PICTURE_SUFFIXES:
+            continue
+        match = re.search(r"\d+$", path.stem)
+        if match is None:
+            raise ValueError(f"{path}: the name of a frame ends with its number, such as 00001.jpg.")
+        if int(match[0]) in numbered:
+            raise ValueError(f"{path} and {numbered[int(match[0])]} have the same number.")
+        numbered[int(match[0])] = path
+    return numbered
+
+
+def choose_subjects(present: list[str], wanted: tuple[str, ...]) -> list[str]:
+    missing = sorted(set(wanted) - set(present))
+    if missing:
+        raise ValueError(f"`--subjects` names {', '.join(missing)}, but there are {', '.join(present)}.")
+    return list(wanted) or present
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Labels and frames
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]:
+    """The `(12,)` intensities of each frame that has all of them, by the frame's number from 1."""
+    by_au = []
+    for name in AU_NAMES:
+        path = folder / f"{subject}_{name.lower()}.txt"
+        if not path.is_file():
+            part.problem("missing label file", path)
+            return {}
+        try:
+            by_au.append(read_label_file(path))
+        except ValueError as error:
+            part.problem("label file that cannot be read", path, str(error))
+            return {}
+    complete = set.intersection(*map(set, by_au))
+    part.drop(INCOMPLETE, folder, len(set.union(*map(set, by_au)) - complete))
+    return {frame: np.float32([au[frame] for au in by_au]) for frame in sorted(complete)}
+
+
+def read_label_file(path: Path) -> dict[int, int]:
+    """The intensity by frame."""
+    values = {}
+    for line, text in enumerate(path.read_text().splitlines(), 1):
+        if not text.strip():
+            continue
+        match = re.fullmatch(r"\s*(\d+)\s*[,\s]\s*([0-5])(?:\.0*)?\s*", text)
+        if match is None:
+            raise ValueError(f"line {line} is {text[:40]!r}, but has to be a frame and an intensity from 0 to 5")
+        frame = int(match[1])
+        if frame == 0:
+            raise ValueError(f"line {line} has the frame 0; the first frame of DISFA is 1")
+        if frame in values:
+            raise ValueError(f"line {line} has the frame {frame} for the second time")
+        values[frame] = int(match[2])
+    return values
+
+
+def choose_frames(intensities: dict[int, np.ndarray], subject: str, disfa: Disfa, part: Part) -> set[int]:
+    """All frames with an AU, and the same share of those without from each subject."""
+    neutral = [frame for frame, aus in intensities.items() if not aus.any()]
+    kept = random.Random(f"{disfa.seed} {subject}").sample(neutral, round(disfa.neutral_share * len(neutral)))
+    part.drop(NO_AU, subject, len(neutral) - len(kept))
+    return (intensities.keys() - set(neutral)) | set(kept)
+
+
+def place_images(source: Path, first_number: int, frames: Frames, part: Part) -> dict[int, str]:
+    """Put the chosen frames where they belong, and say under which names."""
+    by_frame = {number - first_number + 1: path for number, path in number_pictures(source).items()}
+    part.drop(NO_LABEL, source, len(by_frame.keys() - frames.labelled))
+    part.drop(NO_FRAME, source, len(frames.chosen - by_frame.keys()))
+    placed = {}
+    for frame in sorted(frames.chosen & by_frame.keys()):
+        file_name = frames.file_name(frame, by_frame[frame].suffix.lower())
+        try:
+            place_picture(by_frame[frame], frames.folder / file_name)
+        except PICTURE_ERRORS as error:
+            part.problem(UNREADABLE, by_frame[frame], str(error))
+        else:
+            placed[frame] = file_name
+    return placed
+
+
+def place_video_frames(video: Path, frames: Frames, quality: int, part: Part) -> dict[int, str]:
+    """As `place_images`. What comes before a damage of the video is kept."""
+    placed, last = {}, 0
+    try:
+        for last, picture in read_video(video):
+            if last in frames.chosen:
+                placed[last] = frames.file_name(last, ".jpg")
+                save_frame(picture.to_image(), frames.folder / placed[last], quality)
+    except VideoError as error:
+        part.problem(UNREADABLE, video, str(error), len(frames.chosen) - len(placed))
+    else:
+        part.drop(NO_FRAME, video, len(frames.chosen) - len(placed))
+    part.drop(NO_LABEL, video, len(set(range(1, last + 1)) - frames.labelled))
+    return placed
+
+
+def save_frame(picture, path: Path, quality: int) -> None:
+    replace_file(path, lambda unfinished: picture.save(unfinished, quality=quality, subsampling=0))
+
+
+def import_av():
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("Videos need PyAV: pip install av. Or give pictures of the frames, `--images`.") from error
+
+    return av
+
+
+class VideoError(ValueError):
+    """A video is damaged."""
+
+
+def read_video(path: Path) -> Iterator[tuple[int, object]]:
+    """Frame numbers from 1, and frames of PyAV. Raises `VideoError` where the video cannot be read further."""
+    av = import_av()
+    frame = 0
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError("there is no video in it")
+            for frame, picture in enumerate(container.decode(video=0), 1):
+                yield frame, picture
+    except av.error.FFmpegError as error:
+        raise VideoError(f"after frame {frame}: {error}") from error

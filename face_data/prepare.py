@@ -1,0 +1,263 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Training data from DISFA, AffectNet, or any pictures with AUs, step by step. Each step can be stopped: the same command
+goes on where it was.
+
+  all of the paper's data   python -m face_data.prepare paper --disfa DISFA --affectnet AffectNet --aus libreface.csv \
+                                --blip2 Salesforce/blip2-opt-2.7b --output faces
+
+  or step by step           python -m face_data.prepare disfa --root DISFA --output work/disfa
+                            python -m face_data.prepare affectnet --root AffectNet --aus libreface.csv \
+                                --output work/affectnet
+                            python -m face_data.prepare folder --root pictures --aus labels.csv --output work/mine
+                            python -m face_data.prepare photos work/affectnet --blip2 Salesforce/blip2-opt-2.7b
+                            python -m face_data.prepare caption work/disfa work/affectnet work/mine --blip2 …
+                            python -m face_data.prepare build work/disfa work/affectnet work/mine --output faces
+                            python -m face_data.prepare report work/disfa
+"""
+
+import argparse
+import os
+import re
+import sqlite3
+import sys
+from pathlib import Path
+
+from au_tables import AU_TABLE_TOOLS
+from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, prepare_affectnet
+from face_data.build import FORMATS, Build, build_dataset
+from face_data.disfa import Disfa, prepare_disfa
+from face_data.report import report_folders
+from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder
+from face_data.tabled import Tabled, prepare_tabled
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m face_data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    disfa = add("disfa", "Rows and pictures of DISFA.")
+    disfa.add_argument("--root", type=Path, required=True, help="Folder of the data set.")
+    _add_disfa(disfa)
+    _add_work(disfa)
+
+    affectnet = add("affectnet", "Rows and pictures of AffectNet, with AUs from a table.")
+    affectnet.add_argument("--root", type=Path, required=True, help="Folder of the data set.")
+    _add_table(affectnet)
+    _add_limits(affectnet)
+    _add_rows_per_part(affectnet)
+    _add_work(affectnet)
+
+    folder = add("folder", "Rows and pictures of any folder, with AUs, and maybe captions, from a table.")
+    folder.add_argument("--root", type=Path, required=True, help="Folder of the pictures.")
+    folder.add_argument("--source", help="Name of the source, letters and digits; by default those of the folder.")
+    folder.add_argument("--caption_column", help="By default text, caption or prompt, if it is there.")
+    folder.add_argument("--measured", action="store_true", help="AUs are measured: correct them as the paper does.")
+    folder.add_argument("--drawings", action="store_true", help="There may be drawings: ask BLIP-2, as in `photos`.")
+    _add_table(folder)
+    _add_limits(folder, 1, 0.0)
+    _add_rows_per_part(folder)
+    _add_work(folder)
+
+    for name, text in (
+        ("caption", "Captions by BLIP-2, for pictures that have none."),
+        ("photos", "BLIP-2 is asked which pictures are photographs."),
+    ):
+        step = add(name, text)
+        step.add_argument("folders", type=Path, nargs="+", help="Work folders.")
+        step.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
+        _add_blip2(step)
+
+    build = add("build", "The data set for the training, from work folders.")
+    build.add_argument("folders", type=Path, nargs="+", help="Work folders.")
+    build.add_argument("--default_caption", help="For pictures that have none.")
+    build.add_argument("--keep_drawings", action="store_true", help="Do not ask whether pictures are photographs.")
+    build.add_argument("--keep_aus", action="store_true", help="Do not correct measured AUs.")
+    _add_format(build)
+    _add_output(build, "Folder of the data set.")
+
+    paper = add("paper", "All steps for DISFA and AffectNet, one after the other.")
+    paper.add_argument("--disfa", type=Path, required=True, help="Folder of DISFA.")
+    paper.add_argument("--affectnet", type=Path, required=True, help="Folder of AffectNet.")
+    paper.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
+    _add_disfa(paper)
+    _add_table(paper)
+    _add_limits(paper)
+    _add_rows_per_part(paper)
+    _add_blip2(paper)
+    _add_format(paper)
+    _add_work(paper, "Folder of the data set; OUTPUT/.work has what the single steps make.")
+
+    report = add("report", "What the steps kept and left out, and why.")
+    report.add_argument("folders", type=Path, nargs="+", help="Work folders.")
+    return parser.parse_args(argv)
+
+
+def _add_disfa(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=Path, help="Frames of DISFA as pictures, SN001/00001.jpg; no videos then.")
+    parser.add_argument("--camera", choices=("left", "right"), default="left", help="Which videos of DISFA.")
+    parser.add_argument("--neutral_share", type=float, default=0.1, help="Kept share of DISFA's frames without AUs.")
+    parser.add_argument("--seed", type=int, default=0, help="Decides which.")
+    parser.add_argument("--jpeg_quality", type=int, default=95, help="Of frames taken from videos.")
+    parser.add_argument("--subjects", nargs="+", default=(), metavar="SN001", help="Only these; by default all.")
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--aus", type=Path, required=True, help="Table of the AUs: csv, tsv, jsonl, json or parquet.")
+    parser.add_argument("--au_tool", choices=AU_TABLE_TOOLS, help="Whose columns; by default they tell.")
+    parser.add_argument("--image_column", help="Column of the file names; by default the first usual one.")
+
+
+def _add_limits(
+    parser: argparse.ArgumentParser, min_side: int = MIN_SIDE, min_total: float = MIN_TOTAL_INTENSITY
+) -> None:
+    parser.add_argument("--min_side", type=int, default=min_side, help="Pixels both sides of a picture have.")
+    parser.add_argument("--min_total_intensity", type=float, default=min_total, help="Smallest sum of all AUs.")
+
+
+def _add_rows_per_part(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rows_per_part", type=int, default=1024, help="Rows of the table that are done together.")
+
+
+def _add_blip2(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch_size", type=int, default=16, help="Pictures that BLIP-2 sees together.")
+    parser.add_argument("--device", help="For BLIP-2; by default a GPU if there is one.")
+
+
+def _add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="Files, or shards to stream.")
+
+
+def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    num_workers = os.cpu_count() or 1
+    parser.add_argument("--output", type=Path, required=True, help=text)
+    parser.add_argument("--num_workers", type=int, default=num_workers, help="Processes; by default one a core.")
+
+
+def _add_work(parser: argparse.ArgumentParser, text: str = "Work folder for this source.") -> None:
+    _add_output(parser, text)
+    parser.add_argument(
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="A corrupt picture, a missing label file and the like end the step, or are left out and reported.",
+    )
+
+
+def run(args: argparse.Namespace) -> str:
+    """Do a step, and say what came of it."""
+    if getattr(args, "num_workers", 1) < 1:
+        raise ValueError(f"`--num_workers` has to be at least 1, but is {args.num_workers}.")
+    steps = {
+        "disfa": lambda: run_disfa(args, args.root, args.output),
+        "affectnet": lambda: run_affectnet(args, args.root, args.output),
+        "folder": lambda: run_folder(args),
+        "caption": lambda: run_blip2(args, args.folders, CAPTIONS),
+        "photos": lambda: run_blip2(args, args.folders, PHOTOS),
+        "build": lambda: run_build(args),
+        "paper": lambda: run_paper(args),
+        "report": lambda: report_folders(args.folders).to_text(),
+    }
+    return steps[args.step]()
+
+
+def run_disfa(args: argparse.Namespace, root: Path, folder: Path) -> str:
+    disfa = Disfa(
+        root, args.images, args.camera, args.neutral_share, args.seed, args.jpeg_quality, tuple(args.subjects)
+    )
+    prepare_disfa(disfa, folder, args.num_workers, args.on_error)
+    return report_folders([folder]).to_text()
+
+
+def run_affectnet(args: argparse.Namespace, root: Path, folder: Path) -> str:
+    prepare_affectnet(
+        root,
+        args.aus,
+        folder,
+        args.num_workers,
+        args.on_error,
+        tool=args.au_tool,
+        image_column=args.image_column,
+        min_side=args.min_side,
+        min_total_intensity=args.min_total_intensity,
+        rows_per_part=args.rows_per_part,
+    )
+    return report_folders([folder]).to_text()
+
+
+def run_folder(args: argparse.Namespace) -> str:
+    if not args.root.is_dir():
+        raise ValueError(f"`--root` has to be a folder, but {str(args.root)!r} is none.")
+    tabled = Tabled(
+        args.source or re.sub("[^A-Za-z0-9]", "", args.root.resolve().name),
+        (args.root,),
+        args.aus,
+        args.au_tool,
+        args.image_column,
+        args.caption_column,
+        args.min_side,
+        args.min_total_intensity,
+        correct_aus=args.measured,
+        needs_photo_filter=args.drawings,
+        rows_per_part=args.rows_per_part,
+    )
+    prepare_tabled(tabled, args.output, args.num_workers, args.on_error)
+    return report_folders([args.output]).to_text()
+
+
+def run_blip2(args: argparse.Namespace, folders: list[Path], kind: str) -> str:
+    # Loads transformers, which the other steps do not need.
+    from face_data.annotate import annotate
+
+    for folder in folders:
+        annotate(folder, kind, args.blip2, args.batch_size, args.device)
+    return f"{kind}: {', '.join(map(str, folders))}"
+
+
+def run_build(args: argparse.Namespace) -> str:
+    build = Build(
+        tuple(args.folders),
+        args.output,
+        args.format,
+        args.default_caption,
+        photo_filter=not args.keep_drawings,
+        correct_aus=not args.keep_aus,
+    )
+    return build_dataset(build, args.num_workers).to_text()
+
+
+def run_paper(args: argparse.Namespace) -> str:
+    check_folder(args.output)
+    folders = [args.output / WORK / name for name in ("disfa", "affectnet")]
+    run_disfa(args, args.disfa, folders[0])
+    run_affectnet(args, args.affectnet, folders[1])
+    run_blip2(args, folders[1:], PHOTOS)
+    run_blip2(args, folders, CAPTIONS)
+    build = Build(tuple(folders), args.output, args.format)
+    return build_dataset(build, args.num_workers).to_text()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 2 for anything wrong with what was asked or found, 130 after Ctrl-C."""
+    try:
+        print(run(parse_args(argv)))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, sqlite3.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What became of the pictures: a table of counts with reasons, and a picture of the intensities before and after."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from action_units import AU_NAMES
+from contact_sheet import GREY, INK
+from face_data.store import list_parts, read_lines, read_settings, replace_file
+
+
+KEPT = "kept"
+MAX_EXAMPLES = 3
+BINS = 20
+BEFORE_COLOR, AFTER_COLOR = "#b9c2cc", "#d1495b"
+
+
+@dataclass
+class Report:
+    """
+    Counts by source and by reason, with `KEPT` for what stayed, and for each problem the first few paths.
+    """
+
+    counts: dict[str, Counter] = field(default_factory=dict)
+    examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def add(self, source: str, line: dict) -> None:
+        """A line of a part."""
+        reason = line.get("dropped", KEPT)
+        self.counts.setdefault(source, Counter())[reason] += line.get("count", 1)
+        if line.get("problem"):
+            paths = self.examples.setdefault((source, reason), [])
+            if len(paths) < MAX_EXAMPLES:
+                paths.append(line["path"])
+
+    def move(self, source: str, line: dict) -> None:
+        """A line that takes back what was kept."""
+        self.counts[source][KEPT] -= line.get("count", 1)
+        self.add(source, line)
+
+    def to_text(self) -> str:
+        rows = []
+        for source, counts in self.counts.items():
+            dropped = [(reason, count) for reason, count in counts.most_common() if reason != KEPT]
+            for number, (reason, count) in enumerate([*dropped, (KEPT, counts[KEPT])]):
+                rows.append(("" if number else source, reason, f"{count:,}"))
+                rows += [("", f"  {path}", "") for path in self.examples.get((source, reason), ())]
+        if len(self.counts) > 1:
+            rows.append(("all", KEPT, f"{sum(counts[KEPT] for counts in self.counts.values()):,}"))
+        widths = [max(len(row[column]) for row in rows) for column in (0, 2)]
+        # Paths may be long; counts stand before them.
+        return "\n".join(f"{source:{widths[0]}}  {count:>{widths[1]}}  {reason}" for source, reason, count in rows)
+
+    def to_json(self) -> dict:
+        return {
+            source: {
+                KEPT: counts[KEPT],
+                "dropped": {reason: count for reason, count in counts.most_common() if reason != KEPT},
+            }
+            for source, counts in self.counts.items()
+        }
+
+
+def report_folders(folders: list[Path]) -> Report:
+    """What the steps `disfa`, `affectnet` and `folder` kept and left out."""
+    report = Report()
+    for folder in folders:
+        source = read_settings(folder)["source"]
+        report.counts.setdefault(source, Counter({KEPT: 0}))
+        for part in list_parts(folder):
+            for line in read_lines(folder / "rows" / f"{part}.jsonl"):
+                report.add(source, line)
+    return report
+
+
+class Histogram:
+    """How often each AU has which intensity. `counts` is `(12, 1 + BINS)`: exactly 0, then equal steps to 5."""
+
+    def __init__(self):
+        self.counts = np.zeros((len(AU_NAMES), 1 + BINS), np.int64)
+
+    def add(self, aus: np.ndarray) -> None:
+        """Intensities of shape `(rows, 12)`."""
+        steps = np.ceil(np.asarray(aus) * (BINS / 5)).astype(int).clip(0, BINS)
+        for column, counts in enumerate(self.counts):
+            counts += np.bincount(steps[:, column], minlength=1 + BINS)
+
+
+def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Image:
+    """The AUs in a grid, intensity to the right, number of faces upwards on a logarithmic scale."""
+    width, height, margin, columns = 260, 150, 28, 4
+    rows = -(-len(AU_NAMES) // columns)
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + 2 * margin) + 3 * margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    draw.text((margin, margin / 2), title, INK, ImageFont.load_default(18))
+    x = sheet.width - margin
+    for label, color in (("after", AFTER_COLOR), ("before", BEFORE_COLOR)):
+        draw.text((x, margin / 2), label, INK, ImageFont.load_default(14), anchor="ra")
+        x -= draw.textlength(label, ImageFont.load_default(14)) + 18
+        draw.rectangle((x, margin / 2 + 3, x + 11, margin / 2 + 14), color)
+        x -= 16
+    tallest = np.log1p(max(before.counts.max(), after.counts.max(), 1))
+    for index, name in enumerate(AU_NAMES):
+        left = margin + index % columns * (width + margin)
+        bottom = 3 * margin + index // columns * (height + 2 * margin) + height
+        draw.text((left, bottom - height - 4), name, INK, ImageFont.load_default(15), anchor="ls")
+        step = width / (1 + BINS)
+        for counts, color, (start, end) in (
+            (before.counts[index], BEFORE_COLOR, (0.05, 0.95)),
+            (after.counts[index], AFTER_COLOR, (0.3, 0.7)),
+        ):
+            for place, value in enumerate(np.log1p(counts) / tallest):
+                if value > 0:
+                    x = left + place * step
+                    draw.rectangle((x + start * step, bottom - value * height, x + end * step, bottom), color)
+        draw.line((left, bottom, left + width, bottom), GREY)
+        for intensity in range(6):
+            x = left + (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
+            draw.text((x, bottom + 4), str(intensity), GREY, ImageFont.load_default(12), anchor="ma")
+    return sheet
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    replace_file(path, picture.save)

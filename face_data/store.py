@@ -1,0 +1,270 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What all steps share: a folder that is filled part by part, and what becomes of a picture that cannot be used.
+
+    settings.json       what the folder was made from; another run has to say the same
+    images/…            the pictures
+    rows/PART.jsonl     a line for each picture, {"file_name": …, "text": …, "AU1": …, …}, or for what was left out,
+                        {"dropped": reason, "path": …, "count": …}
+    finished            an empty file, once all parts are there
+    captions/PART.jsonl, photos/PART.jsonl    what BLIP-2 says, line by line
+
+A part is written under another name and renamed, and a part that is there is not made again. So a step that was
+killed goes on where it was, with the same result, and memory holds parts and never all rows.
+"""
+
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from PIL import Image, ImageOps
+from tqdm.auto import tqdm
+
+
+SETTINGS, FINISHED = "settings.json", "finished"
+# In a data set, the folder of its work folders.
+WORK = ".work"
+# Folders in a work folder.
+CAPTIONS, PHOTOS = "captions", "photos"
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Pillow raises these for files that are damaged, cut off, of another type or absurdly large.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112
+_UNFINISHED = ".part-"
+# Names of folders that the datasets library takes for splits.
+_SPLIT = re.compile(r"(train|training|test|testing|eval|evaluation|validation|valid|dev|val)\d*", re.IGNORECASE)
+
+
+@dataclass
+class Part:
+    """
+    The lines of a part while it is made.
+
+    Args:
+        on_error (`str`):
+            "stop": something that should not be, such as a corrupt picture, raises a `ValueError` with its path.
+            "skip": it is written down and left out.
+    """
+
+    on_error: str
+    rows: list[dict] = field(default_factory=list)
+    dropped: list[dict] = field(default_factory=list)
+
+    def drop(self, reason: str, path: str | os.PathLike, count: int = 1) -> None:
+        """Leave out what the recipe leaves out."""
+        if count:
+            self.dropped.append({"dropped": reason, "path": str(path), "count": count})
+
+    def problem(self, reason: str, path: str | os.PathLike, detail: str = "", count: int = 1) -> None:
+        """Leave out, or refuse, what should not be as it is."""
+        detail = f" ({detail})" if detail else ""
+        if self.on_error == "stop":
+            raise ValueError(f"{path}: {reason}{detail}. `--on_error skip` leaves it out and goes on.")
+        self.dropped.append({"dropped": reason, "path": f"{path}{detail}", "count": count, "problem": True})
+
+    def write(self, path: Path) -> None:
+        write_lines(path, [*self.rows, *self.dropped])
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What processes that were killed have left."""
+    for path in folder.rglob(f"{_UNFINISHED}*"):
+        path.unlink()
+
+
+def write_lines(path: Path, lines: Iterable[dict]) -> None:
+    def write(unfinished: Path) -> None:
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    replace_file(path, write)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file under another name in the same folder, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, because writers of pictures go by it.
+    unfinished = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> Iterator[dict]:
+    with path.open(encoding="utf-8") as file:
+        yield from map(json.loads, file)
+
+
+def read_rows(path: Path) -> Iterator[dict]:
+    """The pictures of a part."""
+    return (line for line in read_lines(path) if "dropped" not in line)
+
+
+def list_parts(folder: Path) -> list[str]:
+    """The finished parts of the work folder `folder`, in order."""
+    return sorted(path.stem for path in (folder / "rows").glob("*.jsonl") if not path.name.startswith("."))
+
+
+def read_settings(folder: Path) -> dict:
+    """
+    Raises:
+        ValueError: if `folder` is no work folder.
+    """
+    settings = json.loads(path.read_text(encoding="utf-8")) if (path := folder / SETTINGS).is_file() else {}
+    if "needs_photo_filter" not in settings:
+        raise ValueError(
+            f"{str(folder)!r} is no work folder, which `prepare disfa`, `prepare affectnet` or `prepare folder` makes."
+        )
+    return settings
+
+
+def mark_finished(folder: Path) -> None:
+    remove_unfinished(folder)
+    replace_file(folder / FINISHED, Path.touch)
+
+
+def require_finished(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: if `folder` is no work folder, or the step that fills it did not come to its end.
+    """
+    source = read_settings(folder)["source"]
+    if not (folder / FINISHED).is_file():
+        raise ValueError(f"{str(folder)!r}: the step that reads {source} was interrupted. Run it again: it goes on.")
+
+
+def claim_folder(folder: Path, settings: dict) -> None:
+    """
+    Make `folder`, or go on with it.
+
+    Raises:
+        ValueError: if it was begun with other settings, or holds other things.
+    """
+    path = folder / SETTINGS
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in sorted(saved.keys() | settings.keys()) if saved.get(name) != settings.get(name)]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{str(folder)!r} was begun with `{name}` {saved.get(name)!r}, but it is {settings.get(name)!r} now."
+                " Name another folder, or delete that one."
+            )
+    else:
+        check_folder(folder)
+        replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(settings, indent=2) + "\n"))
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: if `folder` is there, and neither empty nor an earlier run's.
+    """
+    if (folder / SETTINGS).is_file() or not folder.exists():
+        return
+    # Hidden are the work folders of the data set, and what another process is writing.
+    if not folder.is_dir() or any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(f"{str(folder)!r} is no empty folder, and no earlier run's. Name another one.")
+
+
+def check_source(source: str) -> None:
+    """
+    Raises:
+        ValueError: if a source may not be called so: its name becomes that of a folder in the data set.
+    """
+    if not re.fullmatch("[A-Za-z0-9]+", source) or _SPLIT.fullmatch(source):
+        raise ValueError(
+            f"The source is {source!r}, but has to be letters and digits, and no name of a split. Name it with"
+            " `--source`."
+        )
+
+
+def run_parts(
+    work: Callable[[str], None], parts: Iterable[str], done: Callable[[str], bool], num_workers: int, label: str
+) -> None:
+    """`work(part)` for each part that is not `done`, in `num_workers` processes. The first error ends it."""
+    missing = [part for part in parts if not done(part)]
+    num_workers = min(num_workers, len(missing))
+    progress = functools.partial(tqdm, desc=label, unit="part", total=len(missing), disable=not missing)
+    if num_workers <= 1:
+        for part in progress(missing):
+            work(part)
+        return
+    with ProcessPoolExecutor(num_workers, initializer=_leave_interrupts_to_the_main_process) as executor:
+        try:
+            for _ in progress(_as_completed(executor, work, missing, num_workers)):
+                pass
+        except BrokenProcessPool as error:
+            raise OSError(
+                "A worker process was killed, perhaps for lack of memory. The same command goes on from here; fewer"
+                " `--num_workers` need less memory."
+            ) from error
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _leave_interrupts_to_the_main_process() -> None:
+    """Ctrl-C reaches all processes. The workers finish their parts, and get no others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_completed(executor: ProcessPoolExecutor, work: Callable, parts: list[str], num_workers: int) -> Iterator[None]:
+    waiting = iter(parts)
+    running = {executor.submit(work, part) for part in islice(waiting, 2 * num_workers)}
+    while running:
+        finished, running = wait(running, return_when=FIRST_COMPLETED)
+        running |= {executor.submit(work, part) for part in islice(waiting, len(finished))}
+        for future in finished:
+            yield future.result()
+
+
+def place_picture(source: Path, target: Path, min_side: int = 0) -> tuple[tuple[int, int], bool]:
+    """
+    Put a picture that can be decoded at `target`: as a hard link where that is possible, else as a copy. One that a
+    camera has marked as turned is written upright.
+
+    Returns:
+        `(width, height)` in pixels, and whether the picture was turned. One with a side under `min_side` is not put
+        anywhere.
+
+    Raises:
+        PICTURE_ERRORS: if the picture cannot be decoded.
+    """
+    with Image.open(source) as picture:
+        picture.load()
+        upright = ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else None
+    size = (upright or picture).size
+    if min(size) >= min_side:
+        if upright is None:
+            link_file(source, target)
+        else:
+            replace_file(target, lambda unfinished: upright.save(unfinished, quality=95))
+    return size, upright is not None
+
+
+def link_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):
+        return
+    replace_file(target, lambda unfinished: _link_or_copy(source, unfinished))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        # Another file system, or one without hard links, or a file with as many links as it can have.
+        shutil.copyfile(source, target)
