@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import scale_lora_layers, unscale_lora_layers
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from PIL import Image
@@ -169,7 +170,8 @@ def au_cross_attention_kwargs(
         `{"au_residual": tensor}` for one token, `{"au_keys": tensor, "au_values": tensor}` otherwise, and `"au_masks"`
         if there are masks.
     """
-    dtype = unet.dtype
+    # That of the UNet, which would walk through all of its modules for it.
+    dtype = get_parameter_dtype(unet.conv_in)
     au_scale = torch.as_tensor(au_scale, device=au_values.device).to(dtype).reshape(-1, 1, 1)
     au_keys, au_values = au_keys.to(dtype), au_values.to(dtype)
     layers = [attn for name, attn in sorted(_attention_layers(unet)) if name.endswith(".attn2")]

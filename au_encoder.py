@@ -419,7 +419,8 @@ def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dic
             expected[f"{name}.lora_A.weight"] = (down.shape[0], in_features, *kernel_size)
             expected[f"{name}.lora_B.weight"] = (out_features, down.shape[0], *[1] * len(kernel_size))
     check_tensors(state_dict, expected, path)
-    state_dict = {key: tensor.to(unet.dtype, copy=True) for key, tensor in state_dict.items()}
+    dtype = unet.dtype  # walks through all modules
+    state_dict = {key: tensor.to(dtype, copy=True) for key, tensor in state_dict.items()}
     for key, tensor in state_dict.items():
         _check_finite(key, tensor, path)
     return state_dict, _read_lora_metadata(path, state_dict)

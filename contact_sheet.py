@@ -1,14 +1,20 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled sheets of pictures: tables beside and below each other, on white."""
+"""Labelled sheets of pictures: tables beside and below each other, on white. And animations."""
 
+import itertools
+import os
 import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 
 INK, GREY = "#222", "#777"
+ANIMATION_SUFFIXES = (".gif", ".mp4")
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,58 @@ def draw_table(table: Table) -> Image.Image:
 def _unit(table: Table) -> int:
     """Size of the letters, from which the margins follow, in pixels."""
     return max(8, table.rows[0][0].height // 9)
+
+
+def check_animation(path: Path) -> None:
+    """Raise a ValueError if what `write_animation` needs for this kind of file is not installed."""
+    if path.suffix.lower() == ".mp4":
+        _import_av()
+
+
+def write_animation(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str = "") -> None:
+    """
+    Write an endless GIF, or an MP4 (H.264), from pictures of one size. At `path` there is never less than a whole
+    file.
+
+    Args:
+        pictures (`Iterable[Image.Image]`):
+            The frames, taken one by one. An MP4 needs even sides.
+        path (`Path`):
+            Ends in one of `ANIMATION_SUFFIXES`.
+        fps (`float`):
+            Frames a second. A GIF counts the time of a frame in hundredths of a second, and viewers take at least 2.
+        comment (`str`, *optional*):
+            Kept in the file.
+    """
+    writers: dict[str, Callable] = {".gif": _write_gif, ".mp4": _write_mp4}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    writers[path.suffix.lower()](iter(pictures), unfinished, fps, comment)
+    os.replace(unfinished, path)
+
+
+def _write_gif(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:
+    duration = 10 * max(2, round(100 / fps))  # milliseconds
+    options = {"save_all": True, "append_images": pictures, "duration": duration, "loop": 0, "comment": comment}
+    with open(path, "wb") as file:
+        next(pictures).save(file, "GIF", **options)
+
+
+def _write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:
+    av = _import_av()
+    first = next(pictures)
+    with av.open(str(path), "w", format="mp4") as container:
+        container.metadata["comment"] = comment
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
+        stream.width, stream.height, stream.pix_fmt = *first.size, "yuv420p"
+        for picture in itertools.chain([first], pictures):
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def _import_av():
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError("MP4 needs PyAV: pip install av. A GIF needs nothing more.") from error
+    return av

@@ -8,23 +8,30 @@ Faces from the command line. Without --model, the embedded model draws them, off
   each AU, 0 to 5  python generate.py --prompt "a girl in a park" --grid --output grid.png
   presets          python generate.py --prompt "a girl in a park" --presets happy doubtful@0.5 --output presets.png
   many pictures    python generate.py --batch jobs.jsonl --output FOLDER
+  another's face   python generate.py --prompt "a girl in a park" --aus-from openface.csv --output FOLDER
+  an animation     python generate.py --prompt "a girl in a park" --aus-from openface.csv --output face.gif
+  a data set       python generate.py --dataset 1000 --output FOLDER
 
 A line of jobs.jsonl is a job: {"prompt": "a girl in a park", "aus": "6C+12D", "seed": 3, "output": "smile.png"}. Its
-other keys are the options of a picture, with _ for -; what it leaves out, it takes from the command line. A batch
-that was stopped goes on when the same command runs again.
+other keys are the options of a picture, with _ for -; what it leaves out, it takes from the command line.
+
+The last four go on where they were stopped when the same command runs again, and `accelerate launch generate.py …`
+gives each of several GPUs or machines its share. The pictures are the same whatever runs together.
 """
 
 import argparse
 import json
-import math
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from importlib.metadata import version
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -32,45 +39,38 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from action_units import ACTION_UNITS, AU_NAMES, PRESETS, extract_au_tags, format_aus, parse_aus
-from contact_sheet import Table, draw_sheet
-
-
-EMBEDDED_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
-MODEL_DEFAULTS_NAME = "fineface.json"
-METADATA_KEY = "fineface"
-MAX_SEED = 2**63 - 1
-MAX_SWEEP_COUNT = 50
-SHEET_COLUMNS = 8
-GRID_INTENSITIES = (0, 1, 2, 3, 4, 5)
-DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
-DEMO_PRESETS = (
-    ("happy", "sad", "surprised", "fearful", "angry", "disgusted"),
-    ("laughing", "doubtful", "pained", "pleading", "pouting", "skeptical"),
+from action_units import PRESETS
+from contact_sheet import ANIMATION_SUFFIXES, Table, check_animation, draw_sheet, write_animation
+from jobs import (
+    JOB_FIELDS,
+    MODEL_DEFAULTS_NAME,
+    Job,
+    demo_tables,
+    grid_table,
+    interpolate_jobs,
+    make_job,
+    preset_table,
+    read_jobs,
+    read_model_defaults,
+    read_table_jobs,
+    sweep_table,
+)
+from synthetic_dataset import (
+    DEFAULT_DISTRIBUTION,
+    check_dataset_folder,
+    draw_dataset,
+    read_distribution,
+    write_dataset_metadata,
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """
-    One picture. `aus` and `negative_aus` are as `format_aus` writes them, or None for none; the rest is as in
-    `FineFacePipeline.__call__`, with the same defaults. Equal jobs give equal pictures.
-    """
-
-    prompt: str
-    aus: str | None = None
-    seed: int = 0
-    negative_prompt: str | None = None
-    negative_aus: str | None = None
-    au_scale: float = 1.0
-    guidance_scale: float = 7.5
-    au_guidance_scale: float | None = None
-    num_inference_steps: int = 50
-    height: int | None = None
-    width: int | None = None
-
-
-JOB_FIELDS = tuple(field.name for field in fields(Job))
+EMBEDDED_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
+METADATA_KEY = "fineface"
+MAX_UNWRITTEN = 64
+# What nobody calls a folder.
+FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
+SHEET_COLUMNS = 8
+DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,20 @@ def number_or_none(text: str) -> float | None:
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The arguments. Those that are fields of `Job` are there only if they were given."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", required=True, type=Path, help="PNG file; with --batch, a folder")
+    _add_what_to_make(parser)
+    _add_picture_options(parser)
+    _add_model_options(parser)
+    args = parser.parse_args(argv)
+    _check_counts(args)
+    args.device = pick_device(args.device)
+    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
+    return args
+
+
+def _add_what_to_make(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--output", required=True, type=Path, help="PNG file; a folder where there are many; or a .gif, .mp4"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sweep", metavar="AU=A:B:N", help="N pictures in a row, one AU going from A to B")
     mode.add_argument("--grid", action="store_true", help="a sheet of all 12 AUs, each from 0 to 5")
@@ -108,8 +121,31 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--demo", action="store_true", help="a sheet of the grid and some presets, of a person or --prompt"
     )
     mode.add_argument("--batch", type=Path, metavar="JSONL", help="a file with one job a line")
-    parser.add_argument("--overwrite", action="store_true", help="in a batch, replace files that show something else")
+    mode.add_argument(
+        "--aus-from",
+        type=Path,
+        metavar="TABLE",
+        help="a picture for each row of a table of AUs, or an animation: CSV, JSON or Parquet of OpenFace, LibreFace,"
+        " py-feat, ARKit or MediaPipe, or with columns AU1 … AU26",
+    )
+    mode.add_argument("--dataset", type=int, metavar="N", help="N labelled pictures for training, at random")
+    parser.add_argument("--overwrite", action="store_true", help="in a folder, replace what shows something else")
+    parser.add_argument(
+        "--distribution",
+        type=Path,
+        metavar="JSON",
+        help="what a data set is drawn from (default: examples/dataset_distribution.json, for the embedded model)",
+    )
+    parser.add_argument("--fps", type=float, help="pictures a second of an animation (default: 12)")
+    parser.add_argument(
+        "--frames-between",
+        type=int,
+        metavar="N",
+        help="of an animation, pictures between two rows of the table; 0 for a video's frames (default: 4)",
+    )
 
+
+def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("a picture", argument_default=argparse.SUPPRESS)
     job.add_argument("--prompt", help="what to draw; AUs may stand in it: 'a boy <AU6=3 AU12=5>'")
     job.add_argument(
@@ -127,6 +163,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     job.add_argument("--height", type=int, help="in pixels (default: the model's)")
     job.add_argument("--width", type=int, help="in pixels (default: the model's)")
 
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group(
         "the model", f"A model folder may bring other defaults in {MODEL_DEFAULTS_NAME}; the embedded one does."
     )
@@ -139,12 +177,34 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     model.add_argument("--batch-size", type=int, default=4, help="pictures at once (default: 4)")
 
-    args = parser.parse_args(argv)
+
+def _check_counts(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"`--batch-size` has to be a whole number from 1 on, but is {args.batch_size}.")
-    args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
-    return args
+    for option in ("fps", "frames_between"):
+        if getattr(args, option) is not None and not is_animation(args):
+            raise ValueError(
+                f"`{spell_option(option)}` is for an animation: `--aus-from` with an `--output` that ends in"
+                f" {' or '.join(ANIMATION_SUFFIXES)}."
+            )
+    args.fps = 12.0 if args.fps is None else args.fps
+    args.frames_between = 4 if args.frames_between is None else args.frames_between
+    if not 1 <= args.fps <= 60:
+        raise ValueError(f"`--fps` has to be from 1 to 60, but is {args.fps:g}.")
+    if args.frames_between < 0:
+        raise ValueError(f"`--frames-between` has to be a whole number from 0 on, but is {args.frames_between}.")
+    if args.distribution is not None and args.dataset is None:
+        raise ValueError("`--distribution` is what a `--dataset` is drawn from, but there is none.")
+    if args.dataset is not None and args.dataset < 1:
+        raise ValueError(f"`--dataset` has to be a number of pictures from 1 on, but is {args.dataset}.")
+
+
+def spell_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def is_animation(args: argparse.Namespace) -> bool:
+    return args.aus_from is not None and args.output.suffix.lower() in ANIMATION_SUFFIXES
 
 
 def pick_device(name: str | None) -> torch.device:
@@ -152,7 +212,9 @@ def pick_device(name: str | None) -> torch.device:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
     if name is None:
-        return torch.device(list(devices)[-1])
+        # What accelerate calls its option to leave the GPU alone.
+        cpu_only = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return torch.device("cpu" if cpu_only else list(devices)[-1])
     match = re.fullmatch("([a-z]+)(?::([0-9]+))?", name)
     if not match or int(match[2] or 0) >= devices.get(match[1], 0):
         raise ValueError(f"`--device` is {name!r}, which torch does not find here. It finds {' and '.join(devices)}.")
@@ -177,191 +239,16 @@ def check_weights(weights: Weights) -> None:
         raise ValueError("`--adapter-variant` chooses among the files of an `--adapter`, but there is none.")
 
 
-def check_output(path: Path, is_folder: bool = False) -> None:
+def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = (".png",)) -> None:
     """Raise an error if nothing can be written at `path`. Creates nothing."""
     if path.exists() and path.is_dir() != is_folder:
         raise OSError(f"`--output` is {str(path)!r}, which is {'no' if is_folder else 'a'} folder.")
-    if not is_folder and path.suffix.lower() != ".png":
+    if not is_folder and path.suffix.lower() not in suffixes:
         raise ValueError(f"`--output` is {str(path)!r}. Pictures are PNG files: give it the ending .png.")
     folder = (path if is_folder else path.parent).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise OSError(f"`--output` is {str(path)!r}, but nothing can be written into {str(existing)!r}.")
-
-
-def make_job(values: Mapping, spell: Callable[[str], str] = str) -> Job:
-    """A checked `Job` from raw values of its fields; `spell` gives the name of a field in messages."""
-    prompt, tag = extract_au_tags(values.get("prompt", ""), spell("prompt"))
-    if not prompt.strip():
-        raise ValueError(f"`{spell('prompt')}` is empty. Say what to draw, such as 'a girl in a park'.")
-    if tag is not None and values.get("aus") is not None:
-        raise ValueError(f"AUs stand in `{spell('prompt')}` and in `{spell('aus')}`. Write them in one of the two.")
-    aus = values.get("aus") if tag is None else tag
-    expressions = {"aus": aus, "negative_aus": values.get("negative_aus")}
-    canonical = {name: None if aus is None else _canonical(aus, spell(name)) for name, aus in expressions.items()}
-    job = Job(**{**values, "prompt": prompt, **canonical})
-
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(job, name)
-        # The command line and JSON can both carry halves of characters, which no file can.
-        if text is not None and (not isinstance(text, str) or re.search("[\ud800-\udfff]", text)):
-            raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {text!r}.")
-    for name, low, high in (("seed", 0, MAX_SEED), ("num_inference_steps", 1, 1000)):
-        value = getattr(job, name)
-        if not _is_integer(value) or not low <= value <= high:
-            raise ValueError(f"`{spell(name)}` has to be a whole number from {low} to {high}, but is {value!r}.")
-    for name in ("height", "width"):
-        value = getattr(job, name)
-        if value is not None and (not _is_integer(value) or value < 8 or value % 8):
-            raise ValueError(f"`{spell(name)}` is in pixels and has to be a multiple of 8, but is {value!r}.")
-    for name in ("au_scale", "guidance_scale", "au_guidance_scale"):
-        value = getattr(job, name)
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        if not is_number and (name, value) != ("au_guidance_scale", None):
-            raise ValueError(f"`{spell(name)}` has to be a finite number, but is {value!r}.")
-    if job.aus is None and job.negative_aus is not None:
-        raise ValueError(f"`{spell('negative_aus')}` says what to guide away from, but no `{spell('aus')}` where to.")
-    return job
-
-
-def _canonical(aus, label: str) -> str:
-    intensities = parse_aus(aus, label)
-    if len(intensities) != 1:
-        raise ValueError(f"`{label}` holds {len(intensities)} expressions, but a picture has one. Make a job of each.")
-    return format_aus(intensities)
-
-
-def _is_integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def read_model_defaults(model: str) -> dict:
-    """
-    What suits a model best, from the optional `fineface.json` in its folder: `num_inference_steps`, `guidance_scale`,
-    `au_guidance_scale`, and `size`, which is height and width in pixels.
-    """
-    path = Path(model) / MODEL_DEFAULTS_NAME
-    if not path.is_file():
-        return {}
-    with _errors_at(path):
-        defaults = _read_json_object(path.read_bytes())
-        _check_keys(defaults, ("num_inference_steps", "guidance_scale", "au_guidance_scale", "size"))
-        if "size" in defaults:
-            defaults["height"] = defaults["width"] = defaults.pop("size")
-        make_job({"prompt": "any", **defaults})
-    return defaults
-
-
-def read_jobs(path: Path, defaults: Mapping) -> dict[str, Job]:
-    """
-    The jobs of a JSON Lines file, by the name of the picture each makes. A job without `output` is named by its line:
-    `00001.png`.
-
-    Raises:
-        ValueError: if a line is no JSON object, or has an unknown key or a value that cannot be; with its number.
-    """
-    jobs, line_numbers = {}, {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        with _errors_at(f"{path}, line {number}"):
-            values = _read_json_object(line)
-            _check_keys(values, (*JOB_FIELDS, "output"))
-            name = _check_name(values.pop("output", f"{number:05d}.png"))
-            # Not every disk tells upper from lower case.
-            first_number = line_numbers.setdefault(name.casefold(), number)
-            if first_number != number:
-                raise ValueError(f"`output` is {name!r}, as in line {first_number}. Each job needs its own.")
-            jobs[name] = make_job({**defaults, **values})
-    if not jobs:
-        raise ValueError(f"{path} holds no job. Write one JSON object a line.")
-    return jobs
-
-
-@contextmanager
-def _errors_at(place) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
-
-
-def _read_json_object(data: bytes) -> dict:
-    try:
-        values = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"this is no JSON: {error}.") from error
-    if not isinstance(values, dict):
-        raise ValueError('this is no JSON object, such as {"prompt": "a girl in a park", "aus": "6C+12D"}.')
-    return values
-
-
-def _check_keys(values: Mapping, known: tuple[str, ...]) -> None:
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"{unknown[0]!r} is no key here. The keys are {', '.join(known)}.")
-
-
-def _check_name(name) -> str:
-    is_name = isinstance(name, str) and name.isprintable() and name.lower().endswith(".png")
-    if not is_name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"`output` has to name a .png file inside the `--output` folder, but is {name!r}.")
-    return Path(name).as_posix()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Sheets: tables of jobs, which become tables of pictures.
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def sweep_table(job: Job, sweep: str) -> Table:
-    """One row in which an AU rises beside the other AUs of `job`; of `"AU12=0:5:6"`, 6 pictures from 0 to 5."""
-    match = re.fullmatch("(?:AU)?0*([0-9]+)=([^:]+):([^:]+):([0-9]{1,9})", sweep.strip(), flags=re.IGNORECASE)
-    count = int(match[4]) if match else 0
-    if not 2 <= count <= MAX_SWEEP_COUNT:
-        raise ValueError(
-            f"`--sweep` is {sweep!r}. Write AU=FROM:TO:COUNT, such as AU12=0:5:6, with a count from 2 to"
-            f" {MAX_SWEEP_COUNT}."
-        )
-    name = f"AU{match[1]}"
-    for end in (match[2], match[3]):
-        parse_aus(f"{name}={end}", "--sweep")
-    if _intensities(job)[name]:
-        raise ValueError(f"`--sweep` and `--aus` both set {name}. Take it out of `--aus`.")
-    first, last = float(match[2]), float(match[3])
-    values = [first + (last - first) * i / (count - 1) for i in range(count)]
-    label = _label(ACTION_UNITS[AU_NAMES.index(name)])
-    return Table([[_with_au(job, name, value) for value in values]], [label], [f"{value:.3g}" for value in values])
-
-
-def grid_table(job: Job, units=ACTION_UNITS) -> Table:
-    """A row of rising intensities for each of `units`, beside the other AUs of `job`."""
-    rows = [[_with_au(job, unit.name, value) for value in GRID_INTENSITIES] for unit in units]
-    return Table(rows, [_label(unit) for unit in units], [str(value) for value in GRID_INTENSITIES])
-
-
-def preset_table(job: Job, expressions: list[str]) -> Table:
-    """A row of expressions in any form of `parse_aus`, each under what it was called."""
-    return Table([[replace(job, aus=_canonical(aus, "--presets")) for aus in expressions]], [], expressions)
-
-
-def demo_tables(job: Job) -> list[list[Table]]:
-    """All AUs in two blocks, and presets below, in the same columns."""
-    grids = [grid_table(job, ACTION_UNITS[:6]), grid_table(job, ACTION_UNITS[6:])]
-    presets = [preset_table(job, list(names)) for names in DEMO_PRESETS]
-    return [grids, [replace(table, row_labels=[label]) for table, label in zip(presets, ("Presets", ""), strict=True)]]
-
-
-def _intensities(job: Job) -> dict[str, float]:
-    return dict(zip(AU_NAMES, parse_aus(job.aus or "")[0].tolist(), strict=True))
-
-
-def _with_au(job: Job, name: str, value: float) -> Job:
-    return replace(job, aus=format_aus(_intensities(job) | {name: value}))
-
-
-def _label(unit) -> str:
-    return f"{unit.name}\n{unit.facs_name}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -381,6 +268,25 @@ def write_picture(image: Image.Image, path: Path, metadata: Mapping) -> None:
     with open(unfinished, "wb") as file:
         image.save(file, "PNG", pnginfo=chunks)
     os.replace(unfinished, path)
+
+
+@contextmanager
+def background_writer() -> Iterator[Callable[[Image.Image, Path, Mapping], None]]:
+    """
+    `write_picture` in a thread, so that the model draws on meanwhile. When the block is left, also by an error, all is
+    written. An error in writing comes up at one of the next pictures.
+    """
+    unwritten = deque()
+    with ThreadPoolExecutor(1) as pool:
+
+        def write(*args) -> None:
+            unwritten.append(pool.submit(write_picture, *args))
+            while unwritten and (unwritten[0].done() or len(unwritten) > MAX_UNWRITTEN):
+                unwritten.popleft().result()
+
+        yield write
+    for future in unwritten:
+        future.result()
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
@@ -435,6 +341,73 @@ def is_finished(path: Path, job: Job, weights: Weights, overwrite: bool = False)
     return not differences
 
 
+def find_unfinished(
+    jobs: Mapping[str, Job], folder: Path, weights: Weights, overwrite: bool
+) -> tuple[dict[Job, list[Path]], int]:
+    """Where the pictures go that are not there yet, by their jobs, and the number of those that are."""
+    paths_by_job, num_finished = {}, 0
+    for name, job in jobs.items():
+        path = folder / name
+        check_output(path)
+        if is_finished(path, job, weights, overwrite):
+            num_finished += 1
+        else:
+            paths_by_job.setdefault(job, []).append(path)
+    return paths_by_job, num_finished
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Processes:
+    """Those that `accelerate launch` or `torchrun` has started together to share the work; mostly only this one."""
+
+    def __init__(self, device: torch.device):
+        self.state = None
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from accelerate import PartialState
+
+            if device.index is not None:
+                raise ValueError(
+                    f"`--device` is {str(device)!r}, which all processes would share. Leave out the number: each takes"
+                    " a device of its own."
+                )
+            # Whoever is done first waits for the last.
+            self.state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
+
+    @property
+    def is_main(self) -> bool:
+        return self.state is None or self.state.is_main_process
+
+    def on_main(self, work: Callable):
+        """What `work` returns on the main process, on all of them. If it fails there, all end, with one message."""
+        if self.state is None:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        outcome = [None, None]
+        if self.is_main:
+            try:
+                outcome = [work(), None]
+            except (ValueError, OSError) as error:
+                outcome = [None, error]
+        error = outcome[1]
+        broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise error or SystemExit(2)
+        return outcome[0]
+
+    def share(self, entries: list) -> list:
+        """Every n-th of `entries`, another one for each process."""
+        return entries if self.state is None else entries[self.state.process_index :: self.state.num_processes]
+
+    def wait(self) -> None:
+        if self.state is not None:
+            self.state.wait_for_everyone()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Generation
 # --------------------------------------------------------------------------------------------------------------------
@@ -474,13 +447,18 @@ def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
     return pipeline.to(device)
 
 
-def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
-    """Jobs that one call of the pipeline can serve, at most `batch_size` in each."""
+def group_jobs(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs of equal settings, which calls of the pipeline can serve together."""
     by_settings = {}
     for job in jobs:
         settings = replace(job, prompt="", aus=job.aus and "", seed=0, negative_prompt=None, negative_aus=None)
         by_settings.setdefault(settings, []).append(job)
-    return [group[i : i + batch_size] for group in by_settings.values() for i in range(0, len(group), batch_size)]
+    return list(by_settings.values())
+
+
+def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
+    """Jobs that one call of the pipeline can serve, at most `batch_size` in each."""
+    return [group[i : i + batch_size] for group in group_jobs(jobs) for i in range(0, len(group), batch_size)]
 
 
 def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
@@ -504,7 +482,7 @@ def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
 
 
 def generate(
-    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0
+    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0, silent: bool = False
 ) -> Iterator[tuple[Job, Image.Image]]:
     """Load the model and yield each job with its picture, behind one progress bar."""
     with quiet():
@@ -513,8 +491,9 @@ def generate(
             raise ValueError(f"{weights.model!r} has no AU adapter, which AUs need. Name one with `--adapter`.")
         total = num_finished + len(jobs)
         # A single picture shows its denoising steps instead.
-        pipeline.set_progress_bar_config(disable=total > 1)
-        with tqdm(total=total, initial=num_finished, unit="picture", mininterval=0, disable=total == 1) as bar:
+        pipeline.set_progress_bar_config(disable=silent or total > 1)
+        no_bar = silent or total == 1
+        with tqdm(total=total, initial=num_finished, unit="picture", mininterval=0, disable=no_bar) as bar:
             for batch in make_batches(jobs, args.batch_size):
                 for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
                     yield job, image
@@ -543,35 +522,102 @@ def run_sheet(job: Job, bands: list[list[Table]], weights: Weights, args: argpar
     return str(args.output)
 
 
-def run_batch(jobs: Mapping[str, Job], weights: Weights, args: argparse.Namespace) -> str:
-    """Write each picture as soon as it is there, but for those that are finished already."""
-    paths_by_job, num_pending = {}, 0
-    for name, job in jobs.items():
-        path = args.output / name
-        check_output(path)
-        if not is_finished(path, job, weights, args.overwrite):
-            paths_by_job.setdefault(job, []).append(path)
-            num_pending += 1
-    num_finished = len(jobs) - num_pending
-    if paths_by_job:
-        for job, image in generate(list(paths_by_job), weights, args, len(jobs) - len(paths_by_job)):
-            for path in paths_by_job[job]:
-                write_picture(image, path, asdict(job) | describe(weights, args))
-    return f"{args.output}: {num_pending} new pictures, {num_finished} from before"
+def run_folder(
+    jobs: Mapping[str, Job],
+    folder: Path,
+    weights: Weights,
+    args: argparse.Namespace,
+    processes: Processes,
+    overwrite: bool = False,
+) -> str:
+    """Write each picture as soon as it is there, but for those that are finished already, and say how many."""
+    paths_by_job, num_finished = processes.on_main(lambda: find_unfinished(jobs, folder, weights, overwrite))
+    # Every process gets as much of each kind of work.
+    share = processes.share([job for group in group_jobs(list(paths_by_job)) for job in group])
+    if share:
+        with background_writer() as write:
+            num_before = len(jobs) - len(paths_by_job) if processes.state is None else 0
+            for job, image in generate(share, weights, args, num_before, silent=not processes.is_main):
+                for path in paths_by_job[job]:
+                    write(image, path, asdict(job) | describe(weights, args))
+    processes.wait()
+    return f"{len(jobs) - num_finished} new pictures, {num_finished} from before"
 
 
-def run(args: argparse.Namespace) -> str:
-    """Check all that is asked for, do it, and say where the result is."""
+def run_batch(values: Mapping, weights: Weights, args: argparse.Namespace, processes: Processes) -> str:
+    jobs = processes.on_main(lambda: read_jobs(args.batch, values))
+    return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}"
+
+
+def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, processes: Processes) -> str:
+    """A picture for each row of the table, or an animation, whose frames stand in a hidden folder until it is done."""
+
+    def read() -> tuple[dict[str, Job], int]:
+        job = make_job(values, spell_option)
+        if job.aus is not None:
+            raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
+        if is_animation(args):
+            check_animation(args.output)
+        return read_table_jobs(args.aus_from, job)
+
+    jobs, num_skipped = processes.on_main(read)
+    skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""
+    if not is_animation(args):
+        return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}{skipped}"
+    frames_folder = args.output.with_name(f".{args.output.name}.frames")
+    key_jobs = list(jobs.values())
+    jobs = interpolate_jobs(key_jobs, args.frames_between)
+    # Frames of another animation of this name are of no use.
+    run_folder(jobs, frames_folder, weights, args, processes, overwrite=True)
+    if processes.is_main:
+        about = asdict(key_jobs[0]) | {"rows": [[job.aus for job in key_jobs]]} | describe(weights, args)
+        del about["aus"]
+        frames = (Image.open(frames_folder / name).convert("RGB") for name in jobs)
+        write_animation(tqdm(frames, "encoding", len(jobs), unit="frame"), args.output, args.fps, json.dumps(about))
+        shutil.rmtree(frames_folder)
+    return f"{args.output}: {len(jobs)} frames from {len(key_jobs)} rows{skipped}"
+
+
+def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, processes: Processes) -> str:
+    def draw() -> tuple[dict[str, Job], dict[str, dict]]:
+        given = [name for name in ("prompt", "aus") if name in values]
+        if given:
+            raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
+        check_dataset_folder(args.output, args.dataset)
+        return draw_dataset(read_distribution(args.distribution or DEFAULT_DISTRIBUTION), args.dataset, values)
+
+    jobs, rows = processes.on_main(draw)
+    done = run_folder(jobs, args.output, weights, args, processes, args.overwrite)
+    if processes.is_main:
+        write_dataset_metadata(list(rows.values()), args.output)
+    return f"{args.output}: {done}"
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Check all that is asked for, do it, and say where the result is; None where other processes do it."""
     weights = Weights(args.model, args.adapter, args.adapter_variant)
-    check_weights(weights)
-    check_output(args.output, is_folder=args.batch is not None)
-    given = {name: value for name, value in vars(args).items() if name in JOB_FIELDS}
-    values = read_model_defaults(args.model) | given
-    if args.batch is not None:
-        return run_batch(read_jobs(args.batch, values), weights, args)
-    job = make_job(
-        {"prompt": DEMO_PROMPT} | values if args.demo else values, lambda name: "--" + name.replace("_", "-")
-    )
+    in_folder = {"batch": run_batch, "aus_from": run_table, "dataset": run_dataset}
+    run_shared = next((run_mode for mode, run_mode in in_folder.items() if getattr(args, mode) is not None), None)
+    processes = Processes(args.device)
+
+    def check() -> dict:
+        check_weights(weights)
+        if args.aus_from is not None and args.output.suffix.lower() in FILE_SUFFIXES:
+            raise ValueError(
+                f"`--output` is {str(args.output)!r}. `--aus-from` makes a folder of pictures, or an animation, which"
+                f" ends in {' or '.join(ANIMATION_SUFFIXES)}."
+            )
+        suffixes = ANIMATION_SUFFIXES if is_animation(args) else (".png",)
+        check_output(args.output, run_shared is not None and not is_animation(args), suffixes)
+        given = {name: value for name, value in vars(args).items() if name in JOB_FIELDS}
+        return read_model_defaults(args.model) | given
+
+    values = processes.on_main(check)
+    if run_shared is not None:
+        return run_shared(values, weights, args, processes)
+    if not processes.is_main:
+        return None
+    job = make_job({"prompt": DEMO_PROMPT} | values if args.demo else values, spell_option)
     if job.aus is not None and (args.demo or args.presets is not None):
         raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
     if args.sweep is not None:
@@ -590,9 +636,11 @@ def run(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0, 1 if memory ran out, 2 for anything wrong with what was asked, 130 after Ctrl-C."""
     try:
-        print(run(parse_args(argv)))
+        done = run(parse_args(argv))
+        if done is not None and int(os.environ.get("RANK", 0)) == 0:
+            print(done)
     except KeyboardInterrupt:
-        print("interrupted; a batch goes on from here with the same command", file=sys.stderr)
+        print("interrupted; many pictures go on from here with the same command", file=sys.stderr)
         return 130
     except torch.OutOfMemoryError:
         print("error: out of memory. Try `--batch-size 1`, `--dtype float16`, or a smaller picture.", file=sys.stderr)

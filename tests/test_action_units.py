@@ -18,6 +18,7 @@ from action_units import (
     extract_au_tags,
     format_aus,
     parse_aus,
+    parse_aus_per_prompt,
 )
 
 
@@ -439,3 +440,61 @@ def test_docstring_examples_are_true():
 
     assert doctest.testmod(action_units).attempted >= 4
     assert doctest.testmod(action_units).failed == 0
+
+
+# One for each prompt, and for each person
+
+
+def per_prompt(*args, **kwargs) -> tuple[list, list]:
+    intensities, has_aus = parse_aus_per_prompt(*args, **kwargs)
+    assert intensities.shape == (*has_aus.shape, 12)
+    return intensities[..., AU_NAMES.index("AU12")].tolist(), has_aus.tolist()
+
+
+@pytest.mark.parametrize(
+    ("aus", "expected"),
+    [
+        (None, ([0, 0], [0, 0])),
+        ("12E", ([5, 5], [1, 1])),
+        ([0] * 6 + [5] + [0] * 5, ([5, 5], [1, 1])),
+        (["12E"], ([5, 5], [1, 1])),
+        (["12E", None], ([5, 0], [1, 0])),
+        ([None, None], ([0, 0], [0, 0])),
+        (torch.eye(12)[6:8], ([1, 0], [1, 1])),
+    ],
+)
+def test_prompts_have_one_expression_each_or_all_the_same(aus, expected):
+    assert per_prompt(aus, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("aus", "expected"),
+    [
+        (None, ([[0, 0, 0]] * 2, [[0, 0, 0]] * 2)),
+        ("12E", ([[5, 5, 5]] * 2, [[1, 1, 1]] * 2)),
+        (["12E", None, {"AU12": 2}], ([[5, 0, 2]] * 2, [[1, 0, 1]] * 2)),
+        ([[1.0] * 12, [2.0] * 12, [3.0] * 12], ([[1, 2, 3]] * 2, [[1, 1, 1]] * 2)),
+        ([["12E", None, "12A"], "12B"], ([[5, 0, 1], [2, 2, 2]], [[1, 0, 1], [1, 1, 1]])),
+        ([["12E", None, "12A"], None], ([[5, 0, 1], [0, 0, 0]], [[1, 0, 1], [0, 0, 0]])),
+        (torch.arange(72.0).reshape(2, 3, 12) / 10, ([[0.6, 1.8, 3.0], [4.2, 5.4, 6.6]], [[1, 1, 1]] * 2)),
+        (np.zeros((3, 12)), ([[0, 0, 0]] * 2, [[1, 1, 1]] * 2)),
+    ],
+)
+def test_people_have_one_expression_each_in_one_picture_or_all(aus, expected):
+    intensities, has_aus = per_prompt(aus, 2, num_people=3)
+    assert np.allclose(intensities, expected[0]) and has_aus == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("aus", "num_people", "message"),
+    [
+        (["12E"] * 3, None, "`aus` has 3 expressions, but there are 2 prompts"),
+        (["12E"] * 2, 3, "`aus` has 2 expressions, but there are 3 masks"),
+        ([["12E"] * 3] * 3, 3, "for 3 pictures, but there are 2 prompts"),
+        ([["12E"] * 3, ["12E"] * 2], 3, "`aus\\[1\\]` has 2 expressions"),
+        ([["12E"] * 3, ["12E", "12E", "AU7"]], 3, "`aus\\[1\\]"),
+    ],
+)
+def test_another_number_of_expressions_is_an_error(aus, num_people, message):
+    with pytest.raises(ValueError, match=message):
+        parse_aus_per_prompt(aus, 2, num_people=num_people)

@@ -1,4 +1,5 @@
 import logging
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -229,6 +230,35 @@ def test_a_unet_without_cross_attention_is_an_error():
     )
     with pytest.raises(ValueError, match="no cross-attention layers"):
         au_layers(unet)
+
+
+def traced_calls(unet, au_kwargs=None) -> Counter:
+    """What a call of the UNet consists of, by name."""
+    graphs = []
+
+    def keep_graph(graph, example_inputs):
+        graphs.append(graph.graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        call_unet(torch.compile(unet, fullgraph=True, backend=keep_graph), au_kwargs)
+    (graph,) = graphs
+    calls = (node for node in graph.nodes if node.op in ("call_function", "call_method"))
+    return Counter(getattr(node.target, "__name__", node.target) for node in calls)
+
+
+def test_one_token_costs_one_addition_a_layer():
+    unet = make_components()["unet"]
+    plain = traced_calls(unet)
+    attach_au_processors(unet)
+    with torch.no_grad():
+        au_kwargs = au_cross_attention_kwargs(unet, *make_adapter(unet)(some_aus()))
+    # Of the vector that holds those of all layers, each takes its own; the cast does nothing.
+    num_layers = len(au_layers(unet))
+    added = traced_calls(unet, au_kwargs) - plain
+    assert added.pop("add") == num_layers and added["scaled_dot_product_attention"] == added["linear"] == 0
+    assert set(added) <= {"getitem", "to"}, added
 
 
 # Masks: several people in one picture

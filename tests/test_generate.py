@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,10 +14,11 @@ from conftest import make_adapter, make_components
 from PIL import Image
 
 import generate
-from action_units import ACTION_UNITS, AU_NAMES, PRESETS
+from action_units import ACTION_UNITS, AU_NAMES, PRESETS, parse_aus
 from au_encoder import write_au_adapter
-from contact_sheet import Table, draw_sheet, draw_table
-from generate import Job, Weights, main, make_batches, make_job, read_metadata
+from contact_sheet import Table, draw_sheet, draw_table, write_animation
+from generate import Job, Weights, main, make_batches, read_metadata
+from synthetic_dataset import DEFAULT_DISTRIBUTION
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,6 +103,10 @@ def assert_one_error_line(capsys, *parts: str) -> None:
         (["--prompt", "a boy", "--presets", "doubtfull"], "'doubtful'"),
         (["--prompt", "a boy", "--presets", "--aus", "AU6=1"], "--aus"),
         (["--demo", "--aus", "AU6=1"], "--aus"),
+        (["--prompt", "a boy", "--fps", "9"], "`--aus-from`"),
+        (["--prompt", "a boy", "--frames-between", "2"], "`--frames-between` is for an animation"),
+        (["--prompt", "a boy", "--distribution", "a.json"], "`--dataset`"),
+        (["--prompt", "a boy", "--aus-from", "table.csv"], "a folder of pictures, or an animation"),
     ],
 )
 def test_bad_options_are_one_line_before_any_model_is_loaded(options, part, no_model, tiny_sd_dir, tmp_path, capsys):
@@ -248,13 +254,6 @@ def test_seed_and_aus_decide_the_picture(model_args, tmp_path):
     assert (pictures["a"] != pictures["other_aus"]).any()
 
 
-def test_the_model_folder_brings_defaults_that_options_override(tmp_path):
-    (tmp_path / "fineface.json").write_text('{"num_inference_steps": 20, "au_guidance_scale": 5, "size": 128}')
-    defaults = generate.read_model_defaults(str(tmp_path))
-    job = make_job({"prompt": "a boy", **defaults, "au_guidance_scale": None})
-    assert job == Job("a boy", num_inference_steps=20, height=128, width=128)
-
-
 def test_the_embedded_model_is_named_without_its_folder():
     assert generate._names(Weights(str(generate.EMBEDDED_MODEL)))["model"] == "toy_faces/weights"
 
@@ -277,29 +276,6 @@ def test_a_sweep_is_a_labelled_row_of_one_person(model_args, tmp_path):
     sheet, picture = pixels(output), pixels(single)
     places = np.lib.stride_tricks.sliding_window_view(sheet, picture.shape)
     assert (np.abs(places - picture).max(axis=(-1, -2, -3)) <= 1).sum() == 1
-
-
-def test_tables_name_what_they_show():
-    job = Job("a boy", aus="AU4=1")
-    grid = generate.grid_table(job)
-    assert [len(row) for row in grid.rows] == [6] * len(AU_NAMES)
-    assert [label.split("\n")[0] for label in grid.row_labels] == list(AU_NAMES)
-    assert grid.column_labels == ["0", "1", "2", "3", "4", "5"]
-    assert (
-        grid.rows[6][5].aus == "AU4=1 AU12=5" and grid.rows[6][0].aus == "AU4=1" and grid.rows[2][0].aus == "neutral"
-    )
-    presets = generate.preset_table(Job("a boy"), ["polite smile", "AU6=1"])
-    assert [job.aus for job in presets.rows[0]] == ["AU12=3", "AU6=1"]
-    assert presets.column_labels == ["polite smile", "AU6=1"]
-    sweep = generate.sweep_table(Job("a boy"), "12=0:1:4")
-    assert sweep.column_labels == ["0", "0.333", "0.667", "1"] and sweep.row_labels == ["AU12\nLip Corner Puller"]
-
-
-def test_the_demo_has_every_au_and_presets_in_the_same_columns():
-    grids, presets = generate.demo_tables(Job("a boy"))
-    assert [label.split("\n")[0] for table in grids for label in table.row_labels] == list(AU_NAMES)
-    assert all(label in PRESETS for table in presets for label in table.column_labels)
-    assert {len(row) for table in [*grids, *presets] for row in table.rows} == {6}
 
 
 @pytest.mark.parametrize(
@@ -419,6 +395,287 @@ def test_a_killed_batch_goes_on_where_it_was(model_args, tmp_path):
     assert [read_metadata(output / f"{i + 1:05d}.png")["seed"] for i in range(6)] == list(range(6))
     assert all(path.stat().st_mtime_ns == modified for path, modified in finished.items())
     assert len(list(output.iterdir())) == 6
+
+
+def test_pictures_are_written_while_the_next_are_drawn(model_args, tmp_path, monkeypatch):
+    """The model does not wait for the disk, and at the end everything is there."""
+    events, all_drawn = [], threading.Event()
+    write, draw = generate.write_picture, generate.generate_batch
+
+    def slow_write(image, path, metadata):
+        assert all_drawn.wait(60)
+        write(image, path, metadata)
+        events.append(path.name)
+
+    def noted_draw(pipeline, jobs):
+        images = draw(pipeline, jobs)
+        events.append("draw")
+        if len(events) == 3:
+            all_drawn.set()
+        return images
+
+    monkeypatch.setattr(generate, "write_picture", slow_write)
+    monkeypatch.setattr(generate, "generate_batch", noted_draw)
+    path = write_jobs(tmp_path / "jobs.jsonl", *({"prompt": "a boy", "seed": i} for i in range(3)))
+    options = [*model_args, "--num-inference-steps", "1", "--batch-size", "1", "--batch", path]
+    assert main([*options, "--output", str(tmp_path)]) == 0
+    assert events == ["draw"] * 3 + ["00001.png", "00002.png", "00003.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_an_error(model_args, tmp_path, capsys, monkeypatch):
+    def full_disk(image, path, metadata):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(generate, "write_picture", full_disk)
+    path = write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy"})
+    assert main([*model_args, "--batch", path, "--output", str(tmp_path)]) == 2
+    assert "error: No space left on device\n" in capsys.readouterr().err
+
+
+def run_processes(count: int, options: list[str]) -> subprocess.CompletedProcess:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return subprocess.run(
+        [*launcher, str(ROOT / "generate.py"), *options], env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_two_processes_share_a_batch(model_args, tmp_path, capsys):
+    jobs = [{"prompt": "a boy", "aus": aus, "seed": i} for i, aus in enumerate(("6C", None, "12D", "4", "1+2"))]
+    options = [*model_args, "--batch", write_jobs(tmp_path / "jobs.jsonl", *jobs, jobs[0]), "--output"]
+    result = run_processes(2, [*options, str(tmp_path / "two")])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'two'}: 6 new pictures, 0 from before\n"
+    assert main([*options, str(tmp_path / "one"), "--batch-size", "1"]) == 0
+    for number in range(1, 7):
+        one, two = (tmp_path / folder / f"{number:05d}.png" for folder in ("one", "two"))
+        assert np.abs(pixels(one) - pixels(two)).max() <= 1
+        assert read_metadata(one) == read_metadata(two)
+    # Nothing is left to do, and nothing to load, for one process.
+    assert main([*options, str(tmp_path / "two")]) == 0
+    assert capsys.readouterr().out.endswith("0 new pictures, 6 from before\n")
+
+
+@pytest.mark.slow
+def test_an_error_of_several_processes_is_one_line(model_args, tmp_path):
+    path = write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy", "aus": "AU7=1"})
+    result = run_processes(2, [*model_args, "--batch", path, "--output", str(tmp_path / "out")])
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1 and "jobs.jsonl, line 1: " in result.stderr
+
+
+def test_several_processes_do_not_share_one_gpu(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="a device of its own"):
+        generate.Processes(torch.device("cuda:1"))
+
+
+def test_the_work_is_shared_evenly(monkeypatch):
+    processes = generate.Processes(torch.device("cpu"))
+    assert processes.is_main and processes.share([1, 2, 3]) == [1, 2, 3]
+    shares = []
+    for index in range(3):
+        processes.state = type("State", (), {"process_index": index, "num_processes": 3})
+        shares.append(processes.share(list(range(8))))
+    assert sorted(sum(shares, [])) == list(range(8)) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables of AUs, and animations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_openface(path: Path, *rows: tuple[int, dict[str, float]]) -> str:
+    """A table as OpenFace writes it: for each frame whether there is a face, and intensities by name."""
+    names = [f"AU{int(name[2:]):02d}_r" for name in AU_NAMES]
+    lines = [", ".join(["frame", "timestamp", "confidence", "success", *names])]
+    for number, (success, aus) in enumerate(rows, start=1):
+        values = [str(aus.get(name, 0.0)) for name in AU_NAMES]
+        lines.append(", ".join([str(number), "0.0", "0.98" if success else "0.0", str(success), *values]))
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+def test_a_table_becomes_pictures_of_one_person(model_args, tmp_path, capsys):
+    table = write_openface(
+        tmp_path / "face.csv", (1, {"AU12": 2.5}), (0, {}), (1, {}), (1, {"AU12": 5.0, "AU6": 1.25})
+    )
+    output = tmp_path / "out"
+    options = [*model_args, "--prompt", "a boy", "--seed", "3", "--aus-from", table, "--output", str(output)]
+    assert main(options) == 0
+    assert capsys.readouterr().out == f"{output}: 3 new pictures, 0 from before, 1 rows without a face skipped\n"
+    names = ["00002_1.png", "00004_3.png", "00005_4.png"]
+    assert sorted(path.name for path in output.iterdir()) == names
+    found = [read_metadata(output / name) for name in names]
+    assert [job["aus"] for job in found] == ["AU12=2.5", "neutral", "AU6=1.25 AU12=5"]
+    assert {(job["prompt"], job["seed"]) for job in found} == {("a boy", 3)}
+    assert main(options) == 0
+    assert "0 new pictures, 3 from before" in capsys.readouterr().out
+    single = tmp_path / "single.png"
+    assert main([*model_args, "--prompt", "a boy", "--seed", "3", "--aus", "12=2.5", "--output", str(single)]) == 0
+    assert np.abs(pixels(single) - pixels(output / names[0])).max() <= 1
+
+
+def test_blendshapes_become_pictures(model_args, tmp_path):
+    shapes = ("browInnerUp", "browOuterUpLeft", "browOuterUpRight", "browDownLeft", "browDownRight", "eyeWideLeft")
+    shapes += ("eyeWideRight", "cheekSquintLeft", "cheekSquintRight", "noseSneerLeft", "noseSneerRight", "jawOpen")
+    shapes += ("mouthSmileLeft", "mouthSmileRight", "mouthFrownLeft", "mouthFrownRight", "mouthShrugLower")
+    shapes += ("mouthStretchLeft", "mouthStretchRight", "mouthClose", "mouthLowerDownLeft", "mouthLowerDownRight")
+    shapes += ("mouthUpperUpLeft", "mouthUpperUpRight")
+    row = dict.fromkeys(shapes, 0.0) | {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.4}
+    table = tmp_path / "arkit.json"
+    table.write_text(json.dumps([row]))
+    assert main([*model_args, "--prompt", "a boy", "--aus-from", str(table), "--output", str(tmp_path / "out")]) == 0
+    assert read_metadata(tmp_path / "out" / "00001.png")["aus"] == "AU12=3"
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "part"),
+    [
+        ("frame,AU99\n1,2\n", [], "table.csv"),
+        ("AU1\n", ["--aus", "6C"], "`--aus`"),
+        (",".join(AU_NAMES) + "\n", [], "no row with a face"),
+        (",".join(AU_NAMES) + "\n" + ",".join("x" * 12) + "\n", [], "line 2"),
+    ],
+)
+def test_a_bad_table_is_an_error(text, options, part, no_model, tiny_sd_dir, tmp_path, capsys):
+    (tmp_path / "table.csv").write_text(text)
+    options = ["--model", tiny_sd_dir, "--prompt", "a boy", "--aus-from", str(tmp_path / "table.csv"), *options]
+    assert main([*options, "--output", str(tmp_path / "out")]) == 2
+    assert_one_error_line(capsys, part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_table_becomes_a_gif(model_args, tmp_path, capsys, monkeypatch):
+    table = write_openface(tmp_path / "face.csv", (1, {}), (1, {"AU12": 5.0, "AU26": 5.0}))
+    output = tmp_path / "face.gif"
+    options = [*model_args, "--prompt", "a boy", "--aus-from", table, "--frames-between", "2", "--fps", "10"]
+    options += ["--output", str(output), "--batch-size", "1"]
+    # Stopped after two frames, it goes on from there.
+    draw, calls = generate.generate_batch, []
+
+    def stop_at_the_third(pipeline, jobs):
+        calls.append(jobs)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return draw(pipeline, jobs)
+
+    monkeypatch.setattr(generate, "generate_batch", stop_at_the_third)
+    assert main(options) == 130
+    assert not output.exists()
+    assert main(options) == 0
+    assert len(calls) == 3 + 2
+    assert capsys.readouterr().out == f"{output}: 4 frames from 2 rows\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["face.csv", "face.gif"]
+    with Image.open(output) as animation:
+        assert animation.n_frames == 4 and animation.info["duration"] == 100 and animation.info["loop"] == 0
+        assert json.loads(animation.info["comment"])["rows"] == [["neutral", "AU12=5 AU26=5"]]
+
+
+def test_an_animation_shows_its_pictures_in_order(tmp_path):
+    colors = ("red", "green", "blue")
+    write_animation((Image.new("RGB", (16, 16), color) for color in colors), tmp_path / "a.gif", 1000)
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert animation.info["duration"] == 20
+        for index, color in enumerate(colors):
+            animation.seek(index)
+            assert animation.convert("RGB").getpixel((8, 8)) == Image.new("RGB", (1, 1), color).getpixel((0, 0))
+
+
+def test_a_film_shows_its_pictures_in_order(tmp_path):
+    av = pytest.importorskip("av")
+    colors = ((200, 40, 40), (40, 200, 40), (40, 40, 200))
+    pictures = (Image.new("RGB", (32, 32), color) for color in colors)
+    write_animation(pictures, tmp_path / "new" / "a.mp4", 12.5, "who it is")
+    with av.open(str(tmp_path / "new" / "a.mp4")) as film:
+        assert film.metadata["comment"] == "who it is" and film.streams.video[0].average_rate == 12.5
+        frames = [frame.to_image().getpixel((16, 16)) for frame in film.decode(video=0)]
+    assert np.abs(np.array(frames) - np.array(colors)).max() < 12
+
+
+def test_a_film_without_its_library_is_an_error(no_model, tiny_sd_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    table = write_openface(tmp_path / "face.csv", (1, {}))
+    options = ["--model", tiny_sd_dir, "--prompt", "a boy", "--aus-from", table]
+    assert main([*options, "--output", str(tmp_path / "face.mp4")]) == 2
+    assert_one_error_line(capsys, "pip install av")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data sets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_distribution(path: Path, **changes) -> str:
+    values = json.loads(DEFAULT_DISTRIBUTION.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return str(path)
+
+
+def aus_of(row: dict) -> list[float]:
+    return [row[name] for name in AU_NAMES]
+
+
+def test_a_data_set_is_made_and_resumed_in_the_training_format(model_args, tmp_path, capsys):
+    from datasets import load_dataset
+
+    output = tmp_path / "data"
+    options = [*model_args, "--num-inference-steps", "1", "--output", str(output), "--dataset"]
+    assert main([*options, "5"]) == 0
+    assert capsys.readouterr().out == f"{output}: 5 new pictures, 0 from before\n"
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*.png")}
+    assert main([*options, "7"]) == 0
+    assert capsys.readouterr().out == f"{output}: 2 new pictures, 5 from before\n"
+    assert all(path.stat().st_mtime_ns == modified for path, modified in before.items())
+    dataset = load_dataset("imagefolder", data_dir=str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(dataset) == 7 and set(dataset.column_names) == {"image", "text", *AU_NAMES, "source", "subject"}
+    lines = [json.loads(line) for line in (output / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        shown = read_metadata(output / line["file_name"])
+        assert shown["prompt"] == line["text"]
+        assert torch.allclose(parse_aus(shown["aus"])[0], torch.tensor(aus_of(line)), atol=1e-6)
+    capsys.readouterr()
+    # Fewer would leave pictures without a label, and another distribution is another data set.
+    assert main([*options, "6"]) == 2
+    assert_one_error_line(capsys, "7 pictures")
+    other = write_distribution(tmp_path / "other.json", prompts=["a boy"])
+    assert main([*options, "7", "--distribution", other]) == 2
+    assert_one_error_line(capsys, "--overwrite")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"prompts": None}, "`prompts` is missing"),
+        ({"prompts": ["a {tall} boy"]}, "{tall}"),
+        ({"words": {"person": "man"}}, "`words`"),
+        ({"colours": []}, "'colours'"),
+        ({"pictures_per_subject": 0}, "`pictures_per_subject`"),
+        ({"expressions": [{"aus": "6C"}]}, "`expressions[0]`: `weight`"),
+        ({"expressions": [{"weight": 1}]}, "either `aus`"),
+        ({"expressions": [{"weight": 1, "aus": "AU7"}]}, "AU7"),
+        ({"expressions": [{"weight": 1, "aus": "AU12=6"}]}, "0 to 5"),
+        ({"expressions": [{"weight": 1, "count": [1, 2]}]}, "`intensity`"),
+        ({"expressions": [{"weight": 1, "count": [2, 1], "intensity": [0, 5]}]}, "`count`"),
+        ({"expressions": [{"weight": 1, "count": [1, 13], "intensity": [0, 5]}]}, "`count`"),
+        ({"expressions": [{"weight": 1, "aus": "6C", "intensity": [0, 6]}]}, "`intensity`"),
+    ],
+)
+def test_a_bad_distribution_is_an_error(changes, part, no_model, tiny_sd_dir, tmp_path, capsys):
+    path = write_distribution(tmp_path / "bad.json", **changes)
+    options = ["--model", tiny_sd_dir, "--dataset", "3", "--distribution", path, "--output", str(tmp_path / "out")]
+    assert main(options) == 2
+    assert_one_error_line(capsys, "bad.json: ", part)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [(["--dataset", "0"], "--dataset"), (["--dataset", "2", "--prompt", "a boy"], "Leave out `--prompt`")],
+)
+def test_a_bad_data_set_is_an_error(options, part, no_model, tiny_sd_dir, tmp_path, capsys):
+    assert main(["--model", tiny_sd_dir, *options, "--output", str(tmp_path / "out")]) == 2
+    assert_one_error_line(capsys, part)
 
 
 def test_ctrl_c_is_one_line_and_130(model_args, tmp_path, capsys, monkeypatch):

@@ -4,7 +4,7 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CROSS_ATTENTION_DIM, make_components
+from conftest import CROSS_ATTENTION_DIM, make_adapter, make_components
 from diffusers import StableDiffusionPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -46,8 +46,8 @@ def make_ip_adapter(unet, seed: int = 5, lora: bool = False) -> dict:
     layers = {}
     for number, name in enumerate(names):
         if name in widths:
-            layers[f"{number}.to_k_ip.weight"] = weight(widths[name], CROSS_ATTENTION_DIM)
-            layers[f"{number}.to_v_ip.weight"] = weight(widths[name], CROSS_ATTENTION_DIM)
+            layers[f"{number}.to_k_ip.weight"] = weight(widths[name], unet.config.cross_attention_dim)
+            layers[f"{number}.to_v_ip.weight"] = weight(widths[name], unet.config.cross_attention_dim)
     if lora:
         for number, name in enumerate(names):
             attn = unet.get_submodule(name.removesuffix(".processor"))
@@ -267,10 +267,10 @@ FACE_TOKENS = 16
 def make_faceid_portrait(unet, seed: int = 7) -> dict:
     """
     `ip-adapter-faceid-portrait-v11_sd15.bin`: two layers from 512 over 1024 to 16 tokens for each face, a norm, and
-    keys and values; only as wide as the tiny UNet.
+    keys and values, as wide as the text of the UNet.
     """
     generator = torch.Generator().manual_seed(seed)
-    dim = CROSS_ATTENTION_DIM
+    dim = unet.config.cross_attention_dim
     return {
         "image_proj": {
             "proj.0.weight": 0.05 * torch.randn(2 * FACE_DIM, FACE_DIM, generator=generator),
@@ -313,6 +313,24 @@ def test_faceid_portrait_takes_faces_and_aus(tiny_adapter_dir, num_faces, guidan
         assert not torch.allclose(draw(pipe, **options), smile, atol=1e-3)
     pipe = make_faceid_pipe(tiny_adapter_dir, aus_first=False)
     assert torch.equal(draw(pipe, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance), smile)
+
+
+def test_faceid_portrait_in_the_widths_of_stable_diffusion_1_5():
+    """Only the layers of the UNet are fewer and narrower."""
+    components = make_components(cross_attention_dim=768)
+    pipe = FineFacePipeline(**components, au_adapter=make_adapter(components["unet"]), requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    portrait = make_faceid_portrait(pipe.unet)
+    assert {name: tuple(weight.shape) for name, weight in portrait["image_proj"].items() if weight.ndim == 2} == {
+        "proj.0.weight": (1024, 512),
+        "proj.2.weight": (16 * 768, 1024),
+    }
+    before = draw(pipe, aus=SMILE, ip_adapter_image_embeds=None, ip_adapter_image=None)
+    add_ip_adapter(pipe, portrait)
+    options = {"ip_adapter_image_embeds": some_id_embeds(2)}
+    smile, frown = draw(pipe, aus=SMILE, **options), draw(pipe, aus="1+4", **options)
+    assert smile.shape == before.shape and not torch.allclose(smile, before, atol=1e-3)
+    assert not torch.allclose(smile, frown, atol=1e-3)
 
 
 def test_each_of_two_people_has_a_face_and_aus(tiny_adapter_dir):

@@ -1,0 +1,279 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What is to be drawn: a `Job` is one picture. Jobs come from options, JSON Lines or tables of AUs, and are laid out in
+sheets. Everything is checked here, and nothing needs a model.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from numbers import Real
+from pathlib import Path
+
+import torch
+
+from action_units import ACTION_UNITS, AU_NAMES, extract_au_tags, format_aus, parse_aus
+from au_tables import read_au_table
+from contact_sheet import Table
+
+
+MODEL_DEFAULTS_NAME = "fineface.json"
+MAX_SEED = 2**63 - 1
+MAX_SWEEP_COUNT = 50
+GRID_INTENSITIES = (0, 1, 2, 3, 4, 5)
+DEMO_PRESETS = (
+    ("happy", "sad", "surprised", "fearful", "angry", "disgusted"),
+    ("laughing", "doubtful", "pained", "pleading", "pouting", "skeptical"),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    One picture. `aus` and `negative_aus` are as `format_aus` writes them, or None for none; the rest is as in
+    `FineFacePipeline.__call__`, with the same defaults. Equal jobs give equal pictures.
+    """
+
+    prompt: str
+    aus: str | None = None
+    seed: int = 0
+    negative_prompt: str | None = None
+    negative_aus: str | None = None
+    au_scale: float = 1.0
+    guidance_scale: float = 7.5
+    au_guidance_scale: float | None = None
+    num_inference_steps: int = 50
+    height: int | None = None
+    width: int | None = None
+
+
+JOB_FIELDS = tuple(field.name for field in fields(Job))
+
+
+def make_job(values: Mapping, spell: Callable[[str], str] = str) -> Job:
+    """A checked `Job` from raw values of its fields; `spell` gives the name of a field in messages."""
+    prompt, tag = extract_au_tags(values.get("prompt", ""), spell("prompt"))
+    if not prompt.strip():
+        raise ValueError(f"`{spell('prompt')}` is empty. Say what to draw, such as 'a girl in a park'.")
+    if tag is not None and values.get("aus") is not None:
+        raise ValueError(f"AUs stand in `{spell('prompt')}` and in `{spell('aus')}`. Write them in one of the two.")
+    aus = values.get("aus") if tag is None else tag
+    expressions = {"aus": aus, "negative_aus": values.get("negative_aus")}
+    written = {name: None if aus is None else canonical_aus(aus, spell(name)) for name, aus in expressions.items()}
+    job = Job(**{**values, "prompt": prompt, **written})
+
+    for name in ("prompt", "negative_prompt"):
+        text = getattr(job, name)
+        # The command line and JSON can both carry halves of characters, which no file can.
+        if text is not None and (not isinstance(text, str) or re.search("[\ud800-\udfff]", text)):
+            raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {text!r}.")
+    _check_numbers(job, spell)
+    if job.aus is None and job.negative_aus is not None:
+        raise ValueError(f"`{spell('negative_aus')}` says what to guide away from, but no `{spell('aus')}` where to.")
+    return job
+
+
+def _check_numbers(job: Job, spell: Callable[[str], str]) -> None:
+    for name, low, high in (("seed", 0, MAX_SEED), ("num_inference_steps", 1, 1000)):
+        value = getattr(job, name)
+        if not is_integer(value) or not low <= value <= high:
+            raise ValueError(f"`{spell(name)}` has to be a whole number from {low} to {high}, but is {value!r}.")
+    for name in ("height", "width"):
+        value = getattr(job, name)
+        if value is not None and (not is_integer(value) or value < 8 or value % 8):
+            raise ValueError(f"`{spell(name)}` is in pixels and has to be a multiple of 8, but is {value!r}.")
+    for name in ("au_scale", "guidance_scale", "au_guidance_scale"):
+        value = getattr(job, name)
+        is_number = is_real(value) and math.isfinite(value)
+        if not is_number and (name, value) != ("au_guidance_scale", None):
+            raise ValueError(f"`{spell(name)}` has to be a finite number, but is {value!r}.")
+
+
+def canonical_aus(aus, label: str) -> str:
+    """One expression in any form of `parse_aus`, as `format_aus` writes it; `label` is its name in messages."""
+    intensities = parse_aus(aus, label)
+    if len(intensities) != 1:
+        raise ValueError(f"`{label}` holds {len(intensities)} expressions, but a picture has one. Make a job of each.")
+    return format_aus(intensities)
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def intensities_of(job: Job) -> dict[str, float]:
+    return dict(zip(AU_NAMES, parse_aus(job.aus or "")[0].tolist(), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_model_defaults(model: str) -> dict:
+    """
+    What suits a model best, from the optional `fineface.json` in its folder: `num_inference_steps`, `guidance_scale`,
+    `au_guidance_scale`, and `size`, which is height and width in pixels.
+    """
+    path = Path(model) / MODEL_DEFAULTS_NAME
+    if not path.is_file():
+        return {}
+    with errors_at(path):
+        defaults = read_json_object(path.read_bytes())
+        check_keys(defaults, ("num_inference_steps", "guidance_scale", "au_guidance_scale", "size"))
+        if "size" in defaults:
+            defaults["height"] = defaults["width"] = defaults.pop("size")
+        make_job({"prompt": "any", **defaults})
+    return defaults
+
+
+def read_jobs(path: Path, defaults: Mapping) -> dict[str, Job]:
+    """
+    The jobs of a JSON Lines file, by the name of the picture each makes. A job without `output` is named by its line:
+    `00001.png`.
+
+    Raises:
+        ValueError: if a line is no JSON object, or has an unknown key or a value that cannot be; with its number.
+    """
+    jobs, line_numbers = {}, {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        with errors_at(f"{path}, line {number}"):
+            values = read_json_object(line)
+            check_keys(values, (*JOB_FIELDS, "output"))
+            name = _check_name(values.pop("output", f"{number:05d}.png"))
+            # Not every disk tells upper from lower case.
+            first_number = line_numbers.setdefault(name.casefold(), number)
+            if first_number != number:
+                raise ValueError(f"`output` is {name!r}, as in line {first_number}. Each job needs its own.")
+            jobs[name] = make_job({**defaults, **values})
+    if not jobs:
+        raise ValueError(f"{path} holds no job. Write one JSON object a line.")
+    return jobs
+
+
+@contextmanager
+def errors_at(place) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+
+
+def read_json_object(data: bytes) -> dict:
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"this is no JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError('this is no JSON object, such as {"prompt": "a girl in a park", "aus": "6C+12D"}.')
+    return values
+
+
+def check_keys(values: Mapping, known: tuple[str, ...]) -> None:
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} is no key here. The keys are {', '.join(known)}.")
+
+
+def _check_name(name) -> str:
+    is_name = isinstance(name, str) and name.isprintable() and name.lower().endswith(".png")
+    if not is_name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"`output` has to name a .png file inside the `--output` folder, but is {name!r}.")
+    return Path(name).as_posix()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables of AUs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_table_jobs(path: Path, job: Job) -> tuple[dict[str, Job], int]:
+    """
+    `job` with the AUs of each row of a table, by the name of the picture it makes, and the number of rows that were
+    left out because no face was found in them. A picture is named by the row's line and name: `00002_frame_1.png`.
+
+    Raises:
+        OSError, ValueError: if the table cannot be read, or shows no face at all.
+    """
+    jobs, num_skipped = {}, 0
+    for row in read_au_table(path):
+        if not row.face_found:
+            num_skipped += 1
+            continue
+        name = re.sub(r"[^\w.-]+", "_", Path(row.name).stem)[:60]
+        jobs[f"{row.line:05d}{'_' * bool(name)}{name}.png"] = replace(job, aus=format_aus(row.aus))
+    if not jobs:
+        raise ValueError(f"{path} holds no row with a face; {num_skipped} rows are without.")
+    return jobs, num_skipped
+
+
+def interpolate_jobs(key_jobs: list[Job], frames_between: int) -> dict[str, Job]:
+    """The frames of an animation: `frames_between` more between two of `key_jobs`, in which the AUs go evenly over."""
+    aus = torch.cat([parse_aus(job.aus) for job in key_jobs])
+    steps = torch.arange(frames_between + 1)[:, None] / (frames_between + 1)
+    frames = [torch.lerp(first, second, steps) for first, second in zip(aus[:-1], aus[1:], strict=True)]
+    frames = torch.cat([*frames, aus[-1:]])
+    # Thousandths, which nobody can see, keep the AUs of a frame readable.
+    jobs = (replace(key_jobs[0], aus=format_aus(frame.double().round(decimals=3))) for frame in frames)
+    return {f"{number:06d}.png": job for number, job in enumerate(jobs)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sheets: tables of jobs, which become tables of pictures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def sweep_table(job: Job, sweep: str) -> Table:
+    """One row in which an AU rises beside the other AUs of `job`; of `"AU12=0:5:6"`, 6 pictures from 0 to 5."""
+    match = re.fullmatch("(?:AU)?0*([0-9]+)=([^:]+):([^:]+):([0-9]{1,9})", sweep.strip(), flags=re.IGNORECASE)
+    count = int(match[4]) if match else 0
+    if not 2 <= count <= MAX_SWEEP_COUNT:
+        raise ValueError(
+            f"`--sweep` is {sweep!r}. Write AU=FROM:TO:COUNT, such as AU12=0:5:6, with a count from 2 to"
+            f" {MAX_SWEEP_COUNT}."
+        )
+    name = f"AU{match[1]}"
+    for end in (match[2], match[3]):
+        parse_aus(f"{name}={end}", "--sweep")
+    if intensities_of(job)[name]:
+        raise ValueError(f"`--sweep` and `--aus` both set {name}. Take it out of `--aus`.")
+    first, last = float(match[2]), float(match[3])
+    values = [first + (last - first) * i / (count - 1) for i in range(count)]
+    label = _label(ACTION_UNITS[AU_NAMES.index(name)])
+    return Table([[_with_au(job, name, value) for value in values]], [label], [f"{value:.3g}" for value in values])
+
+
+def grid_table(job: Job, units=ACTION_UNITS) -> Table:
+    """A row of rising intensities for each of `units`, beside the other AUs of `job`."""
+    rows = [[_with_au(job, unit.name, value) for value in GRID_INTENSITIES] for unit in units]
+    return Table(rows, [_label(unit) for unit in units], [str(value) for value in GRID_INTENSITIES])
+
+
+def preset_table(job: Job, expressions: list[str]) -> Table:
+    """A row of expressions in any form of `parse_aus`, each under what it was called."""
+    return Table([[replace(job, aus=canonical_aus(aus, "--presets")) for aus in expressions]], [], expressions)
+
+
+def demo_tables(job: Job) -> list[list[Table]]:
+    """All AUs in two blocks, and presets below, in the same columns."""
+    grids = [grid_table(job, ACTION_UNITS[:6]), grid_table(job, ACTION_UNITS[6:])]
+    presets = [preset_table(job, list(names)) for names in DEMO_PRESETS]
+    return [grids, [replace(table, row_labels=[label]) for table, label in zip(presets, ("Presets", ""), strict=True)]]
+
+
+def _with_au(job: Job, name: str, value: float) -> Job:
+    return replace(job, aus=format_aus(intensities_of(job) | {name: value}))
+
+
+def _label(unit) -> str:
+    return f"{unit.name}\n{unit.facs_name}"

@@ -1,0 +1,161 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""A labelled data set for training, of expressions and prompts that are drawn at random from a distribution."""
+
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from action_units import AU_NAMES, parse_aus
+from jobs import Job, canonical_aus, check_keys, errors_at, is_integer, is_real, make_job, read_json_object
+
+
+DEFAULT_DISTRIBUTION = Path(__file__).resolve().parent / "examples" / "dataset_distribution.json"
+DATASET_METADATA_NAME = "metadata.jsonl"
+PICTURES_PER_FOLDER = 1000
+
+
+@dataclass(frozen=True)
+class Expressions:
+    """
+    One kind of expression. `aus` are drawn as they are, or with `intensity`, each from this range; or else `count`
+    AUs, at least and at most, are chosen from all.
+    """
+
+    weight: float
+    aus: object = None
+    count: tuple[int, int] | None = None
+    intensity: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """
+    What a data set is drawn from. In one of `prompts`, `{person}` becomes one of `words["person"]`. Prompt and seed
+    stay for `pictures_per_subject` pictures, each with an expression of its own.
+    """
+
+    source: str
+    prompts: list[str]
+    words: dict[str, list[str]]
+    expressions: list[Expressions]
+    pictures_per_subject: int = 1
+
+
+def read_distribution(path: Path) -> Distribution:
+    """
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if it is no JSON, or has an unknown key or a value that cannot be; with its path.
+    """
+    with errors_at(path):
+        values = read_json_object(path.read_bytes())
+        check_keys(values, tuple(field.name for field in fields(Distribution)))
+        for key in ("source", "prompts", "words", "expressions"):
+            if not values.get(key):
+                raise ValueError(f"`{key}` is missing or empty.")
+        words, per_subject = values["words"], values.get("pictures_per_subject", 1)
+        if not isinstance(values["source"], str) or not is_integer(per_subject) or per_subject < 1:
+            raise ValueError("`source` has to be text, and `pictures_per_subject` a whole number from 1 on.")
+        if not isinstance(words, dict) or not all(_is_list_of_text(entry) for entry in words.values()):
+            raise ValueError("`words` has to be an object with a list of words for each name.")
+        if not _is_list_of_text(values["prompts"]) or not isinstance(values["expressions"], list):
+            raise ValueError("`prompts` has to be a list of texts, and `expressions` a list of objects.")
+        for prompt in values["prompts"]:
+            unknown = [name for name in re.findall(r"\{(.*?)\}", prompt) if name not in words]
+            if unknown:
+                raise ValueError(f"{prompt!r} asks for {{{unknown[0]}}}, but `words` has {', '.join(words)}.")
+        values["expressions"] = [
+            _read_expressions(entry, f"expressions[{index}]") for index, entry in enumerate(values["expressions"])
+        ]
+    return Distribution(**values)
+
+
+def _read_expressions(values, label: str) -> Expressions:
+    with errors_at(f"`{label}`"):
+        if not isinstance(values, dict):
+            raise ValueError("this is no JSON object.")
+        check_keys(values, tuple(field.name for field in fields(Expressions)))
+        if ("aus" in values) == ("count" in values):
+            raise ValueError("give either `aus`, or the `count` of AUs to choose.")
+        weight = values.get("weight")
+        if not is_real(weight) or not 0 < weight < math.inf:
+            raise ValueError(f"`weight` has to be a number above 0, but is {weight!r}.")
+        for key, high, is_number in (("count", len(AU_NAMES), is_integer), ("intensity", 5, is_real)):
+            ends = values.get(key)
+            if key in values:
+                is_range = isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
+                if not is_range or not 0 <= ends[0] <= ends[1] <= high:
+                    raise ValueError(f"`{key}` has to be [least, most] within 0 and {high}, but is {ends!r}.")
+                values[key] = tuple(ends)
+        if "count" in values and "intensity" not in values:
+            raise ValueError("AUs that are chosen need an `intensity`, such as [0.5, 5].")
+        if "aus" in values:
+            aus = parse_aus(canonical_aus(values["aus"], "aus"))
+            if aus.min() < 0 or aus.max() > 5:
+                raise ValueError("labels go from 0 to 5, but `aus` goes beyond.")
+    return Expressions(**values)
+
+
+def _is_list_of_text(values) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(text, str) and text for text in values)
+
+
+def draw_dataset(
+    distribution: Distribution, num_pictures: int, defaults: Mapping
+) -> tuple[dict[str, Job], dict[str, dict]]:
+    """
+    Jobs by the name of the picture each makes, and the rows of the data set's metadata by the same names, as
+    `train_fineface.py` reads them. A picture depends on its number alone: a larger data set begins as a smaller one.
+    """
+    values, jobs, rows = dict(defaults), {}, {}
+    seed = values.pop("seed", 0)
+    for number in range(num_pictures):
+        subject = f"{seed}-{number // distribution.pictures_per_subject:06d}"
+        rng = random.Random(f"subject {subject}")
+        prompt = _fill_in(rng.choice(distribution.prompts), distribution.words, rng)
+        picture_seed = rng.randrange(2**32)
+        aus = _draw_aus(distribution.expressions, random.Random(f"expression {seed}-{number}"))
+        name = f"images/{number // PICTURES_PER_FOLDER:03d}/{number:06d}.png"
+        jobs[name] = make_job({**values, "prompt": prompt, "aus": aus, "seed": picture_seed})
+        labels = {"source": distribution.source, "subject": f"{distribution.source}-{subject}"}
+        rows[name] = {"file_name": name, "text": prompt, **{unit: aus.get(unit, 0.0) for unit in AU_NAMES}, **labels}
+    return jobs, rows
+
+
+def _fill_in(prompt: str, words: Mapping[str, list[str]], rng: random.Random) -> str:
+    return re.sub(r"\{(.*?)\}", lambda match: rng.choice(words[match[1]]), prompt)
+
+
+def _draw_aus(expressions: list[Expressions], rng: random.Random) -> dict[str, float]:
+    kind = rng.choices(expressions, [kind.weight for kind in expressions])[0]
+    if kind.count is not None:
+        aus = dict.fromkeys(rng.sample(AU_NAMES, rng.randint(*kind.count)), 0.0)
+    else:
+        # Rounded, because 0.3 as a float32 reads 0.30000001192092896.
+        aus = {name: round(v, 4) for name, v in zip(AU_NAMES, parse_aus(kind.aus)[0].tolist(), strict=True) if v}
+    return aus if kind.intensity is None else {name: round(rng.uniform(*kind.intensity), 2) for name in aus}
+
+
+def write_dataset_metadata(rows: Sequence[Mapping], folder: Path) -> None:
+    unfinished = folder / f".{DATASET_METADATA_NAME}.part"
+    unfinished.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+    os.replace(unfinished, folder / DATASET_METADATA_NAME)
+
+
+def check_dataset_folder(folder: Path, num_pictures: int) -> None:
+    """Raise an error if a larger data set is there: pictures without a label would be left."""
+    metadata = folder / DATASET_METADATA_NAME
+    if metadata.is_file():
+        with metadata.open("rb") as lines:
+            num_found = sum(1 for _ in lines)
+        if num_found > num_pictures:
+            raise ValueError(
+                f"{str(folder)!r} holds a data set of {num_found} pictures, and `--dataset` is {num_pictures}. Use"
+                " another `--output`, or ask for as many or more."
+            )

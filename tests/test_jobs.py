@@ -1,0 +1,52 @@
+"""What is to be drawn; that bad input is an error, test_generate.py says."""
+
+from action_units import AU_NAMES, PRESETS
+from jobs import (
+    Job,
+    demo_tables,
+    grid_table,
+    interpolate_jobs,
+    make_job,
+    preset_table,
+    read_model_defaults,
+    sweep_table,
+)
+
+
+def test_the_model_folder_brings_defaults_that_options_override(tmp_path):
+    (tmp_path / "fineface.json").write_text('{"num_inference_steps": 20, "au_guidance_scale": 5, "size": 128}')
+    defaults = read_model_defaults(str(tmp_path))
+    job = make_job({"prompt": "a boy", **defaults, "au_guidance_scale": None})
+    assert job == Job("a boy", num_inference_steps=20, height=128, width=128)
+
+
+def test_tables_name_what_they_show():
+    job = Job("a boy", aus="AU4=1")
+    grid = grid_table(job)
+    assert [len(row) for row in grid.rows] == [6] * len(AU_NAMES)
+    assert [label.split("\n")[0] for label in grid.row_labels] == list(AU_NAMES)
+    assert grid.column_labels == ["0", "1", "2", "3", "4", "5"]
+    assert (
+        grid.rows[6][5].aus == "AU4=1 AU12=5" and grid.rows[6][0].aus == "AU4=1" and grid.rows[2][0].aus == "neutral"
+    )
+    presets = preset_table(Job("a boy"), ["polite smile", "AU6=1"])
+    assert [job.aus for job in presets.rows[0]] == ["AU12=3", "AU6=1"]
+    assert presets.column_labels == ["polite smile", "AU6=1"]
+    sweep = sweep_table(Job("a boy"), "12=0:1:4")
+    assert sweep.column_labels == ["0", "0.333", "0.667", "1"] and sweep.row_labels == ["AU12\nLip Corner Puller"]
+
+
+def test_the_demo_has_every_au_and_presets_in_the_same_columns():
+    grids, presets = demo_tables(Job("a boy"))
+    assert [label.split("\n")[0] for table in grids for label in table.row_labels] == list(AU_NAMES)
+    assert all(label in PRESETS for table in presets for label in table.column_labels)
+    assert {len(row) for table in [*grids, *presets] for row in table.rows} == {6}
+
+
+def test_frames_go_evenly_from_row_to_row():
+    keys = [Job("a boy", aus=aus) for aus in ("neutral", "AU12=3", "AU4=1")]
+    frames = interpolate_jobs(keys, 2)
+    expected = ["neutral", "AU12=1", "AU12=2", "AU12=3", "AU4=0.333 AU12=2", "AU4=0.667 AU12=1", "AU4=1"]
+    assert [job.aus for job in frames.values()] == expected and sorted(frames) == list(frames)
+    assert [job.aus for job in interpolate_jobs(keys, 0).values()] == ["neutral", "AU12=3", "AU4=1"]
+    assert [job.aus for job in interpolate_jobs(keys[1:2], 5).values()] == ["AU12=3"]
