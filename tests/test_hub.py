@@ -278,6 +278,31 @@ def test_notes_beside_the_weights_become_the_text_on_the_training(tmp_path):
     assert export._training_text(None, {}, tmp_path / "none.md") == export.NOT_RECORDED
 
 
+# A Space
+
+
+def test_a_space_has_the_app_and_all_that_it_imports(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "fineface.json").write_text('{"num_inference_steps": 1}')
+    space = tmp_path / "space"
+    assert export.main([str(tmp_path / "model"), str(space), "--space", "--license", "openrail++"]) == 0
+    metadata = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert metadata["sdk"] == "gradio" and metadata["license"] == "openrail++"
+    assert (space / metadata["app_file"]).is_file() and "gradio" not in (space / "requirements.txt").read_text()
+    for path in space.rglob("*.py"):
+        assert path.read_bytes() == (ROOT / path.relative_to(space)).read_bytes()
+    # Whatever of ours is imported in there is there.
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    for path in space.rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+        names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert all((space / f"{name}.py").is_file() for name in names & ours)
+    weights = space / "toy_faces" / "weights"
+    assert torch.equal(draw(FineFacePipeline.from_pretrained(weights), aus="12"), draw(tiny_pipe, aus="12"))
+    assert (weights / "fineface.json").is_file()
+
+
 # An Inference Endpoint
 
 

@@ -1,0 +1,170 @@
+import csv
+import io
+import json
+import re
+import shlex
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+from action_units import AU_NAMES
+from generate import EMBEDDED_MODEL, Job, Weights, read_metadata
+from studio import MAX_ROWS, Studio, Sweep, read_expressions, write_gif, write_zip
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+JOBS = [
+    Job("a boy", aus="AU6=3 AU12=4", seed=3, num_inference_steps=2),
+    Job('it\'s a "girl"\n<my-token>', seed=5, num_inference_steps=2, negative_prompt="-x $HOME", height=48, width=32),
+    Job("-b", aus="AU12=-2.5", seed=2**40, num_inference_steps=2, au_guidance_scale=3.25, au_scale=0.5),
+    Job("a boy", aus="neutral", num_inference_steps=1, guidance_scale=1.0),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny_studio(tiny_sd_dir, tiny_adapter_dir) -> Studio:
+    return Studio(Weights(tiny_sd_dir, tiny_adapter_dir), CPU, "float32")
+
+
+def pixels(image) -> np.ndarray:
+    if isinstance(image, Image.Image):
+        return np.asarray(image)
+    with Image.open(image) as opened:
+        return np.asarray(opened)
+
+
+def run_snippet(code: str, path: Path) -> np.ndarray:
+    assert code.count('"face.png"') == 1
+    exec(compile(code.replace('"face.png"', repr(str(path))), "snippet", "exec"), {})
+    return pixels(path)
+
+
+def run_command(command: str, name: str, path: Path) -> np.ndarray:
+    python, script, *options = shlex.split(command.replace("\\\n", " "))
+    assert (python, script, options[-1]) == ("python", "generate.py", f"--output={name}")
+    assert generate.main([*options[:-1], f"--output={path}"]) == 0
+    return pixels(path)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.prompt[:6])
+def test_the_code_on_the_screen_draws_the_same_picture_to_the_bit(tiny_studio, job, tmp_path):
+    picture = tiny_studio.draw(job)
+    tiny_studio.write(picture, tmp_path / "screen.png", vars(job))
+    assert np.array_equal(run_snippet(tiny_studio.python(job), tmp_path / "python.png"), pixels(picture))
+    assert np.array_equal(run_command(tiny_studio.command(job), "face.png", tmp_path / "command.png"), pixels(picture))
+    assert read_metadata(tmp_path / "command.png") == read_metadata(tmp_path / "screen.png")
+
+
+def test_the_code_for_the_embedded_model_draws_the_same_picture_to_the_bit(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    embedded = Studio(Weights(str(EMBEDDED_MODEL)), CPU, "float32")
+    job = replace(embedded.defaults, aus="AU6=3 AU12=4", num_inference_steps=1, au_guidance_scale=4.0)
+    picture = pixels(embedded.draw(job))
+    assert "--model" not in embedded.command(job) and "'toy_faces/weights'" in embedded.python(job)
+    assert np.array_equal(run_snippet(embedded.python(job), tmp_path / "python.png"), picture)
+    assert np.array_equal(run_command(embedded.command(job), "face.png", tmp_path / "command.png"), picture)
+
+
+def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp_path):
+    # Where the face already has the AU, the sweep takes its place.
+    sweep = Sweep(JOBS[0], "AU12", -1.0, 5.0, 3)
+    counts = []
+    pictures, strip, values = tiny_studio.sweep(sweep, counts.append)
+    assert counts == [1, 2, 3] and values["rows"] == [["AU6=3 AU12=-1", "AU6=3 AU12=2", "AU6=3 AU12=5"]]
+    assert np.array_equal(pixels(pictures[1]), pixels(tiny_studio.draw(replace(JOBS[0], aus="AU6=3 AU12=2"))))
+    tiny_studio.write(strip, tmp_path / "screen.png", values)
+    again = run_command(tiny_studio.sweep_command(sweep), "sweep.png", tmp_path / "sweep.png")
+    assert np.array_equal(again, pixels(strip))
+    assert read_metadata(tmp_path / "sweep.png") == read_metadata(tmp_path / "screen.png")
+
+
+def test_progress_counts_the_steps(tiny_studio):
+    steps = []
+    tiny_studio.draw(Job("a boy", aus="happy", num_inference_steps=3), steps.append)
+    assert steps == [1, 2, 3]
+
+
+def test_a_model_without_an_adapter_is_an_error(tiny_sd_dir):
+    with pytest.raises(ValueError, match="--adapter"):
+        Studio(Weights(tiny_sd_dir), CPU, "float32")
+
+
+def test_the_animation_goes_there_and_back(tmp_path):
+    colours = ("red", "green", "blue", "white")
+    write_gif([Image.new("RGB", (32, 48), colour) for colour in colours], tmp_path / "sweep.gif", {"seed": 3})
+    with Image.open(tmp_path / "sweep.gif") as gif:
+        assert (gif.n_frames, gif.info["loop"], gif.size) == (6, 0, (384, 576))
+        assert json.loads(gif.info["comment"]) == {"seed": 3}
+        seen = []
+        for frame in range(gif.n_frames):
+            gif.seek(frame)
+            seen.append(gif.convert("RGB").getpixel((5, 5)))
+    assert seen[1] == seen[5] == (0, 128, 0) and seen[3] == (255, 255, 255)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.gif"]
+
+
+def test_a_table_becomes_the_jobs_of_its_command(tiny_studio, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("faces.csv").write_text("file_name,aus\nann/1.jpg,6C+12D\n,happy@0.5\n")
+    jobs, num_skipped = read_expressions(Path("faces.csv"), replace(JOBS[0], aus="AU4=5"))
+    assert [job.aus for job in jobs.values()] == ["AU6=3 AU12=4", "AU6=2 AU12=2"] and num_skipped == 0
+    assert all(replace(job, aus=None) == replace(JOBS[0], aus=None) for job in jobs.values())
+
+    command = shlex.split(tiny_studio.table_command("faces.csv", JOBS[0]).replace("\\\n", " "))
+    assert generate.main(command[2:]) == 0
+    for name, job in jobs.items():
+        drawn, again = pixels(tiny_studio.draw(job)), pixels(Path("faces") / name)
+        # The command draws both at once, which may round differently.
+        assert np.abs(drawn.astype(int) - again).max() <= 2
+
+
+def test_rows_without_a_face_are_counted_and_left_out(tmp_path):
+    table = tmp_path / "faces.jsonl"
+    rows = [{"file_name": "a.jpg", **dict.fromkeys(AU_NAMES, 1)}, {"file_name": "b.jpg", **dict.fromkeys(AU_NAMES)}]
+    table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    jobs, num_skipped = read_expressions(table, JOBS[0])
+    assert [job.aus.split()[0] for job in jobs.values()] == ["AU1=1"] and num_skipped == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("aus\nAU7=1\n", "faces.csv, line 2: `aus` names 'AU7'"),
+        ("smile\n3\n", "faces.csv, line 2"),
+        ("aus\n", "holds no row with a face"),
+        ("", "holds no row with a face"),
+        ("aus\n" + "happy\n" * (MAX_ROWS + 1), f"{MAX_ROWS} are allowed"),
+    ],
+)
+def test_a_wrong_table_is_an_error_that_names_no_folder(text, part, tmp_path):
+    table = tmp_path / "faces.csv"
+    table.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(part)) as caught:
+        read_expressions(table, JOBS[0])
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_the_zip_holds_the_pictures_and_a_table_of_them(tiny_studio, tmp_path):
+    jobs = {"00001.png": JOBS[0], "00002.png": JOBS[1]}
+    for name, job in jobs.items():
+        tiny_studio.write(tiny_studio.draw(job), tmp_path / name, vars(job))
+    write_zip(tmp_path / "faces.zip", tmp_path, jobs)
+    with zipfile.ZipFile(tmp_path / "faces.zip") as archive:
+        assert archive.namelist() == [*jobs, "metadata.csv"]
+        rows = list(csv.DictReader(io.StringIO(archive.read("metadata.csv").decode())))
+        archive.extract("00002.png", tmp_path / "out")
+    assert [row["text"] for row in rows] == [JOBS[0].prompt, JOBS[1].prompt]
+    assert [float(rows[0][name]) for name in ("AU1", "AU6", "AU12")] == [0, 3, 4]
+    assert read_metadata(tmp_path / "out" / "00002.png")["seed"] == 5
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
+# --------------------------------------------------------------------------------------------------------------------
