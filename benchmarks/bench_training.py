@@ -1,0 +1,225 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What each measure of `train_fineface.py` is worth: `python -m benchmarks.bench_training`.
+
+A textbook implementation of the paper's recipe is trained first: two attentions with matrices of scores in each layer,
+gradient checkpointing, and pictures and captions encoded at every step. Then ours, with one measure more in each row.
+All rows go through the loop of `train_fineface.py`, on pictures that are read from files, with everything that belongs
+to a step: data, forward and backward pass, clipping, optimizer. Weights are random, but for the embedded model's.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets.utils.logging import disable_progress_bar
+from diffusers import DDPMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
+from torch import nn
+
+from action_units import AU_NAMES
+from au_attention_processor import au_layers
+from benchmarks.bench_inference import ARCHITECTURES, DTYPES, TextbookAUAttnProcessor
+from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
+from toy_faces.renderer import caption, render, sample_aus, sample_portrait
+from train_fineface import (
+    FineFaceModel,
+    TrainingState,
+    attention_for_training,
+    batch_loss,
+    make_accelerator,
+    make_model,
+    train,
+)
+from training_config import parse_args as parse_training_args
+from training_data import BaseEncoders, TrainingSamples, cache_inputs, load_training_data, make_inputs
+
+
+MIXED_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+PICTURES = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    flags: tuple[str, ...] = ()
+    textbook: bool = False
+
+
+ROWS = {
+    "textbook": Row("textbook", ("--gradient_checkpointing",), textbook=True),
+    "one-token": Row("one token added, fused attention", ("--gradient_checkpointing",)),
+    "no-checkpointing": Row("… without gradient checkpointing"),
+    "cached": Row("… latents and captions from the cache", ("--cache_latents",)),
+    "compiled": Row("… and `torch.compile`", ("--cache_latents", "--torch_compile")),
+}
+"""Each row by its name on the command line."""
+
+
+class TextbookModel(FineFaceModel):
+    """The AU token goes in behind the text's, and each layer attends to both."""
+
+    def __init__(self, unet: nn.Module, au_adapter: nn.Module):
+        super().__init__(unet, au_adapter)
+        weights = au_adapter.attn_processors_state_dict()
+        processors = {}
+        for name in unet.attn_processors:
+            layer = name.removesuffix(".processor")
+            processors[name] = AttnProcessor()
+            if layer in au_layers(unet):
+                keys, values = (weights[f"{name}.{kind}.weight"] for kind in ("to_k_au", "to_v_au"))
+                processors[name] = TextbookAUAttnProcessor(keys.detach().clone(), values.detach().clone())
+        unet.set_attn_processor(processors)
+        # The layers have their own now.
+        au_adapter.to_k_au.requires_grad_(False)
+        au_adapter.to_v_au.requires_grad_(False)
+
+    def forward(self, noisy_latents, timesteps, encoder_hidden_states, au_intensities):
+        au_tokens = self.au_adapter.encoder(au_intensities).to(self.unet.dtype)
+        tokens = torch.cat([encoder_hidden_states.to(self.unet.dtype), au_tokens], dim=1)
+        return self.unet(noisy_latents.to(self.unet.dtype), timesteps, tokens).sample
+
+
+@dataclass(frozen=True)
+class Measured:
+    label: str
+    seconds: float
+    peak_bytes: int | None
+
+
+def write_pictures(folder: Path, resolution: int) -> None:
+    """Portraits in the size of training, as the image folder that the trainer reads."""
+    folder.mkdir()
+    lines = []
+    for seed in range(PICTURES):
+        picture = render(sample_portrait(seed), sample_aus(seed))
+        picture.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{seed}.jpg", quality=95)
+        aus = dict(zip(AU_NAMES, map(float, sample_aus(seed)), strict=True))
+        lines.append(json.dumps({"file_name": f"{seed}.jpg", "text": caption(sample_portrait(seed)), **aus}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def measure(row: Row, folder: Path, args: argparse.Namespace, clock: Callable[[], float]) -> Measured:
+    architecture = ARCHITECTURES[args.model]
+    components = architecture.make_components(args.device, DTYPES[args.dtype])
+    resolution = args.resolution or default_resolution(components)
+    pictures = folder / f"pictures-{resolution}"
+    if not pictures.exists():
+        write_pictures(pictures, resolution)
+    config = parse_training_args(
+        [
+            *("--pretrained_model_name_or_path", "random"),
+            *("--train_data_dir", str(pictures), "--output_dir", str(folder / "run")),
+            *("--train_batch_size", str(args.batch_size), "--rank", str(architecture.lora_rank())),
+            *("--max_train_steps", str(args.warm_up + args.steps + 1), "--checkpointing_steps", "1000000"),
+            *("--mixed_precision", MIXED_PRECISION[args.dtype], "--dataloader_num_workers", str(args.workers)),
+            *("--resolution", str(resolution), "--report_to", "none"),
+            *row.flags,
+        ]
+    )
+    accelerator = make_accelerator(config)
+    encoders = BaseEncoders.from_components(*(components.pop(name) for name in ("tokenizer", "text_encoder", "vae")))
+    scaling_factor = encoders.vae.config.scaling_factor
+    inputs = make_inputs(load_training_data(config), encoders, resolution)
+    if config.cache_latents:
+        inputs, encoders = cache_inputs(inputs, config, accelerator), None
+    gc.collect()
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(args.device)
+    unet = components["unet"].train()
+    model = make_model(unet, config, DTYPES[args.dtype])
+    if row.textbook:
+        model = TextbookModel(unet, model.au_adapter)
+    model.to(args.device)
+    noise_scheduler = DDPMScheduler.from_config(components["scheduler"].config)
+    samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config)
+    marks = []
+
+    def timed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        # A step ends with its loss on the CPU, so nothing is under way now.
+        marks.append(clock())
+        return batch_loss(model, noise_scheduler, batch, scaling_factor, encoders)
+
+    with attention_for_training(args.device, DTYPES[args.dtype]):
+        train(config, accelerator, TrainingState(model, None), samples, timed_loss, None)
+    seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][args.warm_up :]
+    peak = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None
+    return Measured(row.label, statistics.median(seconds), peak)
+
+
+def default_resolution(components: dict) -> int:
+    return components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
+
+
+def format_measured(measured: list[Measured], batch_size: int) -> str:
+    lines = []
+    for number, one in enumerate(measured):
+        first, before = measured[0].seconds / one.seconds, measured[max(0, number - 1)].seconds / one.seconds
+        peak = "–" if one.peak_bytes is None else f"{one.peak_bytes / 2**30:.1f}"
+        speed = f"{batch_size / one.seconds:.2f}"
+        lines.append([one.label, speed, f"{first:.2f}×", f"{before:.2f}×", f"{1000 * one.seconds:.0f}", peak])
+    header = ["training", "images/s", f"to {measured[0].label}", "to the row before", "ms a step", "peak GiB"]
+    return markdown_table(header, lines)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=device_or_error, default=None, help="(default: the accelerator, if any)")
+    parser.add_argument("--model", choices=ARCHITECTURES, help="(default: toy on cpu, else sd21)")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on cpu, else bfloat16)")
+    parser.add_argument("--batch-size", type=count, help="(default: 8 on cpu, else 16)")
+    parser.add_argument("--resolution", type=count, metavar="PIXELS", help="(default: the model's)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all, on cpu without compiled)")
+    parser.add_argument("--steps", type=count, help="steps of which the median counts (default: 6 on cpu, else 30)")
+    parser.add_argument("--warm-up", type=count, help="steps before them (default: 2 on cpu, else 10)")
+    parser.add_argument("--workers", type=int, help="processes that prepare data (default: 0 on cpu, else 8)")
+    add_clock_argument(parser)
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table to a file as well")
+    args = parser.parse_args(argv)
+    args.device = args.device or device_or_error(None)
+    args.clock = pick_clock(args.processor_time, args.device, parser)
+    on_cpu = args.device.type == "cpu"
+    chosen = {
+        "model": ("toy", "sd21"),
+        "dtype": ("float32", "bfloat16"),
+        "batch_size": (8, 16),
+        "steps": (6, 30),
+        "warm_up": (2, 10),
+        "workers": (0, 8),
+        "rows": ([name for name in ROWS if name != "compiled"], list(ROWS)),
+    }
+    for name, (cpu, other) in chosen.items():
+        if getattr(args, name) is None:
+            setattr(args, name, cpu if on_cpu else other)
+    if args.processor_time and args.workers:
+        parser.error("`--processor-time` counts one process: leave out `--workers`.")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    disable_progress_bar()
+    report = Report(args.output, args.device)
+    measured = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.rows:
+            torch._dynamo.reset()
+            measured.append(measure(ROWS[name], Path(folder), args, args.clock))
+            gc.collect()
+    clock = " of processor time" if args.processor_time else ""
+    what = f"{args.dtype}, batch {args.batch_size}, median of {args.steps} steps{clock}"
+    report.add(f"{ARCHITECTURES[args.model].title}, {what}\n\n{format_measured(measured, args.batch_size)}")
+
+
+if __name__ == "__main__":
+    main()
