@@ -3,9 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENVIRONMENT := .venv/.installed
+TOOLS := .venv/.tools
+BENCH := outputs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow style quality report
+.PHONY: help demo app test test-slow style quality report tables bench bench-docs few-steps
 
 help:  ## show these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -13,26 +15,53 @@ help:  ## show these targets
 demo: $(ENVIRONMENT)  ## draw outputs/demo.png with the embedded model, on the CPU
 	$(BIN)/python generate.py --demo --device cpu --output outputs/demo.png
 
-test: $(ENVIRONMENT)  ## run the tests
+app: $(TOOLS)  ## open the page in the browser: sliders, presets, sweeps
+	$(BIN)/python app.py
+
+test: $(TOOLS)  ## run the tests
 	$(BIN)/python -m pytest
 
-test-slow: $(ENVIRONMENT)  ## run the tests that take minutes
+test-slow: $(TOOLS)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-style: $(ENVIRONMENT)  ## format the code, and mend what can be mended
+style: $(TOOLS)  ## format the code, and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quality: $(ENVIRONMENT)  ## check the code, and change nothing
+quality: $(TOOLS)  ## check the code, and change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 report: $(ENVIRONMENT)  ## measure what the embedded weights are worth
 	$(BIN)/python -m toy_faces.report
 
+tables: $(ENVIRONMENT)  ## repeat the paper's tables on the embedded world, into docs/results.md
+	$(BIN)/python -m evaluation.paper_tables --quick
+
+bench: $(ENVIRONMENT)  ## measure what AU control costs, on the CPU
+	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 1 --repeats 9 --output $(BENCH)/inference.md
+	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 4 8 --max-minutes 3 \
+		--rows one-token lora-baked lora third-branch textbook --output $(BENCH)/batches.md
+	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 1 --profile --output $(BENCH)/profile.md
+	$(BIN)/python -m benchmarks.bench_batch --device cpu --output $(BENCH)/many.md
+	$(BIN)/python -m benchmarks.bench_loading --device cpu --repeats 3 --output $(BENCH)/loading.md
+
+bench-docs: $(ENVIRONMENT)  ## put what was measured into docs/performance.md
+	$(BIN)/python -m benchmarks.tables $(BENCH) docs/performance.md
+
+few-steps: $(ENVIRONMENT)  ## find the fastest good setting of the embedded model
+	mkdir -p $(BENCH)
+	$(BIN)/python -m benchmarks.few_steps --choose --sheet outputs/few_steps.png > $(BENCH)/few_steps.md
+	@cat $(BENCH)/few_steps.md
+
 $(ENVIRONMENT): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $(PYTHON) has to be Python 3.11 or newer. Name another one: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -r requirements.txt -c constraints.txt pytest hypothesis ruff
+	$(BIN)/python -m pip install -r requirements.txt -c constraints.txt
+	touch $@
+
+# What only tests, style and the page in the browser need.
+$(TOOLS): $(ENVIRONMENT)
+	$(BIN)/python -m pip install -c constraints.txt pytest hypothesis ruff tensorboard gradio playwright
 	touch $@

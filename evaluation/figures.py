@@ -1,0 +1,227 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Drawings of a run: the paper's Figs. 4, 5, 6 and 8 as grids, dose–response curves, and a heat map."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+
+from action_units import AU_NAMES
+from contact_sheet import GREY, INK, Table, draw_sheet
+from evaluation.meters import read_picture
+from evaluation.report import MEASURED, with_neutral
+
+
+PICTURE_SIDE = 128
+MAX_COLUMNS = 10
+CURVE, OTHER_CURVE = "#1f6fb2", "#c9d6e2"
+
+
+def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
+    """The drawings that the results have the pictures for, by name."""
+    drawings = {}
+    shown = results.drop_duplicates("name")
+    first = shown["prompt_index"].min()
+    for name, draw in (
+        ("figure4_single_aus", figure4),
+        ("figure5_combinations", figure5),
+        ("figure6_intensity", figure6),
+        ("figure8_extrapolation", figure8),
+    ):
+        sheet = draw(shown[shown["prompt_index"] == first], pictures)
+        if sheet is not None:
+            drawings[name] = sheet
+    for meter, table in results.groupby("meter", sort=False):
+        if not meter or table["num_faces"].max() == 0:
+            continue
+        measured = with_neutral(table)
+        if (measured["part"] == "single").any():
+            drawings[f"dose_response_{meter}"] = draw_dose_response(measured, meter)
+            drawings[f"heat_map_{meter}"] = draw_heat_map(measured, meter)
+    return drawings
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Grids of pictures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _open(pictures: Path, name: str) -> Image.Image:
+    image = read_picture(pictures / name)
+    return image if image.height <= PICTURE_SIDE else image.resize((PICTURE_SIDE, PICTURE_SIDE))
+
+
+def _title(rows: pd.DataFrame) -> str:
+    return f"{rows['prompt'].iloc[0]} · seed {rows['seed'].iloc[0]}"
+
+
+def _neutral_name(rows: pd.DataFrame) -> str:
+    return rows.loc[rows["part"] == "neutral", "name"].iloc[0]
+
+
+def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
+    """All 12 AUs alone at 5, and the neutral face."""
+    names = {au: _name_at(rows, "single", au, 5) for au in AU_NAMES}
+    if None in names.values():
+        return None
+    return _in_bands({"neutral": _neutral_name(rows), **names}, pictures, _title(rows))
+
+
+def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image | None:
+    """Combinations."""
+    chosen = rows[rows["part"] == "combination"].head(count)
+    if chosen.empty:
+        return None
+    names = {"neutral": _neutral_name(rows)}
+    for _, row in chosen.iterrows():
+        names[" ".join(f"{au[2:]}={row[au]:g}" for au in AU_NAMES if row[au])] = row["name"]
+    return _in_bands(names, pictures, _title(rows))
+
+
+def figure6(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
+    """Each AU from 0 to 5."""
+    return _intensity_sheet(rows, pictures, (0, 1, 2, 3, 4, 5))
+
+
+def figure8(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
+    """Each AU from −3 to 8."""
+    return _intensity_sheet(rows, pictures, (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8))
+
+
+def _name_at(rows: pd.DataFrame, part: str, au: str, value: float) -> str | None:
+    found = rows.loc[(rows["part"] == part) & (rows[au] == value), "name"]
+    return None if found.empty else found.iloc[0]
+
+
+def _intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
+    table = []
+    for au in AU_NAMES:
+        names = [
+            _neutral_name(rows)
+            if value == 0
+            else _name_at(rows, "single" if 0 < value <= 5 else "extrapolation", au, value)
+            for value in values
+        ]
+        if None in names:
+            return None
+        table.append([_open(pictures, name) for name in names])
+    return draw_sheet([[Table(table, list(AU_NAMES), [f"{value}" for value in values])]], _title(rows))
+
+
+def _in_bands(names: dict[str, str], pictures: Path, title: str) -> Image.Image:
+    labels = list(names)
+    bands = []
+    for start in range(0, len(labels), MAX_COLUMNS):
+        part = labels[start : start + MAX_COLUMNS]
+        bands.append([Table([[_open(pictures, names[label]) for label in part]], [], part)])
+    return draw_sheet(bands, title)
+
+
+def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str) -> Image.Image:
+    """The same pictures of several runs: a row for each of `folders`, a column for each of `names`."""
+    rows = [[_open(folder, name) for name in names.values()] for folder in folders.values()]
+    return draw_sheet([[Table(rows, list(folders), list(names))]], title)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Charts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def draw_dose_response(measured: pd.DataFrame, meter: str, side: int = 220) -> Image.Image:
+    """A panel for each AU: measured against commanded intensity, each prompt in pale, their mean in blue."""
+    columns, gap, top = 4, 34, 54
+    image = Image.new("RGB", (columns * (side + gap) + gap, top + 3 * (side + gap)), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text(
+        (gap, 14), f"Measured by {meter} against commanded; dashed: as commanded", INK, ImageFont.load_default(18)
+    )
+    alone = measured[measured["part"].isin(("neutral", "single", "extrapolation"))]
+    values = alone[list(AU_NAMES)].to_numpy()
+    low, high = min(0.0, values.min()), max(5.0, values.max())
+    for number, au in enumerate(AU_NAMES):
+        left = gap + number % columns * (side + gap)
+        panel = (left, top + number // columns * (side + gap), side, low, high)
+        chosen = alone[(alone[au] != 0) | (alone["part"] == "neutral")]
+        _draw_panel(draw, panel, au, chosen)
+    return image
+
+
+def _draw_panel(draw: ImageDraw.ImageDraw, panel: tuple, au: str, rows: pd.DataFrame) -> None:
+    left, top, side, low, high = panel
+    font = ImageFont.load_default(12)
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = ((value - low) / (high - low) for value in (x, min(max(y, low), high)))
+        return left + across * side, top + side - up * side
+
+    draw.rectangle((left, top, left + side, top + side), outline="#999")
+    for tick in range(int(np.ceil(low)), int(high) + 1):
+        x, y = place(tick, tick)
+        draw.line((x, top + side, x, top + side + 3), "#999")
+        draw.line((left - 3, y, left, y), "#999")
+        draw.text((x, top + side + 5), str(tick), GREY, font, anchor="mt")
+        draw.text((left - 5, y), str(tick), GREY, font, anchor="rm")
+    steps = np.linspace(low, high, 41)
+    for start, end in zip(steps[::2], steps[1::2], strict=False):
+        draw.line((*place(start, start), *place(end, end)), "#999")
+    for _, group in rows.groupby("prompt_index"):
+        group = group.sort_values(au)
+        points = [place(x, y) for x, y in zip(group[au], group[f"measured_{au}"], strict=True)]
+        draw.line(points, OTHER_CURVE, 1)
+    mean = rows.groupby(au)[f"measured_{au}"].mean()
+    points = [place(x, y) for x, y in mean.items()]
+    draw.line(points, CURVE, 3)
+    for x, y in points:
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), CURVE)
+    draw.text((left + 8, top + 6), au, INK, ImageFont.load_default(15))
+
+
+def draw_heat_map(measured: pd.DataFrame, meter: str, cell: int = 46) -> Image.Image:
+    """
+    Commanded against measured AUs: how much each AU (column) has moved from the neutral face, on average over the
+    intensities 1–5, when one AU alone (row) was commanded, divided by the mean command. A perfect model is a diagonal
+    of ones.
+    """
+    left, top = 84, 96
+    size = (left + len(AU_NAMES) * cell + 20, top + len(AU_NAMES) * cell + 20)
+    image = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((14, 14), f"Movement by {meter}, per commanded grade", INK, ImageFont.load_default(18))
+    draw.text((14, 42), "rows: commanded alone · columns: measured", GREY, ImageFont.load_default(13))
+    font, small = ImageFont.load_default(13), ImageFont.load_default(12)
+    for row, (au, values) in enumerate(movement_matrix(measured).iterrows()):
+        y = top + row * cell
+        draw.text((left - 8, y + cell / 2), au, INK, font, anchor="rm")
+        draw.text((left + (row + 0.5) * cell, top - 8), au, INK, font, anchor="mb")
+        for column, value in enumerate(values):
+            x = left + column * cell
+            draw.rectangle((x, y, x + cell - 2, y + cell - 2), _heat_color(value))
+            # Adding 0 makes a rounded −0 one of the other sign.
+            text = "–" if np.isnan(value) else f"{round(value, 2) + 0:.2f}"
+            ink = "white" if abs(value) > 0.6 else INK
+            draw.text((x + cell / 2 - 1, y + cell / 2 - 1), text, ink, small, anchor="mm")
+    return image
+
+
+def movement_matrix(measured: pd.DataFrame) -> pd.DataFrame:
+    """Of one meter's `with_neutral` table: commanded AU by measured AU, 1 where a command is obeyed to the grade."""
+    single = measured[measured["part"] == "single"]
+    matrix = []
+    for au in AU_NAMES:
+        rows = single[single[au] != 0]
+        moved = rows[MEASURED].to_numpy() - rows[[f"neutral_{name}" for name in AU_NAMES]].to_numpy()
+        command = rows[au].mean()
+        matrix.append(np.nanmean(moved, axis=0) / command if len(rows) else np.full(len(AU_NAMES), np.nan))
+    return pd.DataFrame(matrix, index=list(AU_NAMES), columns=list(AU_NAMES))
+
+
+def _heat_color(value: float) -> tuple[int, int, int]:
+    """White at 0, blue towards 1, red towards −1."""
+    if np.isnan(value):
+        return 240, 240, 240
+    end = (31, 111, 178) if value > 0 else (190, 60, 50)
+    amount = min(abs(value), 1.0)
+    return tuple(round(255 + amount * (channel - 255)) for channel in end)

@@ -1,0 +1,174 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Embeddings of pictures for CLIP-I (Eq. 4), and how well a picture shows what its prompt says."""
+
+import json
+import re
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from evaluation.meters import folder_digest, toy_pixel_values
+from generate import EMBEDDED_MODEL
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+"""What CLIP models are trained with, for folders that do not say."""
+
+
+class ImageEncoder(Protocol):
+    settings: dict
+    agreement_name: str
+    """What `agreement` means, in words; "" if this encoder cannot tell."""
+
+    def embed(self, images: list[Image.Image]) -> np.ndarray:
+        """`(images, width)` float32."""
+
+    def agreement(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        """How well each picture agrees with its prompt, `(images,)`; NaN where that cannot be told."""
+
+
+def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
+    """
+    Args:
+        spec (`str`):
+            `"toy"` for that of the embedded model, `"toy:FOLDER"` for that of another model of the embedded world, or
+            the folder or Hub id of a CLIP model of transformers.
+    """
+    kind, _, where = spec.partition(":")
+    if kind == "toy":
+        return ToyImageEncoder(Path(where) if where else EMBEDDED_MODEL, device)
+    return CLIPImageEncoder(spec, device)
+
+
+class ToyImageEncoder:
+    """The embedded world's CLIP image encoder, and its attribute reader for what the prompt names."""
+
+    agreement_name = "attributes as prompted"
+
+    def __init__(self, model: Path, device: torch.device):
+        for name in ("image_encoder", "attribute_reader"):
+            if not (model / name / "config.json").is_file():
+                raise FileNotFoundError(f"`--image-encoder`: {str(model)!r} holds no {name}/ of the embedded world.")
+        self.model, self.device, self.networks = model, device, None
+        self.settings = {name: folder_digest(model / name) for name in ("image_encoder", "attribute_reader")}
+
+    def _load(self):
+        from transformers import CLIPVisionModelWithProjection
+
+        from toy_faces.networks import PictureReader
+
+        if self.networks is None:
+            classes = {"image_encoder": CLIPVisionModelWithProjection, "attribute_reader": PictureReader}
+            loaded = [cls.from_pretrained(self.model / name, dtype=torch.float32) for name, cls in classes.items()]
+            self.networks = [network.to(self.device).eval() for network in loaded]
+        return self.networks
+
+    @torch.no_grad()
+    def embed(self, images: list[Image.Image]) -> np.ndarray:
+        encoder, _ = self._load()
+        pixel_values = torch.cat([toy_pixel_values(image) for image in images]).to(self.device)
+        return encoder(pixel_values).image_embeds.float().cpu().numpy()
+
+    @torch.no_grad()
+    def agreement(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        """The share of the attributes named by the prompt that the picture shows."""
+        from toy_faces.networks import attribute_logits
+        from toy_faces.renderer import ATTRIBUTES, attributes_in
+
+        _, reader = self._load()
+        pixel_values = torch.cat([toy_pixel_values(image) for image in images]).to(self.device)
+        seen = {name: logits.argmax(1).tolist() for name, logits in attribute_logits(reader(pixel_values)).items()}
+        shares = []
+        for row, prompt in enumerate(prompts):
+            named = attributes_in(prompt)
+            right = [ATTRIBUTES[name][seen[name][row]] == value for name, value in named.items()]
+            shares.append(float(np.mean(right)) if right else float("nan"))
+        return np.array(shares)
+
+
+class CLIPImageEncoder:
+    """Any CLIP of transformers. With its text half, it also tells the agreement of picture and prompt."""
+
+    def __init__(self, name: str, device: torch.device):
+        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise FileNotFoundError(
+                f"`--image-encoder` is {name!r}, which is neither toy, nor a folder, nor the id of a Hub repository."
+            )
+        self.name, self.device, self.model = name, device, None
+        self.settings = {"name": name}
+        if Path(name).is_dir():
+            self.settings = {"name": Path(name).name, "files": folder_digest(Path(name))}
+        self.config = self._read_config("config.json")
+        self.has_text = self.config.get("model_type") == "clip"
+        self.agreement_name = "CLIP text–image similarity" if self.has_text else ""
+        if self.config.get("model_type") not in ("clip", "clip_vision_model"):
+            raise ValueError(
+                f"`--image-encoder` is {name!r}, a model of type {self.config.get('model_type')!r}. It has to be a"
+                " CLIP model or the image half of one."
+            )
+        vision = self.config.get("vision_config", {}) if self.has_text else self.config
+        # The default of transformers' CLIPVisionConfig.
+        self.size = vision.get("image_size", 224)
+        preprocessing = self._read_config("preprocessor_config.json", optional=True)
+        self.mean, self.std = preprocessing.get("image_mean", CLIP_MEAN), preprocessing.get("image_std", CLIP_STD)
+
+    def _read_config(self, file_name: str, optional: bool = False) -> dict:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+
+        path = Path(self.name) / file_name
+        if not Path(self.name).is_dir():
+            try:
+                path = Path(hf_hub_download(self.name, file_name))
+            except EntryNotFoundError:
+                path = None
+        if path is None or not path.is_file():
+            if optional:
+                return {}
+            raise FileNotFoundError(f"`--image-encoder`: {self.name!r} has no {file_name}.")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _load(self):
+        from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+
+        if self.model is None:
+            model_class = CLIPModel if self.has_text else CLIPVisionModelWithProjection
+            self.model = model_class.from_pretrained(self.name, dtype=torch.float32).to(self.device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(self.name) if self.has_text else None
+        return self.model
+
+    def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
+        """The shorter side resized, the middle cut out, CLIP's normalisation; `(images, 3, size, size)`."""
+        cut = []
+        for image in images:
+            scale = self.size / min(image.size)
+            width, height = (max(self.size, round(side * scale)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            cut.append(np.asarray(image.crop((left, top, left + self.size, top + self.size)), np.float32) / 255)
+        pixels = (np.stack(cut) - np.float32(self.mean)) / np.float32(self.std)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+
+    @torch.no_grad()
+    def embed(self, images: list[Image.Image]) -> np.ndarray:
+        model = self._load()
+        pixel_values = self.pixel_values(images)
+        if self.has_text:
+            embeddings = model.visual_projection(model.vision_model(pixel_values).pooler_output)
+        else:
+            embeddings = model(pixel_values).image_embeds
+        return embeddings.float().cpu().numpy()
+
+    @torch.no_grad()
+    def agreement(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        if not self.has_text:
+            return np.full(len(images), np.nan)
+        embeddings = torch.from_numpy(self.embed(images))
+        tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        text = self.model.text_projection(self.model.text_model(**tokens).pooler_output).float().cpu()
+        return F.cosine_similarity(embeddings, text).numpy()

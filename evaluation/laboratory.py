@@ -1,0 +1,340 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What the paper's tables and the trials share: a data set of the embedded world, systems that are trained on it under
+equal budgets, and their evaluation. All of it is kept in one folder, and what is there is not made again.
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sysconfig
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState
+from diffusers import UNet2DConditionModel
+from PIL import Image
+
+import train_fineface
+from action_units import AU_NAMES
+from au_encoder import ATTN_PROCESSORS_NAME
+from evaluation import baselines, run
+from evaluation.baselines import IP_ADAPTER_NAME
+from evaluation.run import EMBEDDED_FACE_BOX
+from evaluation.systems import au_words
+from generate import EMBEDDED_MODEL, read_model_defaults
+from training_config import parse_args
+from training_data import FACE_BOX, BaseEncoders, load_training_data
+
+
+SETTINGS_NAME = "laboratory.json"
+PATH_FLAGS = ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "cache_dir")
+COST_FLAGS = ("checkpointing_steps", "dataloader_num_workers", "torch_compile")
+STEPS_WORTH_COMPILING = 2_000
+"""Of a system that shares its graph with no other: in fewer steps, compiling takes as long as it saves."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """
+    A budget. `pictures` are rendered to train on; `steps` optimizer steps of `batch_size` samples are each system's,
+    and the rest is how much is evaluated. None is everything.
+    """
+
+    name: str
+    pictures: int
+    steps: int
+    batch_size: int
+    rank: int
+    workers: int
+    mixed_precision: str
+    torch_compile: bool
+    prompts: int | None
+    combinations: int | None
+    evaluation_batch: int
+    bootstrap_draws: int = 1000
+
+    @property
+    def training(self) -> dict:
+        """What the trained systems depend on."""
+        names = ("name", "pictures", "steps", "batch_size", "rank", "mixed_precision")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+SIZES = {
+    "quick": Size(
+        name="quick",
+        pictures=4_000,
+        steps=1_000,
+        batch_size=16,
+        rank=16,
+        workers=0,
+        mixed_precision="bf16",
+        torch_compile=True,
+        prompts=4,
+        combinations=12,
+        evaluation_batch=16,
+    ),
+    "full": Size(
+        name="full",
+        pictures=60_000,
+        steps=5_000,
+        batch_size=128,
+        rank=32,
+        workers=8,
+        mixed_precision="bf16",
+        torch_compile=True,
+        prompts=None,
+        combinations=None,
+        evaluation_batch=110,
+    ),
+    "tiny": Size(
+        name="tiny",
+        pictures=12,
+        steps=2,
+        batch_size=2,
+        rank=4,
+        workers=0,
+        mixed_precision="no",
+        torch_compile=False,
+        prompts=1,
+        combinations=2,
+        evaluation_batch=16,
+        bootstrap_draws=20,
+    ),
+}
+"""`quick` finishes on two cores within an hour, `full` is for a GPU, `tiny` shows that every line runs."""
+
+
+class Laboratory:
+    """
+    Args:
+        folder (`Path`):
+            For the data, the trained systems and their evaluations.
+        size (`Size`):
+            The budget of everything in it.
+        model (`str`):
+            The frozen base, of the embedded world.
+        sampling (`dict`, *optional*):
+            In place of what the model's `fineface.json` says, but for `au_guidance_scale`: in the paper AUs and text
+            are guided together.
+
+    Raises:
+        ValueError: if the folder was made with another size, model or sampling.
+        FileNotFoundError: if the model is none of the embedded world.
+    """
+
+    def __init__(self, folder: Path, size: Size, model: str = str(EMBEDDED_MODEL), sampling: dict | None = None):
+        for part in ("meter", "image_encoder", "attribute_reader"):
+            if not (Path(model) / part / "config.json").is_file():
+                raise FileNotFoundError(f"`--model` is {model!r}, which has no {part}/ of the embedded world.")
+        self.folder, self.size, self.model = folder, size, model
+        defaults = read_model_defaults(model)
+        names = ("num_inference_steps", "guidance_scale")
+        self.sampling = {name: defaults[name] for name in names if name in defaults} | (sampling or {})
+        settings = {**size.training, "model_files": run.digest_if_folder(model), **self.sampling}
+        with PartialState().main_process_first():
+            if not run.check_settings(folder / SETTINGS_NAME, settings, "systems"):
+                run.write_settings(folder / SETTINGS_NAME, settings)
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data" / "pictures"
+
+    def prepare(self) -> None:
+        """The data, and the caches that all systems share, before processes train beside each other."""
+        with PartialState().main_process_first():
+            self.render()
+        config = parse_args(self.flags("prepared"))
+        accelerator = train_fineface.make_accelerator(config)
+        dtype = baselines.frozen_dtype(accelerator)
+        encoders = BaseEncoders(config, accelerator.device, dtype)
+        unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet")
+        with accelerator.main_process_first():
+            data = load_training_data(config)
+        baselines.encode_data(data, config, accelerator, encoders, unet)
+        baselines.word_captions(data, au_words(embedded=True))
+        baselines.encode_data(data, config, accelerator, encoders, unet)
+
+    def render(self) -> None:
+        """The training pictures as an image folder, with captions that do not name the expression, and face boxes."""
+        from toy_faces.pictures import aus_of, captions_of, render_pictures
+
+        metadata = self.data / "metadata.jsonl"
+        if metadata.exists():
+            return
+        self.data.mkdir(parents=True, exist_ok=True)
+        seeds = range(self.size.pictures)
+        rendered = render_pictures(self.data.parent / "pictures.npy", self.size.pictures)
+        face_box = dict(zip(FACE_BOX, EMBEDDED_FACE_BOX, strict=True))
+        lines = []
+        for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
+            Image.fromarray(rendered[seed]).save(self.data / f"{seed:06}.png", compress_level=1)
+            named = dict(zip(AU_NAMES, (round(value, 4) for value in aus), strict=True))
+            lines.append(json.dumps({"file_name": f"{seed:06}.png", "text": text, **named, **face_box}) + "\n")
+        run.write_text(metadata, "".join(lines))
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def flags(self, name: str, **changes) -> list[str]:
+        """The training flags of a system: the budget's, and `changes` of them. True is a flag alone, None is none."""
+        size = self.size
+        flags = {
+            "pretrained_model_name_or_path": self.model,
+            "train_data_dir": self.data,
+            "output_dir": self.folder / "systems" / name,
+            "cache_latents": True,
+            "cache_dir": self.folder / "cache",
+            "max_train_steps": size.steps,
+            "train_batch_size": size.batch_size,
+            "rank": size.rank,
+            "learning_rate": 1e-3,
+            "lr_scheduler": "cosine",
+            "lr_warmup_steps": min(100, size.steps // 10),
+            "use_ema": True,
+            # An average over a tenth of the run.
+            "ema_decay": max(0.9, 1 - 10 / size.steps),
+            # The unconditional branch has to stay what it was under the LoRA.
+            "caption_drop_prob": 0.1,
+            "dataloader_num_workers": size.workers,
+            "mixed_precision": size.mixed_precision,
+            "torch_compile": True if size.torch_compile and can_compile() else None,
+            "checkpointing_steps": max(1, size.steps // 10),
+            "checkpoints_total_limit": 1,
+            "resume_from_checkpoint": "latest",
+            "report_to": "none",
+            "seed": 0,
+            **changes,
+        }
+        given = {flag: value for flag, value in flags.items() if value is not None}
+        return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()]
+
+    def train_fineface(self, name: str, **changes) -> Path:
+        """An adapter, by the script that users run."""
+        folder = self._system_folder(name, changes)
+        if not (folder / ATTN_PROCESSORS_NAME).exists():
+            torch.compiler.reset()
+            train_fineface.main(self.flags(name, **changes))
+        return folder
+
+    def train_baseline(self, name: str, system: str, **changes) -> Path:
+        folder = self._system_folder(name, changes)
+        if baselines.steps_trained(folder) < self.size.steps:
+            torch.compiler.reset()
+            if self.size.steps < STEPS_WORTH_COMPILING:
+                changes["torch_compile"] = None
+            baselines.run(system, parse_args(self.flags(name, **changes)))
+        return folder / IP_ADAPTER_NAME if system == "ip_adapter" else folder
+
+    def _system_folder(self, name: str, changes: dict) -> Path:
+        """The folder of a system, whose flags are those that it is, or will be, trained with."""
+        folder = self.folder / "systems" / name
+        flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in self.flags(name, **changes))
+        settings = {flag: value for flag, value in flags.items() if flag not in (*PATH_FLAGS, *COST_FLAGS)}
+        with PartialState().main_process_first():
+            if not run.check_settings(folder / SETTINGS_NAME, settings, "a system"):
+                run.write_settings(folder / SETTINGS_NAME, settings)
+        return folder
+
+    # ---- evaluation ------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, name: str, adapter: Path | None, system: str = "fineface", options: Sequence[str] = (), **sampling
+    ) -> None:
+        """A run, with more `options` of it, and `sampling` in place of the laboratory's own."""
+        output = self.folder / "runs" / name
+        limits = {"limit": self.size.prompts, "limit-combinations": self.size.combinations}
+        settings = {**self.sampling, **sampling}
+        arguments = [
+            *(f"--output={output}", f"--model={self.model}", f"--system={system}"),
+            *([f"--adapter={adapter}"] if adapter is not None else []),
+            *(f"--batch-size={self.size.evaluation_batch}", f"--bootstrap-draws={self.size.bootstrap_draws}"),
+            *(f"--{limit}={value}" for limit, value in limits.items() if value is not None),
+            *(f"--{key.replace('_', '-')}={'none' if value is None else value}" for key, value in settings.items()),
+            *(["--au-guidance-scale=none"] if system == "fineface" and "au_guidance_scale" not in settings else []),
+            *options,
+        ]
+        finished = output / "finished.json"
+        asked = json.dumps(arguments)
+        if finished.exists() and finished.read_text(encoding="utf-8") == asked:
+            return
+        run.run(arguments)
+        if torch.accelerator.is_available():
+            torch.accelerator.memory.empty_cache()
+        if PartialState().is_main_process:
+            run.write_text(finished, asked)
+
+    def summary(self, name: str) -> pd.DataFrame | None:
+        """Of a run that has been evaluated; None if it has not."""
+        path = self.folder / "runs" / name / "summary.csv"
+        return pd.read_csv(path) if path.exists() else None
+
+    def results(self, name: str) -> pd.DataFrame:
+        """A row for each picture and meter of a run that has been evaluated."""
+        return pd.read_csv(self.folder / "runs" / name / "results.csv")
+
+    def pictures(self, name: str) -> Path:
+        return self.folder / "runs" / name / "pictures"
+
+
+def can_compile() -> bool:
+    """Whether there is what `torch.compile` needs: a C++ compiler and Python's headers, and on a GPU Triton."""
+    if torch.accelerator.is_available() and importlib.util.find_spec("triton") is None:
+        return False
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    has_headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+    return has_headers and any(shutil.which(compiler) for compiler in compilers if compiler)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several at once
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def num_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_processes() -> int:
+    """As many systems at once as there are cores: a small UNet gains little by a second one. On a GPU, one."""
+    if torch.accelerator.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return 1
+    return min(4, num_cores())
+
+
+def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
+    """Do `jobs`, which can be pickled, in this process or in several others. The first error ends all of them."""
+    jobs = list(jobs)
+    if processes == 1 or len(jobs) < 2:
+        for job in jobs:
+            job()
+        return
+    threads = max(1, num_cores() // processes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, initializer=_begin_worker, initargs=(threads,)) as pool:
+        try:
+            for future in as_completed([pool.submit(job) for job in jobs]):
+                future.result()
+        except BaseException:
+            # Nothing is lost: what is written appears when it is complete.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_worker(threads: int) -> None:
+    # Ctrl-C is for the process that has started this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)

@@ -1,0 +1,230 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What reads AU intensities from pictures: the embedded world's own meter, and LibreFace, py-feat 2 and OpenFace 2, which
+run in environments of their own and hand over tables.
+"""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from action_units import AU_NAMES
+from au_tables import AURow, read_au_table
+from generate import EMBEDDED_MODEL
+
+
+TOOL_SCRIPTS = Path(__file__).parent / "tool_scripts"
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TOOLS = ("libreface", "pyfeat", "openface", "table")
+WAYS_TO_NAME_A_METER = (
+    "Write toy, toy:FOLDER, libreface:PYTHON, pyfeat:PYTHON, openface:PROGRAM, or the table that a tool wrote:"
+    " libreface:FILE, pyfeat:FILE, openface:FILE, table:FILE"
+)
+
+
+class ToolError(RuntimeError):
+    """Another program, which was asked to measure, did not."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """`aus`, `(12,)` float32, is NaN without a face. Of several faces, the one the tool is surest of."""
+
+    aus: np.ndarray
+    num_faces: int
+
+    @property
+    def face_found(self) -> bool:
+        return self.num_faces > 0
+
+
+NO_FACE = Reading(np.full(len(AU_NAMES), np.nan, np.float32), 0)
+
+
+class Meter(Protocol):
+    name: str
+    settings: dict
+    """What its readings depend on."""
+
+    def measure(self, paths: list[Path]) -> list[Reading]: ...
+
+
+def make_meter(spec: str, device: torch.device) -> Meter:
+    """
+    Args:
+        spec (`str`):
+            `"toy"`, or a tool and where it is: see `WAYS_TO_NAME_A_METER`.
+
+    Raises:
+        FileNotFoundError: if there is no such table, folder or program.
+        ValueError: if it names no meter.
+    """
+    tool, _, where = spec.partition(":")
+    if tool == "toy":
+        return ToyMeter(Path(where) if where else EMBEDDED_MODEL / "meter", device)
+    if tool not in TOOLS or not where:
+        raise ValueError(f"`--meter` is {spec!r}. {WAYS_TO_NAME_A_METER}.")
+    if tool == "table" or Path(where).suffix.lower() in TABLE_SUFFIXES:
+        return TableMeter(tool, Path(where))
+    command = shlex.split(where)
+    if shutil.which(command[0]) is None:
+        raise FileNotFoundError(f"`--meter` is {spec!r}, but there is no program {command[0]!r}.")
+    return OpenFaceMeter(command) if tool == "openface" else ScriptMeter(tool, command)
+
+
+class ToyMeter:
+    """The network that reads the AUs of the embedded world's portraits. It takes every picture for a face."""
+
+    name = "toy"
+
+    def __init__(self, folder: Path, device: torch.device):
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the embedded world.")
+        self.folder, self.device, self.network = folder, device, None
+        self.settings = {"folder": folder_digest(folder)}
+
+    @torch.no_grad()
+    def measure(self, paths: list[Path]) -> list[Reading]:
+        from toy_faces.networks import PictureReader
+
+        if self.network is None:
+            self.network = PictureReader.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
+        pixel_values = torch.cat([toy_pixel_values(read_picture(path)) for path in paths])
+        measured = [self.network(part.to(self.device)).cpu().numpy() for part in pixel_values.split(64)]
+        return [Reading(aus, 1) for aus in np.concatenate(measured)]
+
+
+def read_picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def toy_pixel_values(image: Image.Image) -> torch.Tensor:
+    """`(1, 3, 128, 128)` in [-1, 1], as the networks of the embedded world take pictures."""
+    from toy_faces.pictures import to_pixel_values
+    from toy_faces.renderer import SIZE
+
+    if image.size != (SIZE, SIZE):
+        image = image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return to_pixel_values(np.asarray(image)[None])
+
+
+class TableMeter:
+    """A table that a tool has written in its own environment, one row for each face."""
+
+    def __init__(self, tool: str, path: Path):
+        if not path.is_file():
+            raise FileNotFoundError(f"`--meter`: there is no table {str(path)!r}.")
+        self.name, self.path = tool, path
+        self.tool = None if tool == "table" else tool
+        # The columns of another tool are an error before anything is drawn.
+        if next(read_au_table(path, self.tool), None) is None:
+            raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
+        self.settings = {"table": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()}
+        self.rows: dict[str, list[AURow]] | None = None
+
+    def measure(self, paths: list[Path]) -> list[Reading]:
+        if self.rows is None:
+            self.rows = rows_by_picture(read_au_table(self.path, self.tool))
+        missing = [path.name for path in paths if path.name not in self.rows]
+        if missing:
+            raise ValueError(
+                f"{self.path} has no row for {len(missing)} of {len(paths)} pictures, the first of them"
+                f" {missing[0]!r}. Measure them too: a picture without a face needs a row that says so."
+            )
+        return [surest_face(self.rows[path.name]) for path in paths]
+
+
+def rows_by_picture(rows: Iterable[AURow]) -> dict[str, list[AURow]]:
+    """The rows of each picture by its file name; some tools leave the ending out."""
+    by_name: dict[str, list[AURow]] = {}
+    for row in rows:
+        name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
+        by_name.setdefault(name if name.lower().endswith(".png") else f"{name}.png", []).append(row)
+    return by_name
+
+
+def surest_face(rows: list[AURow]) -> Reading:
+    faces = [row for row in rows if row.face_found]
+    if not faces:
+        return NO_FACE
+
+    def confidence(row: AURow) -> float:
+        record = {key.strip().lower(): value for key, value in row.record.items()}
+        return float(record.get("confidence") or record.get("facescore") or 0)
+
+    return Reading(max(faces, key=confidence).aus, len(faces))
+
+
+class OpenFaceMeter:
+    """OpenFace 2's `FaceLandmarkImg`, which measures a folder of pictures and is not calibrated on a person."""
+
+    name = "openface"
+
+    def __init__(self, command: list[str]):
+        self.command, self.settings = command, {"command": shlex.join(command)}
+
+    def measure(self, paths: list[Path]) -> list[Reading]:
+        with tempfile.TemporaryDirectory() as folder:
+            pictures, tables = Path(folder) / "pictures", Path(folder) / "tables"
+            pictures.mkdir()
+            # Its own names: OpenFace cuts a name at its first dot.
+            for number, path in enumerate(paths):
+                shutil.copy(path, pictures / f"{number:05d}.png")
+            run_tool([*self.command, "-fdir", str(pictures), "-out_dir", str(tables), "-aus"])
+            found = [tables / f"{number:05d}.csv" for number in range(len(paths))]
+            if not any(path.exists() for path in found):
+                raise ToolError(f"{self.settings['command']} measured none of {len(paths)} pictures.")
+            # It writes no table where it finds no face.
+            return [surest_face(list(read_au_table(p, "openface"))) if p.exists() else NO_FACE for p in found]
+
+
+class ScriptMeter:
+    """LibreFace or py-feat: a script of ours, run by the Python that has the tool, which writes the tool's table."""
+
+    def __init__(self, tool: str, command: list[str]):
+        self.name, self.command, self.settings = tool, command, {"command": shlex.join(command)}
+
+    def measure(self, paths: list[Path]) -> list[Reading]:
+        with tempfile.TemporaryDirectory() as folder:
+            listing, table = Path(folder) / "pictures.txt", Path(folder) / "table.csv"
+            listing.write_text("\n".join(str(path.resolve()) for path in paths) + "\n", encoding="utf-8")
+            run_tool([*self.command, str(TOOL_SCRIPTS / f"{self.name}_table.py"), str(listing), str(table)])
+            if not table.is_file():
+                raise ToolError(f"{self.settings['command']} has written no table.")
+            return TableMeter(self.name, table).measure(paths)
+
+
+def run_tool(command: list[str]) -> None:
+    # Not our module path: the tool has its own environment, with other versions.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
+    if finished.returncode:
+        said = (finished.stderr.strip() or finished.stdout.strip() or "nothing").splitlines()[-1]
+        raise ToolError(f"{shlex.join(command)} ended with exit status {finished.returncode}, saying: {said}")
+
+
+def folder_digest(folder: Path) -> str:
+    """A short digest of the files in a folder: names, sizes, and the first and last megabyte of each."""
+    digest, part = hashlib.blake2b(digest_size=8), 2**20
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(part))
+            if size > part:
+                file.seek(max(part, size - part))
+                digest.update(file.read())
+    return digest.hexdigest()

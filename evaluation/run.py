@@ -1,0 +1,554 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Does a model do what its AUs say? The paper's test set, made and measured (paper §5):
+
+  python -m evaluation.run --output out                                   # the embedded model, its own meter
+  python -m evaluation.run --output out --model BASE --adapter ADAPTER --only generate
+  python -m evaluation.run --output out --model BASE --adapter ADAPTER --only measure \\
+      --meter libreface:libreface.csv --meter pyfeat:/envs/pyfeat/bin/python \\
+      --image-encoder openai/clip-vit-large-patch14
+  accelerate launch --num_processes 4 -m evaluation.run …                 # split over processes
+
+Pictures go to OUTPUT/pictures, under names that say which prompt, AUs and seed; what was measured to
+OUTPUT/measurements; and the results to OUTPUT: report.md, results.csv and .parquet with a row for each picture and
+meter, summary.csv, and drawings in OUTPUT/figures. A run that was stopped goes on when the same command runs again.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from action_units import AU_NAMES
+from evaluation import figures, report
+from evaluation.image_encoders import ImageEncoder, make_image_encoder
+from evaluation.meters import Meter, ToolError, folder_digest, make_meter, read_picture
+from evaluation.metrics import clip_similarity, outside_change
+from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_embedded_world
+from evaluation.testset import (
+    COMBINATIONS,
+    EMBEDDED_PROMPTS,
+    PARTS,
+    PROMPTS,
+    Item,
+    make_items,
+    read_combinations,
+    read_prompts,
+)
+from generate import (
+    EMBEDDED_MODEL,
+    Weights,
+    check_output,
+    check_weights,
+    number_or_none,
+    quiet,
+    read_metadata,
+    read_model_defaults,
+    write_picture,
+)
+
+
+EMBEDDED_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
+"""Where the embedded world's portraits have their face."""
+PAPER_PARTS = ("single", "combination")
+SAMPLING_NAMES = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale", "height", "width")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments. Those of `Sampling` are there only if they were given."""
+    parser = _Parser(
+        prog="python -m evaluation.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, type=Path, help="folder for all that is made")
+    parser.add_argument("--only", choices=("generate", "measure"), help="one of the two steps (default: both)")
+
+    model = parser.add_argument_group("what is evaluated")
+    model.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
+    model.add_argument("--adapter", help="folder or Hub id (default: the AU adapter beside the model)")
+    model.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
+    systems = "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items())
+    model.add_argument("--system", choices=SYSTEMS, default="fineface", help=f"{systems} (default: fineface)")
+    model.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter weights, for an image prompt")
+    model.add_argument(
+        "--reference-images", type=Path, metavar="DIR", help="its pictures, one for each prompt in turn"
+    )
+
+    tests = parser.add_argument_group("the test set")
+    tests.add_argument(
+        "--prompts", type=Path, help="CSV, or text with a prompt a line (default: 15 that suit the model)"
+    )
+    tests.add_argument(
+        "--combinations", type=Path, default=COMBINATIONS, help="CSV (default: the 50 of this repository)"
+    )
+    tests.add_argument("--parts", nargs="+", choices=PARTS[1:], default=PAPER_PARTS, help="(default: the paper's two)")
+    tests.add_argument("--limit", type=int, help="only so many prompts, the first ones")
+    tests.add_argument("--limit-combinations", type=int, help="only so many combinations, the first ones")
+
+    sampling = parser.add_argument_group(
+        "sampling",
+        "Default: what the fineface.json of the model says, or that of Stable Diffusion.",
+        argument_default=argparse.SUPPRESS,
+    )
+    sampling.add_argument("--num-inference-steps", type=int)
+    sampling.add_argument("--guidance-scale", type=float)
+    sampling.add_argument("--au-guidance-scale", type=number_or_none, help="a number, or none for joint guidance")
+    sampling.add_argument("--au-scale", type=float)
+    sampling.add_argument("--height", type=int)
+    sampling.add_argument("--width", type=int)
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at once (default: 8)")
+    parser.add_argument("--device", choices=("cpu",), help="(default: the accelerator, if there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)"
+    )
+
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument(
+        "--meter",
+        action="append",
+        help="toy, or TOOL:WHERE with the tool libreface, pyfeat, openface or table; repeatable (default: toy, for a"
+        " model of the embedded world)",
+    )
+    measuring.add_argument(
+        "--image-encoder", help="toy, or folder or Hub id of a CLIP (default: toy, for a model of the embedded world)"
+    )
+    measuring.add_argument(
+        "--face-box",
+        type=float,
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+        help="where the face is, in parts of the picture, to measure what changes around it",
+    )
+    measuring.add_argument("--bootstrap-draws", type=int, default=1000, help="for the intervals (default: 1000)")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "limit", "limit_combinations", "bootstrap_draws"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` has to be a whole number from 1 on, but is {value}.")
+    if args.face_box is not None:
+        left, top, right, bottom = args.face_box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(
+                f"`--face-box` is {args.face_box}, but needs 0 ≤ left < right ≤ 1 and the same downwards."
+            )
+    return args
+
+
+def make_sampling(args: argparse.Namespace) -> Sampling:
+    defaults = read_model_defaults(args.model)
+    given = {name: value for name, value in vars(args).items() if name in SAMPLING_NAMES}
+    if args.system != "fineface":
+        not_for_it = [name for name in ("au_guidance_scale", "au_scale") if given.get(name) is not None]
+        if not_for_it:
+            raise ValueError(f"`--{not_for_it[0].replace('_', '-')}` needs the AU adapter: it is for fineface only.")
+        defaults.pop("au_guidance_scale", None)
+    sampling = Sampling(**(defaults | given))
+    if sampling.num_inference_steps < 1:
+        raise ValueError(f"`--num-inference-steps` has to be from 1 on, but is {sampling.num_inference_steps}.")
+    for name in ("guidance_scale", "au_guidance_scale", "au_scale"):
+        value = getattr(sampling, name)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"`--{name.replace('_', '-')}` has to be a finite number, but is {value}.")
+    return sampling
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The folder of a run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that was asked for, checked. Nothing is loaded yet."""
+
+    output: Path
+    system: str
+    weights: Weights
+    sampling: Sampling
+    dtype: str
+    batch_size: int
+    items: list[Item]
+    ip_adapter: Path | None
+    references: list[Path]
+    settings: dict
+    """What the pictures depend on."""
+
+    @property
+    def pictures(self) -> Path:
+        return self.output / "pictures"
+
+    def path(self, item: Item) -> Path:
+        return self.pictures / item.name
+
+    def reference(self, item: Item) -> Path | None:
+        return self.references[item.prompt.index % len(self.references)] if self.references else None
+
+    def groups(self) -> dict[str, list[Item]]:
+        """The pictures of one prompt and part, which are measured together."""
+        groups: dict[str, list[Item]] = {}
+        for item in self.items:
+            groups.setdefault(f"p{item.prompt.index:02d}_{item.part}", []).append(item)
+        return groups
+
+
+def make_task(args: argparse.Namespace, device: torch.device) -> Task:
+    weights = Weights(args.model, args.adapter, args.adapter_variant)
+    check_weights(weights)
+    check_system(args.system, weights)
+    check_output(args.output, is_folder=True)
+    sampling = make_sampling(args)
+    embedded = is_embedded_world(args.model)
+    prompts = read_prompts(args.prompts or (EMBEDDED_PROMPTS if embedded else PROMPTS))
+    combinations = read_combinations(args.combinations, args.limit_combinations)
+    if args.ip_adapter is not None and not args.ip_adapter.is_file():
+        raise FileNotFoundError(f"`--ip-adapter` is {str(args.ip_adapter)!r}, which is no file.")
+    if args.ip_adapter is not None and args.reference_images is None:
+        raise ValueError("`--ip-adapter` needs `--reference-images`, the folder of its image prompts.")
+    references = find_references(args.reference_images) if args.reference_images is not None else []
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "float16")
+    settings = {
+        "system": args.system,
+        "model": "toy_faces/weights" if Path(args.model).resolve() == EMBEDDED_MODEL else args.model,
+        "model_files": digest_if_folder(args.model),
+        "adapter": args.adapter,
+        "adapter_files": digest_if_folder(args.adapter),
+        "adapter_variant": args.adapter_variant,
+        "ip_adapter_file": file_digest(args.ip_adapter) if args.ip_adapter else None,
+        "reference_images": {path.name: file_digest(path) for path in references},
+        **asdict(sampling),
+        "dtype": dtype,
+        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
+    }
+    return Task(
+        output=args.output,
+        system=args.system,
+        weights=weights,
+        sampling=sampling,
+        dtype=dtype,
+        batch_size=args.batch_size,
+        items=make_items(prompts[: args.limit], combinations, args.parts),
+        ip_adapter=args.ip_adapter,
+        references=references,
+        settings=settings,
+    )
+
+
+def find_references(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not found:
+        raise FileNotFoundError(f"`--reference-images` is {str(folder)!r}, where there is no picture.")
+    return found
+
+
+def digest_if_folder(name: str | None) -> str | None:
+    return folder_digest(Path(name)) if name and Path(name).is_dir() else None
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+def check_settings(path: Path, settings: dict, what: str) -> bool:
+    """
+    Whether `settings` are on file already, at `path`.
+
+    Raises:
+        ValueError: if others are. It names those that differ.
+    """
+    if not path.exists():
+        return False
+    found = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(settings))
+    differences = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if differences:
+        described = "; ".join(
+            f"`{name}` was {_short(found.get(name))} and is now {_short(wanted.get(name))}" for name in differences
+        )
+        raise ValueError(
+            f"{str(path.parent)!r} holds {what} made with other settings: {described}. Set another folder,"
+            " or delete this one."
+        )
+    return True
+
+
+def _short(value) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def write_settings(path: Path, settings: dict) -> None:
+    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Generation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def generate(task: Task, state: PartialState) -> None:
+    """Draw the pictures that are not there yet, this process's share of them."""
+    missing = [item for item in task.items if not task.path(item).exists()]
+    # All processes look before one of them draws, so they share the same list out.
+    state.wait_for_everyone()
+    batches = [missing[start : start + task.batch_size] for start in range(0, len(missing), task.batch_size)]
+    mine = batches[state.process_index :: state.num_processes]
+    if mine:
+        with quiet():
+            system = System(task.system, task.weights, state.device, getattr(torch, task.dtype), task.sampling)
+            if task.ip_adapter is not None:
+                system.load_ip_adapter(task.ip_adapter)
+            num_finished = len(task.items) - len(missing)
+            with tqdm(
+                desc="generate",
+                total=len(task.items),
+                initial=num_finished,
+                unit="picture",
+                disable=not state.is_main_process,
+            ) as bar:
+                for number, batch in enumerate(mine):
+                    draw_batch(task, system, batch, is_first=number == 0)
+                    # The other processes are as fast, more or less.
+                    bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
+    state.wait_for_everyone()
+
+
+def draw_batch(task: Task, system: System, batch: list[Item], is_first: bool) -> None:
+    references = [read_picture(task.reference(item)) for item in batch] if task.ip_adapter is not None else None
+    synchronize = torch.accelerator.synchronize if system.device.type != "cpu" else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    images = system.draw(
+        [item.prompt.text for item in batch],
+        [item.aus for item in batch],
+        [item.prompt.seed for item in batch],
+        references,
+    )
+    synchronize()
+    seconds = (time.perf_counter() - started) / len(batch)
+    for item, image in zip(batch, images, strict=True):
+        metadata = {
+            "prompt": item.prompt.text,
+            "aus": item.aus,
+            "seed": item.prompt.seed,
+            "part": item.part,
+            "system": task.system,
+            "batch_size": len(batch),
+            # The first call of a process warms up what the others find warm.
+            "seconds": None if is_first else round(seconds, 4),
+        }
+        write_picture(image, task.path(item), metadata)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Measurement
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def check_pictures(task: Task) -> None:
+    missing = [item.name for item in task.items if not task.path(item).exists()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(task.items)} pictures are missing in {str(task.pictures)!r}, the first of them"
+            f" {missing[0]!r}. Run without `--only measure`, which makes them."
+        )
+
+
+def measure(
+    name: str, task: Task, settings: dict, measure_group: Callable[[list[Item]], pd.DataFrame], state: PartialState
+) -> None:
+    """
+    Write a table for each group of pictures that has none yet into OUTPUT/measurements/`name`: this process's share.
+    A table appears when it is complete.
+    """
+    folder = task.output / "measurements" / name
+    if not check_settings(folder / "settings.json", settings, "measurements") and state.is_main_process:
+        write_settings(folder / "settings.json", settings)
+    state.wait_for_everyone()
+    groups = {key: items for key, items in task.groups().items() if not is_measured(folder / f"{key}.csv", items)}
+    state.wait_for_everyone()
+    mine = list(groups.items())[state.process_index :: state.num_processes]
+    with quiet():
+        for key, items in tqdm(mine, desc=f"measure: {name}", unit="group", disable=not state.is_main_process):
+            write_text(folder / f"{key}.csv", measure_group(items).to_csv(index=False))
+    state.wait_for_everyone()
+
+
+def is_measured(path: Path, items: list[Item]) -> bool:
+    return path.exists() and {item.name for item in items} <= set(pd.read_csv(path)["name"])
+
+
+def read_aus(task: Task, meter: Meter, items: list[Item]) -> pd.DataFrame:
+    readings = meter.measure([task.path(item) for item in items])
+    table = pd.DataFrame({"name": [item.name for item in items], "num_faces": [r.num_faces for r in readings]})
+    table[[f"measured_{name}" for name in AU_NAMES]] = np.stack([reading.aus for reading in readings])
+    return table
+
+
+def compare_pictures(
+    task: Task, encoder: ImageEncoder | None, face_box: tuple[float, ...] | None, items: list[Item]
+) -> pd.DataFrame:
+    """What is measured without a meter: likeness to the neutral picture, agreement with the prompt, and time."""
+    images = [read_picture(task.path(item)) for item in items]
+    neutral = read_picture(task.path(Item("neutral", items[0].prompt, "")))
+    table = pd.DataFrame({"name": [item.name for item in items]})
+    table["seconds"] = [read_metadata(task.path(item)).get("seconds") for item in items]
+    if face_box is not None:
+        pixels = np.asarray(neutral)
+        table["outside"] = [outside_change(np.asarray(image), pixels, face_box) for image in images]
+    if encoder is not None:
+        embeddings = np.concatenate([encoder.embed(images[i : i + 32]) for i in range(0, len(images), 32)])
+        others = {"clip_i": neutral}
+        if task.references:
+            others["reference_similarity"] = read_picture(task.reference(items[0]))
+        for column, other in others.items():
+            table[column] = clip_similarity(embeddings, encoder.embed([other]))
+        table["agreement"] = np.concatenate(
+            [
+                encoder.agreement(images[i : i + 32], [item.prompt.text for item in items[i : i + 32]])
+                for i in range(0, len(images), 32)
+            ]
+        )
+    return table
+
+
+def collect(task: Task, meters: list[str]) -> pd.DataFrame:
+    """All measurements as one table, a row for each picture and meter."""
+    commands = pd.DataFrame(
+        {
+            "name": [item.name for item in task.items],
+            "part": [item.part for item in task.items],
+            "prompt_index": [item.prompt.index for item in task.items],
+            "prompt": [item.prompt.text for item in task.items],
+            "domain": [item.prompt.domain for item in task.items],
+            "seed": [item.prompt.seed for item in task.items],
+            "number": [item.number for item in task.items],
+        }
+    )
+    commands[list(AU_NAMES)] = np.array([item.intensities for item in task.items])
+
+    def read(name: str) -> pd.DataFrame:
+        folder = task.output / "measurements" / name
+        return pd.concat([pd.read_csv(folder / f"{key}.csv") for key in task.groups()])
+
+    pictures = commands.merge(read("pictures"), on="name", how="left", validate="one_to_one")
+    tables = [pictures.merge(read(name), on="name", validate="one_to_one").assign(meter=name) for name in meters]
+    return pd.concat(tables, ignore_index=True) if tables else pictures.assign(meter="")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run(argv: list[str] | None = None) -> Path | None:
+    """Check all that is asked for, do it, and return the report, if there is one."""
+    args = parse_args(argv)
+    state = PartialState(cpu=args.device == "cpu")
+    task = make_task(args, state.device)
+    is_embedded = is_embedded_world(args.model)
+    meters, encoder = [], None
+    if args.only != "generate":
+        specs = args.meter or ([f"toy:{Path(args.model) / 'meter'}"] if is_embedded else [])
+        meters = [make_meter(spec, state.device) for spec in specs]
+        names = [meter.name for meter in meters]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
+        encoder_spec = args.image_encoder or (f"toy:{args.model}" if is_embedded else None)
+        encoder = make_image_encoder(encoder_spec, state.device) if encoder_spec else None
+        if not meters and encoder is None:
+            raise ValueError("There is nothing to measure with: name a `--meter`, an `--image-encoder`, or both.")
+    face_box = tuple(args.face_box) if args.face_box else (EMBEDDED_FACE_BOX if is_embedded else None)
+    has_settings = check_settings(task.output / "settings.json", task.settings, "pictures")
+    if args.only == "measure":
+        check_pictures(task)
+    # Every process has looked before the first one writes.
+    state.wait_for_everyone()
+    if not has_settings and state.is_main_process:
+        write_settings(task.output / "settings.json", task.settings)
+    if args.only != "measure":
+        generate(task, state)
+    if args.only == "generate":
+        return None
+    for meter in meters:
+        measure(meter.name, task, meter.settings, lambda items, meter=meter: read_aus(task, meter, items), state)
+    picture_settings = {
+        "image_encoder": encoder.settings if encoder else None,
+        "face_box": face_box,
+        "reference_images": task.settings["reference_images"],
+    }
+    measure("pictures", task, picture_settings, lambda items: compare_pictures(task, encoder, face_box, items), state)
+    if not state.is_main_process:
+        return None
+    results = collect(task, [meter.name for meter in meters])
+    return write_results(task, results, encoder.agreement_name if encoder else "", args.bootstrap_draws)
+
+
+def write_results(task: Task, results: pd.DataFrame, agreement_name: str, bootstrap_draws: int) -> Path:
+    write_text(task.output / "results.csv", results.to_csv(index=False))
+    unfinished = task.output / ".results.parquet.part"
+    results.to_parquet(unfinished, index=False)
+    os.replace(unfinished, task.output / "results.parquet")
+    summary = report.summarize(results, bootstrap_draws)
+    write_text(task.output / "summary.csv", summary.to_csv(index=False))
+    drawings = figures.draw_all(results, task.pictures)
+    for name, image in drawings.items():
+        path = task.output / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.part")
+        image.save(unfinished, "PNG")
+        os.replace(unfinished, path)
+    text = report.format_report(summary, task.settings, agreement_name, [f"figures/{name}.png" for name in drawings])
+    write_text(task.output / "report.md", text)
+    return task.output / "report.md"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 if a tool or the memory failed, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        path = run(argv)
+        if path is not None:
+            print(path)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError:
+        print("error: out of memory. Try a smaller `--batch-size`, or `--dtype float16`.", file=sys.stderr)
+        return 1
+    except ToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The systems of the paper's Table 1, each as something that draws prompts with AUs."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from action_units import ACTION_UNITS, parse_aus
+from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
+from generate import Weights, load_pipeline
+
+
+SYSTEMS = {
+    "sd": "the base model; AUs as words in the prompt",
+    "dreambooth": "its whole UNet fine-tuned with prior preservation; AUs as words",
+    "lora_t": "a LoRA; AUs as words",
+    "lora_au": "a LoRA; AUs as a token in the text sequence",
+    "fineface": "the AU adapter",
+}
+TEXT_SYSTEMS = ("sd", "dreambooth", "lora_t")
+UNET_FOLDER = "unet"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """As the arguments of `FineFacePipeline.__call__`. `au_guidance_scale` is for `"fineface"` only."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    au_guidance_scale: float | None = None
+    au_scale: float = 1.0
+    height: int | None = None
+    width: int | None = None
+
+
+def is_embedded_world(model: str) -> bool:
+    """Whether a model is one of the toy world: its folder has that world's attribute reader."""
+    return (Path(model) / "attribute_reader" / "config.json").is_file()
+
+
+def au_words(embedded: bool) -> tuple[str, ...]:
+    """What each AU is called in a prompt: in the words of the embedded world's captions, or by its FACS name."""
+    if embedded:
+        from toy_faces.renderer import EXPRESSION_WORDS
+
+        return EXPRESSION_WORDS
+    return tuple(unit.facs_name.lower() for unit in ACTION_UNITS)
+
+
+def aus_in_words(intensities, words: tuple[str, ...]) -> str:
+    """
+    AUs as the end of a prompt, `", very parted lips"`, "" for a neutral face. Words have three degrees, which is all
+    that the systems with AUs as text are told of an intensity; below half a grade it is not worth a word.
+    """
+    named = []
+    for word, intensity in zip(words, intensities, strict=True):
+        if intensity > 0.5:
+            degree = "slightly " if intensity < 2 else "very " if intensity > 3.5 else ""
+            named.append(degree + word)
+    return "".join(f", {words}" for words in named)
+
+
+def check_system(system: str, weights: Weights) -> None:
+    """Raise an error if what the system was trained to is not in `weights.adapter`."""
+    if system == "sd":
+        if weights.adapter is not None:
+            raise ValueError("`--system sd` is the base model alone: leave out `--adapter`.")
+        return
+    if system == "fineface":
+        return
+    needed = {
+        "dreambooth": [f"{UNET_FOLDER}/config.json"],
+        "lora_t": [LORA_WEIGHTS_NAME],
+        "lora_au": [LORA_WEIGHTS_NAME, f"{ENCODER_FOLDER}/config.json"],
+    }[system]
+    if weights.adapter is None:
+        raise ValueError(f"`--system {system}` needs `--adapter`, the folder that `evaluation.baselines` wrote.")
+    for name in needed:
+        if not (Path(weights.adapter) / name).is_file():
+            raise FileNotFoundError(f"`--adapter` is {weights.adapter!r}, which has no {name} of {system}.")
+
+
+class System:
+    """A loaded system. The same prompt, seed and neutral face give comparable pictures in all of them."""
+
+    def __init__(self, system: str, weights: Weights, device: torch.device, dtype: torch.dtype, sampling: Sampling):
+        self.system, self.device, self.sampling = system, device, sampling
+        self.words = au_words(is_embedded_world(weights.model))
+        self.token_encoder = None
+        if system == "fineface":
+            self.pipeline = load_pipeline(weights, device, dtype)
+            if self.pipeline.au_adapter is None:
+                raise ValueError(f"{weights.model!r} has no AU adapter. Name one with `--adapter`.")
+        else:
+            self.pipeline = _load_baseline(system, weights, device, dtype)
+        if system == "lora_au":
+            encoder = AUEncoder.from_pretrained(weights.adapter, subfolder=ENCODER_FOLDER, dtype=dtype)
+            self.token_encoder = encoder.to(device).eval()
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.has_image_prompt = False
+
+    def load_ip_adapter(self, path: Path) -> None:
+        """An IP-Adapter from a file (paper Eq. 5 with both scales 1)."""
+        own_encoder = self.pipeline.image_encoder is not None
+        self.pipeline.load_ip_adapter(
+            str(path.parent),
+            subfolder="",
+            weight_name=path.name,
+            image_encoder_folder=None if own_encoder else "image_encoder",
+        )
+        self.has_image_prompt = True
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: list[str], aus: list[str], seeds: list[int], references: list[Image.Image] | None = None
+    ) -> list[Image.Image]:
+        """One picture for each prompt, with the AUs as `format_aus` writes them; "" is the neutral face."""
+        settings = asdict(self.sampling)
+        if self.system != "fineface":
+            del settings["au_scale"], settings["au_guidance_scale"]
+        # A generator each, on the CPU: then a picture depends neither on its neighbours nor on the device.
+        settings["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if self.has_image_prompt:
+            settings["ip_adapter_image_embeds"] = self._embed_references(references)
+        intensities = parse_aus(aus)
+        if self.system == "fineface":
+            return self.pipeline(prompts, aus=intensities, **settings).images
+        if self.system in TEXT_SYSTEMS:
+            worded = [
+                prompt + aus_in_words(row, self.words)
+                for prompt, row in zip(prompts, intensities.tolist(), strict=True)
+            ]
+            return self.pipeline(worded, **settings).images
+        guided = self.sampling.guidance_scale > 1
+        embeds, negative_embeds = self.pipeline.encode_prompt(prompts, self.device, 1, guided)
+        settings["prompt_embeds"] = append_tokens(embeds, self.token_encoder(intensities.to(self.device)))
+        if guided:
+            neutral = self.token_encoder(torch.zeros_like(intensities).to(self.device))
+            settings["negative_prompt_embeds"] = append_tokens(negative_embeds, neutral)
+        return self.pipeline(**settings).images
+
+    def _embed_references(self, references: list[Image.Image]) -> list[torch.Tensor]:
+        """The image encoder's embeddings, unconditional rows first: one reference for each prompt of the batch."""
+        image_embeds, negative_embeds = self.pipeline.encode_image(references, self.device, 1)
+        rows = [negative_embeds, image_embeds] if self.sampling.guidance_scale > 1 else [image_embeds]
+        return [torch.cat(rows)[:, None]]
+
+
+def append_tokens(encoder_hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """AU tokens at the end of the text sequence."""
+    return torch.cat([encoder_hidden_states, tokens.to(encoder_hidden_states.dtype)], dim=1)
+
+
+def _load_baseline(system: str, weights: Weights, device: torch.device, dtype: torch.dtype):
+    from diffusers import UNet2DConditionModel
+
+    from pipeline_fineface import FineFacePipeline
+
+    components = {}
+    if system == "dreambooth":
+        components["unet"] = UNet2DConditionModel.from_pretrained(weights.adapter, subfolder=UNET_FOLDER, dtype=dtype)
+    pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype, au_adapter=None, **components)
+    if system in ("lora_t", "lora_au"):
+        pipeline.unet.load_lora_adapter(weights.adapter, prefix="unet", weight_name=LORA_WEIGHTS_NAME)
+    return pipeline.to(device)

@@ -1,0 +1,140 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's test set (§5.1): which pictures are made, and what their files are called."""
+
+import csv
+import functools
+import re
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from action_units import AU_NAMES, format_aus, parse_aus
+
+
+DATA = Path(__file__).parent / "data"
+PROMPTS, EMBEDDED_PROMPTS, COMBINATIONS = (
+    DATA / "prompts.csv",
+    DATA / "prompts_embedded.csv",
+    DATA / "combinations.csv",
+)
+INTENSITIES = (1, 2, 3, 4, 5)
+BEYOND = (-3, -2, -1, 6, 7, 8)
+"""Intensities outside [0, 5], which the paper shows in Fig. 8."""
+PARTS = ("neutral", "single", "combination", "extrapolation")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`domain` is "in" or "out" of what the model was trained on, or "" where nobody has said."""
+
+    index: int
+    text: str
+    domain: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture. All pictures of a prompt share its seed, so that they differ by the AUs alone (Eq. 4)."""
+
+    part: str
+    prompt: Prompt
+    aus: str
+    """As `format_aus` writes them."""
+    number: int = 0
+    """Which combination it is."""
+
+    @property
+    def intensities(self) -> tuple[float, ...]:
+        return _intensities(self.aus)
+
+    @property
+    def name(self) -> str:
+        number = f"{self.number:02d}" if self.part == "combination" else ""
+        aus = f"_{self.aus.replace(' ', '+')}" if self.aus else ""
+        return f"p{self.prompt.index:02d}_{self.part}{number}{aus}_seed{self.prompt.seed}.png"
+
+
+@functools.lru_cache(maxsize=4096)
+def _intensities(aus: str) -> tuple[float, ...]:
+    return tuple(parse_aus(aus)[0].tolist())
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """
+    The prompts of a file: a `.csv` with the columns `prompt`, and if it likes `domain` and `seed`; or any other text
+    file with a prompt a line. Empty lines of a text file are no prompts. A prompt without a seed has one that follows
+    from its words.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it holds no prompt, or a row is broken; with its line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"`--prompts` is {str(path)!r}, which is no file.")
+    if path.suffix.lower() == ".csv":
+        rows = _read_csv(path, required=("prompt",), allowed=("prompt", "domain", "seed"))
+    else:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = [(number, {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = []
+    for line, row in rows:
+        text = row["prompt"].strip()
+        if not text:
+            raise ValueError(f"{path}, line {line}: `prompt` is empty. Fill it in, or delete the line.")
+        seed = row.get("seed") or str(zlib.crc32(text.encode()))
+        if not re.fullmatch("[0-9]{1,18}", seed):
+            raise ValueError(f"{path}, line {line}: `seed` has to be a whole number from 0 on, but is {seed!r}.")
+        if row.get("domain", "") not in ("", "in", "out"):
+            raise ValueError(f'{path}, line {line}: `domain` has to be "in" or "out", but is {row["domain"]!r}.')
+        prompts.append(Prompt(len(prompts), text, row.get("domain", ""), int(seed)))
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt. Write one a line.")
+    return prompts[:limit]
+
+
+def read_combinations(path: Path, limit: int | None = None) -> list[str]:
+    """The AU combinations of a `.csv` with the column `aus`, as `format_aus` writes them."""
+    if not path.is_file():
+        raise FileNotFoundError(f"`--combinations` is {str(path)!r}, which is no file.")
+    combinations = []
+    for line, row in _read_csv(path, required=("aus",), allowed=("aus", "source")):
+        aus = format_aus(parse_aus(row["aus"], f"{path}, line {line}: aus"))
+        if not aus:
+            raise ValueError(f"{path}, line {line}: `aus` is {row['aus']!r}, which is a neutral face.")
+        combinations.append(aus)
+    return combinations[:limit]
+
+
+def _read_csv(path: Path, required: tuple[str, ...], allowed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        columns = reader.fieldnames or []
+        missing = [name for name in required if name not in columns]
+        if missing:
+            raise ValueError(
+                f"{path} has no column {missing[0]!r}. It has {', '.join(columns) or 'none'}; known are"
+                f" {', '.join(allowed)}."
+            )
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                raise ValueError(f"{path}, line {reader.line_num}: this row has not {len(columns)} cells.")
+            rows.append((reader.line_num, row))
+        return rows
+
+
+def make_items(prompts: Iterable[Prompt], combinations: list[str], parts: Iterable[str]) -> list[Item]:
+    """The pictures of `parts`, and always the neutral ones, to which the others are compared."""
+    singles = {"single": INTENSITIES, "extrapolation": BEYOND}
+    items = []
+    for prompt in prompts:
+        items.append(Item("neutral", prompt, ""))
+        for part in PARTS:
+            if part in singles and part in parts:
+                items += [Item(part, prompt, f"{au}={value}") for au in AU_NAMES for value in singles[part]]
+            if part == "combination" and part in parts:
+                items += [Item(part, prompt, aus, number) for number, aus in enumerate(combinations)]
+    return items

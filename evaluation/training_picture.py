@@ -1,0 +1,119 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+How a run of `train_fineface.py` went, as one picture: the curve of its loss, and its validation sheets below.
+
+  python -m evaluation.training_picture fineface-adapter training.png
+
+It reads what the run wrote into its output folder: `logs` (TensorBoard) and `validation`.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from contact_sheet import GREY, INK
+from evaluation.figures import CURVE, OTHER_CURVE
+from generate import check_output
+
+
+LOSS = "train_loss"
+CHART_HEIGHT, MARGIN = 220, 56
+SMOOTHING = 0.04
+"""Share of the steps over which the dark curve averages: single steps differ more than the weights do."""
+
+
+def read_losses(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Steps and losses of a run, from the event files of all its parts: a run that was resumed has several.
+
+    Raises:
+        FileNotFoundError: if the run has kept no losses.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = {}
+    for path in sorted((folder / "logs").rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime):
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        if LOSS in events.Tags()["scalars"]:
+            losses |= {event.step: event.value for event in events.Scalars(LOSS)}
+    if not losses:
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no losses in logs/. Name the --output_dir of a run that reported to TensorBoard."
+        )
+    steps = sorted(losses)
+    return np.array(steps), np.array([losses[step] for step in steps])
+
+
+def smooth(losses: np.ndarray, window: int) -> np.ndarray:
+    """Means of the `window` values around each, fewer at the ends."""
+    sums = np.cumsum(np.insert(losses, 0, 0.0))
+    numbers = np.arange(len(losses))
+    first, last = np.maximum(numbers - window // 2, 0), np.minimum(numbers + window // 2 + 1, len(losses))
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def draw_losses(steps: np.ndarray, losses: np.ndarray, width: int) -> Image.Image:
+    """The loss of each step in pale, and its mean in blue; a tenth of the pale range may be cut off at the top."""
+    image = Image.new("RGB", (width, CHART_HEIGHT), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    mean = smooth(losses, max(1, round(SMOOTHING * len(losses))))
+    low, high = min(mean.min(), np.quantile(losses, 0.05)), max(mean.max(), np.quantile(losses, 0.95))
+    span = max(high - low, 1e-9)
+    right, bottom, top = width - 16, CHART_HEIGHT - 30, 30
+
+    def points(values: np.ndarray) -> list[tuple[float, float]]:
+        x = MARGIN + (steps - steps[0]) / max(steps[-1] - steps[0], 1) * (right - MARGIN)
+        y = bottom - np.clip((values - low) / span, 0, 1) * (bottom - top)
+        return list(zip(x.tolist(), y.tolist(), strict=True))
+
+    draw.line(points(losses), OTHER_CURVE)
+    draw.line(points(mean), CURVE, 3)
+    draw.line([(MARGIN, top), (MARGIN, bottom), (right, bottom)], GREY)
+    for value, y in ((low, bottom), (high, top)):
+        draw.text((MARGIN - 6, y), f"{value:.3g}", GREY, font, anchor="rm")
+    for step, x, anchor in ((steps[0], MARGIN, "lt"), (steps[-1], right, "rt")):
+        draw.text((x, bottom + 8), f"step {step}", GREY, font, anchor=anchor)
+    draw.text((MARGIN, 8), "training loss: each step, and the mean", INK, font)
+    return image
+
+
+def draw_training(folder: Path, num_sheets: int = 3) -> Image.Image:
+    """The curve, and at most `num_sheets` of the validation sheets, from the first to the last."""
+    steps, losses = read_losses(folder)
+    paths = sorted((folder / "validation").glob("step-*.png"))
+    chosen = sorted({round(index) for index in np.linspace(0, len(paths) - 1, min(num_sheets, len(paths)))})
+    sheets = [Image.open(paths[index]).convert("RGB") for index in chosen]
+    width = max([640, *[sheet.width for sheet in sheets]])
+    parts = [draw_losses(steps, losses, width), *sheets]
+    image = Image.new("RGB", (width, sum(part.height for part in parts)), "white")
+    y = 0
+    for part in parts:
+        image.paste(part, (0, y))
+        y += part.height
+    return image
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the --output_dir of the run")
+    parser.add_argument("picture", type=Path, help="PNG file")
+    args = parser.parse_args(argv)
+    try:
+        check_output(args.picture)
+        image = draw_training(args.folder)
+        args.picture.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = args.picture.with_name(f".{args.picture.name}.part")
+        image.save(unfinished, "PNG", optimize=True)
+        unfinished.replace(args.picture)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
