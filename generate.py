@@ -71,6 +71,7 @@ MAX_UNWRITTEN = 64
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
 SHEET_COLUMNS = 8
 DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
+DEMO_SEED = 5
 
 
 @dataclass(frozen=True)
@@ -617,7 +618,7 @@ def run(args: argparse.Namespace) -> str | None:
         return run_shared(values, weights, args, processes)
     if not processes.is_main:
         return None
-    job = make_job({"prompt": DEMO_PROMPT} | values if args.demo else values, spell_option)
+    job = make_job({"prompt": DEMO_PROMPT, "seed": DEMO_SEED} | values if args.demo else values, spell_option)
     if job.aus is not None and (args.demo or args.presets is not None):
         raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
     if args.sweep is not None:

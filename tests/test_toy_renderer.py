@@ -194,6 +194,15 @@ def test_a_varied_caption_is_reproducible_and_varied():
     assert len({caption(portrait, seed) for seed in range(40)}) > 30
 
 
+def test_a_caption_names_the_expression_only_where_it_is_asked_to():
+    portrait, aus = sample_portrait(1), np.zeros(12, np.float32)
+    aus[[0, 6, 9]] = 0.2, 3, 5
+    assert caption(portrait, aus=aus) == caption(portrait) + ", smiling mouth, very stretched lips"
+    silent = caption(portrait, 7)
+    assert caption(portrait, 7, aus).startswith(silent)
+    assert attributes_in(caption(portrait, 7, aus)) == attributes_in(silent)
+
+
 def test_a_prompt_is_read_for_what_it_names_and_no_more():
     assert attributes_in("A closeup of a girl with long red hair and glasses in a park, wearing a blue sweater") == {
         "person": "girl",

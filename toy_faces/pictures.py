@@ -54,6 +54,9 @@ def aus_of(seeds) -> torch.Tensor:
     return torch.from_numpy(np.stack([sample_aus(int(seed)) for seed in seeds]))
 
 
-def captions_of(seeds, wording: int) -> list[str]:
+def captions_of(seeds, wording: int, with_expression: bool = False) -> list[str]:
     """The captions of rendered seeds; another `wording` words the same people differently."""
-    return [caption(sample_portrait(int(seed)), wording * UNSEEN + int(seed)) for seed in seeds]
+    return [
+        caption(sample_portrait(seed), wording * UNSEEN + seed, sample_aus(seed) if with_expression else None)
+        for seed in map(int, seeds)
+    ]

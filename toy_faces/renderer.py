@@ -246,6 +246,21 @@ def sample_aus(seed: int) -> np.ndarray:
 # Words
 # --------------------------------------------------------------------------------------------------------------------
 
+EXPRESSION_WORDS = (
+    "raised inner brows",
+    "raised outer brows",
+    "lowered brows",
+    "widened eyes",
+    "lifted cheeks",
+    "wrinkled nose",
+    "smiling mouth",
+    "drooping mouth corners",
+    "pushed up chin",
+    "stretched lips",
+    "parted lips",
+    "dropped jaw",
+)
+"""One for each of `AU_NAMES`."""
 LEADS = ("a photo of", "a portrait of", "a closeup of", "a picture of", "")
 PLACES = {
     "park": ("in a park", "in the park"),
@@ -259,8 +274,8 @@ PLACES = {
 }
 
 
-def caption(portrait: Portrait, seed: int | None = None) -> str:
-    """Says in lower-case words who is in the picture, and never a word about the expression.
+def caption(portrait: Portrait, seed: int | None = None, aus: np.ndarray | None = None) -> str:
+    """Says in lower-case words who is in the picture, and of the expression only what `aus` asks for.
 
     Args:
         portrait (`Portrait`):
@@ -269,6 +284,9 @@ def caption(portrait: Portrait, seed: int | None = None) -> str:
             `None` gives the canonical sentence, which names every attribute (a beard, or none, of a man only). A seed
             gives one of many wordings, in which each attribute but the person is left out about one time in five;
             the absence of glasses and of a beard goes mostly without saying.
+        aus (`np.ndarray` of shape `(12,)`, *optional*):
+            Intensities in the order of `AU_NAMES`. Those above 0.5 are named in words ("very parted lips"); of a
+            wording with a seed, one in five is left out.
 
     Returns:
         `str`: "a closeup of a girl with long red hair and glasses in a park, wearing a blue sweater".
@@ -283,8 +301,22 @@ def caption(portrait: Portrait, seed: int | None = None) -> str:
     lead = "a portrait of" if rng is None else rng.choice(LEADS)
     if rng is not None:
         rng.shuffle(details)
-    sentence = " ".join(f"{lead} {_join_words(subject, details, clothes, place, rng)}".split())
+    words = [_join_words(subject, details, clothes, place, rng), *_expression_words(aus, rng)]
+    sentence = " ".join(f"{lead} {', '.join(words)}".split())
     return sentence.replace(" ,", ",")
+
+
+def _expression_words(aus: np.ndarray | None, rng: random.Random | None) -> list[str]:
+    words = []
+    if aus is None:
+        return words
+    for looks, intensity in zip(EXPRESSION_WORDS, aus, strict=True):
+        if intensity > 0.5 and (rng is None or rng.random() < 0.8):
+            degree = "slightly " if intensity < 2 else "very " if intensity > 3.5 else ""
+            words.append(degree + looks)
+    if rng is not None:
+        rng.shuffle(words)
+    return words
 
 
 def _is_named(portrait: Portrait, name: str, rng: random.Random | None) -> bool:
@@ -294,7 +326,7 @@ def _is_named(portrait: Portrait, name: str, rng: random.Random | None) -> bool:
         return False
     if rng is None:
         return True
-    unsaid = 0.7 if getattr(portrait, name) == "no" else 0.2
+    unsaid = 0.9 if getattr(portrait, name) == "no" else 0.2
     return rng.random() >= unsaid
 
 

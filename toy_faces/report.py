@@ -59,9 +59,11 @@ GOALS = {
 class Bench:
     """The model under test and what measures it. Pictures of one prompt share one seed."""
 
-    def __init__(self, folder: Path, batch_size: int, call_kwargs: dict):
+    def __init__(self, folder: Path, batch_size: int, call_kwargs: dict, adapter: Path | None = None):
         device = torch.accelerator.current_accelerator() or torch.device("cpu")
         self.pipeline = FineFacePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+        if adapter is not None:
+            self.pipeline.load_au_adapter(adapter)
         self.pipeline.set_progress_bar_config(disable=True)
         self.meter = PictureReader.from_pretrained(folder / "meter", dtype=torch.float32).to(device).eval()
         self.reader = PictureReader.from_pretrained(folder / "attribute_reader", dtype=torch.float32).to(device).eval()
@@ -150,7 +152,7 @@ def dose_response(commands: torch.Tensor, measured: torch.Tensor, neutral: torch
 
 
 def attribute_agreement(bench: Bench, prompts: list[int], pixel_values: torch.Tensor) -> dict[str, float]:
-    """Share of pictures that show what the prompt names, per attribute."""
+    """Share of pictures that show what the prompt names, per attribute that any prompt names."""
     logits = attribute_logits(bench.read(bench.reader, pixel_values))
     right: dict[str, list[bool]] = {name: [] for name in SCORED_ATTRIBUTES}
     for row, prompt in enumerate(prompts):
@@ -158,7 +160,7 @@ def attribute_agreement(bench: Bench, prompts: list[int], pixel_values: torch.Te
         for name in SCORED_ATTRIBUTES:
             if name in named:
                 right[name].append(ATTRIBUTES[name][int(logits[name][row].argmax())] == named[name])
-    return {name: float(np.mean(values)) for name, values in right.items()}
+    return {name: float(np.mean(values)) for name, values in right.items() if values}
 
 
 def seconds_per_picture(bench: Bench) -> float:
@@ -232,6 +234,7 @@ def format_report(figures: dict, per_au: list[dict], agreement: dict, settings: 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
+    parser.add_argument("--adapter", type=Path, help="another AU adapter than the one in the model's folder")
     group = parser.add_argument_group("sampling", "Default: what the fineface.json of the model says.")
     group.add_argument("--num-inference-steps", type=int, default=argparse.SUPPRESS)
     group.add_argument("--guidance-scale", type=float, default=argparse.SUPPRESS)
@@ -244,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{arguments.model} has no meter/: it is not a folder that `toy_faces.train --export` wrote.")
     given = {name: value for name, value in vars(arguments).items() if name in SAMPLING}
     call_kwargs = read_model_defaults(str(arguments.model)) | given
-    bench = Bench(arguments.model, arguments.batch_size, call_kwargs)
+    bench = Bench(arguments.model, arguments.batch_size, call_kwargs, arguments.adapter)
     chosen = ", ".join(f"`{name}={call_kwargs[name]}`" for name in SAMPLING if name in call_kwargs)
     settings = (
         f"{chosen}; torch {torch.__version__}, {bench.device.type}, {platform.machine()}, "

@@ -12,7 +12,7 @@ finished weights in half precision to `toy_faces/weights`.
 import argparse
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ from toy_faces.fit import fit
 from toy_faces.networks import PictureReader
 from toy_faces.pictures import aus_of, captions_of, render_pictures, to_pixel_values
 from toy_faces.renderer import SIZE, caption, sample_portrait
+from train_fineface import attention_for_training
+from training_data import FACE_BOX
 
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -73,14 +75,14 @@ PRESETS = {
         vae_steps=4_000,
         vae_batch=4,
         unet_channels=(64, 128),
-        base_steps=4_000,
+        base_steps=8_000,
         base_batch=16,
         image_encoder_steps=250,
         meter_steps=1_600,
         attribute_reader_steps=400,
-        adapter_steps=3_500,
+        adapter_steps=15_000,
         adapter_batch=16,
-        adapter_rank=16,
+        adapter_rank=32,
         mixed_precision="no",
         dataloader_workers=0,
     ),
@@ -129,8 +131,8 @@ class Recipe:
 
     STAGES = ("vae", "latents", "base", "image_encoder", "meter", "attribute_reader", "adapter")
 
-    def __init__(self, preset: Preset, folder: Path, device: str):
-        self.preset, self.folder, self.device = preset, folder, torch.device(device)
+    def __init__(self, preset: Preset, folder: Path, device: str, torch_compile: bool = False):
+        self.preset, self.folder, self.device, self.torch_compile = preset, folder, torch.device(device), torch_compile
         folder.mkdir(parents=True, exist_ok=True)
         self.pictures = render_pictures(folder / "pictures.npy", preset.pictures)
 
@@ -144,12 +146,11 @@ class Recipe:
     def is_done(self, stage: str) -> bool:
         return (self.folder / stage).exists()
 
-    def finish(self, stage: str, *saved: tuple[str, object]) -> None:
-        """Save each `(subfolder, model)` of a stage under one folder that appears in one rename."""
+    def finish(self, stage: str, model) -> None:
+        """Save what a stage made in a folder that appears in one rename."""
         unfinished = self.folder / f"{stage}.part"
         shutil.rmtree(unfinished, ignore_errors=True)
-        for name, model in saved:
-            model.save_pretrained(unfinished / name)
+        model.save_pretrained(unfinished)
         unfinished.rename(self.folder / stage)
 
     def draw(self, rng: np.random.Generator, batch: int) -> tuple[np.ndarray, torch.Tensor]:
@@ -180,7 +181,7 @@ class Recipe:
         fit("vae", {"vae": vae}, loss_function, self.folder, self.preset.vae_steps, 2e-3)
         mean, std = self.latent_statistics(vae)
         networks.normalize_latents(vae, mean, std)
-        self.finish("vae", ("vae", vae))
+        self.finish("vae", vae)
 
     @torch.no_grad()
     def latent_statistics(self, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,7 +195,7 @@ class Recipe:
         path = self.folder / "latents.npy"
         if path.exists():
             return
-        vae = self.load(AutoencoderKL, "vae/vae").to(memory_format=torch.channels_last)
+        vae = self.load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
         shape = (len(self.pictures), 16, SIZE // 8, SIZE // 8)
         unfinished = path.with_suffix(".part.npy")
         latents = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
@@ -205,12 +206,14 @@ class Recipe:
         unfinished.rename(path)
 
     def base(self) -> None:
-        """Text encoder and UNet together: text → portrait with any expression, since captions never name one."""
+        """Text encoder and UNet together: text → portrait, with any expression if the caption names none."""
         if self.is_done("base"):
             return
         seeds = range(len(self.pictures))
-        wordings = [captions_of(seeds, wording) for wording in range(WORDINGS)]
-        tokenizer = networks.make_tokenizer(wordings[0] + [caption(sample_portrait(seed)) for seed in seeds])
+        # Half of the wordings say what the face does, as captions of photographs do at times: so the base has ways
+        # from words to expressions, as Stable Diffusion has, which the AU adapter finds.
+        wordings = [captions_of(seeds, wording, wording >= WORDINGS // 2) for wording in range(WORDINGS)]
+        tokenizer = networks.make_tokenizer(wordings[-1] + [caption(sample_portrait(seed)) for seed in seeds])
         input_ids = torch.stack([tokenize(tokenizer, captions) for captions in wordings])
         empty = tokenize(tokenizer, [""])
         latents = torch.from_numpy(np.load(self.folder / "latents.npy")).to(self.device)
@@ -218,6 +221,7 @@ class Recipe:
         text_encoder = networks.make_text_encoder(tokenizer).to(self.device)
         scheduler = networks.make_scheduler()
         batch = self.preset.base_batch
+        predict = torch.compile(unet) if self.torch_compile else unet
 
         def loss_function(rng: np.random.Generator) -> torch.Tensor:
             indices = torch.from_numpy(rng.integers(0, len(latents), batch))
@@ -229,13 +233,14 @@ class Recipe:
             timesteps, noise = timesteps.to(self.device), torch.randn_like(clean)
             with self.autocast():
                 text = text_encoder(ids.to(self.device)).last_hidden_state
-                prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
+                prediction = predict(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
             return F.mse_loss(prediction.float(), scheduler.get_velocity(clean, noise, timesteps))
 
         modules = {"unet": unet, "text_encoder": text_encoder}
-        fit("base", modules, loss_function, self.folder, self.preset.base_steps, 1e-3, ema_decay=0.999)
+        with attention_for_training(self.device):
+            fit("base", modules, loss_function, self.folder, self.preset.base_steps, 1e-3, ema_decay=0.999)
         pipeline = StableDiffusionPipeline(
-            vae=self.load(AutoencoderKL, "vae/vae"),
+            vae=self.load(AutoencoderKL, "vae"),
             text_encoder=text_encoder.eval(),
             tokenizer=tokenizer,
             unet=unet.eval(),
@@ -244,7 +249,7 @@ class Recipe:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        self.finish("base", (".", pipeline))
+        self.finish("base", pipeline)
 
     def image_encoder(self) -> None:
         """A CLIP image encoder: its embedding of a picture agrees with the (frozen) text embedding of its caption."""
@@ -268,7 +273,7 @@ class Recipe:
 
         modules = {"image_encoder": image_encoder, "text_projection": text_projection}
         fit("image_encoder", modules, loss_function, self.folder, self.preset.image_encoder_steps, 1e-3)
-        self.finish("image_encoder", ("image_encoder", image_encoder.eval()))
+        self.finish("image_encoder", image_encoder.eval())
 
     def meter(self) -> None:
         """Half of its pictures have gone through the VAE: that is how it will see them."""
@@ -306,14 +311,14 @@ class Recipe:
             return loss_of(network, pixel_values, np.concatenate([indices, through_vae]))
 
         fit(name, {name: network}, loss_function, self.folder, steps, 1e-3)
-        self.finish(name, (name, network.eval()))
+        self.finish(name, network.eval())
 
     @torch.no_grad()
     def reconstructions(self) -> np.ndarray:
         """The first pictures after a trip through the VAE, uint8."""
         path = self.folder / "reconstructions.npy"
         if not path.exists():
-            vae = self.load(AutoencoderKL, "vae/vae").to(memory_format=torch.channels_last)
+            vae = self.load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
             latents = np.load(self.folder / "latents.npy", mmap_mode="r")[: max(1, len(self.pictures) // 8)]
             decoded = []
             for part in tqdm(torch.from_numpy(np.array(latents)).split(64), desc="reconstructions", mininterval=10):
@@ -330,11 +335,14 @@ class Recipe:
         if not metadata.exists():
             folder.mkdir(exist_ok=True)
             seeds = range(len(self.pictures))
+            rows, columns = FACE
+            corners = (columns.start, rows.start, columns.stop, rows.stop)
+            box = {name: round(pixel / SIZE, 4) for name, pixel in zip(FACE_BOX, corners, strict=True)}
             lines = []
             for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
                 Image.fromarray(self.pictures[seed]).save(folder / f"{seed:06}.png", compress_level=1)
                 named = dict(zip(AU_NAMES, (round(value, 4) for value in aus), strict=True))
-                lines.append(json.dumps({"file_name": f"{seed:06}.png", "text": text, **named}))
+                lines.append(json.dumps({"file_name": f"{seed:06}.png", "text": text, **named, **box}))
             unfinished = folder / "metadata.part"
             unfinished.write_text("\n".join(lines) + "\n")
             unfinished.rename(metadata)
@@ -357,12 +365,19 @@ class Recipe:
                 "--learning_rate=1e-3",
                 # The unconditional branch has to stay what it was under the LoRA.
                 "--caption_drop_prob=0.1",
+                # AUs explain one hundredth of the loss, in the face, and hardly any of it where little noise is left.
+                "--face_loss_weight=8",
+                "--timestep_bias_strategy=range",
+                "--timestep_bias_begin=400",
+                "--timestep_bias_multiplier=4",
+                "--timestep_sampling=stratified",
                 "--use_ema",
                 "--ema_decay=0.998",
                 f"--dataloader_num_workers={preset.dataloader_workers}",
                 "--lr_scheduler=cosine",
                 "--lr_warmup_steps=100",
                 f"--mixed_precision={preset.mixed_precision}",
+                *["--torch_compile"] * self.torch_compile,
                 f"--checkpointing_steps={max(1, preset.adapter_steps // 10)}",
                 "--checkpoints_total_limit=2",
                 "--resume_from_checkpoint=latest",
@@ -377,11 +392,11 @@ class Recipe:
         """Write everything that was trained, in half precision, to `weights`."""
         pipeline = FineFacePipeline.from_pretrained(self.folder / "base", dtype=torch.float16)
         pipeline.load_au_adapter(self.folder / "adapter")
-        encoder = CLIPVisionModelWithProjection.from_pretrained(self.folder / "image_encoder" / "image_encoder")
+        encoder = CLIPVisionModelWithProjection.from_pretrained(self.folder / "image_encoder")
         pipeline.register_modules(image_encoder=encoder.half())
         pipeline.save_pretrained(weights)
         for name in ("meter", "attribute_reader"):
-            network = PictureReader.from_pretrained(self.folder / name / name, dtype=torch.float16)
+            network = PictureReader.from_pretrained(self.folder / name, dtype=torch.float16)
             network.save_pretrained(weights / name)
         for path in weights.rglob("config.json"):
             # Where the stages lay on this disk is nobody else's business.
@@ -401,12 +416,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/toy_faces"))
     parser.add_argument("--device", default=None, help="default: an accelerator if there is one, else cpu")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: the preset's")
+    parser.add_argument(
+        "--torch_compile", action="store_true", help="compile the UNet; on CPUs it needs a C++ compiler"
+    )
     parser.add_argument("--until", choices=Recipe.STAGES, default=Recipe.STAGES[-1], help="stop after this stage")
     parser.add_argument("--export", action="store_true", help="copy the finished weights to toy_faces/weights")
     arguments = parser.parse_args(argv)
     accelerator = torch.accelerator.current_accelerator()
     device = arguments.device or (str(accelerator) if accelerator else "cpu")
-    recipe = Recipe(PRESETS[arguments.preset], arguments.output_dir, device)
+    preset = PRESETS[arguments.preset]
+    if arguments.mixed_precision is not None:
+        preset = replace(preset, mixed_precision=arguments.mixed_precision)
+    recipe = Recipe(preset, arguments.output_dir, device, arguments.torch_compile)
     recipe.run(arguments.until)
     if arguments.export:
         recipe.export()
