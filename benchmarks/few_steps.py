@@ -37,7 +37,7 @@ from tqdm import tqdm
 from action_units import format_aus
 from benchmarks.tables import add_clock_argument, count, describe_machine, markdown_table, pick_clock
 from contact_sheet import Table, draw_sheet
-from generate import EMBEDDED_MODEL, number_or_none, read_model_defaults
+from generate import EMBEDDED_MODEL, number_or_none, pick_device, read_model_defaults
 from toy_faces.pictures import UNSEEN, render_seed, to_pixel_values
 from toy_faces.report import PROMPTS, Bench, attribute_agreement, combination_commands, mean_squared_error
 
@@ -318,7 +318,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.model / "meter").is_dir():
         parser.error(f"`--model` is {str(args.model)!r}, a folder without a meter/ to measure with.")
-    args.device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    args.device = pick_device(None)
     args.clock = pick_clock(args.processor_time, args.device, parser)
     return args
 

@@ -1,5 +1,7 @@
 """Tiny real components, built in memory: no network, no files, the same on every run."""
 
+import signal
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -8,6 +10,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from au_encoder import AUAdapter, write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 
+
+# Where tests run in the background, Ctrl-C is ignored, and some tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CROSS_ATTENTION_DIM = 32
 # Beside 12 AUs and 8 features, 12 zeros are left.

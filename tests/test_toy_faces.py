@@ -140,7 +140,7 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_path):
-    recipe = train.Recipe(train.PRESETS["tiny"], tiny_run, "cpu")
+    recipe = train.Recipe(train.PRESETS["tiny"], tiny_run, torch.device("cpu"))
     weights = tmp_path / "weights"
     recipe.export(weights)
     pipe = FineFacePipeline.from_pretrained(weights, dtype=torch.float32)

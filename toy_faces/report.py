@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
-from generate import EMBEDDED_MODEL, number_or_none, read_model_defaults
+from generate import EMBEDDED_MODEL, number_or_none, pick_device, read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces.networks import PictureReader, attribute_logits
 from toy_faces.pictures import UNSEEN, aus_of, render_seed, to_pixel_values
@@ -60,7 +60,7 @@ class Bench:
     """The model under test and what measures it. Pictures of one prompt share one seed."""
 
     def __init__(self, folder: Path, batch_size: int, call_kwargs: dict, adapter: Path | None = None):
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = pick_device(None)
         self.pipeline = FineFacePipeline.from_pretrained(folder, dtype=torch.float32).to(device)
         if adapter is not None:
             self.pipeline.load_au_adapter(adapter)

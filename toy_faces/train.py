@@ -27,6 +27,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 import train_fineface
 from action_units import AU_NAMES
 from au_encoder import ATTN_PROCESSORS_NAME
+from generate import EMBEDDED_MODEL, pick_device
 from pipeline_fineface import FineFacePipeline
 from toy_faces import networks
 from toy_faces.fit import fit
@@ -37,7 +38,6 @@ from train_fineface import attention_for_training
 from training_data import FACE_BOX
 
 
-WEIGHTS = Path(__file__).parent / "weights"
 WORDINGS = 4
 """Captions of each picture that the base is trained with."""
 FACE = (slice(26, 122), slice(26, 102))
@@ -131,8 +131,8 @@ class Recipe:
 
     STAGES = ("vae", "latents", "base", "image_encoder", "meter", "attribute_reader", "adapter")
 
-    def __init__(self, preset: Preset, folder: Path, device: str, torch_compile: bool = False):
-        self.preset, self.folder, self.device, self.torch_compile = preset, folder, torch.device(device), torch_compile
+    def __init__(self, preset: Preset, folder: Path, device: torch.device, torch_compile: bool = False):
+        self.preset, self.folder, self.device, self.torch_compile = preset, folder, device, torch_compile
         folder.mkdir(parents=True, exist_ok=True)
         self.pictures = render_pictures(folder / "pictures.npy", preset.pictures)
 
@@ -388,7 +388,7 @@ class Recipe:
     def load(self, model_class, name: str):
         return model_class.from_pretrained(self.folder / name).to(self.device).eval()
 
-    def export(self, weights: Path = WEIGHTS) -> None:
+    def export(self, weights: Path = EMBEDDED_MODEL) -> None:
         """Write everything that was trained, in half precision, to `weights`."""
         pipeline = FineFacePipeline.from_pretrained(self.folder / "base", dtype=torch.float16)
         pipeline.load_au_adapter(self.folder / "adapter")
@@ -423,12 +423,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--until", choices=Recipe.STAGES, default=Recipe.STAGES[-1], help="stop after this stage")
     parser.add_argument("--export", action="store_true", help="copy the finished weights to toy_faces/weights")
     arguments = parser.parse_args(argv)
-    accelerator = torch.accelerator.current_accelerator()
-    device = arguments.device or (str(accelerator) if accelerator else "cpu")
     preset = PRESETS[arguments.preset]
     if arguments.mixed_precision is not None:
         preset = replace(preset, mixed_precision=arguments.mixed_precision)
-    recipe = Recipe(preset, arguments.output_dir, device, arguments.torch_compile)
+    recipe = Recipe(preset, arguments.output_dir, pick_device(arguments.device), arguments.torch_compile)
     recipe.run(arguments.until)
     if arguments.export:
         recipe.export()
