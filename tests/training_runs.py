@@ -72,8 +72,8 @@ def config_fixture(arguments):
 @pytest.fixture(scope="session", name="run_processes")
 def run_processes_fixture(tmp_path_factory):
     """
-    Run trainings beside each other, each in a process, and return their exit statuses and messages. They compute in one
-    thread, and so does this process from now on: other numbers of threads add in other orders.
+    Run trainings beside each other, each in a process, and return their exit statuses and messages. They compute in
+    one thread, and so does this process from now on: other numbers of threads add in other orders.
     """
     torch.set_num_threads(1)
     program = Path(__file__).with_name("training_processes.py")
