@@ -71,6 +71,7 @@ MAX_UNWRITTEN = 64
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
 SHEET_COLUMNS = 8
 DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
+# Chosen by eye, of six: the one whose named expressions come out best.
 DEMO_SEED = 5
 
 
