@@ -35,7 +35,7 @@ except ModuleNotFoundError as error:
 import torch
 
 from action_units import ACTION_UNITS, AU_NAMES, MAX_INTENSITY, PRESETS, extract_au_tags, format_aus, parse_aus
-from generate import EMBEDDED_MODEL, Job, Weights, check_weights, make_job, pick_device
+from generate import Job, Parser, Weights, add_model_options, check_weights, make_job, settle_device
 from studio import MAX_ROWS, Studio, Sweep, file_name, intensities, read_expressions, write_gif, write_zip
 
 
@@ -640,20 +640,9 @@ def build(studio: Studio) -> gr.Blocks:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
-    parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
-    parser.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
-    parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)"
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_model_options(parser)
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
     parser.add_argument(
         "--share", action="store_true", help="also give the page a public address, by Gradio's servers"
@@ -661,8 +650,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.port is not None and not 1 <= args.port <= 65535:
         raise ValueError(f"`--port` has to be from 1 to 65535, but is {args.port}.")
-    args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
+    settle_device(args)
     return args
 
 

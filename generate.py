@@ -89,7 +89,9 @@ class Weights:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """One whose errors are ValueErrors, for `main` to report."""
+
     def error(self, message: str):
         raise ValueError(message)
 
@@ -100,14 +102,17 @@ def number_or_none(text: str) -> float | None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The arguments. Those that are fields of `Job` are there only if they were given."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     _add_what_to_make(parser)
     _add_picture_options(parser)
-    _add_model_options(parser)
+    model = parser.add_argument_group(
+        "the model", f"A model folder may bring other defaults in {MODEL_DEFAULTS_NAME}; the embedded one does."
+    )
+    add_model_options(model)
+    model.add_argument("--batch-size", type=int, default=4, help="pictures at once (default: 4)")
     args = parser.parse_args(argv)
     _check_counts(args)
-    args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
+    settle_device(args)
     return args
 
 
@@ -166,18 +171,21 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--width", type=int, help="in pixels (default: the model's)")
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    model = parser.add_argument_group(
-        "the model", f"A model folder may bring other defaults in {MODEL_DEFAULTS_NAME}; the embedded one does."
-    )
-    model.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
-    model.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
-    model.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
-    model.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
-    model.add_argument(
+def add_model_options(parser) -> None:
+    """Which model, where and in which precision, to a parser or a group of one; `settle_device` completes them."""
+    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
+    parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
+    parser.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
+    parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
+    parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)"
     )
-    model.add_argument("--batch-size", type=int, default=4, help="pictures at once (default: 4)")
+
+
+def settle_device(args: argparse.Namespace) -> None:
+    """Put the device, and the dtype that suits it if none was named, in the place of what was asked for."""
+    args.device = pick_device(args.device)
+    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
 
 
 def _check_counts(args: argparse.Namespace) -> None:

@@ -687,10 +687,10 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def run_program() -> int:
-    """The exit status: 0, 2 for anything wrong with what was asked or with a disk, 130 after Ctrl-C."""
+def run_program(program: Callable[[], None] = main) -> int:
+    """The exit status of `program`: 0, 2 for anything wrong with what was asked or with a disk, 130 after Ctrl-C."""
     try:
-        main()
+        program()
     except KeyboardInterrupt:
         print("interrupted: continue with `--resume_from_checkpoint latest`", file=sys.stderr)
         return 130

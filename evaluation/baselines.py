@@ -59,6 +59,7 @@ from train_fineface import (
     init_trackers,
     load_noise_scheduler,
     make_accelerator,
+    run_program,
     train,
 )
 from training_config import RESUME_WITH_OTHER, TrainConfig
@@ -425,15 +426,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--system", choices=BASELINES, required=True)
     known, others = parser.parse_known_args(argv)
-    try:
-        run(known.system, parse_training_args(others))
-    except KeyboardInterrupt:
-        print("interrupted: continue with `--resume_from_checkpoint latest`", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda: run(known.system, parse_training_args(others)))
 
 
 if __name__ == "__main__":

@@ -454,20 +454,13 @@ def make_laboratory(arguments: argparse.Namespace) -> Laboratory:
     return Laboratory(work, SIZES[arguments.size], arguments.model, sampling)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.paper_tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_laboratory_arguments(parser)
-    arguments = parser.parse_args(argv)
+def run_program(run: Callable[[], Path | None]) -> int:
+    """Print the file that `run` has written, if any. The exit status: 0, 1 if a tool or a training has failed, 2 for
+    anything wrong with what was asked, 130 after Ctrl-C."""
     try:
-        laboratory = make_laboratory(arguments)
-        make_all(laboratory, arguments.processes)
-        if PartialState().is_main_process:
-            write_results(laboratory, arguments.output)
-            print(arguments.output)
+        path = run()
+        if path is not None:
+            print(path)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -478,6 +471,26 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+def run(arguments: argparse.Namespace) -> Path | None:
+    laboratory = make_laboratory(arguments)
+    make_all(laboratory, arguments.processes)
+    if not PartialState().is_main_process:
+        return None
+    write_results(laboratory, arguments.output)
+    return arguments.output
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.paper_tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_laboratory_arguments(parser)
+    arguments = parser.parse_args(argv)
+    return run_program(lambda: run(arguments))
 
 
 if __name__ == "__main__":

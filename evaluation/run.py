@@ -50,6 +50,7 @@ from evaluation.testset import (
 )
 from generate import (
     EMBEDDED_MODEL,
+    Parser,
     Weights,
     check_output,
     check_weights,
@@ -67,14 +68,9 @@ PAPER_PARTS = ("single", "combination")
 SAMPLING_NAMES = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale", "height", "width")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise ValueError(message)
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The arguments. Those of `Sampling` are there only if they were given."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m evaluation.run",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
 from evaluation.laboratory import Laboratory, run_jobs
@@ -38,6 +37,7 @@ from evaluation.paper_tables import (
     make,
     make_laboratory,
     paired_difference,
+    run_program,
     write_results,
 )
 from evaluation.run import write_text
@@ -270,6 +270,21 @@ def describe_best(laboratory: Laboratory) -> str:
     )
 
 
+def run(arguments: argparse.Namespace) -> Path | None:
+    check_trials(arguments.only)
+    laboratory = make_laboratory(arguments)
+    laboratory.prepare()
+    # The paper's design is what the others are compared with.
+    groups = group_by_adapter(dict.fromkeys(["paper", *arguments.only]))
+    run_jobs([functools.partial(make_trials, laboratory, group) for group in groups], arguments.processes)
+    if not PartialState().is_main_process:
+        return None
+    write_table(laboratory)
+    if is_complete(laboratory):
+        write_results(laboratory, arguments.output)
+    return laboratory.folder / TRIALS_NAME
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.trials",
@@ -284,28 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the trials and stop")
     add_laboratory_arguments(parser)
     arguments = parser.parse_args(argv)
-    try:
-        check_trials(arguments.only)
-        laboratory = make_laboratory(arguments)
-        laboratory.prepare()
-        # The paper's design is what the others are compared with.
-        groups = group_by_adapter(dict.fromkeys(["paper", *arguments.only]))
-        run_jobs([functools.partial(make_trials, laboratory, group) for group in groups], arguments.processes)
-        if PartialState().is_main_process:
-            write_table(laboratory)
-            if is_complete(laboratory):
-                write_results(laboratory, arguments.output)
-            print(laboratory.folder / TRIALS_NAME)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda: run(arguments))
 
 
 if __name__ == "__main__":
