@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = generate.Weights(args.model)
     with generate.quiet():
         pipeline = generate.load_pipeline(weights, args.device, getattr(torch, args.dtype))
+        generate.fuse_lora(pipeline)
     pipeline.set_progress_bar_config(disable=True)
 
     bare, command_line, totals = [], [], []

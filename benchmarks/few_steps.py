@@ -37,7 +37,7 @@ from tqdm import tqdm
 from action_units import format_aus
 from benchmarks.tables import add_clock_argument, count, describe_machine, markdown_table, pick_clock
 from contact_sheet import Table, draw_sheet
-from generate import EMBEDDED_MODEL, number_or_none, pick_device, read_model_defaults
+from generate import EMBEDDED_MODEL, fuse_lora, number_or_none, pick_device, read_model_defaults
 from toy_faces.pictures import UNSEEN, render_seed, to_pixel_values
 from toy_faces.report import PROMPTS, Bench, attribute_agreement, combination_commands, mean_squared_error
 
@@ -329,6 +329,8 @@ def main(argv: list[str] | None = None) -> None:
     size = {name: defaults[name] for name in ("height", "width") if name in defaults}
     guidance = (defaults.get("guidance_scale", 7.5), defaults.get("au_guidance_scale"))
     bench = Bench(args.model, 1, {})
+    # As the page and the command line do.
+    fuse_lora(bench.pipeline)
     model_scheduler = type(bench.pipeline.scheduler)
     # The first of them: a class may be there with several options.
     own_sampler = next((name for name, (scheduler, _) in SAMPLERS.items() if scheduler is model_scheduler), "")

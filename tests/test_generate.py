@@ -423,6 +423,25 @@ def test_pictures_are_written_while_the_next_are_drawn(model_args, tmp_path, mon
     assert events == ["draw"] * 3 + ["00001.png", "00002.png", "00003.png"]
 
 
+def test_pictures_are_drawn_with_the_lora_in_the_weights(model_args, tmp_path, monkeypatch):
+    """A step then costs what one of plain Stable Diffusion costs, and the pictures are those of the LoRA beside it."""
+    weights = Weights(model_args[1], model_args[3])
+    job = Job("a boy", aus="6C+12D", num_inference_steps=2)
+    beside = generate.load_pipeline(weights, torch.device("cpu"), torch.float32)
+    expected = np.asarray(generate.generate_batch(beside, [job])[0]).astype(int)
+    draw, num_loras = generate.generate_batch, []
+
+    def noted_draw(pipeline, jobs):
+        num_loras.append(sum(hasattr(module, "lora_A") for module in pipeline.unet.modules()))
+        return draw(pipeline, jobs)
+
+    monkeypatch.setattr(generate, "generate_batch", noted_draw)
+    path = tmp_path / "a.png"
+    assert main([*model_args, "--prompt", job.prompt, "--aus", job.aus, "--output", str(path)]) == 0
+    assert num_loras == [0] and any(hasattr(module, "lora_A") for module in beside.unet.modules())
+    assert np.abs(pixels(path) - expected).max() <= 1
+
+
 def test_a_picture_that_cannot_be_written_is_an_error(model_args, tmp_path, capsys, monkeypatch):
     def full_disk(image, path, metadata):
         raise OSError("No space left on device")
