@@ -28,6 +28,7 @@ from torch import nn
 
 
 ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual")
+KV_INITS = ("text", "random", "zero")
 
 ENCODER_FOLDER = "au_encoder"
 ENCODER_CONFIG_NAME = f"{ENCODER_FOLDER}/config.json"
@@ -196,15 +197,33 @@ class AUAdapter(ModelMixin, ConfigMixin):
         encoder_type: str = "res_mlp64",
         num_tokens: int = 1,
         hidden_dim: int = 64,
+        kv_init: str = "text",
     ) -> "AUAdapter":
-        """A new adapter for `unet`. Keys and values start as copies of the text's, as in the paper's code."""
+        """
+        A new adapter for `unet`.
+
+        Args:
+            num_aus, encoder_type, num_tokens, hidden_dim:
+                See [`AUEncoder`].
+            kv_init (`str`, defaults to `"text"`):
+                How keys and values start: `"text"` as copies of the text's, as in the paper's code; `"random"`; or
+                `"zero"`, with values of 0, so that the AUs add nothing yet.
+
+        Raises:
+            ValueError: for another `kv_init`.
+        """
+        if kv_init not in KV_INITS:
+            raise ValueError(f"`kv_init` has to be one of {', '.join(KV_INITS)}, but is {kv_init!r}.")
         text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
         layers = {name: module.to_k.weight.shape[0] for name, module in text_layers.items()}
         adapter = cls(layers, unet.config.cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim)
-        adapter.load_attn_processors_state_dict(
-            {f"{name}.processor.to_k_au.weight": module.to_k.weight for name, module in text_layers.items()}
-            | {f"{name}.processor.to_v_au.weight": module.to_v.weight for name, module in text_layers.items()}
-        )
+        if kv_init == "text":
+            adapter.load_attn_processors_state_dict(
+                {f"{name}.processor.to_k_au.weight": module.to_k.weight for name, module in text_layers.items()}
+                | {f"{name}.processor.to_v_au.weight": module.to_v.weight for name, module in text_layers.items()}
+            )
+        elif kv_init == "zero":
+            nn.init.zeros_(adapter.to_v_au.weight)
         return adapter
 
     def forward(self, au_intensities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -111,7 +111,7 @@ def make_model(unet: UNet2DConditionModel, config: TrainConfig, dtype: torch.dty
     """Freeze `unet` in `dtype`, and put a new AU adapter and LoRA on it, which are trained in float32."""
     unet.requires_grad_(False)
     au_adapter = AUAdapter.from_unet(
-        unet, len(AU_NAMES), config.encoder_type, config.num_au_tokens, config.au_hidden_dim
+        unet, len(AU_NAMES), config.encoder_type, config.num_au_tokens, config.au_hidden_dim, config.au_kv_init
     )
     if config.num_au_tokens == 1:
         # A softmax over one key is 1 whatever the key: it would get no gradient.

@@ -18,7 +18,7 @@ from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
 
 from action_units import parse_aus
-from au_encoder import ENCODER_TYPES
+from au_encoder import ENCODER_TYPES, KV_INITS
 
 
 # What may change when a run is resumed: where things are, how long it goes on, what is shown of it, and what costs
@@ -33,6 +33,18 @@ RESUME_WITH_OTHER = {
     *("validation_prompt", "validation_aus", "validation_steps", "num_validation_images"),
     *("validation_inference_steps", "validation_guidance_scale"),
 }
+
+
+PRESETS = {
+    "paper": {},
+    "best": {
+        "face_loss_weight": 8.0,
+        "timestep_bias_strategy": "range",
+        "timestep_bias_begin": 400,
+        "timestep_bias_multiplier": 4.0,
+    },
+}
+"""Flags by the name of `--preset`: the paper's, which are the defaults, and what did best in docs/results.md."""
 
 
 def option(default, description: str):
@@ -64,6 +76,9 @@ class TrainConfig:
     encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
     au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.")
     num_au_tokens: int = option(1, "Tokens that the AU encoder makes.")
+    au_kv_init: Literal[KV_INITS] = option(
+        "text", "Keys and values start as copies of the text's, at random, or with values of zero."
+    )
     rank: int = option(32, "Rank of the LoRA, and its alpha.")
 
     au_noise_variance: float = option(0.2, "Label smoothing: variance of the Gaussian noise on the intensities.")
@@ -244,8 +259,22 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         else:
             options["type"] = kind
         parser.add_argument(f"--{field.name}", **options)
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="paper",
+        help='Other defaults: "best" has what did best in docs/results.md. Flags that are given count all the same.',
+    )
+    parser.set_defaults(**PRESETS.get(_find_preset(argv), {}))
     arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    del arguments["preset"]
     try:
         return TrainConfig(**{n: tuple(value) if isinstance(value, list) else value for n, value in arguments.items()})
     except ValueError as error:
         parser.error(str(error))
+
+
+def _find_preset(argv: list[str] | None) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    return parser.parse_known_args(argv)[0].preset

@@ -102,6 +102,8 @@ TRIALS = {
     "au_learning_rate_3x": Trial("encoder, keys and values learn faster than the LoRA", {"au_learning_rate": 3e-3}),
     "au_learning_rate_10x": Trial("… and faster", {"au_learning_rate": 1e-2}),
     "au_learning_rate_10x_guided": Trial("…", {"au_learning_rate": 1e-2}, GUIDED),
+    "kv_random": Trial("keys and values from noise instead of the text's", {"au_kv_init": "random"}),
+    "kv_zero": Trial("values from zero: at first the AUs add nothing", {"au_kv_init": "zero"}),
     "rank_4": Trial("a small LoRA: what it takes over, the AUs do not have to", {"rank": 4}),
     "rank_64": Trial("a large LoRA", {"rank": 64}),
     "face_loss": Trial("the loss counts in the face, where AUs are", {"face_loss_weight": 4.0}),

@@ -130,6 +130,15 @@ def test_a_new_adapter_starts_from_the_keys_and_values_of_the_text(tiny_componen
             assert torch.equal(state_dict[f"{name}.processor.to_v_au.weight"], attn.to_v.weight)
 
 
+def test_keys_and_values_can_start_without_the_text(tiny_components):
+    unet = tiny_components["unet"]
+    text, random, zero = (AUAdapter.from_unet(unet, hidden_dim=8, kv_init=kind) for kind in ("text", "random", "zero"))
+    assert random.to_v_au.weight.any() and not torch.equal(random.to_v_au.weight, text.to_v_au.weight)
+    assert not zero(some_aus())[1].any() and zero.to_k_au.weight.any()
+    with pytest.raises(ValueError, match="text, random, zero"):
+        AUAdapter.from_unet(unet, kv_init="ones")
+
+
 def test_split_weights_join_again(tiny_components):
     ours = make_adapter(tiny_components["unet"], seed=1)
     theirs = make_adapter(tiny_components["unet"], seed=2)

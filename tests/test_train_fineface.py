@@ -1,5 +1,6 @@
 """Training: what it writes, what it changes, and that it repeats, resumes and caches without a difference."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -28,7 +29,7 @@ import train_fineface
 import training_data
 from pipeline_fineface import FineFacePipeline
 from train_fineface import batch_loss, diffusion_loss, main, make_model, min_snr_weights
-from training_config import TrainConfig, parse_args
+from training_config import PRESETS, TrainConfig, parse_args
 
 
 ADAPTER_FILES = {
@@ -140,6 +141,16 @@ def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
     assert (config.au_noise_variance, config.au_rounding_prob) == (0.2, 0.2)
     assert (config.encoder_type, config.num_au_tokens) == ("res_mlp64", 1)
     assert (config.au_drop_prob, config.caption_drop_prob, config.snr_gamma) == (0, 0, None)
+
+
+def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
+    changed = dict(PRESETS["best"])
+    name, value = changed.popitem()
+    paper, best = parse_args(arguments("run")), parse_args(arguments("run", "--preset best"))
+    assert parse_args(arguments("run", "--preset paper")) == paper
+    assert best == dataclasses.replace(paper, **PRESETS["best"]) != paper
+    given = parse_args(arguments("run", f"--preset best --{name} {getattr(paper, name)}"))
+    assert given == dataclasses.replace(paper, **changed)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -375,6 +386,8 @@ def test_keys_and_values_start_as_those_of_the_text(config):
     text = {name: module.to_v.weight.clone() for name, module in unet.named_modules() if name.endswith("attn2")}
     started = make_model(unet, config).au_adapter.attn_processors_state_dict()
     assert all(torch.equal(started[f"{name}.processor.to_v_au.weight"], weight) for name, weight in text.items())
+    zero = make_model(make_components()["unet"], dataclasses.replace(config, au_kv_init="zero")).au_adapter
+    assert not zero.to_v_au.weight.any()
 
 
 def test_gradient_checkpointing_leaves_gradients_as_they_are(arguments):
