@@ -267,6 +267,11 @@ def register_state(accelerator: Accelerator, state: TrainingState) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
+def if_deepspeed(accelerator: Accelerator, **options) -> dict:
+    """`options` that only DeepSpeed knows, or none."""
+    return options if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in `output_dir`, the oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -287,9 +292,8 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
         try:
             if accelerator.is_main_process:
                 (unfinished / CONFIG_NAME).write_text(config.to_json())
-            is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
             # DeepSpeed would write the base too.
-            accelerator.save_state(unfinished, **{"exclude_frozen_parameters": True} if is_deepspeed else {})
+            accelerator.save_state(unfinished, **if_deepspeed(accelerator, exclude_frozen_parameters=True))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -443,6 +447,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             " with `--multi_gpu`, or with DeepSpeed in stage 1 or 2."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed in stage 3 divides what is trained between the processes, and an adapter is too small to gain"
+                " from that. Launch with `--zero_stage 1` or 2."
+            )
         # It has settings of its own for these.
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.train_batch_size,
@@ -541,7 +550,8 @@ def train(
     model, optimizer, lr_scheduler = accelerator.prepare(state.model, optimizer, lr_scheduler)
     register_state(accelerator, state)
     if checkpoint is not None:
-        accelerator.load_state(checkpoint)
+        # The base is not in what DeepSpeed has written.
+        accelerator.load_state(checkpoint, **if_deepspeed(accelerator, load_module_strict=False))
     parameters = list(state.model.trained_parameters().values())
     dataloader = make_dataloader(samples, state.step, config, accelerator)
     step_loss, rows = torch.zeros((), device=accelerator.device), []

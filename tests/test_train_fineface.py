@@ -300,6 +300,29 @@ def test_two_processes_equal_one_with_twice_the_batch(train, arguments, run_proc
     assert_equal(train("run", options), whole, atol=1e-5, rtol=0)
 
 
+def test_deepspeed_equals_training_without_it_and_resumes(train, arguments, run_processes, tmp_path):
+    pytest.importorskip("deepspeed")
+    options = "--adam_epsilon 1 --checkpointing_steps 2 --use_ema"
+    alone = train("alone", options)
+    environment = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+
+    def run(stage, *more):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables = environment | {"MASTER_PORT": str(free.getsockname()[1])}
+        variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = stage
+        return run_processes({"arguments": arguments("run", " ".join([options, *more])), "environment": variables})[0]
+
+    answer = run("3")
+    assert answer["status"] == 2 and "--zero_stage" in answer["messages"], answer
+    for more in ("", "--resume_from_checkpoint latest"):
+        answer = run("2", more)
+        assert answer["status"] == 0, answer
+        assert_equal({file: load_file(tmp_path / "run" / file) for file in WEIGHTS}, alone, atol=1e-5, rtol=0)
+        shutil.rmtree(tmp_path / "run/checkpoint-4")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What is shown
 # --------------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def run_processes_fixture(tmp_path_factory):
     torch.set_num_threads(1)
     program = Path(__file__).with_name("training_processes.py")
     environment = os.environ | {
-        "PYTHONPATH": str(program.parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(program.parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
     }
