@@ -449,8 +449,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
-                "DeepSpeed in stage 3 divides what is trained between the processes, and an adapter is too small to gain"
-                " from that. Launch with `--zero_stage 1` or 2."
+                "DeepSpeed in stage 3 divides what is trained between the processes, and an adapter is too small to"
+                " gain from that. Launch with `--zero_stage 1` or 2."
             )
         # It has settings of its own for these.
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
