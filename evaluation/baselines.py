@@ -104,11 +104,13 @@ class BaselineModel(nn.Module):
 
     def forward(self, noisy_latents, timesteps, encoder_hidden_states, au_intensities, image_embeds=None):
         """`au_intensities`, `(batch, 12)`, are for LoRA-AU; `image_embeds`, `(batch, width)`, for an IP-Adapter."""
+        dtype = self.unet.dtype
+        # From a cache it comes in float16, which autocast on a CPU cannot put beside the tokens' bfloat16.
+        encoder_hidden_states = encoder_hidden_states.to(dtype)
         if self.au_adapter is not None:
             encoder_hidden_states = append_tokens(encoder_hidden_states, self.au_adapter(au_intensities))
         added = {} if image_embeds is None else {"added_cond_kwargs": {"image_embeds": [image_embeds[:, None]]}}
-        dtype = self.unet.dtype
-        return self.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states.to(dtype), **added).sample
+        return self.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states, **added).sample
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

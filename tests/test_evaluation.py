@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import make_tokenizer
 from diffusers import StableDiffusionPipeline
 from PIL import Image
@@ -637,6 +638,17 @@ def test_an_image_prompt_and_aus_work_together(prepared, world, tmp_path):
         assert abs(red - blue).max() > 0
     combination, neutral = pictures["red"]
     assert abs(combination - neutral).max() > 0
+
+
+@pytest.mark.parametrize("system", baselines.BASELINES)
+def test_a_baseline_trains_in_bfloat16_from_a_cache_in_half_precision(prepared, system):
+    # accelerate keeps its precision for the life of a process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        folder = train_baseline(prepared, system, f"{system}_bf16", 1, mixed_precision="bf16")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert baselines.steps_trained(folder) == 1
 
 
 def test_flags_that_a_baseline_cannot_follow_are_refused(prepared):
