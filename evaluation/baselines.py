@@ -62,7 +62,7 @@ from train_fineface import (
     run_program,
     train,
 )
-from training_config import RESUME_WITH_OTHER, TrainConfig
+from training_config import RESUME_WITH_OTHER, TrainConfig, default_settings
 from training_config import parse_args as parse_training_args
 from training_data import (
     BaseEncoders,
@@ -352,7 +352,7 @@ def run(system: str, config: TrainConfig) -> None:
     check_flags(config)
     settings = {"system": system, **json.loads(config.to_json())}
     settings = {name: value for name, value in settings.items() if name not in RESUME_WITH_OTHER}
-    has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline")
+    has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
     if steps_trained(config.output_dir) >= config.max_train_steps:
         return
     checkpoint = find_checkpoint(config)

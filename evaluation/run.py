@@ -22,9 +22,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -264,17 +265,19 @@ def file_digest(path: Path) -> str:
     return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
 
 
-def check_settings(path: Path, settings: dict, what: str) -> bool:
+def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = MappingProxyType({})) -> bool:
     """
-    Whether `settings` are on file already, at `path`.
+    Whether `settings` are on file already, at `path`. Those that the file, of an older version, does not have count as
+    `defaults`.
 
     Raises:
         ValueError: if others are. It names those that differ.
     """
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
     wanted = json.loads(json.dumps(settings))
+    found = {name: value for name, value in defaults.items() if name in wanted}
+    found |= json.loads(path.read_text(encoding="utf-8"))
     differences = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
     if differences:
         described = "; ".join(

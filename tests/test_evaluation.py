@@ -589,6 +589,10 @@ def test_a_baseline_that_was_stopped_ends_as_if_it_had_not_been(prepared, system
     assert whole and whole.keys() == resumed.keys()
     assert all(torch.allclose(whole[key], resumed[key], atol=1e-6) for key in whole)
     assert any(not torch.equal(after_one[key], resumed[key]) for key in whole)
+    # As an older version has left it, which did not have this flag.
+    settings = json.loads((stopped / baselines.SETTINGS_NAME).read_text())
+    del settings["noise_offset"]
+    (stopped / baselines.SETTINGS_NAME).write_text(json.dumps(settings))
     before = read_files_in(stopped)
     train_baseline(prepared, system, f"{system}_stopped", 2)
     assert read_files_in(stopped) == before
