@@ -8,10 +8,12 @@ equal budgets, and their evaluation. All of it is kept in one folder, and what i
 import importlib.util
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
 import signal
 import sysconfig
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -338,4 +340,11 @@ def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
 def _begin_worker(threads: int) -> None:
     # Ctrl-C is for the process that has started this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """Killed, it cannot end its workers, and when it is started again, two would train the same system."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)

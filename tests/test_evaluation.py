@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -762,6 +763,28 @@ def test_jobs_in_other_processes_are_done_and_the_first_error_ends_them(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
     with pytest.raises(ValueError, match="invalid literal"):
         run_jobs([functools.partial(int, "no number"), functools.partial(time.sleep, 60)], processes=2)
+
+
+def touch_for_ever(path: Path) -> None:
+    while True:
+        path.touch()
+        time.sleep(0.1)
+
+
+def test_jobs_end_with_the_process_that_was_killed(tmp_path):
+    paths = [tmp_path / name for name in "ab"]
+    jobs = [functools.partial(touch_for_ever, path) for path in paths]
+    parent = multiprocessing.get_context("spawn").Process(target=run_jobs, args=(jobs, 2))
+    parent.start()
+    deadline = time.monotonic() + 120
+    while not all(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    parent.kill()
+    parent.join()
+    time.sleep(2)
+    ended = [path.stat().st_mtime_ns for path in paths]
+    time.sleep(1)
+    assert ended == [path.stat().st_mtime_ns for path in paths]
 
 
 @pytest.mark.slow
