@@ -160,10 +160,12 @@ def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
 
 @pytest.mark.parametrize(
     "options",
-    ["", EVERYTHING],
-    ids=["plain", "everything"],
+    ["", EVERYTHING, "--use_8bit_adam"],
+    ids=["plain", "everything", "8 bits"],
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, tmp_path, options):
+    if "8bit" in options:
+        pytest.importorskip("bitsandbytes")
     options = f"--checkpointing_steps 2 --gradient_accumulation_steps 2 {options}"
     uninterrupted = train("run", options)
     random_state = torch.get_rng_state()
@@ -227,6 +229,13 @@ def test_accumulated_batches_equal_one_batch(train):
     whole = train("whole", f"{options} --train_batch_size 4")
     parts = train("parts", f"{options} --train_batch_size 2 --gradient_accumulation_steps 2")
     assert_equal(parts, whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiling_changes_nothing_but_rounding(train):
+    # Adam divides by the gradient's size, which would make rounding of small gradients large.
+    options = "--adam_epsilon 1 --max_train_steps 2 --num_au_tokens 2"
+    assert_equal(train("compiled", f"{options} --torch_compile"), train("eager", options), atol=1e-5, rtol=0)
 
 
 def test_workers_change_nothing(train):
