@@ -1,3 +1,4 @@
+import inspect
 import logging
 from collections import Counter
 
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
 from PIL import Image
 
 from au_attention_processor import (
@@ -259,6 +260,16 @@ def test_one_token_costs_one_addition_a_layer():
     added = traced_calls(unet, au_kwargs) - plain
     assert added.pop("add") == num_layers and added["scaled_dot_product_attention"] == added["linear"] == 0
     assert set(added) <= {"getitem", "to"}, added
+
+
+def test_the_signature_that_each_step_asks_for_is_known_and_right():
+    processor = AUAttnProcessor(Attention(8).processor)
+    known = inspect.signature(processor.__call__)
+    assert inspect.signature(processor.__call__) is known
+    names = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask", "ip_adapter_masks"]
+    assert list(known.parameters) == [*names, "au_residual", "au_keys", "au_values", "au_masks"]
+    code = AUAttnProcessor.__call__.__code__
+    assert ("self", *known.parameters) == code.co_varnames[: code.co_argcount]
 
 
 # Masks: several people in one picture
