@@ -79,6 +79,7 @@ TOGETHER = {
     "timestep_sampling": "stratified",
     "au_noise_variance": 0.05,
 }
+FASTER = {**TOGETHER, "au_learning_rate": 1e-2}
 TRIALS = {
     "paper": Trial("the paper's design: Res + MLP64, one token, joint guidance"),
     # Sampling alone: these share the paper's adapter.
@@ -121,6 +122,10 @@ TRIALS = {
     "all_together": Trial("what has been promising, at once", TOGETHER),
     "all_together_guided": Trial("…", TOGETHER, GUIDED),
     "all_together_guided_5": Trial("…", TOGETHER, {"au_guidance_scale": 5.0}),
+    "all_together_guided_8": Trial("…", TOGETHER, {"au_guidance_scale": 8.0}),
+    "all_together_faster": Trial("… and encoder, keys and values faster still", FASTER),
+    "all_together_faster_guided": Trial("…", FASTER, GUIDED),
+    "all_together_faster_guided_5": Trial("…", FASTER, {"au_guidance_scale": 5.0}),
 }
 HEADER = (
     *(
