@@ -126,6 +126,8 @@ TRIALS = {
     "all_together_faster": Trial("… and encoder, keys and values faster still", FASTER),
     "all_together_faster_guided": Trial("…", FASTER, GUIDED),
     "all_together_faster_guided_5": Trial("…", FASTER, {"au_guidance_scale": 5.0}),
+    "all_together_faster_scale_1.5": Trial("… and a larger λ_AU", FASTER, {"au_scale": 1.5}),
+    "all_together_faster_guided_scale_1.5": Trial("…", FASTER, {**GUIDED, "au_scale": 1.5}),
 }
 HEADER = (
     *(
