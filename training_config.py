@@ -42,6 +42,11 @@ PRESETS = {
         "timestep_bias_strategy": "range",
         "timestep_bias_begin": 400,
         "timestep_bias_multiplier": 4.0,
+        "timestep_sampling": "stratified",
+        # Ten times that of the LoRA, if that is the default.
+        "au_learning_rate": 1e-3,
+        "au_drop_prob": 0.1,
+        "au_noise_variance": 0.05,
     },
 }
 """Flags by the name of `--preset`: the paper's, which are the defaults, and what did best in docs/results.md."""
