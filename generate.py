@@ -277,7 +277,8 @@ def write_picture(image: Image.Image, path: Path, metadata: Mapping) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
     with open(unfinished, "wb") as file:
-        image.save(file, "PNG", pnginfo=chunks)
+        # Half the time of Pillow's own level, for a tenth more bytes: the model draws on a CPU meanwhile.
+        image.save(file, "PNG", pnginfo=chunks, compress_level=3)
     os.replace(unfinished, path)
 
 

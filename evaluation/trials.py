@@ -238,7 +238,8 @@ def write_table(laboratory: Laboratory) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(format_row(laboratory, name) for name in names)])
     write_text(laboratory.folder / TRIALS_NAME, text.getvalue())
-    write_text(laboratory.folder / VERDICT_NAME, describe_best(laboratory) + "\n")
+    run = f"Of the {len(TRIALS)} trials that `python -m evaluation.trials --list` shows, {len(names)} were run."
+    write_text(laboratory.folder / VERDICT_NAME, f"{run} {describe_best(laboratory)}\n")
 
 
 def best_trial(laboratory: Laboratory) -> str | None:
