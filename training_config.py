@@ -270,16 +270,10 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         default="paper",
         help='Other defaults: "best" has what did best in docs/results.md. Flags that are given count all the same.',
     )
-    parser.set_defaults(**PRESETS.get(_find_preset(argv), {}))
+    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
     arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     del arguments["preset"]
     try:
         return TrainConfig(**{n: tuple(value) if isinstance(value, list) else value for n, value in arguments.items()})
     except ValueError as error:
         parser.error(str(error))
-
-
-def _find_preset(argv: list[str] | None) -> str | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--preset")
-    return parser.parse_known_args(argv)[0].preset

@@ -40,8 +40,6 @@ from training_data import FACE_BOX, BaseEncoders, load_training_data
 SETTINGS_NAME = "laboratory.json"
 PATH_FLAGS = ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "cache_dir")
 COST_FLAGS = ("checkpointing_steps", "dataloader_num_workers", "torch_compile")
-STEPS_WORTH_COMPILING = 2_000
-"""Of a system that shares its graph with no other: in fewer steps, compiling takes as long as it saves."""
 
 
 @dataclass(frozen=True)
@@ -234,8 +232,6 @@ class Laboratory:
         folder = self._system_folder(name, changes)
         if baselines.steps_trained(folder) < self.size.steps:
             torch.compiler.reset()
-            if self.size.steps < STEPS_WORTH_COMPILING:
-                changes["torch_compile"] = None
             baselines.run(system, parse_args(self.flags(name, **changes)))
         return folder / IP_ADAPTER_NAME if system == "ip_adapter" else folder
 

@@ -145,7 +145,7 @@ def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
 
 def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
     changed = dict(PRESETS["best"])
-    name, value = changed.popitem()
+    name, _ = changed.popitem()
     paper, best = parse_args(arguments("run")), parse_args(arguments("run", "--preset best"))
     assert parse_args(arguments("run", "--preset paper")) == paper
     assert best == dataclasses.replace(paper, **PRESETS["best"]) != paper
@@ -290,12 +290,17 @@ def test_a_full_disk_is_reported_and_no_checkpoint_is_lost(train, arguments, run
     assert_equal(train("run", options), whole)
 
 
+def free_address() -> dict[str, str]:
+    """Where processes can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+
+
 def test_two_processes_equal_one_with_twice_the_batch(train, arguments, run_processes, tmp_path):
     options = "--adam_epsilon 1 --timestep_sampling stratified --face_loss_weight 4 --checkpointing_steps 2 --use_ema"
     whole = train("whole", f"{options} --train_batch_size 4")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "ACCELERATE_USE_CPU": "true"}
+    address = free_address() | {"ACCELERATE_USE_CPU": "true"}
     both = {"arguments": arguments("run", f"{options} --cache_latents"), "environment": address | {"WORLD_SIZE": "2"}}
     answers = run_processes(
         *({**both, "environment": both["environment"] | {"RANK": rank, "LOCAL_RANK": rank}} for rank in ("0", "1"))
@@ -313,14 +318,11 @@ def test_deepspeed_equals_training_without_it_and_resumes(train, arguments, run_
     pytest.importorskip("deepspeed")
     options = "--adam_epsilon 1 --checkpointing_steps 2 --use_ema"
     alone = train("alone", options)
-    environment = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true", "MASTER_ADDR": "127.0.0.1"}
+    environment = {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
     environment |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
 
     def run(stage, *more):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            variables = environment | {"MASTER_PORT": str(free.getsockname()[1])}
-        variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = stage
+        variables = environment | free_address() | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
         return run_processes({"arguments": arguments("run", " ".join([options, *more])), "environment": variables})[0]
 
     answer = run("3")
