@@ -36,7 +36,7 @@ report: $(ENVIRONMENT)  ## measure what the embedded weights are worth
 	$(BIN)/python -m toy_faces.report
 
 tables: $(ENVIRONMENT)  ## repeat the paper's tables on the embedded world, into docs/results.md
-	$(BIN)/python -m evaluation.paper_tables --quick
+	$(BIN)/python -m paper.tables --quick
 
 bench: $(ENVIRONMENT)  ## measure what AU control costs, on the CPU
 	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 1 --repeats 9 --output $(BENCH)/inference.md

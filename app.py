@@ -35,8 +35,10 @@ except ModuleNotFoundError as error:
 import torch
 
 from action_units import ACTION_UNITS, AU_NAMES, MAX_INTENSITY, PRESETS, extract_au_tags, format_aus, parse_aus
-from generate import Job, Parser, Weights, add_model_options, check_weights, make_job, settle_device
-from studio import MAX_ROWS, Studio, Sweep, file_name, intensities, read_expressions, write_gif, write_zip
+from drawing.jobs import Job, make_job
+from drawing.model import Weights, check_weights
+from drawing.studio import MAX_ROWS, Studio, Sweep, file_name, intensities, read_expressions, write_gif, write_zip
+from program import Parser, add_model_options, settle_device
 
 
 FACE_PARTS = {

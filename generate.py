@@ -20,29 +20,22 @@ gives each of several GPUs or machines its share. The pictures are the same what
 """
 
 import argparse
-import functools
 import json
 import os
-import re
 import shutil
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from action_units import PRESETS
-from contact_sheet import ANIMATION_SUFFIXES, Table, check_animation, draw_sheet, write_animation
-from jobs import (
+from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, check_animation, draw_sheet, write_animation
+from drawing.files import background_writer, describe, find_unfinished, write_picture
+from drawing.jobs import (
     JOB_FIELDS,
     MODEL_DEFAULTS_NAME,
     Job,
@@ -56,18 +49,17 @@ from jobs import (
     read_table_jobs,
     sweep_table,
 )
-from synthetic_dataset import (
+from drawing.labelled_set import (
     DEFAULT_DISTRIBUTION,
     check_dataset_folder,
     draw_dataset,
     read_distribution,
     write_dataset_metadata,
 )
+from drawing.model import Weights, check_weights, draw_jobs, group_jobs
+from program import Parser, Processes, add_model_options, check_output, number_or_none, settle_device, spell_option
 
 
-EMBEDDED_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
-METADATA_KEY = "fineface"
-MAX_UNWRITTEN = 64
 # What nobody calls a folder.
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
 SHEET_COLUMNS = 8
@@ -76,29 +68,9 @@ DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park,
 DEMO_SEED = 5
 
 
-@dataclass(frozen=True)
-class Weights:
-    """Where the model comes from: folders or Hub ids."""
-
-    model: str
-    adapter: str | None = None
-    adapter_variant: str | None = None
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # What is asked for. All of it is checked before a model is loaded.
 # --------------------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """One whose errors are ValueErrors, for `main` to report."""
-
-    def error(self, message: str):
-        raise ValueError(message)
-
-
-def number_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -172,23 +144,6 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--width", type=int, help="in pixels (default: the model's)")
 
 
-def add_model_options(parser) -> None:
-    """Which model, where and in which precision, to a parser or a group of one; `settle_device` completes them."""
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
-    parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
-    parser.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
-    parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)"
-    )
-
-
-def settle_device(args: argparse.Namespace) -> None:
-    """Put the device, and the dtype that suits it if none was named, in the place of what was asked for."""
-    args.device = pick_device(args.device)
-    args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
-
-
 def _check_counts(args: argparse.Namespace) -> None:
     if args.batch_size < 1:
         raise ValueError(f"`--batch-size` has to be a whole number from 1 on, but is {args.batch_size}.")
@@ -210,321 +165,8 @@ def _check_counts(args: argparse.Namespace) -> None:
         raise ValueError(f"`--dataset` has to be a number of pictures from 1 on, but is {args.dataset}.")
 
 
-def spell_option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def is_animation(args: argparse.Namespace) -> bool:
     return args.aus_from is not None and args.output.suffix.lower() in ANIMATION_SUFFIXES
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of this name; without one, the accelerator that torch finds, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    devices = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
-    if name is None:
-        # What accelerate calls its option to leave the GPU alone.
-        cpu_only = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        return torch.device("cpu" if cpu_only else list(devices)[-1])
-    match = re.fullmatch("([a-z]+)(?::([0-9]+))?", name)
-    if not match or int(match[2] or 0) >= devices.get(match[1], 0):
-        raise ValueError(f"`--device` is {name!r}, which torch does not find here. It finds {' and '.join(devices)}.")
-    return torch.device(name)
-
-
-def check_weights(weights: Weights) -> None:
-    """Raise an error for a path without a model. Whether there is a Hub id, only the Hub knows."""
-    for option, name in (("--model", weights.model), ("--adapter", weights.adapter)):
-        if name is None:
-            continue
-        folder = Path(name)
-        # With its first part on this disk, it is a mistyped path.
-        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.parent.exists()
-        if not folder.is_dir() and not is_hub_id:
-            raise FileNotFoundError(
-                f"`{option}` is {name!r}, which is neither a folder nor the id of a Hub repository."
-            )
-        if option == "--model" and folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"`{option}` is {name!r}, a folder without a model: it has no model_index.json.")
-    if weights.adapter_variant is not None and weights.adapter is None:
-        raise ValueError("`--adapter-variant` chooses among the files of an `--adapter`, but there is none.")
-
-
-def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = (".png",)) -> None:
-    """Raise an error if nothing can be written at `path`. Creates nothing."""
-    if path.exists() and path.is_dir() != is_folder:
-        raise OSError(f"`--output` is {str(path)!r}, which is {'no' if is_folder else 'a'} folder.")
-    if not is_folder and path.suffix.lower() not in suffixes:
-        raise ValueError(f"`--output` is {str(path)!r}. Pictures are PNG files: give it the ending .png.")
-    folder = (path if is_folder else path.parent).resolve()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"`--output` is {str(path)!r}, but nothing can be written into {str(existing)!r}.")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def write_picture(image: Image.Image, path: Path, metadata: Mapping) -> None:
-    """Write a PNG with `metadata` in it. At `path` there is never less than a whole file."""
-    chunks = PngInfo()
-    chunks.add_text("Software", "FineFace")
-    aus = f" [{metadata['aus']}]" if metadata.get("aus") else ""
-    chunks.add_itxt("Description", metadata["prompt"] + aus)
-    chunks.add_itxt(METADATA_KEY, json.dumps(metadata))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    with open(unfinished, "wb") as file:
-        # Half the time of Pillow's own level, for a tenth more bytes: the model draws on a CPU meanwhile.
-        image.save(file, "PNG", pnginfo=chunks, compress_level=3)
-    os.replace(unfinished, path)
-
-
-@contextmanager
-def background_writer() -> Iterator[Callable[[Image.Image, Path, Mapping], None]]:
-    """
-    `write_picture` in a thread, so that the model draws on meanwhile. When the block is left, also by an error, all is
-    written. An error in writing comes up at one of the next pictures.
-    """
-    unwritten = deque()
-    with ThreadPoolExecutor(1) as pool:
-
-        def write(*args) -> None:
-            unwritten.append(pool.submit(write_picture, *args))
-            while unwritten and (unwritten[0].done() or len(unwritten) > MAX_UNWRITTEN):
-                unwritten.popleft().result()
-
-        yield write
-    for future in unwritten:
-        future.result()
-
-
-def read_metadata(path: str | os.PathLike) -> dict:
-    """
-    What a picture of this program says about itself: the fields of its `Job` and of `Weights`, the `dtype`, and the
-    `versions` of the libraries. A sheet has `rows`, the AUs of each of its pictures, in place of `aus`.
-
-    Raises:
-        ValueError: if the file carries nothing of the kind.
-        OSError: if it is no picture.
-    """
-    with Image.open(path) as image:
-        text = image.info.get(METADATA_KEY)
-    if not isinstance(text, str):
-        raise ValueError(f"{os.fspath(path)!r} carries no FineFace metadata: another program has written it.")
-    return json.loads(text)
-
-
-def describe(weights: Weights, args: argparse.Namespace) -> dict:
-    """What pictures say about how they were made."""
-    return _names(weights) | {"dtype": args.dtype, "versions": _library_versions()}
-
-
-@functools.cache
-def _library_versions() -> dict[str, str]:
-    # Looked up anew for every picture, they would cost a twentieth of drawing one with the embedded model.
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
-
-
-def _names(weights: Weights) -> dict:
-    # The same in every clone.
-    is_embedded = Path(weights.model).resolve() == EMBEDDED_MODEL
-    return asdict(weights) | ({"model": "toy_faces/weights"} if is_embedded else {})
-
-
-def is_finished(path: Path, job: Job, weights: Weights, overwrite: bool = False) -> bool:
-    """
-    Whether `path` already shows `job`. Versions, dtype and device, which change a picture by rounding, may differ.
-
-    Raises:
-        ValueError: if it shows something else, unless `overwrite`.
-    """
-    if not path.exists():
-        return False
-    try:
-        found = read_metadata(path)
-    except (OSError, ValueError):
-        found = {}
-    wanted = asdict(job) | _names(weights)
-    differences = [name for name, value in wanted.items() if found.get(name) != value]
-    if differences and not overwrite:
-        name = differences[0]
-        what = (
-            f"with `{name}` = {found[name]!r} in place of {wanted[name]!r}" if name in found else "by another program"
-        )
-        raise ValueError(f"{str(path)!r} is there already, {what}. Use another `--output`, or `--overwrite` it.")
-    return not differences
-
-
-def find_unfinished(
-    jobs: Mapping[str, Job], folder: Path, weights: Weights, overwrite: bool
-) -> tuple[dict[Job, list[Path]], int]:
-    """Where the pictures go that are not there yet, by their jobs, and the number of those that are."""
-    paths_by_job, num_finished = {}, 0
-    for name, job in jobs.items():
-        path = folder / name
-        check_output(path)
-        if is_finished(path, job, weights, overwrite):
-            num_finished += 1
-        else:
-            paths_by_job.setdefault(job, []).append(path)
-    return paths_by_job, num_finished
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Processes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Processes:
-    """Those that `accelerate launch` or `torchrun` has started together to share the work; mostly only this one."""
-
-    def __init__(self, device: torch.device):
-        self.state = None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
-
-            if device.index is not None:
-                raise ValueError(
-                    f"`--device` is {str(device)!r}, which all processes would share. Leave out the number: each takes"
-                    " a device of its own."
-                )
-            # Whoever is done first waits for the last.
-            self.state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
-
-    @property
-    def is_main(self) -> bool:
-        return self.state is None or self.state.is_main_process
-
-    def on_main(self, work: Callable):
-        """What `work` returns on the main process, on all of them. If it fails there, all end, with one message."""
-        if self.state is None:
-            return work()
-        from accelerate.utils import broadcast_object_list
-
-        outcome = [None, None]
-        if self.is_main:
-            try:
-                outcome = [work(), None]
-            except (ValueError, OSError) as error:
-                outcome = [None, error]
-        error = outcome[1]
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise error or SystemExit(2)
-        return outcome[0]
-
-    def share(self, entries: list) -> list:
-        """Every n-th of `entries`, another one for each process."""
-        return entries if self.state is None else entries[self.state.process_index :: self.state.num_processes]
-
-    def wait(self) -> None:
-        if self.state is not None:
-            self.state.wait_for_everyone()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Generation
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No bars while weights are loaded, and nothing from transformers about parts that are not in use."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
-        transformers_logging.enable_progress_bar()
-
-
-def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
-    """
-    Raises:
-        OSError: if the model or the adapter cannot be found.
-        ValueError: if a file is broken, or the adapter does not fit the model.
-    """
-    from pipeline_fineface import FineFacePipeline
-
-    if weights.adapter is None:
-        pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype)
-    else:
-        pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype, au_adapter=None)
-        pipeline.load_au_adapter(weights.adapter, variant=weights.adapter_variant)
-    return pipeline.to(device)
-
-
-def fuse_lora(pipeline) -> None:
-    """
-    Make the LoRA part of the weights, for good: from then on a step costs what one of plain Stable Diffusion does.
-    The pictures change by rounding.
-    """
-    pipeline.fuse_lora(components=["unet"])
-    pipeline.unload_lora_weights()
-
-
-def group_jobs(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs of equal settings, which calls of the pipeline can serve together."""
-    by_settings = {}
-    for job in jobs:
-        settings = replace(job, prompt="", aus=job.aus and "", seed=0, negative_prompt=None, negative_aus=None)
-        by_settings.setdefault(settings, []).append(job)
-    return list(by_settings.values())
-
-
-def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
-    """Jobs that one call of the pipeline can serve, at most `batch_size` in each."""
-    return [group[i : i + batch_size] for group in group_jobs(jobs) for i in range(0, len(group), batch_size)]
-
-
-def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
-    """The pictures of one of `make_batches`. With a generator for each, they do not depend on their neighbours."""
-    shared = jobs[0]
-    has_aus = shared.aus is not None
-    return pipeline(
-        [job.prompt for job in jobs],
-        negative_prompt=[job.negative_prompt or "" for job in jobs],
-        aus=[job.aus for job in jobs] if has_aus else None,
-        negative_aus=[job.negative_aus for job in jobs] if has_aus else None,
-        # On the CPU, where a seed gives the same numbers whatever the device.
-        generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
-        au_scale=shared.au_scale,
-        guidance_scale=shared.guidance_scale,
-        au_guidance_scale=shared.au_guidance_scale,
-        num_inference_steps=shared.num_inference_steps,
-        height=shared.height,
-        width=shared.width,
-    ).images
-
-
-def generate(
-    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0, silent: bool = False
-) -> Iterator[tuple[Job, Image.Image]]:
-    """Load the model and yield each job with its picture, behind one progress bar."""
-    with quiet():
-        pipeline = load_pipeline(weights, args.device, getattr(torch, args.dtype))
-        if pipeline.au_adapter is None and any(job.aus is not None for job in jobs):
-            raise ValueError(f"{weights.model!r} has no AU adapter, which AUs need. Name one with `--adapter`.")
-        fuse_lora(pipeline)
-        total = num_finished + len(jobs)
-        # A single picture shows its denoising steps instead.
-        pipeline.set_progress_bar_config(disable=silent or total > 1)
-        no_bar = silent or total == 1
-        with tqdm(total=total, initial=num_finished, unit="picture", mininterval=0, disable=no_bar) as bar:
-            for batch in make_batches(jobs, args.batch_size):
-                for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
-                    yield job, image
-                    bar.update()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -532,18 +174,24 @@ def generate(
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def _draw(
+    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0, silent: bool = False
+) -> Iterator[tuple[Job, Image.Image]]:
+    return draw_jobs(jobs, weights, args.device, args.dtype, args.batch_size, num_finished, silent)
+
+
 def run_single(job: Job, weights: Weights, args: argparse.Namespace) -> str:
-    for _, image in generate([job], weights, args):
-        write_picture(image, args.output, asdict(job) | describe(weights, args))
+    for _, image in _draw([job], weights, args):
+        write_picture(image, args.output, asdict(job) | describe(weights, args.dtype))
     return str(args.output)
 
 
 def run_sheet(job: Job, bands: list[list[Table]], weights: Weights, args: argparse.Namespace) -> str:
     rows = [row for band in bands for table in band for row in table.rows]
     # Each picture once: in a grid, all AUs begin at the same face.
-    pictures = dict(generate(list(dict.fromkeys(job for row in rows for job in row)), weights, args))
+    pictures = dict(_draw(list(dict.fromkeys(job for row in rows for job in row)), weights, args))
     bands = [[replace(t, rows=[[pictures[job] for job in row] for row in t.rows]) for t in band] for band in bands]
-    metadata = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]} | describe(weights, args)
+    metadata = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]} | describe(weights, args.dtype)
     del metadata["aus"]
     write_picture(draw_sheet(bands, f"{job.prompt} · seed {job.seed}"), args.output, metadata)
     return str(args.output)
@@ -564,9 +212,9 @@ def run_folder(
     if share:
         with background_writer() as write:
             num_before = len(jobs) - len(paths_by_job) if processes.state is None else 0
-            for job, image in generate(share, weights, args, num_before, silent=not processes.is_main):
+            for job, image in _draw(share, weights, args, num_before, silent=not processes.is_main):
                 for path in paths_by_job[job]:
-                    write(image, path, asdict(job) | describe(weights, args))
+                    write(image, path, asdict(job) | describe(weights, args.dtype))
     processes.wait()
     return f"{len(jobs) - num_finished} new pictures, {num_finished} from before"
 
@@ -597,7 +245,7 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
     # Frames of another animation of this name are of no use.
     run_folder(jobs, frames_folder, weights, args, processes, overwrite=True)
     if processes.is_main:
-        about = asdict(key_jobs[0]) | {"rows": [[job.aus for job in key_jobs]]} | describe(weights, args)
+        about = asdict(key_jobs[0]) | {"rows": [[job.aus for job in key_jobs]]} | describe(weights, args.dtype)
         del about["aus"]
         frames = (Image.open(frames_folder / name).convert("RGB") for name in jobs)
         write_animation(tqdm(frames, "encoding", len(jobs), unit="frame"), args.output, args.fps, json.dumps(about))

@@ -52,10 +52,10 @@ from tqdm.auto import tqdm
 from action_units import AU_NAMES
 from au_attention_processor import attach_au_processors, au_cross_attention_kwargs
 from au_encoder import AUAdapter, check_tensors, read_tensors, write_au_adapter
-from contact_sheet import Table, draw_sheet
+from drawing.contact_sheet import Table, draw_sheet
 from pipeline_fineface import LORA_NAME, FineFacePipeline
-from training_config import RESUME_WITH_OTHER, TrainConfig, default_settings, parse_args
-from training_data import (
+from training.config import RESUME_WITH_OTHER, TrainConfig, default_settings, parse_args
+from training.data import (
     BaseEncoders,
     TrainingSamples,
     cache_inputs,

@@ -18,7 +18,10 @@ import torch
 
 import generate
 from benchmarks.tables import Report, count, device_or_error, markdown_table
+from drawing.jobs import read_model_defaults
+from drawing.model import Weights, fuse_lora, load_pipeline, quiet
 from pipeline_fineface import FineFacePipeline
+from program import EMBEDDED_MODEL
 
 
 PROMPTS = ("a girl with long red hair in a park", "a bald man in the snow", "a woman with glasses in the city")
@@ -68,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_or_error, default=None, help="(default: the accelerator, if any)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--model", default=str(generate.EMBEDDED_MODEL), help="(default: the embedded model)")
+    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="(default: the embedded model)")
     parser.add_argument("--batch-size", type=count, default=4)
     parser.add_argument("--batches", type=count, default=6, help="2 or more (default: 6)")
     parser.add_argument("--steps", type=count, help="(default: the model's)")
@@ -88,14 +91,14 @@ def main(argv: list[str] | None = None) -> None:
     jobs = make_jobs(args.batches * args.batch_size)
     arguments = ["--model", args.model, "--device", str(args.device), "--dtype", args.dtype]
     arguments += ["--batch-size", str(args.batch_size)]
-    call_kwargs = generate.read_model_defaults(args.model)
+    call_kwargs = read_model_defaults(args.model)
     if args.steps:
         arguments += ["--num-inference-steps", str(args.steps)]
         call_kwargs["num_inference_steps"] = args.steps
-    weights = generate.Weights(args.model)
-    with generate.quiet():
-        pipeline = generate.load_pipeline(weights, args.device, getattr(torch, args.dtype))
-        generate.fuse_lora(pipeline)
+    weights = Weights(args.model)
+    with quiet():
+        pipeline = load_pipeline(weights, args.device, getattr(torch, args.dtype))
+        fuse_lora(pipeline)
     pipeline.set_progress_bar_config(disable=True)
 
     bare, command_line, totals = [], [], []

@@ -44,8 +44,9 @@ from action_units import parse_aus
 from au_attention_processor import au_layers
 from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, base_unet
 from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
-from generate import EMBEDDED_MODEL, quiet
+from drawing.model import quiet
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from program import EMBEDDED_MODEL
 
 
 PROMPT = "a closeup of a boy in a park"

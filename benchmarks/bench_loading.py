@@ -29,7 +29,7 @@ from au_attention_processor import au_layers
 from au_encoder import AUAdapter, write_au_adapter
 from benchmarks.bench_inference import DTYPES, LORA_RANK, LORA_TARGETS, SD21, synchronize
 from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
-from generate import quiet
+from drawing.model import quiet
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 
 

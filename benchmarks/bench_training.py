@@ -40,8 +40,8 @@ from train_fineface import (
     make_model,
     train,
 )
-from training_config import parse_args as parse_training_args
-from training_data import BaseEncoders, TrainingSamples, cache_inputs, load_training_data, make_inputs
+from training.config import parse_args as parse_training_args
+from training.data import BaseEncoders, TrainingSamples, cache_inputs, load_training_data, make_inputs
 
 
 MIXED_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}

@@ -36,8 +36,10 @@ from tqdm import tqdm
 
 from action_units import format_aus
 from benchmarks.tables import add_clock_argument, count, describe_machine, markdown_table, pick_clock
-from contact_sheet import Table, draw_sheet
-from generate import EMBEDDED_MODEL, fuse_lora, number_or_none, pick_device, read_model_defaults
+from drawing.contact_sheet import Table, draw_sheet
+from drawing.jobs import read_model_defaults
+from drawing.model import fuse_lora
+from program import EMBEDDED_MODEL, number_or_none, pick_device
 from toy_faces.pictures import UNSEEN, render_seed, to_pixel_values
 from toy_faces.report import PROMPTS, Bench, attribute_agreement, combination_commands, mean_squared_error
 

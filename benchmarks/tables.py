@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from generate import pick_device
+from program import pick_device
 
 
 class Report:

@@ -9,7 +9,7 @@ import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from action_units import AU_NAMES
-from contact_sheet import GREY, INK, Table, draw_sheet
+from drawing.contact_sheet import GREY, INK, Table, draw_sheet
 from evaluation.meters import read_picture
 from evaluation.report import MEASURED, with_neutral
 

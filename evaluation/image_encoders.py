@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from evaluation.meters import folder_digest, toy_pixel_values
-from generate import EMBEDDED_MODEL
+from program import EMBEDDED_MODEL
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

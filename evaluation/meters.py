@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 
 from action_units import AU_NAMES
-from au_tables import AURow, read_au_table
-from generate import EMBEDDED_MODEL
+from face_data.au_tables import AURow, read_au_table
+from program import EMBEDDED_MODEL
 
 
 TOOL_SCRIPTS = Path(__file__).parent / "tool_scripts"

@@ -34,6 +34,9 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
+from drawing.files import read_metadata, write_picture
+from drawing.jobs import read_model_defaults
+from drawing.model import Weights, check_weights, quiet
 from evaluation import figures, report
 from evaluation.image_encoders import ImageEncoder, make_image_encoder
 from evaluation.meters import Meter, ToolError, folder_digest, make_meter, read_picture
@@ -49,18 +52,7 @@ from evaluation.testset import (
     read_combinations,
     read_prompts,
 )
-from generate import (
-    EMBEDDED_MODEL,
-    Parser,
-    Weights,
-    check_output,
-    check_weights,
-    number_or_none,
-    quiet,
-    read_metadata,
-    read_model_defaults,
-    write_picture,
-)
+from program import EMBEDDED_MODEL, Parser, check_output, number_or_none
 
 
 EMBEDDED_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)

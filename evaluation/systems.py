@@ -10,7 +10,7 @@ from PIL import Image
 
 from action_units import ACTION_UNITS, parse_aus
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
-from generate import Weights, load_pipeline
+from drawing.model import Weights, load_pipeline
 
 
 SYSTEMS = {
@@ -77,7 +77,7 @@ def check_system(system: str, weights: Weights) -> None:
         "lora_au": [LORA_WEIGHTS_NAME, f"{ENCODER_FOLDER}/config.json"],
     }[system]
     if weights.adapter is None:
-        raise ValueError(f"`--system {system}` needs `--adapter`, the folder that `evaluation.baselines` wrote.")
+        raise ValueError(f"`--system {system}` needs `--adapter`, the folder that `paper.baselines` wrote.")
     for name in needed:
         if not (Path(weights.adapter) / name).is_file():
             raise FileNotFoundError(f"`--adapter` is {weights.adapter!r}, which has no {name} of {system}.")

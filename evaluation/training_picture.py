@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from contact_sheet import GREY, INK
+from drawing.contact_sheet import GREY, INK
 from evaluation.figures import CURVE, OTHER_CURVE
-from generate import check_output
+from program import check_output
 
 
 LOSS = "train_loss"

@@ -20,20 +20,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 from au_attention_processor import read_au_masks
-from generate import (
-    EMBEDDED_MODEL,
-    Weights,
-    check_output,
-    check_weights,
-    load_pipeline,
-    make_job,
-    pick_device,
-    quiet,
-    read_model_defaults,
-    spell_option,
-    write_picture,
-)
+from drawing.files import write_picture
+from drawing.jobs import make_job, read_model_defaults
+from drawing.model import Weights, check_weights, load_pipeline, quiet
 from pipeline_fineface import FineFacePipeline
+from program import EMBEDDED_MODEL, check_output, pick_device, spell_option
 
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")

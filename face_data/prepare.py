@@ -24,8 +24,8 @@ import sqlite3
 import sys
 from pathlib import Path
 
-from au_tables import AU_TABLE_TOOLS
 from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, prepare_affectnet
+from face_data.au_tables import AU_TABLE_TOOLS
 from face_data.build import FORMATS, Build, build_dataset
 from face_data.disfa import Disfa, prepare_disfa
 from face_data.report import report_folders

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from action_units import AU_NAMES
-from contact_sheet import GREY, INK
+from drawing.contact_sheet import GREY, INK
 from face_data.store import list_parts, read_lines, read_settings, replace_file
 
 

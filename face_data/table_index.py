@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from action_units import AU_NAMES
-from au_tables import AURow, read_au_table
+from face_data.au_tables import AURow, read_au_table
 from face_data.store import replace_file
 
 

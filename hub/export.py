@@ -37,23 +37,13 @@ from tqdm import tqdm
 
 from action_units import ACTION_UNITS
 from au_encoder import base_unet, find_adapter_files
-from generate import (
-    DEMO_PROMPT,
-    EMBEDDED_MODEL,
-    MODEL_DEFAULTS_NAME,
-    Job,
-    Weights,
-    generate_batch,
-    load_pipeline,
-    make_batches,
-    make_job,
-    pick_device,
-    quiet,
-    read_model_defaults,
-    write_picture,
-)
+from drawing.files import write_picture
+from drawing.jobs import MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
+from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet
+from generate import DEMO_PROMPT
 from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
 from hub.program import Parser, check_new_folder, new_folder, run_program
+from program import EMBEDDED_MODEL, pick_device
 
 
 COMPONENT = "au_adapter"

@@ -18,9 +18,12 @@ import torch
 from PIL import Image
 
 from action_units import ACTION_UNITS, PRESETS, format_aus
-from generate import EMBEDDED_MODEL, Job, Weights, read_metadata
+from drawing.files import read_metadata
+from drawing.jobs import Job
+from drawing.model import Weights
+from drawing.studio import Studio
 from hub import export
-from studio import Studio
+from program import EMBEDDED_MODEL
 
 
 pytest.importorskip("gradio", minversion="6", reason="needs Gradio 6 or newer: pip install gradio")
@@ -183,7 +186,7 @@ def test_a_wrong_sweep_is_a_message(ends, part):
 
 def test_nobody_waits_for_the_page_of_a_slow_model(studio, monkeypatch, tmp_path):
     assert app.Page(studio, tmp_path).first_picture is not None
-    monkeypatch.setattr("studio.MAX_QUICK_WEIGHTS", 0)
+    monkeypatch.setattr("drawing.studio.MAX_QUICK_WEIGHTS", 0)
     assert app.Page(studio, tmp_path).first_picture is None
 
 

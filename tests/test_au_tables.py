@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from action_units import AU_NAMES
-from au_tables import AU_TABLE_TOOLS, blendshapes_to_aus, detect_tool, read_au_table
+from face_data.au_tables import AU_TABLE_TOOLS, blendshapes_to_aus, detect_tool, read_au_table
 
 
 NUMBERS = [int(name[2:]) for name in AU_NAMES]

@@ -15,8 +15,9 @@ from benchmarks import bench_batch, bench_inference, bench_loading, few_steps, t
 from benchmarks.bench_inference import ROWS, Contender, Stand
 from benchmarks.few_steps import Result, ResultFile, Setting, choose, near_best, pareto
 from benchmarks.tables import Report, markdown_table
-from generate import EMBEDDED_MODEL, MODEL_DEFAULTS_NAME, read_model_defaults
+from drawing.jobs import MODEL_DEFAULTS_NAME, read_model_defaults
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from program import EMBEDDED_MODEL
 
 
 ROOT = Path(__file__).resolve().parents[1]

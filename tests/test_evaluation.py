@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from action_units import AU_NAMES
-from evaluation import baselines, figures, metrics, paper_tables, report, run, training_picture, trials
+from drawing.model import Weights
+from evaluation import figures, metrics, report, run, training_picture
 from evaluation.image_encoders import make_image_encoder
-from evaluation.laboratory import SIZES, Laboratory, run_jobs
 from evaluation.meters import ToolError, make_meter
 from evaluation.run import write_text
 from evaluation.systems import Sampling, System, au_words, aus_in_words
@@ -41,11 +41,13 @@ from evaluation.testset import (
     read_combinations,
     read_prompts,
 )
-from generate import Weights
+from paper import baselines, trials
+from paper import tables as paper_tables
+from paper.laboratory import SIZES, Laboratory, run_jobs
 from toy_faces import networks
 from toy_faces.pictures import captions_of
 from toy_faces.renderer import attributes_in
-from training_config import parse_args as parse_training_args
+from training.config import parse_args as parse_training_args
 
 
 CPU = torch.device("cpu")

@@ -25,8 +25,8 @@ from face_data.prepare import main
 from face_data.report import AFTER_COLOR, Histogram, draw_histograms
 from face_data.store import list_parts, place_picture, read_lines, read_rows, run_parts
 from toy_faces.renderer import render, sample_aus, sample_portrait
-from training_config import TrainConfig
-from training_data import load_training_data
+from training.config import TrainConfig
+from training.data import load_training_data
 
 
 ROOT = Path(__file__).parents[1]

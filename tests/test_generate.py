@@ -14,12 +14,16 @@ import torch
 from conftest import make_adapter, make_components
 from PIL import Image
 
-import generate
+import program
 from action_units import ACTION_UNITS, AU_NAMES, PRESETS, parse_aus
 from au_encoder import write_au_adapter
-from contact_sheet import Table, draw_sheet, draw_table, write_animation
-from generate import Job, Weights, main, make_batches, read_metadata
-from synthetic_dataset import DEFAULT_DISTRIBUTION
+from drawing import files, model
+from drawing.contact_sheet import Table, draw_sheet, draw_table, write_animation
+from drawing.files import read_metadata
+from drawing.jobs import Job
+from drawing.labelled_set import DEFAULT_DISTRIBUTION
+from drawing.model import Weights, make_batches
+from generate import main
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +42,7 @@ def no_model(monkeypatch):
     def load_pipeline(*args):
         raise AssertionError("A model was loaded.")
 
-    monkeypatch.setattr(generate, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(model, "load_pipeline", load_pipeline)
 
 
 def write_jobs(path: Path, *jobs) -> str:
@@ -256,7 +260,7 @@ def test_seed_and_aus_decide_the_picture(model_args, tmp_path):
 
 
 def test_the_embedded_model_is_named_without_its_folder():
-    assert generate._names(Weights(str(generate.EMBEDDED_MODEL)))["model"] == "toy_faces/weights"
+    assert files._names(Weights(str(program.EMBEDDED_MODEL)))["model"] == "toy_faces/weights"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -363,7 +367,7 @@ def test_a_batch_refuses_a_picture_of_another_program(model_args, no_model, tmp_
 def test_a_finished_batch_loads_no_model(model_args, tmp_path, monkeypatch):
     options = [*model_args, "--batch", write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy"}), "--output"]
     assert main([*options, str(tmp_path)]) == 0
-    monkeypatch.delattr(generate, "load_pipeline")
+    monkeypatch.delattr(model, "load_pipeline")
     assert main([*options, str(tmp_path)]) == 0
 
 
@@ -401,7 +405,7 @@ def test_a_killed_batch_goes_on_where_it_was(model_args, tmp_path):
 def test_pictures_are_written_while_the_next_are_drawn(model_args, tmp_path, monkeypatch):
     """The model does not wait for the disk, and at the end everything is there."""
     events, all_drawn = [], threading.Event()
-    write, draw = generate.write_picture, generate.generate_batch
+    write, draw = files.write_picture, model.generate_batch
 
     def slow_write(image, path, metadata):
         assert all_drawn.wait(60)
@@ -415,8 +419,8 @@ def test_pictures_are_written_while_the_next_are_drawn(model_args, tmp_path, mon
             all_drawn.set()
         return images
 
-    monkeypatch.setattr(generate, "write_picture", slow_write)
-    monkeypatch.setattr(generate, "generate_batch", noted_draw)
+    monkeypatch.setattr(files, "write_picture", slow_write)
+    monkeypatch.setattr(model, "generate_batch", noted_draw)
     path = write_jobs(tmp_path / "jobs.jsonl", *({"prompt": "a boy", "seed": i} for i in range(3)))
     options = [*model_args, "--num-inference-steps", "1", "--batch-size", "1", "--batch", path]
     assert main([*options, "--output", str(tmp_path)]) == 0
@@ -427,15 +431,15 @@ def test_pictures_are_drawn_with_the_lora_in_the_weights(model_args, tmp_path, m
     """A step then costs what one of plain Stable Diffusion costs, and the pictures are those of the LoRA beside it."""
     weights = Weights(model_args[1], model_args[3])
     job = Job("a boy", aus="6C+12D", num_inference_steps=2)
-    beside = generate.load_pipeline(weights, torch.device("cpu"), torch.float32)
-    expected = np.asarray(generate.generate_batch(beside, [job])[0]).astype(int)
-    draw, num_loras = generate.generate_batch, []
+    beside = model.load_pipeline(weights, torch.device("cpu"), torch.float32)
+    expected = np.asarray(model.generate_batch(beside, [job])[0]).astype(int)
+    draw, num_loras = model.generate_batch, []
 
     def noted_draw(pipeline, jobs):
         num_loras.append(sum(hasattr(module, "lora_A") for module in pipeline.unet.modules()))
         return draw(pipeline, jobs)
 
-    monkeypatch.setattr(generate, "generate_batch", noted_draw)
+    monkeypatch.setattr(model, "generate_batch", noted_draw)
     path = tmp_path / "a.png"
     assert main([*model_args, "--prompt", job.prompt, "--aus", job.aus, "--output", str(path)]) == 0
     assert num_loras == [0] and any(hasattr(module, "lora_A") for module in beside.unet.modules())
@@ -446,7 +450,7 @@ def test_a_picture_that_cannot_be_written_is_an_error(model_args, tmp_path, caps
     def full_disk(image, path, metadata):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(generate, "write_picture", full_disk)
+    monkeypatch.setattr(files, "write_picture", full_disk)
     path = write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy"})
     assert main([*model_args, "--batch", path, "--output", str(tmp_path)]) == 2
     assert "error: No space left on device\n" in capsys.readouterr().err
@@ -487,11 +491,11 @@ def test_an_error_of_several_processes_is_one_line(model_args, tmp_path):
 def test_several_processes_do_not_share_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="a device of its own"):
-        generate.Processes(torch.device("cuda:1"))
+        program.Processes(torch.device("cuda:1"))
 
 
 def test_the_work_is_shared_evenly(monkeypatch):
-    processes = generate.Processes(torch.device("cpu"))
+    processes = program.Processes(torch.device("cpu"))
     assert processes.is_main and processes.share([1, 2, 3]) == [1, 2, 3]
     shares = []
     for index in range(3):
@@ -572,7 +576,7 @@ def test_a_table_becomes_a_gif(model_args, tmp_path, capsys, monkeypatch):
     options = [*model_args, "--prompt", "a boy", "--aus-from", table, "--frames-between", "2", "--fps", "10"]
     options += ["--output", str(output), "--batch-size", "1"]
     # Stopped after two frames, it goes on from there.
-    draw, calls = generate.generate_batch, []
+    draw, calls = model.generate_batch, []
 
     def stop_at_the_third(pipeline, jobs):
         calls.append(jobs)
@@ -580,7 +584,7 @@ def test_a_table_becomes_a_gif(model_args, tmp_path, capsys, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return draw(pipeline, jobs)
 
-    monkeypatch.setattr(generate, "generate_batch", stop_at_the_third)
+    monkeypatch.setattr(model, "generate_batch", stop_at_the_third)
     assert main(options) == 130
     assert not output.exists()
     assert main(options) == 0
@@ -702,7 +706,7 @@ def test_ctrl_c_is_one_line_and_130(model_args, tmp_path, capsys, monkeypatch):
     def generate_batch(pipeline, jobs):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(generate, "generate_batch", generate_batch)
+    monkeypatch.setattr(model, "generate_batch", generate_batch)
     assert main([*model_args, "--prompt", "a boy", "--output", str(tmp_path / "out.png")]) == 130
     assert "Traceback" not in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

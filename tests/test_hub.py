@@ -26,7 +26,7 @@ from test_loading import assert_silent
 from action_units import ACTION_UNITS
 from au_attention_processor import au_layers
 from au_encoder import AUAdapter, write_au_adapter
-from generate import read_metadata
+from drawing.files import read_metadata
 from hub import bundle, convert_original, export
 from hub.bundle import leaf_modules
 from hub.handler import PARAMETERS, EndpointHandler

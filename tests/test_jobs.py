@@ -1,7 +1,7 @@
 """What is to be drawn; that bad input is an error, test_generate.py says."""
 
 from action_units import AU_NAMES, PRESETS
-from jobs import (
+from drawing.jobs import (
     Job,
     demo_tables,
     grid_table,

@@ -15,10 +15,11 @@ from diffusers import (
 from PIL import Image
 
 from action_units import AU_NAMES, parse_aus
+from drawing.files import read_metadata
 from examples.edit_expression import edit_expression, face_mask
 from examples.edit_expression import main as edit_main
-from generate import EMBEDDED_MODEL, read_metadata
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from program import EMBEDDED_MODEL
 from toy_faces.networks import PictureReader
 from toy_faces.renderer import caption, render, sample_portrait
 

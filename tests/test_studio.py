@@ -14,8 +14,11 @@ from PIL import Image
 
 import generate
 from action_units import AU_NAMES
-from generate import EMBEDDED_MODEL, Job, Weights, read_metadata
-from studio import MAX_ROWS, Studio, Sweep, read_expressions, write_gif, write_zip
+from drawing.files import read_metadata
+from drawing.jobs import Job
+from drawing.model import Weights
+from drawing.studio import MAX_ROWS, Studio, Sweep, read_expressions, write_gif, write_zip
+from program import EMBEDDED_MODEL
 
 
 ROOT = Path(__file__).resolve().parent.parent

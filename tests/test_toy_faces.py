@@ -17,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 from action_units import AU_NAMES
-from generate import read_model_defaults
+from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces import networks, report, train
 from toy_faces.fit import fit

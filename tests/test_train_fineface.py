@@ -26,10 +26,10 @@ from training_runs import (  # noqa: F401
 )
 
 import train_fineface
-import training_data
 from pipeline_fineface import FineFacePipeline
 from train_fineface import batch_loss, diffusion_loss, main, make_model, min_snr_weights
-from training_config import PRESETS, TrainConfig, parse_args
+from training import data as training_data
+from training.config import PRESETS, TrainConfig, parse_args
 
 
 ADAPTER_FILES = {

@@ -20,8 +20,8 @@ from training_runs import (  # noqa: F401
 )
 
 from train_fineface import main
-from training_config import parse_args
-from training_data import (
+from training.config import parse_args
+from training.data import (
     BaseEncoders,
     TrainingSamples,
     face_weights,

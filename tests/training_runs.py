@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 
 from action_units import AU_NAMES
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
-from training_config import parse_args
+from training.config import parse_args
 
 
 TINY = "--au_hidden_dim 8 --rank 4 --train_batch_size 2 --max_train_steps 4 --learning_rate 1e-2 --report_to none"

@@ -16,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
-from generate import EMBEDDED_MODEL, number_or_none, pick_device, read_model_defaults
+from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
+from program import EMBEDDED_MODEL, number_or_none, pick_device
 from toy_faces.networks import PictureReader, attribute_logits
 from toy_faces.pictures import UNSEEN, aus_of, render_seed, to_pixel_values
 from toy_faces.renderer import ATTRIBUTES, attributes_in, sample_portrait

@@ -27,15 +27,15 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 import train_fineface
 from action_units import AU_NAMES
 from au_encoder import ATTN_PROCESSORS_NAME
-from generate import EMBEDDED_MODEL, pick_device
 from pipeline_fineface import FineFacePipeline
+from program import EMBEDDED_MODEL, pick_device
 from toy_faces import networks
 from toy_faces.fit import fit
 from toy_faces.networks import PictureReader
 from toy_faces.pictures import aus_of, captions_of, render_pictures, to_pixel_values
 from toy_faces.renderer import SIZE, caption, sample_portrait
 from train_fineface import attention_for_training
-from training_data import FACE_BOX
+from training.data import FACE_BOX
 
 
 WORDINGS = 4

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 
 from action_units import AU_NAMES, parse_aus
-from synthetic_dataset import DEFAULT_DISTRIBUTION, Distribution, Expressions, draw_dataset, read_distribution
+from drawing.labelled_set import DEFAULT_DISTRIBUTION, Distribution, Expressions, draw_dataset, read_distribution
 
 
 def draw_labels(count: int, seed: int = 0, **changes) -> list[dict]:

@@ -3,11 +3,11 @@
 """
 The paper's Tables 1–3 and Fig. 7 on the embedded world, beside the paper's own numbers:
 
-  python -m evaluation.paper_tables --quick      # two cores, within an hour
-  python -m evaluation.paper_tables --full       # a GPU; accelerate launch splits it over several
+  python -m paper.tables --quick      # two cores, within an hour
+  python -m paper.tables --full       # a GPU; accelerate launch splits it over several
 
 It trains what is missing, evaluates each system by `evaluation.run`, and writes docs/results.md. Stopped, it goes on
-where it was when the same command runs again. Trials (`python -m evaluation.trials`) of the same folder are in it too.
+where it was when the same command runs again. Trials (`python -m paper.trials`) of the same folder are in it too.
 """
 
 import argparse
@@ -27,10 +27,9 @@ from accelerate import PartialState
 from PIL import Image
 
 from action_units import AU_NAMES
-from contact_sheet import Table, draw_sheet
+from drawing.contact_sheet import Table, draw_sheet
 from evaluation import figures
 from evaluation.image_encoders import make_image_encoder
-from evaluation.laboratory import SIZES, Laboratory, default_processes, run_jobs
 from evaluation.meters import ToolError, read_picture
 from evaluation.metrics import Figure, au_mse, bootstrap
 from evaluation.report import MEASURED, find_figure, markdown_table
@@ -44,13 +43,14 @@ from evaluation.testset import (
     read_combinations,
     read_prompts,
 )
-from generate import EMBEDDED_MODEL, check_output
+from paper.laboratory import SIZES, Laboratory, default_processes, run_jobs
+from program import EMBEDDED_MODEL, check_output
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 METER = "toy"
 TRIALS_NAME, VERDICT_NAME = "trials.csv", "trials.txt"
-"""What `evaluation.trials` writes into the working folder."""
+"""What `paper.trials` writes into the working folder."""
 
 
 @dataclass(frozen=True)
@@ -387,7 +387,7 @@ def write_results(laboratory: Laboratory, output: Path) -> None:
     lines = [
         "# The paper's tables, on the embedded world",
         "",
-        f"By `python -m evaluation.paper_tables --{size.name}`: every system trained for {size.steps} steps of"
+        f"By `python -m paper.tables --{size.name}`: every system trained for {size.steps} steps of"
         f" {size.batch_size} samples on the same {size.pictures} pictures, from the same base, with the same seeds,"
         f" and sampled with {sampling} and AUs guided together with the text, as in the paper. The loss and the label"
         " smoothing are the paper's. Otherwise than there, the learning rate is 1e-3 (of DB 1e-4) and falls as a"
@@ -490,7 +490,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.paper_tables",
+        prog="python -m paper.tables",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -28,13 +28,15 @@ from PIL import Image
 import train_fineface
 from action_units import AU_NAMES
 from au_encoder import ATTN_PROCESSORS_NAME
-from evaluation import baselines, run
-from evaluation.baselines import IP_ADAPTER_NAME
+from drawing.jobs import read_model_defaults
+from evaluation import run
 from evaluation.run import EMBEDDED_FACE_BOX
 from evaluation.systems import au_words
-from generate import EMBEDDED_MODEL, read_model_defaults
-from training_config import parse_args
-from training_data import FACE_BOX, BaseEncoders, load_training_data
+from paper import baselines
+from paper.baselines import IP_ADAPTER_NAME
+from program import EMBEDDED_MODEL
+from training.config import parse_args
+from training.data import FACE_BOX, BaseEncoders, load_training_data
 
 
 SETTINGS_NAME = "laboratory.json"

@@ -12,10 +12,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from action_units import AU_NAMES, parse_aus
-from jobs import Job, canonical_aus, check_keys, errors_at, is_integer, is_real, make_job, read_json_object
+from drawing.jobs import Job, canonical_aus, check_keys, errors_at, is_integer, is_real, make_job, read_json_object
 
 
-DEFAULT_DISTRIBUTION = Path(__file__).resolve().parent / "examples" / "dataset_distribution.json"
+DEFAULT_DISTRIBUTION = Path(__file__).resolve().parents[1] / "examples" / "dataset_distribution.json"
 DATASET_METADATA_NAME = "metadata.jsonl"
 PICTURES_PER_FOLDER = 1000
 

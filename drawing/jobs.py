@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from action_units import ACTION_UNITS, AU_NAMES, extract_au_tags, format_aus, parse_aus
-from au_tables import read_au_table
-from contact_sheet import Table
+from drawing.contact_sheet import Table
+from face_data.au_tables import read_au_table
 
 
 MODEL_DEFAULTS_NAME = "fineface.json"

@@ -3,12 +3,12 @@
 """
 The laboratory: variants of the paper's design under equal budgets, on the embedded world.
 
-  python -m evaluation.trials --quick                       # all of them
-  python -m evaluation.trials --full --only tokens_4 face_loss
-  python -m evaluation.trials --list
+  python -m paper.trials --quick                       # all of them
+  python -m paper.trials --full --only tokens_4 face_loss
+  python -m paper.trials --list
 
 Each variant changes flags of train_fineface.py, or of sampling, or both. The table of all trials, the failures too, is
-kept in trials.csv of the working folder, the same folder as that of `evaluation.paper_tables`, and goes into
+kept in trials.csv of the working folder, the same folder as that of `paper.tables`, and goes into
 docs/results.md.
 """
 
@@ -24,9 +24,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from evaluation.laboratory import Laboratory, run_jobs
 from evaluation.metrics import Figure
-from evaluation.paper_tables import (
+from evaluation.run import write_text
+from paper.laboratory import Laboratory, run_jobs
+from paper.tables import (
     OURS,
     TRIALS_NAME,
     VERDICT_NAME,
@@ -40,8 +41,7 @@ from evaluation.paper_tables import (
     run_program,
     write_results,
 )
-from evaluation.run import write_text
-from training_config import PRESETS, TrainConfig
+from training.config import PRESETS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def write_table(laboratory: Laboratory) -> None:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(format_row(laboratory, name) for name in names)])
     write_text(laboratory.folder / TRIALS_NAME, text.getvalue())
-    run = f"Of the {len(TRIALS)} trials that `python -m evaluation.trials --list` shows, {len(names)} were run."
+    run = f"Of the {len(TRIALS)} trials that `python -m paper.trials --list` shows, {len(names)} were run."
     write_text(laboratory.folder / VERDICT_NAME, f"{run} {describe_best(laboratory)}\n")
 
 
@@ -292,7 +292,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.trials",
+        prog="python -m paper.trials",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -4,7 +4,7 @@
 Train the other systems of the paper's Table 1, and the small IP-Adapter of its Fig. 7, on the data that
 `train_fineface.py` trains on, with its flags:
 
-  python -m evaluation.baselines --system lora_t --pretrained_model_name_or_path BASE \\
+  python -m paper.baselines --system lora_t --pretrained_model_name_or_path BASE \\
       --train_data_dir DATA --output_dir OUT --max_train_steps 5000
 
   dreambooth   the whole UNet, AUs as words in the captions, and a prior preservation loss
@@ -44,9 +44,9 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from action_units import AU_NAMES
 from au_attention_processor import au_layers
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
+from drawing.jobs import read_model_defaults
 from evaluation.run import check_settings, write_settings
 from evaluation.systems import UNET_FOLDER, append_tokens, au_words, aus_in_words, is_embedded_world
-from generate import read_model_defaults
 from pipeline_fineface import LORA_NAME
 from train_fineface import (
     LORA_TARGETS,
@@ -62,9 +62,9 @@ from train_fineface import (
     run_program,
     train,
 )
-from training_config import RESUME_WITH_OTHER, TrainConfig, default_settings
-from training_config import parse_args as parse_training_args
-from training_data import (
+from training.config import RESUME_WITH_OTHER, TrainConfig, default_settings
+from training.config import parse_args as parse_training_args
+from training.data import (
     BaseEncoders,
     SampleInputs,
     TrainingData,
@@ -420,7 +420,7 @@ def run(system: str, config: TrainConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status, as `train_fineface.py` has it."""
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation.baselines",
+        prog="python -m paper.baselines",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other flags are those of train_fineface.py.",

@@ -39,7 +39,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from action_units import AU_NAMES
 from au_encoder import read_tensors
-from training_config import TrainConfig
+from training.config import TrainConfig
 
 
 FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")

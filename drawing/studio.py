@@ -5,7 +5,6 @@ What `app.py` does when a button is pressed: pictures, sweeps and tables of face
 the Python and the command line that make the same pictures again. Nothing in here knows of a browser.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -22,24 +21,12 @@ import torch
 from PIL import Image
 
 from action_units import AU_NAMES, format_aus, parse_aus
-from contact_sheet import Table, draw_sheet, write_animation
-from generate import (
-    DEMO_PROMPT,
-    EMBEDDED_MODEL,
-    JOB_FIELDS,
-    Job,
-    Weights,
-    describe,
-    fuse_lora,
-    generate_batch,
-    load_pipeline,
-    quiet,
-    read_model_defaults,
-    read_table_jobs,
-    spell_option,
-    sweep_table,
-    write_picture,
-)
+from drawing.contact_sheet import Table, draw_sheet, write_animation
+from drawing.files import describe, write_picture
+from drawing.jobs import JOB_FIELDS, Job, read_model_defaults, read_table_jobs, sweep_table
+from drawing.model import Weights, fuse_lora, generate_batch, load_pipeline, quiet
+from generate import DEMO_PROMPT
+from program import EMBEDDED_MODEL, spell_option
 
 
 MAX_ROWS = 200
@@ -130,7 +117,7 @@ class Studio:
 
     def metadata(self, values: dict) -> dict:
         """`values` with where they were drawn, as in the files of `generate.py`."""
-        return values | describe(self.weights, argparse.Namespace(dtype=self.dtype))
+        return values | describe(self.weights, self.dtype)
 
     def write(self, image: Image.Image, path: Path, values: dict) -> None:
         """Write a PNG that says how it was made."""

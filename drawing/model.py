@@ -1,0 +1,145 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""From weights to pictures: loading a pipeline, and drawing jobs with it in batches."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from drawing.jobs import Job
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where the model comes from: folders or Hub ids."""
+
+    model: str
+    adapter: str | None = None
+    adapter_variant: str | None = None
+
+
+def check_weights(weights: Weights) -> None:
+    """Raise an error for a path without a model. Whether there is a Hub id, only the Hub knows."""
+    for option, name in (("--model", weights.model), ("--adapter", weights.adapter)):
+        if name is None:
+            continue
+        folder = Path(name)
+        # With its first part on this disk, it is a mistyped path.
+        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.parent.exists()
+        if not folder.is_dir() and not is_hub_id:
+            raise FileNotFoundError(
+                f"`{option}` is {name!r}, which is neither a folder nor the id of a Hub repository."
+            )
+        if option == "--model" and folder.is_dir() and not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(f"`{option}` is {name!r}, a folder without a model: it has no model_index.json.")
+    if weights.adapter_variant is not None and weights.adapter is None:
+        raise ValueError("`--adapter-variant` chooses among the files of an `--adapter`, but there is none.")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars while weights are loaded, and nothing from transformers about parts that are not in use."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()
+
+
+def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
+    """
+    Raises:
+        OSError: if the model or the adapter cannot be found.
+        ValueError: if a file is broken, or the adapter does not fit the model.
+    """
+    from pipeline_fineface import FineFacePipeline
+
+    if weights.adapter is None:
+        pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype)
+    else:
+        pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype, au_adapter=None)
+        pipeline.load_au_adapter(weights.adapter, variant=weights.adapter_variant)
+    return pipeline.to(device)
+
+
+def fuse_lora(pipeline) -> None:
+    """
+    Make the LoRA part of the weights, for good: from then on a step costs what one of plain Stable Diffusion does.
+    The pictures change by rounding.
+    """
+    pipeline.fuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+
+
+def group_jobs(jobs: list[Job]) -> list[list[Job]]:
+    """Jobs of equal settings, which calls of the pipeline can serve together."""
+    by_settings = {}
+    for job in jobs:
+        settings = replace(job, prompt="", aus=job.aus and "", seed=0, negative_prompt=None, negative_aus=None)
+        by_settings.setdefault(settings, []).append(job)
+    return list(by_settings.values())
+
+
+def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
+    """Jobs that one call of the pipeline can serve, at most `batch_size` in each."""
+    return [group[i : i + batch_size] for group in group_jobs(jobs) for i in range(0, len(group), batch_size)]
+
+
+def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
+    """The pictures of one of `make_batches`. With a generator for each, they do not depend on their neighbours."""
+    shared = jobs[0]
+    has_aus = shared.aus is not None
+    return pipeline(
+        [job.prompt for job in jobs],
+        negative_prompt=[job.negative_prompt or "" for job in jobs],
+        aus=[job.aus for job in jobs] if has_aus else None,
+        negative_aus=[job.negative_aus for job in jobs] if has_aus else None,
+        # On the CPU, where a seed gives the same numbers whatever the device.
+        generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+        au_scale=shared.au_scale,
+        guidance_scale=shared.guidance_scale,
+        au_guidance_scale=shared.au_guidance_scale,
+        num_inference_steps=shared.num_inference_steps,
+        height=shared.height,
+        width=shared.width,
+    ).images
+
+
+def draw_jobs(
+    jobs: list[Job],
+    weights: Weights,
+    device: torch.device,
+    dtype: str,
+    batch_size: int = 4,
+    num_finished: int = 0,
+    silent: bool = False,
+) -> Iterator[tuple[Job, Image.Image]]:
+    """Load the model and yield each job with its picture, behind one progress bar."""
+    with quiet():
+        pipeline = load_pipeline(weights, device, getattr(torch, dtype))
+        if pipeline.au_adapter is None and any(job.aus is not None for job in jobs):
+            raise ValueError(f"{weights.model!r} has no AU adapter, which AUs need. Name one with `--adapter`.")
+        fuse_lora(pipeline)
+        total = num_finished + len(jobs)
+        # A single picture shows its denoising steps instead.
+        pipeline.set_progress_bar_config(disable=silent or total > 1)
+        no_bar = silent or total == 1
+        with tqdm(total=total, initial=num_finished, unit="picture", mininterval=0, disable=no_bar) as bar:
+            for batch in make_batches(jobs, batch_size):
+                for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
+                    yield job, image
+                    bar.update()
