@@ -1,8 +1,11 @@
 """
-The 12 facial Action Units (AUs) of the model, ready-made expressions, and every way to write AUs down.
+The Action Units (AUs) of the Facial Action Coding System, ready-made expressions, and every way to write AUs down.
 
-An AU is one visible muscle movement of the Facial Action Coding System (FACS; Ekman, Friesen & Hager 2002), which
-grades its intensity A–E, here 1–5; 0 is absent. All 12 move both sides of the face alike.
+An AU is one visible movement of the face (FACS; Ekman, Friesen & Hager 2002). FACS grades its intensity A–E, here 1–5;
+0 is absent. Each adapter knows a list of AUs, its `au_names`: `"AU12"` moves both sides of the face alike; `"AU12L"`
+and `"AU12R"` move one side each, where left and right are the person's own. `AU_NAMES` are the twelve of the paper.
+
+Reading and writing AUs needs no torch; only functions that return tensors import it.
 
 Example:
     >>> AU_NAMES[6], PRESETS["polite smile"].aus
@@ -11,16 +14,24 @@ Example:
     'AU6=3 AU12=4'
     >>> parse_aus(["doubtful@0.5", {"AU6": 2.5, "AU12": 5}]).shape
     torch.Size([2, 12])
+    >>> format_aus("L12C+26B", au_names=("AU12L", "AU12R", "AU26"))
+    'AU12L=3 AU26=2'
 """
 
 import difflib
 import math
 import re
-from collections.abc import Iterable, Mapping
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 # Intensities beyond FACS extrapolate (paper Fig. 8); past this size a number is more likely a slip than a wish.
@@ -28,46 +39,205 @@ MAX_INTENSITY = 10
 
 GRADES = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 5}
 
+AU_NAMES = ("AU1", "AU2", "AU4", "AU5", "AU6", "AU9", "AU12", "AU15", "AU17", "AU20", "AU25", "AU26")
+
 
 @dataclass(frozen=True)
 class ActionUnit:
-    """One AU: its `name` ("AU12"), FACS name, muscles, the facial `region` it moves, and a `hint` in plain words."""
+    """
+    One AU: its `name` ("AU12"), FACS name, muscles, the facial `region` it moves, and a `hint` in plain words; whether
+    it is `sided`, which means that one side of the face can do it alone; and the names of its `antagonists`, which
+    move the same part of the face the other way.
+    """
 
     name: str
     facs_name: str
     muscles: str
     region: str
     hint: str
+    sided: bool
+    antagonists: tuple[str, ...]
 
 
-ACTION_UNITS = (
-    ActionUnit("AU1", "Inner Brow Raiser", "frontalis, pars medialis", "brow", "lifts the inner ends of the brows"),
-    ActionUnit("AU2", "Outer Brow Raiser", "frontalis, pars lateralis", "brow", "lifts the outer ends of the brows"),
-    ActionUnit("AU4", "Brow Lowerer", "corrugator and depressor supercilii, depressor glabellae", "brow", "a frown"),
-    ActionUnit("AU5", "Upper Lid Raiser", "levator palpebrae superioris", "eye", "opens the eyes wide"),
-    ActionUnit("AU6", "Cheek Raiser", "orbicularis oculi, pars orbitalis", "cheek", "lifts the cheeks: smiling eyes"),
-    ActionUnit("AU9", "Nose Wrinkler", "levator labii superioris alaeque nasi", "nose", "wrinkles the nose"),
-    ActionUnit("AU12", "Lip Corner Puller", "zygomaticus major", "mouth", "pulls the mouth corners up: a smile"),
-    ActionUnit("AU15", "Lip Corner Depressor", "depressor anguli oris", "mouth", "pulls the mouth corners down"),
-    ActionUnit("AU17", "Chin Raiser", "mentalis", "chin", "pushes chin and lower lip up: a pout"),
-    ActionUnit("AU20", "Lip Stretcher", "risorius, platysma", "mouth", "stretches the mouth sideways"),
-    ActionUnit("AU25", "Lips Part", "depressor labii, relaxed mentalis, orbicularis oris", "mouth", "parts the lips"),
-    ActionUnit("AU26", "Jaw Drop", "relaxed masseter, temporalis and internal pterygoid", "jaw", "lets the jaw drop"),
+_ANTAGONISTS = (
+    *((1, 4), (2, 4), (5, 41), (5, 42), (5, 43), (5, 44), (5, 45), (5, 46), (10, 16), (12, 15), (12, 18), (13, 15)),
+    *((16, 17), (17, 25), (17, 26), (17, 27), (18, 20), (20, 22), (20, 23), (22, 28), (24, 25), (24, 26), (24, 27)),
+    *((25, 28), (26, 31), (27, 31), (34, 35), (38, 39)),
+    *((51, 52), (53, 54), (55, 56), (57, 58), (61, 62), (63, 64), (65, 66)),
+)
+_SIDED = {1, 2, 4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 16, 20, 33, 34, 35, 41, 42, 43, 44, 45, 46}
+
+
+def _action_unit(number: int, facs_name: str, muscles: str, region: str, hint: str) -> ActionUnit:
+    antagonists = sorted({other for pair in _ANTAGONISTS if number in pair for other in pair} - {number})
+    names = tuple(f"AU{other}" for other in antagonists)
+    return ActionUnit(f"AU{number}", facs_name, muscles, region, hint, number in _SIDED, names)
+
+
+# The numbers are those of FACS, which has no 3 and no 40. Its edition of 2002 scores AU41 and AU42 as weak AU43, and
+# AU44 as AU7; they stay here because detectors and older codings use them.
+ACTION_UNITS = tuple(
+    _action_unit(*row)
+    for row in (
+        (1, "Inner Brow Raiser", "frontalis, pars medialis", "brow", "lifts the inner ends of the brows"),
+        (2, "Outer Brow Raiser", "frontalis, pars lateralis", "brow", "lifts the outer ends of the brows"),
+        (4, "Brow Lowerer", "corrugator and depressor supercilii, depressor glabellae", "brow", "a frown"),
+        (5, "Upper Lid Raiser", "levator palpebrae superioris", "eye", "opens the eyes wide"),
+        (6, "Cheek Raiser", "orbicularis oculi, pars orbitalis", "cheek", "lifts the cheeks: smiling eyes"),
+        (7, "Lid Tightener", "orbicularis oculi, pars palpebralis", "eye", "tightens the lids and narrows the eyes"),
+        (8, "Lips Toward Each Other", "orbicularis oris", "mouth", "draws the lips together over an open jaw"),
+        (9, "Nose Wrinkler", "levator labii superioris alaeque nasi", "nose", "wrinkles the nose"),
+        (10, "Upper Lip Raiser", "levator labii superioris, caput infraorbitalis", "mouth", "lifts the upper lip"),
+        (11, "Nasolabial Deepener", "zygomaticus minor", "cheek", "deepens the fold beside the nose"),
+        (12, "Lip Corner Puller", "zygomaticus major", "mouth", "pulls the mouth corners up: a smile"),
+        (13, "Sharp Lip Puller", "levator anguli oris", "mouth", "pulls the mouth corners straight up"),
+        (14, "Dimpler", "buccinator", "mouth", "tightens the mouth corners: dimples"),
+        (15, "Lip Corner Depressor", "depressor anguli oris", "mouth", "pulls the mouth corners down"),
+        (16, "Lower Lip Depressor", "depressor labii inferioris", "mouth", "pulls the lower lip down"),
+        (17, "Chin Raiser", "mentalis", "chin", "pushes chin and lower lip up: a pout"),
+        (18, "Lip Pucker", "incisivii labii superioris and inferioris", "mouth", "puckers the lips: a kiss"),
+        (19, "Tongue Show", "genioglossus", "mouth", "shows the tongue"),
+        (20, "Lip Stretcher", "risorius, platysma", "mouth", "stretches the mouth sideways"),
+        (21, "Neck Tightener", "platysma", "neck", "tightens the skin of the neck"),
+        (22, "Lip Funneler", "orbicularis oris", "mouth", "pushes the lips out: a funnel"),
+        (23, "Lip Tightener", "orbicularis oris", "mouth", "tightens and narrows the lips"),
+        (24, "Lip Pressor", "orbicularis oris", "mouth", "presses the lips together"),
+        (25, "Lips Part", "depressor labii, relaxed mentalis, orbicularis oris", "mouth", "parts the lips"),
+        (26, "Jaw Drop", "relaxed masseter, temporalis and internal pterygoid", "jaw", "lets the jaw drop"),
+        (27, "Mouth Stretch", "pterygoids, digastric", "jaw", "stretches the mouth wide open: a yawn"),
+        (28, "Lip Suck", "orbicularis oris", "mouth", "sucks the lips in over the teeth"),
+        (29, "Jaw Thrust", "lateral pterygoids", "jaw", "pushes the jaw forward"),
+        (30, "Jaw Sideways", "pterygoids, temporalis", "jaw", "moves the jaw to one side"),
+        (31, "Jaw Clencher", "masseter", "jaw", "clenches the teeth"),
+        (32, "Lip Bite", "orbicularis oris, masseter", "mouth", "bites a lip"),
+        (33, "Cheek Blow", "relaxed buccinator", "cheek", "blows air out between the lips"),
+        (34, "Cheek Puff", "relaxed buccinator, orbicularis oris", "cheek", "puffs the cheeks"),
+        (35, "Cheek Suck", "buccinator", "cheek", "sucks the cheeks in"),
+        (36, "Tongue Bulge", "tongue", "cheek", "pushes the tongue into a cheek or lip"),
+        (37, "Lip Wipe", "tongue", "mouth", "licks the lips"),
+        (38, "Nostril Dilator", "nasalis, pars alaris", "nose", "widens the nostrils"),
+        (39, "Nostril Compressor", "nasalis, pars transversa", "nose", "narrows the nostrils"),
+        (41, "Lid Droop", "relaxed levator palpebrae superioris", "eye", "lets the upper lids droop"),
+        (42, "Slit", "orbicularis oculi, pars palpebralis", "eye", "closes the eyes to a slit"),
+        (43, "Eyes Closed", "relaxed levator palpebrae superioris", "eye", "closes the eyes; one side alone: a wink"),
+        (44, "Squint", "orbicularis oculi, pars palpebralis", "eye", "squeezes the lids together"),
+        (45, "Blink", "relaxed levator palpebrae superioris, orbicularis oculi", "eye", "closes the eyes briefly"),
+        (46, "Wink", "orbicularis oculi, pars palpebralis", "eye", "closes one eye briefly"),
+        (51, "Head Turn Left", "muscles of the neck", "head", "turns the head to the person's left"),
+        (52, "Head Turn Right", "muscles of the neck", "head", "turns the head to the person's right"),
+        (53, "Head Up", "muscles of the neck", "head", "lifts the head"),
+        (54, "Head Down", "muscles of the neck", "head", "lowers the head"),
+        (55, "Head Tilt Left", "muscles of the neck", "head", "tilts the head to the person's left"),
+        (56, "Head Tilt Right", "muscles of the neck", "head", "tilts the head to the person's right"),
+        (57, "Head Forward", "muscles of the neck", "head", "pushes the head forward"),
+        (58, "Head Back", "muscles of the neck", "head", "draws the head back"),
+        (61, "Eyes Turn Left", "recti of the eyes", "gaze", "looks to the person's left"),
+        (62, "Eyes Turn Right", "recti of the eyes", "gaze", "looks to the person's right"),
+        (63, "Eyes Up", "recti of the eyes", "gaze", "looks up"),
+        (64, "Eyes Down", "recti of the eyes", "gaze", "looks down"),
+        (65, "Walleye", "recti of the eyes", "gaze", "turns the eyes apart"),
+        (66, "Cross-Eye", "recti of the eyes", "gaze", "turns the eyes towards the nose"),
+    )
 )
 
-AU_NAMES = tuple(action_unit.name for action_unit in ACTION_UNITS)
+_BY_NAME = {unit.name: unit for unit in ACTION_UNITS}
+
+
+def au_columns(au_names: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
+    """
+    The columns of a vector of AUs by name. In a list with `AU12L` and `AU12R`, `AU12` is both of their columns.
+
+    Raises:
+        ValueError: if `au_names` is no list of different canonical names of AUs that FACS has, has an AU both with and
+            without sides, or one side without the other.
+
+    Example:
+        >>> au_columns(("AU12L", "AU12R", "AU26"))
+        {'AU12L': (0,), 'AU12R': (1,), 'AU26': (2,), 'AU12': (0, 1)}
+    """
+    return _au_columns(tuple(au_names))
+
+
+@lru_cache
+def _au_columns(au_names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    if not au_names:
+        raise ValueError("`au_names` is empty. An adapter needs at least one AU, such as AU12.")
+    columns: dict[str, tuple[int, ...]] = {}
+    for index, name in enumerate(au_names):
+        unit = _BY_NAME.get(whole_au(name)) if isinstance(name, str) else None
+        if unit is None or name not in (unit.name, f"{unit.name}L", f"{unit.name}R"):
+            raise ValueError(
+                f"`au_names` holds {_show(name)}, which is no AU of FACS. Names are written AU12, or AU12L and AU12R."
+            )
+        if name != unit.name and not unit.sided:
+            raise ValueError(f"`au_names` holds {name}, but {unit.name} ({unit.facs_name}) has no sides.")
+        if name in au_names[:index]:
+            raise ValueError(f"`au_names` holds {name} twice.")
+        columns[name] = (index,)
+    for name in au_names:
+        whole = whole_au(name)
+        if name != whole:
+            if whole in au_names or f"{whole}L" not in columns or f"{whole}R" not in columns:
+                raise ValueError(
+                    f"`au_names` holds {name}, so it needs both {whole}L and {whole}R, and no {whole} beside them."
+                )
+            columns[whole] = columns[f"{whole}L"] + columns[f"{whole}R"]
+    return columns
+
+
+def whole_au(name: str) -> str:
+    """The AU without its side: `"AU12"` for `"AU12L"`."""
+    return name.rstrip("LR")
+
+
+def action_units_of(au_names: Sequence[str] = AU_NAMES) -> tuple[ActionUnit, ...]:
+    """The AUs of an adapter in its order. One with two sides is there once."""
+    au_columns(au_names)
+    return tuple(_BY_NAME[name] for name in dict.fromkeys(map(whole_au, au_names)))
+
+
+def mirrored_columns(au_names: Sequence[str]) -> list[int]:
+    """
+    The order of columns of the same face in a mirror: left and right have changed places.
+
+    Example:
+        >>> mirrored_columns(("AU1", "AU12L", "AU12R"))
+        [0, 2, 1]
+    """
+    columns = au_columns(au_names)
+    swapped = {"L": "R", "R": "L"}
+    return [columns[whole_au(name) + swapped.get(name[-1], "")][0] for name in au_names]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named expression: FACS intensities by AU name, and where they are taken from or why."""
+    """
+    A named expression: FACS intensities by AU name, and where they are taken from or why. A preset with the name of
+    one side needs an adapter that moves this side alone.
+    """
 
     aus: dict[str, float]
     source: str
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The names of the AUs that an adapter must know to draw it."""
+        return tuple(self.aus)
+
+    def missing_aus(self, au_names: Sequence[str] = AU_NAMES) -> list[str]:
+        """Those that it needs and an adapter with `au_names` does not have."""
+        known = au_columns(au_names)
+        return [name for name in self.aus if name not in known]
+
+
+def available_presets(au_names: Sequence[str] = AU_NAMES) -> dict[str, Preset]:
+    """Those of `PRESETS` that an adapter with `au_names` can draw."""
+    return {name: preset for name, preset in PRESETS.items() if not preset.missing_aus(au_names)}
+
 
 def _preset(facs: str, source: str) -> Preset:
-    return Preset({f"AU{item[:-1]}": float(GRADES[item[-1]]) for item in facs.split("+") if item}, source)
+    items = (re.fullmatch("([LR]?)([0-9]+)([A-E])", item).groups() for item in facs.split("+") if item)
+    return Preset({f"AU{number}{side}": float(GRADES[grade]) for side, number, grade in items}, source)
 
 
 def _compound(prototype: str, variants: str) -> Preset:
@@ -140,17 +310,38 @@ PRESETS = {
     "squinting": _preset("4B+6E+9A", "Eyes narrowed against light. AU7 is missing; AU6 narrows them from below."),
     "tired": _preset("1B+15A+25B+26B", "Muscles let go: the jaw hangs a little and the corners sink."),
     "worried": _preset("1D+4C+20A", "Darwin 1872, ch. 7: the grief muscles, inner brows up and together."),
+    # Faces that need other AUs than the paper's twelve, or one side alone. Left and right are the person's own.
+    "contempt": _preset("R12B+R14C", "Ekman & Friesen 1986: R14 with R12; EMFACS prints R12A+R14A, hardly visible."),
+    "smirk": _preset("R12D", "FACS scores a smile of one side by itself: R12."),
+    "wink": _preset(
+        "L43E+6B+12C", "FACS AU46, a wink: AU43 of one eye. A wink meant for somebody comes with a smile."
+    ),
+    "one raised brow": _preset("L1B+L2E", "FACS L1+L2: frontalis of one side lifts one whole brow (Ekman 1979)."),
+    "quizzical": _preset("L1B+L2D+R4C", "'skeptical' with sides: one brow up, the other down (Ekman 1979)."),
+    "snarl": _preset("4B+L9C+L10E+25B", "Darwin 1872, ch. 10: one canine tooth uncovered, on one side alone."),
+    "sneer": _preset(
+        "4B+9B+10D", "Darwin 1872, ch. 11: the upper lip drawn up, here on both sides; AU10 with some 9."
+    ),
+    "tight lipped": _preset("17B+24D", "FACS AU24 presses the lips, AU17 supports: a held-back word or anger."),
+    "eyes closed": _preset("43E", "FACS AU43E: the lids are shut."),
+    "asleep": _preset("25B+26B+43E", "Shut lids over a jaw that no muscle holds."),
+    "drowsy": _preset("15A+26A+43C", "FACS 2002 scores drooping lids as weak AU43 (formerly AU41)."),
+    "blissful": _preset("6D+12D+43E", "The Duchenne smile with closed eyes."),
+    "yawning": _preset(
+        "25E+27E+43D", "FACS AU27, the mouth stretched open; the eyes close at the peak (Provine 1986)."
+    ),
+    "kissing": _preset("18D+22B", "FACS AU18 puckers the lips, AU22 pushes them forward."),
+    "funny face": _preset("19D+25C+26C+L43E", "Tongue out (AU19) and one eye shut."),
+    "puffed cheeks": _preset("34D", "FACS AU34: air held behind closed lips."),
+    "biting a lip": _preset("25A+32C", "FACS AU32: nervous or holding back."),
 }
-
-_WAYS_TO_WRITE_AUS = (
-    'Give a dict ({"AU6": 2.5, "AU12": 5}), a string ("AU6=2.5 AU12=5", "6C+12D", "doubtful", "doubtful@0.5"), '
-    f"{len(AU_NAMES)} numbers in the order of `AU_NAMES`, or a list with one of these per prompt."
-)
 
 
 def parse_aus(
-    aus: str | Mapping[str | int, float] | Preset | torch.Tensor | list | tuple, argument: str = "aus"
-) -> torch.Tensor:
+    aus: "str | Mapping[str | int, float] | Preset | torch.Tensor | list | tuple",
+    argument: str = "aus",
+    au_names: Sequence[str] = AU_NAMES,
+) -> "torch.Tensor":
     r"""
     Read AUs in any of their forms.
 
@@ -158,63 +349,89 @@ def parse_aus(
         aus (`dict`, `str`, `Preset`, `torch.Tensor`, `numpy.ndarray`, `list` or `tuple`):
             One expression, or a list with one per prompt. AUs that are not named are 0; letter case never matters.
 
-            - dict: intensities by AU. Keys are `"AU6"`, `"AU06"`, `"6"` or `6`. `{}` is the neutral face.
-            - string of numbers: `"AU6=2.5 AU12=5"` or `"6=2.5, 12=5"`.
-            - string in FACS notation: `"6C+12D"`, `"AU6 AU12"`. Grades A–E are 1–5, a bare AU is C = 3.
+            - dict: intensities by AU. Keys are `"AU6"`, `"AU06"`, `"6"` or `6`; for one side `"AU12L"`, `"12L"` or
+              `"L12"`. `{}` is the neutral face.
+            - string of numbers: `"AU6=2.5 AU12=5"` or `"6=2.5, 12L=5"`.
+            - string in FACS notation: `"6C+12D"`, `"L12C+R4B"`, `"AU6 AU12"`. Grades A–E are 1–5, a bare AU is C = 3.
             - string with a preset: `"polite smile"`, `"polite_smile"`, at half strength `"polite smile@0.5"`.
               `"neutral"` and `""` are the neutral face.
-            - numbers: `(12,)` or `(batch, 12)` in the order of `AU_NAMES`. A flat list of numbers is one expression.
+            - string that mixes presets and AUs: `"happy@0.5 + AU4=2"`, `"surprised@0.5 + happy@0.5 + 26C"`. An AU that
+              several of the presets move, or a preset and the AUs beside it, gets the sum.
+            - numbers: `(n,)` or `(batch, n)` in the order of `au_names`. A flat list of numbers is one expression.
+
+            `AU12` means both sides where `au_names` has `AU12L` and `AU12R`.
         argument (`str`, defaults to `"aus"`):
             What error messages call the input.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The AUs of the adapter, see `au_columns`.
 
     Returns:
-        `torch.Tensor` of shape `(batch, 12)`, `float32`, on the CPU, in FACS intensity units. Values outside [0, 5]
-        extrapolate.
+        `torch.Tensor` of shape `(batch, len(au_names))`, `float32`, on the CPU, in FACS intensity units. Values
+        outside [0, 5] extrapolate.
 
     Raises:
-        ValueError: if the input has another form, names an unknown AU, preset or grade, gives an AU twice, or holds a
-            number that is not finite or beyond ±`MAX_INTENSITY`.
+        ValueError: if the input has another form, names an AU, side, preset or grade that is unknown, a preset whose
+            AUs the adapter does not have, gives an AU twice (`AU12` and `AU12L` too), or holds a number that is not
+            finite or beyond ±`MAX_INTENSITY`.
 
     Example:
         >>> parse_aus("6+12E")[0, [4, 6]]
         tensor([3., 5.])
     """
-    values = _without_arrays(aus, argument)
+    import torch
+
+    return torch.tensor(read_aus(aus, argument, au_names), dtype=torch.float32)
+
+
+def read_aus(aus, argument: str = "aus", au_names: Sequence[str] = AU_NAMES) -> list[list[float]]:
+    """What `parse_aus` reads, as lists of numbers. It does not import torch."""
+    au_names = tuple(au_names)
+    values = _without_arrays(aus, argument, au_names)
     if not isinstance(values, list | tuple) or _are_numbers(values):
-        rows = [_parse_one(values, argument)]
-    elif len(values) == 0:
-        raise ValueError(f"`{argument}` is empty. {_WAYS_TO_WRITE_AUS}")
-    else:
-        rows = [_parse_one(value, f"{argument}[{index}]") for index, value in enumerate(values)]
-    return torch.tensor(rows, dtype=torch.float32)
+        return [_parse_one(values, argument, au_names)]
+    if len(values) == 0:
+        raise ValueError(f"`{argument}` is empty. {_ways_to_write(au_names)}")
+    return [_parse_one(value, f"{argument}[{index}]", au_names) for index, value in enumerate(values)]
 
 
-def format_aus(vector: torch.Tensor | list | tuple | str | Mapping[str | int, float] | Preset) -> str:
+def format_aus(
+    vector: "torch.Tensor | list | tuple | str | Mapping[str | int, float] | Preset",
+    au_names: Sequence[str] = AU_NAMES,
+) -> str:
     """
     Write one expression as the shortest string that `parse_aus` reads back to the same `float32` numbers. AUs at 0 are
-    left out; when all are 0, the string is `"neutral"`.
+    left out; when all are 0, the string is `"neutral"`. Two sides with the same intensity are written as one AU.
 
     Args:
         vector (`torch.Tensor` or `list`):
-            12 intensities in the order of `AU_NAMES`, or any other form of one expression that `parse_aus` reads.
+            Intensities in the order of `au_names`, or any other form of one expression that `parse_aus` reads.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The AUs of the adapter.
 
     Raises:
         ValueError: if `parse_aus` cannot read `vector`, or if it holds more than one expression.
     """
-    rows = parse_aus(vector, "vector")
+    rows = read_aus(vector, "vector", au_names)
     if len(rows) != 1:
         raise ValueError(f"`vector` holds {len(rows)} expressions, but one string holds one. Format them one by one.")
-    items = (f"{name}={_shortest(value)}" for name, value in zip(AU_NAMES, rows[0].tolist(), strict=True) if value)
-    return " ".join(items) or "neutral"
+    values, columns = [_to_float32(value) for value in rows[0]], au_columns(au_names)
+    items = {}
+    for name, value in zip(au_names, values, strict=True):
+        sides_agree = len({values[column] for column in columns[whole_au(name)]}) == 1
+        items[whole_au(name) if sides_agree else name] = value
+    return " ".join(f"{name}={_shortest(value)}" for name, value in items.items() if value) or "neutral"
 
 
-def extract_au_tags(prompt: str, argument: str = "prompt") -> tuple[str, str | None]:
+def extract_au_tags(
+    prompt: str, argument: str = "prompt", au_names: Sequence[str] = AU_NAMES
+) -> tuple[str, str | None]:
     """
     Take the AU tag out of a prompt, for callers that can send only text.
 
     A tag is text in angle brackets that starts with an AU (`<AU6=3 AU12=5>`, `<AU12D>`), joins FACS items by plus
-    (`<6C+12D>`), starts with a number and an equals sign (`<6=3 12=5>`), or is a preset (`<doubtful>`) or a name with
-    a strength (`<doubtful@0.5>`). All other brackets stay: `<my-token>`, `<sks>`, `<2d>`, `<lora:x:1>`.
+    (`<6C+12D>`, `<L12C+R4B>`), starts with a number and an equals sign (`<6=3 12L=5>`), or is a preset (`<doubtful>`),
+    a name with a strength (`<doubtful@0.5>`), or a mixture that starts with one (`<happy@0.5 + AU4=2>`). All other
+    brackets stay: `<my-token>`, `<sks>`, `<2d>`, `<lora:x:1>`.
 
     Returns:
         The prompt without the tag, and the tag's text for `parse_aus`, or `None` without one.
@@ -228,7 +445,7 @@ def extract_au_tags(prompt: str, argument: str = "prompt") -> tuple[str, str | N
     """
     if not isinstance(prompt, str):
         raise ValueError(f"`{argument}` is no string, but of type {type(prompt).__name__}. Pass one prompt at a time.")
-    open_tag = re.search(r"<\s*AU ?[0-9][^<>]*(?:<|\Z)", prompt, flags=re.ASCII | re.IGNORECASE)
+    open_tag = re.search(r"<\s*AU ?[LR]?[0-9][^<>]*(?:<|\Z)", prompt, flags=re.ASCII | re.IGNORECASE)
     if open_tag:
         raise ValueError(f"`{argument}` opens an AU tag with {_show(open_tag[0])} and never closes it with '>'.")
     tags = [match for match in re.finditer("<([^<>]*)>", prompt) if _is_au_tag(match[1])]
@@ -238,15 +455,15 @@ def extract_au_tags(prompt: str, argument: str = "prompt") -> tuple[str, str | N
         raise ValueError(f"`{argument}` has {len(tags)} AU tags. Write all AUs into one, such as <AU6=3 AU12=5>.")
     tag = tags[0]
     text = " ".join(tag[1].split())
-    parse_aus(text, argument)
+    read_aus(text, argument, au_names)
     before, after = prompt[: tag.start()].rstrip(), prompt[tag.end() :].lstrip()
     gap = "" if not before or not after or after[0] in ",.;:!?)" else " "
     return before + gap + after, text
 
 
 def parse_aus_per_prompt(
-    aus, batch_size: int, argument: str = "aus", num_people: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    aus, batch_size: int, argument: str = "aus", num_people: int | None = None, au_names: Sequence[str] = AU_NAMES
+) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""
     The `aus` of a call of the pipeline: one expression for each prompt, or one for all; None leaves it to the prompt.
 
@@ -259,10 +476,12 @@ def parse_aus_per_prompt(
             What error messages call the input.
         num_people (`int`, *optional*):
             With several people in a picture, one for each person, or one for all people. Then a list of expressions
-            serves all prompts, and a list of such lists, or a tensor of shape `(batch, people, 12)`, has one for each.
+            serves all prompts, and a list of such lists, or a tensor of shape `(batch, people, n)`, has one for each.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The n AUs of the adapter.
 
     Returns:
-        Intensities of shape `(batch_size, 12)`, and of shape `(batch_size,)` 1 for each row that has AUs and 0 else.
+        Intensities of shape `(batch_size, n)`, and of shape `(batch_size,)` 1 for each row that has AUs and 0 else.
         With a number of people, both have a dimension more, after that of the batch.
 
     Raises:
@@ -273,18 +492,81 @@ def parse_aus_per_prompt(
         >>> intensities[:, 6].tolist(), has_aus.tolist()
         ([5.0, 0.0], [1.0, 0.0])
     """
+    import torch
+
     if num_people is None:
-        return _parse_expressions(aus, batch_size, argument, "prompts")
+        return _parse_expressions(aus, batch_size, argument, "prompts", au_names)
     if not _is_for_each_prompt(aus):
-        intensities, has_aus = _parse_expressions(aus, num_people, argument, "masks")
+        intensities, has_aus = _parse_expressions(aus, num_people, argument, "masks", au_names)
         return intensities.expand(batch_size, -1, -1), has_aus.expand(batch_size, -1)
     if len(aus) != batch_size:
         raise ValueError(
             f"`{argument}` has expressions for {len(aus)} pictures, but there are {batch_size} prompts. Pass a list of"
             " expressions for each prompt, or one list for all."
         )
-    rows = [_parse_expressions(entry, num_people, f"{argument}[{i}]", "masks") for i, entry in enumerate(aus)]
+    rows = [
+        _parse_expressions(entry, num_people, f"{argument}[{i}]", "masks", au_names) for i, entry in enumerate(aus)
+    ]
     return torch.stack([intensities for intensities, _ in rows]), torch.stack([has_aus for _, has_aus in rows])
+
+
+def au_image_embeds(
+    aus,
+    negative_aus=None,
+    au_names: Sequence[str] = AU_NAMES,
+    *,
+    do_classifier_free_guidance: bool = True,
+    num_people: int | None = None,
+    dtype: "torch.dtype | None" = None,
+) -> "list[torch.Tensor]":
+    r"""
+    AUs as the `ip_adapter_image_embeds` of a diffusers pipeline that has loaded an adapter of ours exported as an
+    IP-Adapter: its image embedding is the vector of AUs itself.
+
+    Args:
+        aus (as for `parse_aus`, or None, or a `list` with None in it):
+            One expression for each prompt; repeat an expression that several prompts share. None is the neutral face
+            here: an IP-Adapter is on or off for the whole call, so no single prompt can go without it.
+        negative_aus (as `aus`, *optional*):
+            What the unconditional branch gets, for each prompt or for all; by default the neutral face.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The n AUs of the adapter.
+        do_classifier_free_guidance (`bool`, defaults to `True`):
+            Whether the pipeline is called with guidance. Pass False for a `guidance_scale` of 1 or less; then there is
+            no unconditional branch, and `negative_aus` is not allowed.
+        num_people (`int`, *optional*):
+            Number of `ip_adapter_masks`; then `aus` is as in `parse_aus_per_prompt`.
+        dtype (`torch.dtype`, *optional*):
+            The pipeline's, which does not cast embeddings: `torch.float16` for a pipeline in half precision.
+
+    Returns:
+        A list with one `torch.Tensor`, for one IP-Adapter: of shape `(2 * batch, 1, n)` with guidance, first the
+        negative rows, and else `(batch, 1, n)`; in place of the 1 the number of people. With `num_images_per_prompt`
+        above 1 diffusers repeats the whole batch and not each row; for several prompts repeat the prompts instead.
+
+    Raises:
+        ValueError: as for `parse_aus_per_prompt`.
+
+    Example:
+        >>> [embeds] = au_image_embeds("12D")
+        >>> embeds.shape, embeds[:, 0, 6].tolist()
+        (torch.Size([2, 1, 12]), [0.0, 4.0])
+    """
+    import torch
+
+    if num_people is not None:
+        batch_size = len(aus) if _is_for_each_prompt(aus) else 1
+    elif isinstance(aus, list | tuple) and not _are_numbers(aus):
+        batch_size = max(len(aus), 1)
+    else:
+        batch_size = len(aus) if getattr(aus, "ndim", 1) == 2 else 1
+    embeds, _ = parse_aus_per_prompt(aus, batch_size, "aus", num_people, au_names)
+    if do_classifier_free_guidance:
+        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, au_names)
+        embeds = torch.cat([negative, embeds])
+    elif negative_aus is not None:
+        raise ValueError("`negative_aus` needs guidance: without it there is no unconditional branch. Leave it out.")
+    return [(embeds if num_people is not None else embeds[:, None]).to(dtype or torch.float32)]
 
 
 def _is_for_each_prompt(aus) -> bool:
@@ -298,14 +580,18 @@ def _is_for_each_prompt(aus) -> bool:
     )
 
 
-def _parse_expressions(aus, count: int, argument: str, counted: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intensities `(count, 12)` and which rows have AUs `(count,)`."""
+def _parse_expressions(
+    aus, count: int, argument: str, counted: str, au_names: Sequence[str]
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Intensities `(count, n)` and which rows have AUs `(count,)`."""
+    import torch
+
     if aus is None:
-        return torch.zeros(count, len(AU_NAMES)), torch.zeros(count)
+        return torch.zeros(count, len(au_names)), torch.zeros(count)
     absent = [entry is None for entry in aus] if isinstance(aus, list | tuple) else [False]
     if any(absent):
         aus = [{} if entry is None else entry for entry in aus]
-    intensities = parse_aus(aus, argument)
+    intensities = parse_aus(aus, argument, au_names)
     has_aus = torch.tensor([not entry for entry in absent]).float() if any(absent) else torch.ones(len(intensities))
     if len(intensities) == 1:
         return intensities.expand(count, -1), has_aus.expand(count)
@@ -318,18 +604,26 @@ def _parse_expressions(aus, count: int, argument: str, counted: str) -> tuple[to
     return intensities, has_aus
 
 
-def _without_arrays(aus, label: str):
+def _ways_to_write(au_names: tuple[str, ...]) -> str:
+    return (
+        'Give a dict ({"AU6": 2.5, "AU12": 5}), a string ("AU6=2.5 AU12=5", "6C+12D", "doubtful", "doubtful@0.5"), '
+        f"{len(au_names)} numbers in the order {', '.join(au_names)}, or a list with one of these per prompt."
+    )
+
+
+def _without_arrays(aus, label: str, au_names: tuple[str, ...]):
     """Tensors and numpy arrays as nested lists, anything else as it is."""
-    if not isinstance(aus, torch.Tensor):
-        # numpy is known by what it can do, so that this file needs torch alone.
+    torch = sys.modules.get("torch")  # without it there are no tensors
+    if torch is None or not isinstance(aus, torch.Tensor):
+        # numpy is known by what it can do, so that this file does not need it.
         is_array = hasattr(type(aus), "__array__") and hasattr(type(aus), "tolist") and not isinstance(aus, str)
         return aus.tolist() if is_array else aus
     if aus.is_nested or aus.layout != torch.strided or aus.is_complex() or aus.dtype == torch.bool:
         raise ValueError(f"`{label}` is a tensor of {aus.dtype}, {aus.layout}. It needs dense real numbers.")
-    if aus.ndim not in (1, 2) or aus.shape[-1] != len(AU_NAMES) or len(aus) == 0:
+    if aus.ndim not in (1, 2) or aus.shape[-1] != len(au_names) or len(aus) == 0:
         raise ValueError(
-            f"`{label}` has the shape {tuple(aus.shape)}. It needs ({len(AU_NAMES)},) or (batch, {len(AU_NAMES)}), in "
-            "the order of `AU_NAMES`."
+            f"`{label}` has the shape {tuple(aus.shape)}. It needs ({len(au_names)},) or (batch, {len(au_names)}), in "
+            f"the order {', '.join(au_names)}."
         )
     try:
         return aus.detach().cpu().double().tolist()
@@ -340,77 +634,101 @@ def _without_arrays(aus, label: str):
         ) from error
 
 
-def _parse_one(aus, label: str) -> list[float]:
-    """One expression as 12 numbers."""
-    values = _without_arrays(aus, label)
+def _parse_one(aus, label: str, au_names: tuple[str, ...]) -> list[float]:
+    """One expression as a number for each of `au_names`."""
+    values = _without_arrays(aus, label, au_names)
     if values is not aus and isinstance(values, list) and values and isinstance(values[0], list):
         if len(values) > 1:
             raise ValueError(f"`{label}` holds {len(values)} expressions, but one prompt takes one. Unpack the array.")
         values = values[0]
     if isinstance(values, str):
-        return _parse_string(values, label)
+        return _parse_string(values, label, au_names)
     if isinstance(values, Preset):
         values = values.aus
     if isinstance(values, Mapping):
-        return _place(((_au_name(key, label), value) for key, value in values.items()), label)
+        return _place(((_au_name(key, label, au_names), value) for key, value in values.items()), label, au_names)
     if not isinstance(values, list | tuple):
-        raise ValueError(f"`{label}` has the type {type(values).__name__}, which names no AUs. {_WAYS_TO_WRITE_AUS}")
-    if not _are_numbers(values):
-        raise ValueError(f"`{label}` is a {type(values).__name__} of other things than numbers. {_WAYS_TO_WRITE_AUS}")
-    if len(values) != len(AU_NAMES):
         raise ValueError(
-            f"`{label}` has the wrong count of numbers, {len(values)}. It needs {len(AU_NAMES)}, in the order of "
-            f"`AU_NAMES`: {', '.join(AU_NAMES)}."
+            f"`{label}` has the type {type(values).__name__}, which names no AUs. {_ways_to_write(au_names)}"
         )
-    return _place(zip(AU_NAMES, values, strict=True), label)
+    if not _are_numbers(values):
+        raise ValueError(
+            f"`{label}` is a {type(values).__name__} of other things than numbers. {_ways_to_write(au_names)}"
+        )
+    if len(values) != len(au_names):
+        raise ValueError(
+            f"`{label}` has the wrong count of numbers, {len(values)}. It needs {len(au_names)}, in the order "
+            f"{', '.join(au_names)}."
+        )
+    return _place(zip(au_names, values, strict=True), label, au_names)
 
 
-def _parse_string(text: str, label: str) -> list[float]:
-    text = " ".join(text.split())
+def _parse_string(text: str, label: str, au_names: tuple[str, ...]) -> list[float]:
+    text = re.sub(" ?([=@,]) ?", r"\1", " ".join(text.split()))
+    # A plus after = or @ is the sign of a number.
+    parts = re.split(r" ?(?<![=@])\+ ?", text)
+    if "" in parts and len(parts) > 1:
+        raise ValueError(f"`{label}` has a separator without an AU on both sides in {_show(text)}. Take it out.")
+    presets = [part for part in parts if _find_preset(part.partition("@")[0])]
+    pairs = (pair for part in parts if part not in presets for pair in _read_items(part, label, au_names))
+    rows = [_place(pairs, label, au_names), *(_read_preset(part, label, au_names) for part in presets)]
+    values = map(sum, zip(*rows, strict=True))
+    return [_check_intensity(name, value, label) for name, value in zip(au_names, values, strict=True)]
+
+
+def _read_preset(text: str, label: str, au_names: tuple[str, ...]) -> list[float]:
     name, at, strength = text.partition("@")
     preset = _find_preset(name)
-    if preset:
-        factor = _to_float(strength) if at else 1.0
-        if factor is None or not math.isfinite(factor):
-            raise ValueError(
-                f"`{label}` gives the preset {_show(name)} the strength {_show(strength)}. A strength is a finite "
-                'number, such as "doubtful@0.5".'
-            )
-        return _place(((name, factor * value) for name, value in preset.aus.items()), label)
+    missing = preset.missing_aus(au_names)
+    if missing:
+        raise ValueError(
+            f"`{label}` is the preset {_show(name)}, which needs {', '.join(missing)}, but this model knows "
+            f"{', '.join(au_names)}."
+        )
+    factor = _to_float(strength) if at else 1.0
+    if factor is None or not math.isfinite(factor):
+        raise ValueError(
+            f"`{label}` gives the preset {_show(name)} the strength {_show(strength)}. A strength is a finite "
+            'number, such as "doubtful@0.5".'
+        )
+    return _place(((name, factor * value) for name, value in preset.aus.items()), label, au_names)
+
+
+def _read_items(text: str, label: str, au_names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+    """The AUs of a string without presets and pluses."""
     if not text:
-        return _place((), label)
+        return
+    name, at, _ = text.partition("@")
     is_assignment = "=" in text
     if not is_assignment and not re.search("[0-9]", name):
-        raise ValueError(_unknown_preset_message(name, label))
+        raise ValueError(_unknown_preset_message(name, label, au_names))
     if at and not is_assignment:
         raise ValueError(f"`{label}` gives {_show(name)} a strength, which only presets take. Write grades: 6C+12D.")
     # FACS literature writes "AU 12", and spaces around separators carry no meaning.
-    text = re.sub(r"\bAU (?=[0-9])", "AU", re.sub(" ?([=+,]) ?", r"\1", text), flags=re.ASCII | re.IGNORECASE)
-    items = re.split("[, ]" if is_assignment else "[+, ]", text)
+    text = re.sub(r"\bAU (?=[LR]?[0-9])", "AU", text, flags=re.ASCII | re.IGNORECASE)
+    items = re.split("[, ]", text)
     if "" in items:
         raise ValueError(f"`{label}` has a separator without an AU on both sides in {_show(text)}. Take it out.")
-    read_item = _read_assignment if is_assignment else _read_facs_item
-    return _place((read_item(item, label) for item in items), label)
+    for item in items:
+        yield (_read_assignment if is_assignment else _read_facs_item)(item, label, au_names)
 
 
-def _read_assignment(item: str, label: str) -> tuple[str, float]:
+def _read_assignment(item: str, label: str, au_names: tuple[str, ...]) -> tuple[str, float]:
     # A bare AU is no assignment: in "AU6=2,5" the 5 ends a number and is not AU5.
     name, equals, value = item.partition("=")
     number = _to_float(value)
     if not equals or number is None:
         raise ValueError(
             f"`{label}` has {_show(item)} where an AU and its number belong. Write AU6=2.5 AU12=5, with a decimal "
-            "point, and with spaces or commas between AUs."
+            "point, with spaces or commas between AUs, and with a plus before or after a preset."
         )
-    return _au_name(name, label), number
+    return _au_name(name, label, au_names), number
 
 
-def _read_facs_item(item: str, label: str) -> tuple[str, float]:
-    match = re.fullmatch("(.*[0-9])([A-Z]?)", item, flags=re.ASCII | re.IGNORECASE)
+def _read_facs_item(item: str, label: str, au_names: tuple[str, ...]) -> tuple[str, float]:
+    match = re.fullmatch("(.*[0-9][LR]?)([A-Z]?)", item, flags=re.ASCII | re.IGNORECASE)
     name, grade = match.groups() if match else (item, "")
-    if grade.upper() in ("L", "R"):
-        name, grade = item, ""
-    name = _au_name(name, label)
+    name = _au_name(name, label, au_names)
     if grade and grade.upper() not in GRADES:
         raise ValueError(
             f"`{label}` gives {name} the grade {grade!r}. FACS grades are A, B, C, D, E, which are 1, 2, 3, 4, 5; an "
@@ -419,34 +737,60 @@ def _read_facs_item(item: str, label: str) -> tuple[str, float]:
     return name, float(GRADES[grade.upper() or "C"])
 
 
-def _au_name(name, label: str) -> str:
-    """The entry of `AU_NAMES` that "AU6", "au06", "6" or 6 stand for."""
+def _au_name(name, label: str, au_names: tuple[str, ...]) -> str:
+    """The key of `au_columns` that "AU6", "au06", "6" or 6, for one side "AU12L", "12L" or "L12", stand for."""
     if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= name < 1000:
         name = str(name)
+    known = ", ".join(au_names)
     if not isinstance(name, str):
-        raise ValueError(f"`{label}` names an AU by {_show(name)}. AUs are named by strings: {', '.join(AU_NAMES)}.")
+        raise ValueError(f"`{label}` names an AU by {_show(name)}. AUs are named by strings: {known}.")
     match = re.fullmatch(r"([LR]?)(?:AU)?([LR]?)0*([1-9][0-9]*)([LR]?)", name.strip(), flags=re.ASCII | re.IGNORECASE)
-    known_name = f"AU{match[3]}" if match else None
-    if match and (match[1] or match[2] or match[4]):
+    side = (match[1] + match[2] + match[4]).upper() if match else ""
+    whole = f"AU{match[3]}" if match else ""
+    columns = au_columns(au_names)
+    if whole + side in columns:
+        return whole + side
+    if whole in columns and len(side) == 1:
         raise ValueError(
-            f"`{label}` names {_show(name)}, one side of the face. The {len(AU_NAMES)} AUs are symmetric, both sides "
-            "move alike: leave out the L or R."
+            f"`{label}` names {_show(name)}, one side of the face, but this model moves both sides of {whole} alike: "
+            f"leave out the L or R. It knows {known}."
         )
-    if known_name not in AU_NAMES:
-        raise ValueError(
-            f"`{label}` names {_show(name)}, which this model does not know. It knows {', '.join(AU_NAMES)}."
-        )
-    return known_name
+    unit = _BY_NAME.get(whole)
+    what = f" ({unit.facs_name})" if unit else ""
+    nearest = _nearest_au(whole, side, au_names)
+    hint = f" The nearest is {nearest}." if nearest else ""
+    raise ValueError(f"`{label}` names {_show(name)}{what}, which this model does not know. It knows {known}.{hint}")
 
 
-def _place(pairs: Iterable[tuple[str, Real]], label: str) -> list[float]:
-    """Checked intensities in the order of `AU_NAMES`."""
-    intensities = {}
+def _nearest_au(whole: str, side: str, au_names: tuple[str, ...]) -> str | None:
+    """Of `au_names`, the AU that moves the face most like an AU of FACS; of others the one that is spelled alike."""
+    unit = _BY_NAME.get(whole)
+    if unit is None:
+        return next(iter(difflib.get_close_matches(whole, map(whole_au, au_names), n=1, cutoff=0.7)), None)
+
+    def likeness(other: ActionUnit) -> tuple:
+        muscles = difflib.SequenceMatcher(None, unit.muscles, other.muscles).ratio()
+        distance = abs(int(unit.name[2:]) - int(other.name[2:]))
+        return (muscles if muscles > 0.6 else 0, unit.region == other.region, -distance)
+
+    others = [other for other in action_units_of(au_names) if other.name not in unit.antagonists]
+    nearest = max(others, key=likeness, default=None)
+    if nearest is None:
+        return None
+    return f"{nearest.name}{side if nearest.name + side in au_names else ''} ({nearest.facs_name})"
+
+
+def _place(pairs: Iterable[tuple[str, Real]], label: str, au_names: tuple[str, ...]) -> list[float]:
+    """Checked intensities in the order of `au_names`; the pairs have the keys of `au_columns`."""
+    columns, intensities = au_columns(au_names), [None] * len(au_names)
     for name, value in pairs:
-        if name in intensities:
-            raise ValueError(f"`{label}` gives {name} twice. Give each AU once.")
-        intensities[name] = _check_intensity(name, value, label)
-    return [intensities.get(name, 0.0) for name in AU_NAMES]
+        value = _check_intensity(name, value, label)
+        for column in columns[name]:
+            if intensities[column] is not None:
+                sides = f" ({name} is both its sides)" if len(columns[name]) > 1 else ""
+                raise ValueError(f"`{label}` gives {au_names[column]} twice{sides}. Give each AU once.")
+            intensities[column] = value
+    return [0.0 if value is None else value for value in intensities]
 
 
 def _check_intensity(name: str, value: Real, label: str) -> float:
@@ -473,10 +817,14 @@ def _to_float(text: str) -> float | None:
         return None
 
 
+def _to_float32(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 def _shortest(value: float) -> str:
     # Nine significant digits tell all float32 numbers apart.
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
-    shortest = next(number for number in candidates if torch.tensor(number, dtype=torch.float32).item() == value)
+    shortest = next(number for number in candidates if _to_float32(number) == value)
     return repr(shortest).removesuffix(".0")
 
 
@@ -488,17 +836,18 @@ def _find_preset(name: str) -> Preset | None:
     return PRESETS.get(_preset_key(name))
 
 
-def _unknown_preset_message(name: str, label: str) -> str:
-    nearest = difflib.get_close_matches(_preset_key(name[:40]), PRESETS, n=1, cutoff=0.5)
-    way_out = f"Did you mean {nearest[0]!r}?" if nearest else f"The presets are: {', '.join(PRESETS)}."
+def _unknown_preset_message(name: str, label: str, au_names: tuple[str, ...]) -> str:
+    presets = available_presets(au_names)
+    nearest = difflib.get_close_matches(_preset_key(name[:40]), presets, n=1, cutoff=0.5)
+    way_out = f"Did you mean {nearest[0]!r}?" if nearest else f"The presets are: {', '.join(presets)}."
     return f'`{label}` is {_show(name)}, which is no preset and no AUs such as "AU6=3 AU12=5" or "6C+12D". {way_out}'
 
 
 def _is_au_tag(content: str) -> bool:
     content = " ".join(content.split())
-    au = r"(?:AU|[LR])? ?\d+[A-Z]?"
-    shapes = rf"AU ?\d.*|{au}(?: ?\+ ?{au})+|\d+ ?=.*|[A-Z _-]+@ ?[-+.\d]+"
-    is_preset = _find_preset(content.partition("@")[0]) is not None
+    au = r"(?:AU|[LR])? ?\d+[LR]?[A-Z]?"
+    shapes = rf"AU ?[LR]?\d.*|{au}(?: ?\+ ?{au})+|[LR]?\d+[LR]? ?=.*|[A-Z _-]+@ ?[-+.\d]+"
+    is_preset = _find_preset(re.split(" ?[@+]", content)[0]) is not None
     return is_preset or re.fullmatch(shapes, content, flags=re.ASCII | re.IGNORECASE) is not None
 
 

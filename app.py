@@ -34,7 +34,15 @@ except ModuleNotFoundError as error:
 
 import torch
 
-from action_units import ACTION_UNITS, AU_NAMES, MAX_INTENSITY, PRESETS, extract_au_tags, format_aus, parse_aus
+from action_units import (
+    AU_NAMES,
+    MAX_INTENSITY,
+    action_units_of,
+    available_presets,
+    extract_au_tags,
+    format_aus,
+    parse_aus,
+)
 from drawing.jobs import Job, make_job
 from drawing.model import Weights, check_weights
 from drawing.studio import MAX_ROWS, Studio, Sweep, file_name, intensities, read_expressions, write_gif, write_zip
@@ -180,7 +188,7 @@ def code_box(label: str, language: str, visible: bool = True) -> gr.Code:
 
 def add_sweep(ui: SimpleNamespace) -> None:
     gr.Markdown("One muscle moves; the person and the rest of the face stay as they are set.")
-    names = [(f"{unit.name} · {unit.facs_name}", unit.name) for unit in ACTION_UNITS]
+    names = [(f"{unit.name} · {unit.facs_name}", unit.name) for unit in action_units_of()]
     au = gr.Dropdown(names, value="AU12", label="AU")
     with gr.Row():
         first = gr.Number(0, label="From", step=0.5, min_width=80, elem_id="sweep-from")
@@ -224,7 +232,7 @@ def add_expression(ui: SimpleNamespace, defaults: Job) -> None:
         info='Type it, as "6C+12D", "AU12=2.5" or "happy@0.5", or set it below.',
         elem_id="aus",
     )
-    names = list(PRESETS)
+    names = list(available_presets())
     chips = {"components": ["textbox"], "show_label": False, "samples_per_page": len(names), "elem_classes": "chips"}
     first = gr.Dataset(samples=[[name] for name in names[:NUM_FIRST_PRESETS]], label="Presets", **chips)
     with gr.Accordion(f"{len(names) - NUM_FIRST_PRESETS} more presets", open=False):
@@ -235,7 +243,7 @@ def add_expression(ui: SimpleNamespace, defaults: Job) -> None:
     for part, regions in FACE_PARTS.items():
         with gr.Group(elem_classes="part"):
             gr.HTML(f"<h3>{html.escape(part)}</h3>")
-            for unit in ACTION_UNITS:
+            for unit in action_units_of():
                 if unit.region in regions:
                     sliders[unit.name] = au_slider(unit, values[unit.name])
     ui.sliders = [sliders[name] for name in AU_NAMES]
@@ -469,7 +477,7 @@ def set_range(is_beyond: bool, text: str) -> list:
 def other_expression(text: str) -> list:
     with messages():
         now = format_aus(parse_aus(text or "", LABELS["aus"]))
-    return set_expression(random.choice([name for name in PRESETS if format_aus(name) != now]))
+    return set_expression(random.choice([name for name in available_presets() if format_aus(name) != now]))
 
 
 class Page:

@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from action_units import PRESETS
+from action_units import available_presets
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, check_animation, draw_sheet, write_animation
 from drawing.files import background_writer, describe, find_unfinished, write_picture
 from drawing.jobs import (
@@ -300,7 +300,7 @@ def run(args: argparse.Namespace) -> str | None:
     if args.grid:
         return run_sheet(job, [[grid_table(job)]], weights, args)
     if args.presets is not None:
-        expressions = args.presets or list(PRESETS)
+        expressions = args.presets or list(available_presets())
         rows = (expressions[i : i + SHEET_COLUMNS] for i in range(0, len(expressions), SHEET_COLUMNS))
         return run_sheet(job, [[preset_table(job, row)] for row in rows], weights, args)
     if args.demo:

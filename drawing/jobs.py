@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from action_units import ACTION_UNITS, AU_NAMES, extract_au_tags, format_aus, parse_aus
+from action_units import AU_NAMES, action_units_of, extract_au_tags, format_aus, parse_aus
 from drawing.contact_sheet import Table
 from face_data.au_tables import read_au_table
 
@@ -249,14 +249,16 @@ def sweep_table(job: Job, sweep: str) -> Table:
         raise ValueError(f"`--sweep` and `--aus` both set {name}. Take it out of `--aus`.")
     first, last = float(match[2]), float(match[3])
     values = [first + (last - first) * i / (count - 1) for i in range(count)]
-    label = _label(ACTION_UNITS[AU_NAMES.index(name)])
+    label = _label(action_units_of([name])[0])
     return Table([[_with_au(job, name, value) for value in values]], [label], [f"{value:.3g}" for value in values])
 
 
-def grid_table(job: Job, units=ACTION_UNITS) -> Table:
-    """A row of rising intensities for each of `units`, beside the other AUs of `job`."""
-    rows = [[_with_au(job, unit.name, value) for value in GRID_INTENSITIES] for unit in units]
-    return Table(rows, [_label(unit) for unit in units], [str(value) for value in GRID_INTENSITIES])
+def grid_table(job: Job, au_names=AU_NAMES) -> Table:
+    """A row of rising intensities for each of `au_names`, beside the other AUs of `job`."""
+    rows = [[_with_au(job, name, value) for value in GRID_INTENSITIES] for name in au_names]
+    return Table(
+        rows, [_label(unit) for unit in action_units_of(au_names)], [str(value) for value in GRID_INTENSITIES]
+    )
 
 
 def preset_table(job: Job, expressions: list[str]) -> Table:
@@ -266,7 +268,7 @@ def preset_table(job: Job, expressions: list[str]) -> Table:
 
 def demo_tables(job: Job) -> list[list[Table]]:
     """All AUs in two blocks, and presets below, in the same columns."""
-    grids = [grid_table(job, ACTION_UNITS[:6]), grid_table(job, ACTION_UNITS[6:])]
+    grids = [grid_table(job, AU_NAMES[:6]), grid_table(job, AU_NAMES[6:])]
     presets = [preset_table(job, list(names)) for names in DEMO_PRESETS]
     return [grids, [replace(table, row_labels=[label]) for table, label in zip(presets, ("Presets", ""), strict=True)]]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from action_units import ACTION_UNITS, parse_aus
+from action_units import action_units_of, parse_aus
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
 from drawing.model import Weights, load_pipeline
 
@@ -47,7 +47,7 @@ def au_words(embedded: bool) -> tuple[str, ...]:
         from toy_faces.renderer import EXPRESSION_WORDS
 
         return EXPRESSION_WORDS
-    return tuple(unit.facs_name.lower() for unit in ACTION_UNITS)
+    return tuple(unit.facs_name.lower() for unit in action_units_of())
 
 
 def aus_in_words(intensities, words: tuple[str, ...]) -> str:

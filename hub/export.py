@@ -35,7 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from tqdm import tqdm
 
-from action_units import ACTION_UNITS
+from action_units import action_units_of
 from au_encoder import base_unet, find_adapter_files
 from drawing.files import write_picture
 from drawing.jobs import MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
@@ -325,7 +325,7 @@ def draw_pictures(pipeline, folder: Path, jobs: dict[str, Job], metadata: dict) 
 def picture_jobs(defaults: dict) -> dict[str, Job]:
     """What the card shows: the neutral face, every AU at its strongest, and the examples of the widget."""
     prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
-    prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in ACTION_UNITS}
+    prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of()}
     prompts |= {name: prompt for name, prompt in _widget_pictures()}
     return {name: make_job({**defaults, "prompt": prompt}) for name, prompt in prompts.items()}
 
@@ -371,12 +371,12 @@ def fill_card(facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool
 
 
 def _au_table(has_pictures: bool) -> str:
-    """The AUs, from `ACTION_UNITS`."""
+    """The AUs of the model."""
     columns = ["AU", "FACS name", "muscles", "what it does", *(["at 5"] if has_pictures else [])]
     rows = [
         [unit.name, unit.facs_name, unit.muscles, unit.hint]
         + ([f'<img src="{_au_picture(unit)}" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
-        for unit in ACTION_UNITS
+        for unit in action_units_of()
     ]
     neutral = ["", "neutral", "", "all AUs at 0", '<img src="images/neutral.png" alt="neutral" width="96">']
     lines = [columns, ["---"] * len(columns), *([neutral] if has_pictures else []), *rows]

@@ -1,5 +1,7 @@
 import math
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,26 +17,35 @@ from action_units import (
     AU_NAMES,
     MAX_INTENSITY,
     PRESETS,
+    action_units_of,
+    au_columns,
+    au_image_embeds,
+    available_presets,
     extract_au_tags,
     format_aus,
+    mirrored_columns,
     parse_aus,
     parse_aus_per_prompt,
+    read_aus,
 )
 
 
 ALL_NAMES = ", ".join(AU_NAMES)
+# An adapter with sides, one AU that has none between them, and AUs beyond the twelve.
+SIDED = ("AU4L", "AU4R", "AU26", "AU12L", "AU12R", "AU43L", "AU43R", "AU24")
+EVERY_AU = tuple(f"{unit.name}{side}" for unit in ACTION_UNITS for side in ("LR" if unit.sided else [""]))
 RAMP = [0.25 * index for index in range(12)]
 
 
-def as_dict(aus):
+def as_dict(aus, au_names=AU_NAMES):
     """The AUs that are not 0, by name; for one expression."""
-    (row,) = parse_aus(aus).tolist()
-    return {name: value for name, value in zip(AU_NAMES, row, strict=True) if value}
+    (row,) = parse_aus(aus, au_names=au_names).tolist()
+    return {name: value for name, value in zip(au_names, row, strict=True) if value}
 
 
-def message(aus):
+def message(aus, au_names=AU_NAMES):
     with pytest.raises(ValueError) as error:
-        parse_aus(aus)
+        parse_aus(aus, au_names=au_names)
     return str(error.value)
 
 
@@ -48,8 +59,22 @@ def test_the_12_aus_of_the_paper_in_order():
 def test_every_au_says_what_it_is():
     for action_unit in ACTION_UNITS:
         assert all((action_unit.facs_name, action_unit.muscles, action_unit.hint))
-        assert action_unit.region in ("brow", "eye", "cheek", "nose", "mouth", "chin", "jaw")
-    assert len({action_unit.facs_name for action_unit in ACTION_UNITS}) == 12
+        assert action_unit.region in "brow eye cheek nose mouth chin jaw neck head gaze".split()
+    assert len({action_unit.facs_name for action_unit in ACTION_UNITS}) == len(ACTION_UNITS)
+
+
+def test_every_au_of_facs_is_there_in_order():
+    numbers = [int(unit.name.removeprefix("AU")) for unit in ACTION_UNITS]
+    assert numbers == sorted(set(range(1, 47)) - {3, 40} | set(range(51, 59)) | set(range(61, 67)))
+    assert {unit.name for unit in ACTION_UNITS if unit.sided} >= {f"AU{n}" for n in (1, 2, 4, 6, 12, 14, 15, 43)}
+    assert not {unit.name for unit in ACTION_UNITS if unit.sided} & {"AU17", "AU25", "AU26", "AU27", "AU61"}
+
+
+def test_antagonists_are_mutual():
+    by_name = {unit.name: unit for unit in ACTION_UNITS}
+    assert "AU12" in by_name["AU15"].antagonists and "AU43" in by_name["AU5"].antagonists
+    for unit in ACTION_UNITS:
+        assert all(unit.name in by_name[other].antagonists for other in unit.antagonists)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -57,19 +82,36 @@ def test_every_preset_parses_within_facs_and_has_a_source(name):
     preset = PRESETS[name]
     assert re.fullmatch("[a-z]+( [a-z]+)*", name)
     assert len(preset.source) > 10
-    assert as_dict(name) == as_dict(preset) == as_dict(preset.aus) == preset.aus
+    assert preset.needs == tuple(preset.aus)
+    needed = ["AU12L", "AU12R"] if not preset.needs else []
+    for au in preset.needs:
+        sides = [f"{au[:-1]}L", f"{au[:-1]}R"] if au[-1] in "LR" else [au]
+        needed += [side for side in sides if side not in needed]
+    # Whoever mixes a side and both sides of an AU in a preset gets an error here.
+    assert as_dict(name, needed) == as_dict(preset, needed) == as_dict(preset.aus, needed) == preset.aus
     assert all(0 < value <= 5 for value in preset.aus.values())
+    assert parse_aus(name, au_names=EVERY_AU).any() or name == "neutral"
 
 
 def test_presets_are_distinct():
-    assert len({format_aus(name) for name in PRESETS}) == len(PRESETS)
+    assert len({format_aus(name, EVERY_AU) for name in PRESETS}) == len(PRESETS)
 
 
 def test_presets_cover_basic_compound_and_everyday_expressions():
     basic = {"happy", "sad", "surprised", "fearful", "angry", "disgusted", "contemptuous"}
     compound = {name for name, preset in PRESETS.items() if preset.source.startswith("Du, Tao & Martinez")}
-    assert basic < set(PRESETS) and len(compound) == 15
-    assert len(PRESETS.keys() - basic - compound) >= 10
+    assert basic < set(available_presets()) and len(compound) == 15
+    assert len(available_presets().keys() - basic - compound) >= 10
+    assert PRESETS.keys() - available_presets() >= {"smirk", "wink", "contempt", "one raised brow", "tight lipped"}
+
+
+def test_presets_are_offered_where_an_adapter_has_their_aus():
+    assert {"wink", "smirk", "neutral", "eyes closed"} <= available_presets(("AU6", *SIDED)).keys()
+    assert not {"wink", "happy"} & available_presets(SIDED).keys()  # both need AU6
+    assert available_presets(EVERY_AU) == PRESETS
+    assert PRESETS["contempt"].missing_aus((*SIDED, "AU14")) == ["AU14R"]
+    text = message("contempt", (*SIDED, "AU14"))
+    assert text.startswith("`aus` is the preset 'contempt', which needs AU14R, but this model knows AU4L, AU4R, AU26,")
 
 
 def test_a_compound_preset_follows_its_rule_and_names_what_is_missing():
@@ -104,6 +146,14 @@ def test_a_compound_preset_follows_its_rule_and_names_what_is_missing():
         ("POLITE__SMILE @ 0.5", {"AU12": 1.5}),
         ("polite smile@-1", {"AU12": -3}),
         ([0] * 4 + [2] + [0] * 7, {"AU6": 2}),
+        ("happy@0.5 + AU4=2", {"AU4": 2, "AU6": 2, "AU12": 2}),
+        ("AU4=2 AU5=+.5+polite-smile@+0.5 + 25A", {"AU4": 2, "AU5": 0.5, "AU12": 1.5, "AU25": 1}),
+        (
+            "surprised@0.5+polite smile + 25C+ neutral",
+            {"AU1": 2, "AU2": 2, "AU5": 1, "AU12": 3, "AU25": 4.5, "AU26": 2},
+        ),
+        ("polite smile + polite smile@-.5", {"AU12": 1.5}),
+        ("AU6=3 + 12D", {"AU6": 3, "AU12": 4}),
     ],
 )
 def test_one_expression(aus, expected):
@@ -159,6 +209,11 @@ def test_a_list_has_one_expression_per_prompt_in_any_mix_of_forms():
         ({None: 1}, ["None", ALL_NAMES]),
         ({10**5000: 1}, ["too large", ALL_NAMES]),
         ([{}, {"AU7": 1}], ["`aus[1]`", "'AU7'"]),
+        ("AU7=1", ["'AU7' (Lid Tightener)", "The nearest is AU6 (Cheek Raiser)."]),
+        ("10C", ["'10' (Upper Lip Raiser)", "The nearest is AU9 (Nose Wrinkler)."]),
+        ("43E", ["'43' (Eyes Closed)", ALL_NAMES]),
+        ("AU112=3", ["'AU112'", "The nearest is AU12."]),
+        ("AU99=3", ["'AU99'", f"It knows {ALL_NAMES}."]),
         ({"AU6": 1, "au06": 2}, ["AU6 twice", "once"]),
         ("6C+12D+AU6", ["AU6 twice", "once"]),
         ("AU6=1 6=1", ["AU6 twice"]),
@@ -185,16 +240,21 @@ def test_a_list_has_one_expression_per_prompt_in_any_mix_of_forms():
         ("anger", ["Did you mean 'angry'?"]),
         ("xyzzy", ["'xyzzy'", "AU6=3 AU12=5", "6C+12D", "The presets are: neutral, happy,"]),
         ("6F+12D", ["AU6", "grade 'F'", "A, B, C, D, E", "1, 2, 3, 4, 5", "AU6=2.5"]),
-        ("R12A+R14A", ["'R12'", "symmetric", "leave out the L or R"]),
-        ("12L", ["'12L'", "symmetric"]),
-        ("AUL12=2", ["'AUL12'", "symmetric"]),
-        ({"L12": 2}, ["'L12'", "symmetric"]),
+        ("R12A+R14A", ["'R12'", "both sides of AU12 alike", "leave out the L or R", ALL_NAMES]),
+        ("12L", ["'12L'", "both sides"]),
+        ("AUL12=2", ["'AUL12'", "both sides"]),
+        ({"L12": 2}, ["'L12'", "both sides"]),
         ("AU6=2,5 AU12=5", ["'5'", "decimal point"]),
         ("AU6=C", ["'AU6=C'", "AU6=2.5"]),
         ("AU6=1_0", ["'AU6=1_0'"]),
         ("AU6=٣", ["AU6=2.5"]),
         ("AU6=3 12", ["'12'", "AU6=2.5"]),
         ("6++12", ["separator", "6++12"]),
+        ("happy +", ["separator", "happy"]),
+        ("happy + AU4=2 AU4=1", ["AU4 twice"]),
+        ("happy + AU12=7", ["AU12", "11", "-10 to 10"]),
+        ("happy + sadd", ["'sadd'", "Did you mean 'sad'?"]),
+        ("AU4=2 happy", ["'happy'", "a plus before or after a preset"]),
         ("6+", ["separator"]),
         ("AU6=3,", ["separator"]),
         ([1, 2, 3], ["wrong count", "3", "12", ALL_NAMES]),
@@ -280,6 +340,162 @@ def test_format_reads_back_to_the_same_float32(values):
     assert format_aus(text) == text
 
 
+def test_format_writes_a_side_only_where_sides_differ():
+    assert format_aus({"12L": 3, "12R": 3, "AU26": 1}, SIDED) == "AU26=1 AU12=3"
+    assert format_aus("R4B+L12C+12R", SIDED) == "AU4R=2 AU12=3"
+    assert format_aus("L12C+R12A", SIDED) == "AU12L=3 AU12R=1"
+    assert format_aus([0] * 8, SIDED) == "neutral"
+
+
+def lists_of_aus():
+    """Any list of AUs that an adapter may have."""
+    units = st.lists(st.sampled_from(ACTION_UNITS), min_size=1, max_size=12, unique=True)
+    lists = units.flatmap(lambda chosen: st.tuples(*(st.tuples(st.just(unit), st.booleans()) for unit in chosen)))
+    return lists.map(
+        lambda chosen: [
+            f"{unit.name}{side}" for unit, is_sided in chosen for side in ("LR" if unit.sided and is_sided else [""])
+        ]
+    ).flatmap(st.permutations)
+
+
+@settings(max_examples=150, deadline=None)
+@given(lists_of_aus(), st.data())
+def test_format_reads_back_with_any_list_of_aus(au_names, data):
+    # Few values, so that sides often agree.
+    few = st.sampled_from([0.0, -0.0, 3.0]) | intensities
+    vector = torch.tensor(data.draw(st.lists(few, min_size=len(au_names), max_size=len(au_names))))
+    text = format_aus(vector, au_names)
+    assert torch.equal(parse_aus(text, au_names=au_names)[0], vector)
+    assert format_aus(text, au_names) == text
+    short = text.lower().replace("au", "")
+    assert read_aus(short, au_names=au_names) == read_aus(text, au_names=au_names)
+    # A mirror changes left and right, and a second one changes them back.
+    order = mirrored_columns(au_names)
+    mirrored = format_aus(vector[order], au_names)
+    swapped = re.sub("([LR])=", lambda match: {"L": "R=", "R": "L="}[match[1]], text)
+    assert torch.equal(parse_aus(swapped, au_names=au_names), parse_aus(mirrored, au_names=au_names))
+    assert torch.equal(vector[order][order], vector)
+
+
+# Lists of AUs other than the twelve.
+
+
+@pytest.mark.parametrize(
+    ("aus", "expected"),
+    [
+        ({"AU12L": 1, "12R": 2, "L4": 3, "AUR4": 4}, {"AU12L": 1, "AU12R": 2, "AU4L": 3, "AU4R": 4}),
+        ({"AU12": 2, 4: 1}, {"AU12L": 2, "AU12R": 2, "AU4L": 1, "AU4R": 1}),
+        ("AU12L=3", {"AU12L": 3}),
+        ("au12r=3 L4=1, 26=2", {"AU12R": 3, "AU4L": 1, "AU26": 2}),
+        ("L12C+R4B", {"AU12L": 3, "AU4R": 2}),
+        ("12LC + AU R4", {"AU12L": 3, "AU4R": 3}),
+        ("12C", {"AU12L": 3, "AU12R": 3}),
+        ("l12 r12e", {"AU12L": 3, "AU12R": 5}),
+        ("smirk@0.5", {"AU12R": 2}),
+        ("eyes closed + smirk@0.5 + L12A", {"AU43L": 5, "AU43R": 5, "AU12R": 2, "AU12L": 1}),
+        ("polite smile + smirk@0.5", {"AU12L": 3, "AU12R": 5}),
+        (torch.eye(8)[4], {"AU12R": 1}),
+        ([0, 0, 0, 2.0, 0, 0, 0, 0], {"AU12L": 2}),
+    ],
+)
+def test_an_adapter_with_sides(aus, expected):
+    assert parse_aus(aus, au_names=SIDED).shape == (1, 8)
+    assert as_dict(aus, SIDED) == expected
+
+
+@pytest.mark.parametrize(
+    ("aus", "parts"),
+    [
+        ({"AU12": 1, "AU12L": 2}, ["AU12L twice", "Give each AU once"]),
+        ("AU12R=1 AU12=2", ["AU12R twice (AU12 is both its sides)"]),
+        ("L12C+12LC", ["AU12L twice"]),
+        ("L26C", ["'L26'", "both sides of AU26 alike", "leave out the L or R"]),
+        ("L7C", ["'L7' (Lid Tightener)", "does not know", ", ".join(SIDED), "nearest is AU"]),
+        ("L15C", ["'L15'", "nearest is AU"]),
+        ("LR12", ["'LR12'", "does not know"]),
+        ("L12F", ["AU12L", "grade 'F'"]),
+        ("wink", ["'wink'", "needs AU6", ", ".join(SIDED)]),
+        (torch.zeros(12), ["shape (12,)", "(8,) or (batch, 8)", ", ".join(SIDED)]),
+        ([0] * 12, ["12", "needs 8"]),
+    ],
+)
+def test_what_an_adapter_with_sides_refuses(aus, parts):
+    text = message(aus, SIDED)
+    assert not [part for part in parts if part not in text], text
+
+
+def test_the_nearest_au_keeps_its_side():
+    assert "nearest is AU6L (" in message("L7C", ("AU6L", "AU6R", "AU12L", "AU12R"))
+    assert "AU15" not in message("AU12=3", ("AU15", "AU26")).partition("nearest")[2]  # an antagonist
+
+
+@pytest.mark.parametrize(
+    ("au_names", "text"),
+    [
+        ([], "`au_names` is empty"),
+        (["AU3"], "'AU3', which is no AU of FACS"),
+        (["12"], "Names are written AU12"),
+        (["AU012"], "no AU of FACS"),
+        (["AU12LR"], "no AU of FACS"),
+        ([12], "no AU of FACS"),
+        ("AU12", "'A', which is no AU"),
+        (["AU26L", "AU26R"], "AU26 (Jaw Drop) has no sides"),
+        (["AU12", "AU12"], "AU12 twice"),
+        (["AU12L"], "both AU12L and AU12R"),
+        (["AU12L", "AU12R", "AU12"], "no AU12 beside them"),
+    ],
+)
+def test_a_list_that_no_adapter_can_have_is_an_error(au_names, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        au_columns(au_names)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        parse_aus("neutral" if au_names else {}, au_names=au_names)
+
+
+def test_the_action_units_of_an_adapter():
+    assert [unit.name for unit in action_units_of()] == list(AU_NAMES)
+    assert [unit.name for unit in action_units_of(SIDED)] == ["AU4", "AU26", "AU12", "AU43", "AU24"]
+
+
+# What goes into diffusers' `ip_adapter_image_embeds`.
+
+
+def test_image_embeds_are_the_negative_aus_and_the_aus():
+    [embeds] = au_image_embeds(["12E", None], "4B")
+    assert embeds.shape == (4, 1, 12) and embeds.dtype == torch.float32
+    negative, positive = embeds.chunk(2)  # as diffusers does
+    assert torch.equal(positive[:, 0], parse_aus(["12E", {}]))
+    assert torch.equal(negative[:, 0], parse_aus(["4B", "4B"]))
+
+
+@pytest.mark.parametrize(
+    ("aus", "kwargs", "shape"),
+    [
+        ("happy", {}, (2, 1, 12)),
+        (None, {}, (2, 1, 12)),
+        (torch.ones(3, 12), {}, (6, 1, 12)),
+        ([1.0] * 12, {}, (2, 1, 12)),
+        (np.ones((3, 12)), {"do_classifier_free_guidance": False}, (3, 1, 12)),
+        (["happy", "sad"], {"do_classifier_free_guidance": False, "dtype": torch.float16}, (2, 1, 12)),
+        ("smirk", {"au_names": SIDED}, (2, 1, 8)),
+        (["happy", "sad", None], {"num_people": 3}, (2, 3, 12)),
+        ([["happy", "sad"], ["sad", "happy"]], {"num_people": 2, "do_classifier_free_guidance": False}, (2, 2, 12)),
+    ],
+)
+def test_image_embeds_have_the_shape_that_diffusers_takes(aus, kwargs, shape):
+    [embeds] = au_image_embeds(aus, **kwargs)
+    assert embeds.shape == shape and embeds.dtype == kwargs.get("dtype", torch.float32)
+
+
+def test_image_embeds_refuse_what_no_call_can_use():
+    with pytest.raises(ValueError, match="`negative_aus` needs guidance"):
+        au_image_embeds("happy", "sad", do_classifier_free_guidance=False)
+    with pytest.raises(ValueError, match="`negative_aus` has 3 expressions, but there are 2 prompts"):
+        au_image_embeds(["happy", "sad"], ["sad"] * 3)
+    with pytest.raises(ValueError, match="`aus` is empty"):
+        au_image_embeds([])
+
+
 # extract_au_tags.
 
 
@@ -293,11 +509,18 @@ def test_format_reads_back_to_the_same_float32(values):
         ("a boy <6 = 3, 12=5> <my-token>", ("a boy <my-token>", "6 = 3, 12=5")),
         ("<AU 12>", ("", "AU 12")),
         ("a boy <neutral>", ("a boy", "neutral")),
+        ("a boy <happy@0.5 + AU4=2>", ("a boy", "happy@0.5 + AU4=2")),
     ],
 )
 def test_a_tag_is_taken_out_of_the_prompt(prompt, expected):
     assert extract_au_tags(prompt) == expected
     parse_aus(expected[1])
+
+
+@pytest.mark.parametrize("tag", ["AU12L=3", "AU L12C", "L12C+R4B", "12L=3 26=1", "R12=1", "smirk", "smirk@0.5"])
+def test_a_tag_can_name_one_side(tag):
+    assert extract_au_tags(f"a boy <{tag}>", au_names=SIDED) == ("a boy", tag)
+    parse_aus(tag, au_names=SIDED)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +547,9 @@ def test_other_brackets_stay(prompt):
         ("a boy <AU6=x>", "'AU6=x'"),
         ("a boy <AU7=1>", "'AU7'"),
         ("a boy <6F+12D>", "grade 'F'"),
-        ("a boy <R12A+R14A>", "symmetric"),
+        ("a boy <R12A+R14A>", "both sides of AU12 alike"),
+        ("a boy <wink>", "the preset 'wink', which needs AU43L"),
+        ("a boy <happy + 7C>", "'7'"),
         ("a boy <doutful@0.5>", "Did you mean 'doubtful'"),
         ("a boy <happy@much>", "'much'"),
         ("a boy <AU6=3 in a park", "'<AU6=3 in a park' and never closes"),
@@ -432,7 +657,16 @@ def test_the_file_needs_torch_alone():
     # diffusers takes any line that begins so for an import, in docstrings too.
     text = Path(action_units.__file__).read_text(encoding="utf-8")
     imports = set(re.findall(r"^\s*(?:import|from)\s+(\S+)", text, flags=re.MULTILINE))
-    assert imports == {"collections.abc", "dataclasses", "difflib", "math", "numbers", "re", "torch"}
+    standard = {"collections.abc", "dataclasses", "difflib", "functools", "math", "numbers", "re", "struct", "sys"}
+    assert imports == standard | {"typing", "torch"}
+
+
+def test_reading_aus_does_not_import_torch():
+    code = (
+        "import sys, action_units as a; a.read_aus(['happy', '6C+12D', {'AU4': 2}]); a.format_aus('doubtful@0.3');"
+        "a.extract_au_tags('a boy <12D>'); a.available_presets(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(action_units.__file__).parent)
 
 
 def test_docstring_examples_are_true():

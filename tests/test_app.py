@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from action_units import ACTION_UNITS, PRESETS, format_aus
+from action_units import PRESETS, action_units_of, format_aus
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
@@ -99,7 +99,7 @@ def test_a_wrong_value_is_called_by_its_label(values, part):
 
 def test_every_au_has_its_place_on_the_screen_once():
     regions = [region for regions in app.FACE_PARTS.values() for region in regions]
-    assert all(regions.count(unit.region) == 1 for unit in ACTION_UNITS)
+    assert all(regions.count(unit.region) == 1 for unit in action_units_of())
 
 
 # --------------------------------------------------------------------------------------------------------------------

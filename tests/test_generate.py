@@ -15,7 +15,7 @@ from conftest import make_adapter, make_components
 from PIL import Image
 
 import program
-from action_units import ACTION_UNITS, AU_NAMES, PRESETS, parse_aus
+from action_units import AU_NAMES, PRESETS, action_units_of, parse_aus
 from au_encoder import write_au_adapter
 from drawing import files, model
 from drawing.contact_sheet import Table, draw_sheet, draw_table, write_animation
@@ -721,5 +721,5 @@ def test_help_is_quick_and_needs_no_model():
 
 def test_the_readme_has_every_au():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for unit in ACTION_UNITS:
+    for unit in action_units_of():
         assert f"| {unit.name} | {unit.facs_name} | {unit.hint} |" in readme

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_files import ATTN_PROCESSORS, ENCODER, ENCODER_CONFIG, LORA, Exploit, draw, write_original
 from test_loading import assert_silent
 
-from action_units import ACTION_UNITS
+from action_units import action_units_of
 from au_attention_processor import au_layers
 from au_encoder import AUAdapter, write_au_adapter
 from drawing.files import read_metadata
@@ -238,7 +238,7 @@ def test_the_card_is_one_that_the_hub_takes(exported):
 
 def test_the_card_shows_every_au(exported):
     text = (exported / "README.md").read_text()
-    for unit in ACTION_UNITS:
+    for unit in action_units_of():
         row = next(line for line in text.splitlines() if line.startswith(f"| {unit.name} |"))
         assert unit.facs_name in row and unit.muscles in row and unit.hint in row
         assert read_metadata(exported / re.search('src="([^"]+)"', row)[1])["aus"] == f"{unit.name}=5"
