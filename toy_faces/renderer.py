@@ -1,13 +1,15 @@
 """A small world of drawn portraits whose facial action units are known exactly.
 
 Every picture is a person (a closed vocabulary of attributes plus a continuous identity jitter) whose face is a rig
-moved by the 12 action units. The world exists so that every part of the system can be trained, tested and measured
+moved by action units: the paper's 12, which move both sides alike, or the 24 of `TOY_AU_NAMES`, which add other units
+and move each side by itself. The world exists so that every part of the system can be trained, tested and measured
 where nothing can be downloaded and the truth is known.
 
 All lengths in this file are pixels of the finished 128 x 128 picture, in a face frame whose origin is the middle of
 the picture's upper edge: x grows to the right, y downwards.
 """
 
+import copy
 import math
 import random
 import re
@@ -26,6 +28,52 @@ SIZE = 128
 # Three samples a pixel and axis: two leave stair steps on the slanted brows, four cost twice the time of three.
 SUPERSAMPLING = 3
 BACKGROUND_MARGIN = 4
+
+# fmt: off
+TOY_AU_NAMES: tuple[str, ...] = (
+    "AU1L", "AU1R", "AU2L", "AU2R", "AU4L", "AU4R", "AU5", "AU6L", "AU6R", "AU9", "AU10", "AU12L", "AU12R",
+    "AU14L", "AU14R", "AU15L", "AU15R", "AU17", "AU20", "AU24", "AU25", "AU26", "AU43L", "AU43R",
+)
+# fmt: on
+"""The columns of the larger world. L and R are the person's own left and right, so L is on the right-hand side of the
+picture, as somebody who looks at it sees it. A name without a side moves both sides."""
+
+
+def _unit_number(name: str) -> int:
+    return int(name.removeprefix("AU").rstrip("LR"))
+
+
+# Where each unit stands in TOY_AU_NAMES, by its number: what moves the person's left side, and the right one.
+_LEFT_COLUMNS, _RIGHT_COLUMNS = (
+    {_unit_number(name): column for column, name in enumerate(TOY_AU_NAMES) if not name.endswith(other)}
+    for other in ("R", "L")
+)
+_SIDED_UNITS = tuple(number for number, column in _LEFT_COLUMNS.items() if column != _RIGHT_COLUMNS[number])
+
+
+def to_toy_aus(aus: np.ndarray) -> np.ndarray:
+    """Widens intensities of the paper's twelve AUs to the larger world.
+
+    Args:
+        aus (`np.ndarray` of shape `(..., 12)`):
+            Intensities in the order of `AU_NAMES`.
+
+    Returns:
+        `np.ndarray` of shape `(..., 24)`, same dtype, in the order of `TOY_AU_NAMES`: both sides alike and the AUs
+        that the twelve do not have at 0. `render` draws the same picture of both.
+
+    Raises:
+        ValueError: The last dimension is not 12.
+    """
+    aus = np.asarray(aus)
+    if aus.shape[-1:] != (len(AU_NAMES),):
+        raise ValueError(f"aus needs {len(AU_NAMES)} columns in the order {AU_NAMES}, got shape {aus.shape}.")
+    wide = np.zeros((*aus.shape[:-1], len(TOY_AU_NAMES)), dtype=aus.dtype)
+    for column, name in enumerate(AU_NAMES):
+        number = _unit_number(name)
+        wide[..., [_LEFT_COLUMNS[number], _RIGHT_COLUMNS[number]]] = aus[..., column, None]
+    return wide
+
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "person": ("man", "woman", "boy", "girl"),
@@ -242,6 +290,89 @@ def sample_aus(seed: int) -> np.ndarray:
     return intensities
 
 
+# More faces of the larger world. "12" moves both sides alike, "12L" one side; half of the faces are drawn mirrored.
+TOY_CO_OCCURRENCES = (
+    *(tuple(map(str, numbers)) for numbers in CO_OCCURRENCES),
+    ("43L",),  # winks
+    ("43L", "6L", "12"),
+    ("43L", "6L", "12L"),
+    ("43L", "6L", "12", "25"),
+    ("12L", "14L"),  # contempt is R12+R14 in FACS; a smirk adds a brow or an eye
+    ("12L", "14L", "2L"),
+    ("12L", "14", "6L"),
+    ("12L", "12R", "14L"),
+    ("1L", "2L", "4R"),  # one raised brow
+    ("2L", "4R", "12L"),
+    ("1L", "2L"),
+    ("9", "10"),  # sneers
+    ("4", "9", "10"),
+    ("10", "25"),
+    ("10", "14L"),
+    ("17", "24"),  # tight lips
+    ("4", "17", "24"),
+    ("14", "24"),
+    ("12", "14"),
+    ("43",),  # closed eyes
+    ("43", "6", "12"),
+    ("43", "25", "26"),
+    ("43", "4", "6", "9"),
+    ("43", "1", "4", "15"),
+    ("12L", "15R"),
+)
+_IMPOSSIBLE_PAIRS = ({5, 43}, {24, 25}, {24, 26})
+
+
+def sample_toy_aus(seed: int) -> np.ndarray:
+    """Draws an expression of the larger world.
+
+    Args:
+        seed (`int`):
+            The same seed gives the same intensities.
+
+    Returns:
+        `np.ndarray` of shape `(24,)`, float32, in the order of `TOY_AU_NAMES`: of ten, one is neutral (all 0), two
+        have a single action unit on both sides alike, two have one on one side, two have a co-occurrence that may
+        have one unit more, one has two to five units at random on both sides alike, and two have the same with sides
+        that differ. Active intensities are uniform in (0.5, 5]. Eyes are never closed and widened at once, nor lips
+        pressed and parted.
+    """
+    rng = random.Random(f"toy aus {seed}")
+    units = [str(number) for number in _LEFT_COLUMNS]
+    kind = rng.random()
+    if kind < 0.1:
+        active = []
+    elif kind < 0.3:
+        active = [rng.choice(units)]
+    elif kind < 0.5:
+        active = [f"{rng.choice(_SIDED_UNITS)}L"]
+    elif kind < 0.7:
+        active = list(rng.choice(TOY_CO_OCCURRENCES))
+        if rng.random() < 0.4:
+            taken = {_unit_number(unit) for unit in active}
+            active.append(rng.choice([unit for unit in units if int(unit) not in taken]))
+    else:
+        active = rng.sample(units, rng.randint(2, 5))
+        if kind >= 0.8:
+            choices = (("{}L",), ("{}R",), ("{}L", "{}R"), ("{}",))
+            active = [
+                form.format(unit)
+                for unit in active
+                for form in (rng.choice(choices) if int(unit) in _SIDED_UNITS else ("{}",))
+            ]
+    mirror = rng.random() < 0.5
+    intensities = np.zeros(len(TOY_AU_NAMES), dtype=np.float32)
+    drawn: set[int] = set()
+    for unit in active:
+        number = _unit_number(unit)
+        if any(number in pair and drawn & (pair - {number}) for pair in _IMPOSSIBLE_PAIRS):
+            continue
+        drawn.add(number)
+        sides = "LR" if unit == str(number) else unit[-1].translate(str.maketrans("LR", "RL")) if mirror else unit[-1]
+        columns = [{"L": _LEFT_COLUMNS, "R": _RIGHT_COLUMNS}[side][number] for side in sides]
+        intensities[columns] = 5 - 4.5 * rng.random()
+    return intensities
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Words
 # --------------------------------------------------------------------------------------------------------------------
@@ -261,6 +392,27 @@ EXPRESSION_WORDS = (
     "dropped jaw",
 )
 """One for each of `AU_NAMES`."""
+TOY_EXPRESSION_WORDS = {
+    **{_unit_number(name): words for name, words in zip(AU_NAMES, EXPRESSION_WORDS, strict=True)},
+    10: "raised upper lip",
+    14: "dimpled mouth corners",
+    24: "pressed lips",
+    43: "closed eyes",
+}
+"""By AU number, of an action unit that moves both sides."""
+ONE_SIDED_WORDS = {
+    1: "raised {} inner brow",
+    2: "raised {} outer brow",
+    4: "lowered {} brow",
+    6: "lifted {} cheek",
+    12: "smiling {} mouth corner",
+    14: "dimpled {} mouth corner",
+    15: "drooping {} mouth corner",
+    43: "closed {} eye",
+}
+"""By AU number, of an action unit that moves the person's own left or right."""
+# The text encoder reads 48 tokens, two of which are its own. A word of this vocabulary is one token, as is a comma.
+MAX_CAPTION_TOKENS = 46
 LEADS = ("a photo of", "a portrait of", "a closeup of", "a picture of", "")
 PLACES = {
     "park": ("in a park", "in the park"),
@@ -284,12 +436,17 @@ def caption(portrait: Portrait, seed: int | None = None, aus: np.ndarray | None 
             `None` gives the canonical sentence, which names every attribute (a beard, or none, of a man only). A seed
             gives one of many wordings, in which each attribute but the person is left out about one time in five;
             the absence of glasses and of a beard goes mostly without saying.
-        aus (`np.ndarray` of shape `(12,)`, *optional*):
-            Intensities in the order of `AU_NAMES`. Those above 0.5 are named in words ("very parted lips"); of a
-            wording with a seed, one in five is left out.
+        aus (`np.ndarray` of shape `(12,)` or `(24,)`, *optional*):
+            Intensities in the order of `AU_NAMES` or `TOY_AU_NAMES`. Those above 0.5 are named in words ("very parted
+            lips"); of a wording with a seed, one in five is left out. Of the 24, sides that are at most 0.5 apart
+            are named as one, others by the person's own left and right ("lowered left brow"), and the weakest are
+            left out where the words would be more than the text encoder reads.
 
     Returns:
         `str`: "a closeup of a girl with long red hair and glasses in a park, wearing a blue sweater".
+
+    Raises:
+        ValueError: `aus` does not have 12 or 24 finite numbers.
     """
     rng = None if seed is None else random.Random(f"caption {seed}")
     named = {name: value for name, value in portrait.attributes.items() if _is_named(portrait, name, rng)}
@@ -301,22 +458,33 @@ def caption(portrait: Portrait, seed: int | None = None, aus: np.ndarray | None 
     lead = "a portrait of" if rng is None else rng.choice(LEADS)
     if rng is not None:
         rng.shuffle(details)
-    words = [_join_words(subject, details, clothes, place, rng), *_expression_words(aus, rng)]
-    sentence = " ".join(f"{lead} {', '.join(words)}".split())
-    return sentence.replace(" ,", ",")
-
-
-def _expression_words(aus: np.ndarray | None, rng: random.Random | None) -> list[str]:
-    words = []
+    sentence = " ".join(f"{lead} {_join_words(subject, details, clothes, place, rng)}".split()).replace(" ,", ",")
     if aus is None:
-        return words
-    for looks, intensity in zip(EXPRESSION_WORDS, aus, strict=True):
+        return sentence
+    expression = _expression_words(_checked_aus(aus), rng)
+    if len(aus) == len(TOY_AU_NAMES):
+        while len(re.findall(r"\w+|,", ", ".join([sentence, *expression]))) > MAX_CAPTION_TOKENS:
+            del expression[min(expression, key=expression.get)]
+    return ", ".join([sentence, *expression])
+
+
+def _expression_words(aus: np.ndarray, rng: random.Random | None) -> dict[str, float]:
+    """The intensity of what is named, by its words, in the order in which they are said."""
+    named = []
+    for number, looks in TOY_EXPRESSION_WORDS.items():
+        left, right = float(aus[_LEFT_COLUMNS[number]]), float(aus[_RIGHT_COLUMNS[number]])
+        if abs(left - right) <= 0.5:
+            named.append((looks, (left + right) / 2))
+        else:
+            named += [(ONE_SIDED_WORDS[number].format(word), own) for word, own in (("left", left), ("right", right))]
+    words = []
+    for looks, intensity in named:
         if intensity > 0.5 and (rng is None or rng.random() < 0.8):
             degree = "slightly " if intensity < 2 else "very " if intensity > 3.5 else ""
-            words.append(degree + looks)
+            words.append((degree + looks, intensity))
     if rng is not None:
         rng.shuffle(words)
-    return words
+    return dict(words)
 
 
 def _is_named(portrait: Portrait, name: str, rng: random.Random | None) -> bool:
@@ -441,6 +609,19 @@ class Canvas:
         pivot = np.array(self.PIVOT)
         self.offset = (pivot + (SIZE / 2, 0) + shift) * SUPERSAMPLING - pivot @ self.matrix
 
+    def copy(self) -> "Canvas":
+        other = copy.copy(self)
+        other.image = self.image.copy()
+        other.draw = ImageDraw.Draw(other.image)
+        return other
+
+    def paste_right_half(self, other: "Canvas") -> None:
+        """Takes over what `other`, a canvas of the same pose, has to the right of the midline, x > 0."""
+        mask = Image.new("1", self.image.size)
+        half_plane = np.array([(0.0, -SIZE), (2 * SIZE, -SIZE), (2 * SIZE, 2 * SIZE), (0, 2 * SIZE)])
+        ImageDraw.Draw(mask).polygon((half_plane @ self.matrix + self.offset).ravel().tolist(), fill=1)
+        self.image.paste(other.image, mask=mask)
+
     def polygon(self, points: np.ndarray, color: Color) -> None:
         self.draw.polygon((points @ self.matrix + self.offset).ravel().tolist(), fill=color)
 
@@ -507,21 +688,35 @@ def closed_by_mirror(half: np.ndarray) -> np.ndarray:
 class Rig:
     """The face's geometry and colours for one portrait and expression, in pixels at 128.
 
+    Where the sides differ, `halves` has one rig a side and every structure is drawn by the half that it lies in. `au`
+    of a half are the intensities of its side. On the midline both sides do what `middle` says, so that neither pulls
+    the other along and a mouth still meets itself there.
+
     Args:
         portrait (`Portrait`):
             The person.
-        aus (`Sequence[float]` of length 12):
-            Intensities in the order of `AU_NAMES`; displacements are linear in them, also beyond [0, 5].
+        aus (`Sequence[float]` of length 24):
+            Intensities in the order of `TOY_AU_NAMES`; displacements are linear in them, also beyond [0, 5].
     """
 
     def __init__(self, portrait: Portrait, aus: Sequence[float]):
         self.portrait = portrait
-        self.au = {int(name[2:]): float(value) for name, value in zip(AU_NAMES, aus, strict=True)}
+        left = {number: float(aus[column]) for number, column in _LEFT_COLUMNS.items()}
+        right = {number: float(aus[column]) for number, column in _RIGHT_COLUMNS.items()}
+        self.au = self.middle = {number: _shared(left[number], right[number]) for number in left}
+        self.sides = SIDES
         self.jitter = dict(zip(IDENTITY_NAMES, portrait.identity, strict=True))
         self.child = portrait.person in ("boy", "girl")
         self.feminine = portrait.person in ("woman", "girl")
         self._set_colors()
         self._set_proportions()
+        # The person's left is on the right-hand side of the picture, where x is positive.
+        self.halves = (self,) if left == right else (self._half(-1.0, right), self._half(1.0, left))
+
+    def _half(self, side: float, au: dict[int, float]) -> "Rig":
+        half = copy.copy(self)
+        half.sides, half.au = (side,), au
+        return half
 
     def _set_colors(self) -> None:
         portrait = self.portrait
@@ -555,15 +750,22 @@ class Rig:
         self.jaw = 2.1 * au[26]
         self.chin_y = CHIN_Y - (2.0 if self.child else 0.0) + self.jaw
 
-    def evidence(self, number: int, share: float = 1.0) -> float:
+    def evidence(self, number: int, au: dict[int, float] | None = None) -> float:
         """Strength of an AU's wrinkles, 0 without it and 1 at an intensity of 5; they keep growing up to 8."""
-        return min(max(self.au[number], 0.0), 8.0) / 5 * share
+        return min(max((self.au if au is None else au)[number], 0.0), 8.0) / 5
 
     def wrinkle(self, canvas: Canvas, points: np.ndarray, width: float, strength: float) -> None:
         """A skin fold that widens and darkens with its strength and is not there at 0."""
         if strength > 0:
             color = mix(self.skin, self.line, 0.25 + 0.75 * strength)
             canvas.stroke(points, width * (0.35 + 0.65 * strength), color)
+
+
+def _shared(left: float, right: float) -> float:
+    """As far as both sides move the same way."""
+    if left * right <= 0:
+        return left if left == right else 0.0
+    return min(left, right, key=abs)
 
 
 def _jaw_weight(y: np.ndarray) -> np.ndarray:
@@ -855,11 +1057,15 @@ def draw_forehead(canvas: Canvas, rig: Rig) -> None:
     """Lines of AU1 in the middle and of AU2 at the sides of the forehead, and those of AU4 between the brows."""
     inner, outer, frown = rig.evidence(1), rig.evidence(2), rig.evidence(4)
     for y in (30.0, 35.0):
-        rig.wrinkle(canvas, curve((-9.5, y + 1.2), (-4, y - 0.4), (4, y - 0.4), (9.5, y + 1.2)), 2.4, inner)
-        for side in SIDES:
+        arc = curve((-9.5, y + 1.2), (-4, y - 0.4), (4, y - 0.4), (9.5, y + 1.2))
+        rig.wrinkle(canvas, arc, 2.4, rig.evidence(1, rig.middle))
+        for side in rig.sides:
+            if rig.au[1] != rig.middle[1]:
+                own = curve((0.9, y - 0.6), (4, y - 0.4), (9.5, y + 1.2))
+                rig.wrinkle(canvas, mirrored(own, side), 2.4, inner)
             arc = curve((12.5, y + 1.4), (17.5, y - 0.6), (23.5, y + 1.4))
             rig.wrinkle(canvas, mirrored(arc, side), 2.4, outer)
-    for side in SIDES:
+    for side in rig.sides:
         crease = curve((3.4, 42 - 2 * frown), (2.9, 47), (3.8, 52))
         rig.wrinkle(canvas, mirrored(crease, side), 2.6, frown)
 
@@ -880,7 +1086,7 @@ def draw_brows(canvas: Canvas, rig: Rig) -> None:
     profile = np.interp(np.linspace(0, 1, len(line)), (0, 0.06, 0.3, 1), (0.6, 0.92, 1.0, 0.3))
     reach = normals * (profile * rig.brow_width / 2)[:, None]
     shape = np.concatenate([line + reach, (line - reach)[::-1]])
-    for side in SIDES:
+    for side in rig.sides:
         canvas.polygon(mirrored(shape, side), rig.brow)
 
 
@@ -908,22 +1114,35 @@ class Eye:
 
 
 def make_eye(rig: Rig, side: float) -> Eye:
-    scale = rig.eye_scale
+    scale, closing = rig.eye_scale, rig.au[43]
     lower = 5.0 * scale - 0.85 * rig.au[6]
     # Lids meet and do not cross: half a pixel of opening is a closed eye.
     upper = max(4.9 * scale + 0.88 * rig.au[5], 0.5 - lower)
+    if closing < 0:
+        upper -= 0.3 * closing
+    elif closing > 0:
+        # Both lids go to a line below the middle of the eye, the lower one only a little, as real ones do.
+        # The first step covers the most white, so the lids speed up to make every step as easy to see.
+        share = min(closing / 5, 1.0)
+        share *= 0.6 + 0.4 * share
+        meeting = -0.62 * lower
+        lower += share * (0.25 - meeting - lower)
+        upper += share * (0.25 + meeting - upper)
     return Eye(side * rig.eye_x, side, 9.2 * (0.5 + 0.5 * scale), upper, lower)
 
 
 def draw_eyes(canvas: Canvas, rig: Rig) -> None:
-    for side in SIDES:
+    """The eyes; AU5 and AU6 move their lids, AU43 closes them over a crease and, beyond 5, squeezes them."""
+    closed = rig.evidence(43)
+    for side in rig.sides:
         eye = make_eye(rig, side)
         columns = eye.x + np.linspace(-1, 1, 25) * eye.half_width
         top = np.stack([columns, eye.lid(eye.upper, columns)], axis=1)
         bottom = np.stack([columns, eye.lid(-eye.lower, columns)], axis=1)
-        if rig.au[5] < 0:
+        if rig.au[5] < 0 or closed > 0:
             rest = np.stack([columns, eye.lid(4.9 * rig.eye_scale, columns)], axis=1)
-            canvas.polygon(np.concatenate([rest, top[::-1]]), rig.shade)
+            canvas.polygon(np.concatenate([rest, top[::-1]]), mix(rig.skin, rig.line, 0.28 + 0.16 * closed))
+            rig.wrinkle(canvas, rest[2:-2], 1.6, 0.6 * closed)
         canvas.polygon(np.concatenate([top, bottom[::-1]]), (255, 253, 250))
         radius = 4.9 * rig.eye_scale
         for share, color in ((1.0, mix(rig.iris, INK, 0.45)), (0.8, rig.iris), (0.46, (16, 12, 16))):
@@ -932,19 +1151,33 @@ def draw_eyes(canvas: Canvas, rig: Rig) -> None:
         light = _CIRCLE * (1.5 * rig.eye_scale) + (eye.x - 1.6, EYE_Y - 1.6)
         canvas.polygon(eye.between_lids(light), WHITE)
         canvas.stroke(bottom, 1.3, mix(rig.skin, rig.line, 0.75))
-        canvas.stroke(top, 2.6 if rig.feminine else 2.1, INK, taper=0.3)
-        if rig.feminine:
-            corner = np.array([eye.x + side * (eye.half_width - 1), eye.lid(eye.upper, columns[[0, -1]]).min()])
-            for reach_x, reach_y in ((4.0, -2.6), (2.0, -4.0)):
-                start = corner - (side * (2.6 - reach_x * 0.6), 0.35 * eye.upper * (1.2 - reach_x * 0.25))
-                lash = np.linspace(start, start + (side * reach_x, reach_y), 5)
-                canvas.stroke(lash, 1.8, INK, taper=0.4)
+        canvas.stroke(top, (2.6 if rig.feminine else 2.1) + 1.6 * max(closed - 1, 0.0), INK, taper=0.3)
+        draw_lashes(canvas, rig, eye, top)
+
+
+def draw_lashes(canvas: Canvas, rig: Rig, eye: Eye, top: np.ndarray) -> None:
+    """A woman's lashes at the outer corner, and everybody's along a lid that closes."""
+    closed = rig.evidence(43)
+    if rig.feminine:
+        corner = np.array([eye.x + eye.side * (eye.half_width - 1), top[[0, -1], 1].min()])
+        for reach_x, reach_y in ((4.0, -2.6), (2.0, -4.0)):
+            start = corner - (eye.side * (2.6 - reach_x * 0.6), 0.35 * eye.upper * (1.2 - reach_x * 0.25))
+            end = start + (eye.side * reach_x, reach_y * max(1 - 1.5 * closed, -0.5))
+            canvas.stroke(np.linspace(start, end, 5), 1.8, INK, taper=0.4)
+    # They grow from half-way down: an open eye hides them behind the lid.
+    length = 3.2 * max(closed - 0.4, 0.0)
+    if length > 0:
+        for place in (-0.55, -0.2, 0.15, 0.5, 0.8):
+            start = np.array([eye.x + eye.side * place * eye.half_width, 0.0])
+            start[1] = eye.lid(eye.upper, start[:1])[0]
+            lash = np.linspace(start, start + (eye.side * place * 0.8 * length, length), 3)
+            canvas.stroke(lash, 1.5, INK, taper=0.4)
 
 
 def draw_cheeks(canvas: Canvas, rig: Rig) -> None:
     """The blush, which AU6 raises and brightens, the fold it pushes up under the eye, and crow's feet beside it."""
     raised, strength = 0.95 * rig.au[6], rig.evidence(6)
-    for side in SIDES:
+    for side in rig.sides:
         x, y = side * 22.5 * rig.width, 80.5 - raised
         size = 1 + 0.16 * strength
         glow = mix(rig.blush, (246, 92, 84), 0.3 * strength)
@@ -992,6 +1225,7 @@ class Mouth:
     lower_inner: np.ndarray
     lower_outer: np.ndarray
     gap: float
+    bared: float
 
     @property
     def corner(self) -> np.ndarray:
@@ -1012,20 +1246,26 @@ _MOUTH_PLACES = np.sin(np.linspace(-math.pi / 2, math.pi / 2, 29))
 def make_mouth(rig: Rig) -> Mouth:
     au, place = rig.au, _MOUTH_PLACES
     half_width = rig.mouth_half_width + 0.6 * au[12] + 1.45 * au[20] - 0.75 * max(au[26], 0.0)
+    half_width += -0.5 * au[14] - 0.35 * au[24]
     half_width = min(max(half_width, 6.0), 27.0)
     upper_gap = 0.45 * au[25]
-    lower_gap = 0.75 * au[25] + 1.75 * au[26]
+    lower_gap = 0.75 * au[25] + 1.75 * au[26] - 0.6 * max(au[24], 0.0)
     gap = max(upper_gap + lower_gap, 0.0)
-    upper_gap = min(max(upper_gap, 0.0), gap)
+    # AU10 bares the upper teeth of lips that are apart; it does not part them.
+    bared = 0.4 * max(au[10], 0.0) * min(gap / 2, 1.0)
+    upper_gap = min(max(upper_gap, 0.0), gap) + bared
+    gap += bared
     lower_gap = gap - upper_gap
     # The corners rest a little high: a straight line between full lips reads as sad.
     corner = -0.7 - 1.35 * au[12] + 1.3 * au[15] + 0.45 * max(au[26], 0.0)
-    sag = 0.25 * au[12]
+    sag = 0.25 * rig.middle[12]
+    own_sag = 0.25 * (au[12] - rig.middle[12])
     pushed = 0.75 * au[17]
-    thin = max(1 - 0.085 * au[20], 0.35) * min(max(1 + 0.12 * au[25], 0.5), 1.0)
+    thin = max(1 - 0.085 * au[20], 0.35) * min(max(1 + 0.12 * au[25], 0.5), 1.0) * max(1 - 0.13 * au[24], 0.1)
 
     bell = 1 - place**2
     center_line = MOUTH_Y + corner * np.abs(place) ** 1.8 + sag * bell - pushed * bell**2
+    center_line += own_sag * bell * (1 - np.exp(-((place / 0.4) ** 2)))
     # An open jaw rounds the opening; parted lips leave it a spindle.
     roundness = 1 - 0.45 * min(max(au[26], 0.0), 5.0) / 5
     upper_inner = center_line - upper_gap * bell
@@ -1034,14 +1274,17 @@ def make_mouth(rig: Rig) -> Mouth:
         lower_inner = upper_inner
     bow = bell**0.75 * (1 - 0.28 * np.exp(-((place / 0.16) ** 2)))
     full = 1.25 if rig.feminine else 1.0
-    upper_outer = upper_inner - 3.5 * full * thin * bow
+    # AU10 pulls the lip up on a broad front, which squares the bow.
+    upper_outer = np.minimum(upper_inner - 3.5 * full * thin * bow - 0.55 * au[10] * bell**0.5, upper_inner)
     lower_outer = lower_inner + (4.3 * full * thin + 0.15 * max(au[17], 0.0)) * bell**0.8
     x = half_width * place
-    return Mouth(*(np.stack([x, y], axis=1) for y in (upper_outer, upper_inner, lower_inner, lower_outer)), gap)
+    return Mouth(*(np.stack([x, y], axis=1) for y in (upper_outer, upper_inner, lower_inner, lower_outer)), gap, bared)
 
 
 def draw_mouth(canvas: Canvas, rig: Rig) -> Mouth:
+    """The lips and the folds around them, with teeth and tongue between them."""
     mouth, au = make_mouth(rig), rig.au
+    draw_lip_bulges(canvas, rig, mouth)
     upper_color = mix(rig.lip, INK, 0.14)
     seam = mix(rig.line, INK, 0.45)
     canvas.polygon(np.concatenate([mouth.lower_inner, mouth.lower_outer[::-1]]), rig.lip)
@@ -1053,22 +1296,48 @@ def draw_mouth(canvas: Canvas, rig: Rig) -> Mouth:
             tongue = _CIRCLE * (abs(mouth.corner[0]) * 0.62, 0.9 * au[26]) + middle + (0, 0.2 * au[26])
             canvas.polygon(mouth.inside(tongue), (226, 96, 104))
         if au[25] > 0:
-            teeth = np.concatenate([mouth.upper_inner, mouth.upper_inner[::-1] + (0, 0.86 * au[25])])
+            teeth = np.concatenate([mouth.upper_inner, mouth.upper_inner[::-1] + (0, 0.86 * au[25] + mouth.bared)])
             canvas.polygon(mouth.inside(teeth), (255, 255, 250))
-    seam_width = 2.2 if mouth.gap == 0 else 1.2
+    pressed = rig.evidence(24)
+    seam_width = (2.2 if mouth.gap == 0 else 1.2) + 1.0 * pressed
     canvas.stroke(mouth.upper_inner, seam_width, seam, taper=0.4)
-    middle = mouth.lower_outer[len(mouth.lower_outer) // 2]
-    canvas.stroke(
-        curve((-4, middle[1] - 2.2), (0, middle[1] - 1.7), (4, middle[1] - 2.2)), 1.4, mix(rig.lip, WHITE, 0.35)
-    )
+    if pressed < 1:
+        y, lip = mouth.lower_outer[len(mouth.lower_outer) // 2][1], 1 - pressed
+        shine = curve((-4, y - 2.2 * lip), (0, y - 1.7 * lip), (4, y - 2.2 * lip))
+        canvas.stroke(shine, 1.4 * lip, mix(rig.lip, WHITE, 0.35))
+    # The edge of a lip that AU10 turns up throws a shadow, which shows it where lips have the colour of the skin.
+    rig.wrinkle(canvas, mouth.upper_outer[5:-5] - (0, 0.4), 1.8, 0.8 * rig.evidence(10))
+    draw_mouth_folds(canvas, rig, mouth)
     return mouth
 
 
+def draw_lip_bulges(canvas: Canvas, rig: Rig, mouth: Mouth) -> None:
+    """The skin that AU24 presses out above and below the lips, with a crease along it."""
+    strength = rig.evidence(24)
+    if strength == 0:
+        return
+    middle = len(_MOUTH_PLACES) // 2
+    top, bottom = mouth.upper_outer[middle, 1], mouth.lower_outer[middle, 1]
+    light = mix(rig.skin, WHITE, 0.24 * strength)
+    canvas.ellipse(0, top - 0.4, 9.5, 2.8 * strength, light)
+    canvas.ellipse(0, bottom + 0.6, 9.5, 3.4 * strength, light)
+    y = bottom + 2.4 + 3.0 * strength
+    crease = curve((-9.5, y - 3.4), (-6.5, y - 0.8), (0, y), (6.5, y - 0.8), (9.5, y - 3.4))
+    rig.wrinkle(canvas, crease, 2.4, strength)
+
+
 def draw_mouth_folds(canvas: Canvas, rig: Rig, mouth: Mouth) -> None:
-    """Nasolabial folds of AU12, marionette lines of AU15 and the brackets of AU20 at the corners."""
+    """
+    Nasolabial folds of AU12, their upper arch of AU10, dimples of AU14, marionette lines of AU15 and the brackets of
+    AU20 at the corners.
+    """
     x, y = mouth.corner
     smile, sad, stretch = rig.evidence(12), rig.evidence(15), rig.evidence(20)
-    for side in SIDES:
+    sneer, dimple = rig.evidence(10), rig.evidence(14)
+    for side in rig.sides:
+        top = rig.nose_y - 3.2 - 1.4 * sneer
+        arch = curve((9.4, top + 3), (10.8, top + 0.6), (13.4, top), (16.4, top + 3), (18.6, top + 10))
+        rig.wrinkle(canvas, mirrored(arch, side), 3.3, sneer)
         start = (9.5, rig.nose_y - 2.5)
         fold = curve(start, (x + 1.5, 0.5 * (rig.nose_y + y) - 3), (x + 4.5, y - 0.5), (x + 3.6, y + 4.5))
         rig.wrinkle(canvas, mirrored(fold, side), 2.5, smile)
@@ -1077,6 +1346,14 @@ def draw_mouth_folds(canvas: Canvas, rig: Rig, mouth: Mouth) -> None:
         reach = 2.5 + 2.5 * stretch
         bracket = curve((x + 1.6, y - reach), (x + 3.4, y), (x + 1.6, y + reach))
         rig.wrinkle(canvas, mirrored(bracket, side), 2.7, stretch)
+        if dimple > 0:
+            size = 0.3 + 0.7 * min(dimple, 1.3)
+            canvas.ellipse(side * (x + 3.0), y, 2.8 * size, 4.0 * size, mix(rig.skin, WHITE, 0.3 * dimple))
+            pit = mix(rig.skin, rig.line, 0.25 + 0.75 * dimple)
+            canvas.ellipse(side * (x + 0.6), y, 1.9 * size, 3.1 * size, pit)
+            reach = 2.4 + 3.0 * size
+            crescent = curve((x + 3.6, y - reach), (x + 6.2, y), (x + 3.6, y + reach))
+            rig.wrinkle(canvas, mirrored(crescent, side), 3.2, dimple)
 
 
 def draw_chin(canvas: Canvas, rig: Rig, mouth: Mouth) -> None:
@@ -1126,15 +1403,16 @@ def render(portrait: Portrait, aus: Sequence[float] | None = None) -> Image.Imag
     Args:
         portrait (`Portrait`):
             Who is drawn, and where.
-        aus (`Sequence[float]` of length 12, *optional*):
-            Intensities in the order of `AU_NAMES`, linear in what they move; trained with 0 to 5 and sensible from -3
-            to 8. `None` is the neutral face.
+        aus (`Sequence[float]` of length 12 or 24, *optional*):
+            Intensities in the order of `AU_NAMES`, which move both sides alike, or of `TOY_AU_NAMES`, where L and R
+            are the person's own left and right and L is on the right-hand side of the picture. They are linear in
+            what they move; trained with 0 to 5 and sensible from -3 to 8. `None` is the neutral face.
 
     Returns:
         `PIL.Image.Image`: RGB, 128 x 128.
 
     Raises:
-        ValueError: `aus` does not have 12 finite numbers.
+        ValueError: `aus` does not have 12 or 24 finite numbers.
     """
     rig = Rig(portrait, _checked_aus(aus))
     shift = (2 * rig.jitter["shift_x"], 1.5 * rig.jitter["shift_y"])
@@ -1147,26 +1425,47 @@ def render(portrait: Portrait, aus: Sequence[float] | None = None) -> Image.Imag
     draw_face(canvas, rig)
     draw_beard(canvas, rig)
     draw_lenses(canvas, rig)
-    draw_cheeks(canvas, rig)
-    draw_forehead(canvas, rig)
-    draw_eyes(canvas, rig)
+    for half in rig.halves:
+        draw_cheeks(canvas, half)
+        draw_forehead(canvas, half)
+        draw_eyes(canvas, half)
     draw_nose(canvas, rig)
-    mouth = draw_mouth(canvas, rig)
-    draw_mouth_folds(canvas, rig, mouth)
+    mouth = draw_across_midline(canvas, rig, draw_mouth)
     draw_chin(canvas, rig, mouth)
     draw_hair_front(canvas, rig)
     draw_ornaments(canvas, rig)
     draw_glasses(canvas, rig)
-    draw_brows(canvas, rig)
+    for half in rig.halves:
+        draw_brows(canvas, half)
     return canvas.image.reduce(SUPERSAMPLING)
 
 
+def draw_across_midline(canvas: Canvas, rig: Rig, draw: Callable[[Canvas, Rig], Mouth]) -> Mouth:
+    """
+    Calls `draw`. Where the sides differ, it draws the whole structure once for each of them, as if the other one were
+    like it, and the two pictures are joined at the midline. Both give the same midline, which is where the result of
+    `draw` may be used.
+    """
+    if len(rig.halves) == 1:
+        return draw(canvas, rig)
+    other = canvas.copy()
+    first, second = rig.halves
+    draw(canvas, first)
+    result = draw(other, second)
+    canvas.paste_right_half(other)
+    return result
+
+
 def _checked_aus(aus: Sequence[float] | None) -> np.ndarray:
+    """The 24 intensities in the order of `TOY_AU_NAMES`."""
     if aus is None:
-        return np.zeros(len(AU_NAMES))
+        return np.zeros(len(TOY_AU_NAMES))
     values = np.asarray(aus, dtype=np.float64)
-    if values.shape != (len(AU_NAMES),):
-        raise ValueError(f"aus needs {len(AU_NAMES)} intensities in the order {AU_NAMES}, got shape {values.shape}.")
+    if values.shape not in ((len(AU_NAMES),), (len(TOY_AU_NAMES),)):
+        raise ValueError(
+            f"aus needs {len(AU_NAMES)} intensities in the order {AU_NAMES} or {len(TOY_AU_NAMES)} in the order "
+            f"{TOY_AU_NAMES}, got shape {values.shape}."
+        )
     if not np.isfinite(values).all():
         raise ValueError(f"aus has to be finite numbers, got {values.tolist()}; 0 is an action unit at rest.")
-    return values
+    return to_toy_aus(values) if len(values) == len(AU_NAMES) else values
