@@ -57,6 +57,7 @@ from drawing.labelled_set import (
     write_dataset_metadata,
 )
 from drawing.model import Weights, check_weights, draw_jobs, group_jobs
+from face_data.au_tables import AU_TABLE_TOOLS
 from program import Parser, Processes, add_model_options, check_output, number_or_none, settle_device, spell_option
 
 
@@ -109,6 +110,12 @@ def _add_what_to_make(parser: argparse.ArgumentParser) -> None:
         " py-feat, ARKit or MediaPipe, or with columns AU1 … AU26",
     )
     mode.add_argument("--dataset", type=int, metavar="N", help="N labelled pictures for training, at random")
+    parser.add_argument(
+        "--aus-tool", choices=AU_TABLE_TOOLS, help="whose columns of the table to read (default: the columns tell)"
+    )
+    parser.add_argument(
+        "--aus-face", type=int, metavar="N", help="the `face_id` to draw of a table with several (default: the first)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="in a folder, replace what shows something else")
     parser.add_argument(
         "--distribution",
@@ -153,6 +160,9 @@ def _check_counts(args: argparse.Namespace) -> None:
                 f"`{spell_option(option)}` is for an animation: `--aus-from` with an `--output` that ends in"
                 f" {' or '.join(ANIMATION_SUFFIXES)}."
             )
+    for option in ("aus_tool", "aus_face"):
+        if getattr(args, option) is not None and args.aus_from is None:
+            raise ValueError(f"`{spell_option(option)}` is for the table of `--aus-from`, but there is none.")
     args.fps = 12.0 if args.fps is None else args.fps
     args.frames_between = 4 if args.frames_between is None else args.frames_between
     if not 1 <= args.fps <= 60:
@@ -233,7 +243,7 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
             raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
         if is_animation(args):
             check_animation(args.output)
-        return read_table_jobs(args.aus_from, job)
+        return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face)
 
     jobs, num_skipped = processes.on_main(read)
     skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""

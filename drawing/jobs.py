@@ -6,8 +6,10 @@ sheets. Everything is checked here, and nothing needs a model.
 """
 
 import json
+import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -21,6 +23,7 @@ from drawing.contact_sheet import Table
 from face_data.au_tables import read_au_table
 
 
+_logger = logging.getLogger(__name__)
 MODEL_DEFAULTS_NAME = "fineface.json"
 MAX_SEED = 2**63 - 1
 MAX_SWEEP_COUNT = 50
@@ -197,23 +200,53 @@ def _check_name(name) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def read_table_jobs(path: Path, job: Job) -> tuple[dict[str, Job], int]:
+def read_table_jobs(
+    path: Path,
+    job: Job,
+    tool: str | None = None,
+    face: int | None = None,
+    max_rows: int | None = None,
+    say: Callable[[str], None] = _logger.warning,
+) -> tuple[dict[str, Job], int]:
     """
     `job` with the AUs of each row of a table, by the name of the picture it makes, and the number of rows that were
     left out because no face was found in them. A picture is named by the row's line and name: `00002_frame_1.png`.
 
+    Args:
+        tool (`str`, *optional*), say (`Callable`, *optional*):
+            As `read_au_table` takes them.
+        face (`int`, *optional*):
+            In a table that numbers the faces of a picture (`face_id`), the one that is drawn; by default that of the
+            first row with a face. Rows of others are left out, counted and said.
+        max_rows (`int`, *optional*):
+            Reading ends with an error at the first row after so many.
+
     Raises:
-        OSError, ValueError: if the table cannot be read, or shows no face at all.
+        OSError, ValueError: if the table cannot be read, has too many rows, or shows no such face at all.
     """
-    jobs, num_skipped = {}, 0
-    for row in read_au_table(path):
-        if not row.face_found:
+    jobs, num_skipped, asked_face, others = {}, 0, face, Counter()
+    for row in read_au_table(path, tool, say=say):
+        if row.face is not None and row.face_found:
+            face = row.face if face is None else face
+        if row.face_found and row.face is not None and row.face != face:
+            others[row.face] += 1
+        elif not row.face_found:
             num_skipped += 1
-            continue
-        name = re.sub(r"[^\w.-]+", "_", Path(row.name).stem)[:60]
-        jobs[f"{row.line:05d}{'_' * bool(name)}{name}.png"] = replace(job, aus=format_aus(row.aus))
+        else:
+            name = re.sub(r"[^\w.-]+", "_", Path(row.name).stem)[:60]
+            jobs[f"{row.line:05d}{'_' * bool(name)}{name}.png"] = replace(job, aus=format_aus(row.aus))
+        if max_rows is not None and len(jobs) + num_skipped > max_rows:
+            raise ValueError(
+                f"{path} has more than {max_rows} rows, and {max_rows} are allowed here. Divide the table, or use"
+                " `generate.py --aus-from`."
+            )
+    if not jobs and others:
+        raise ValueError(f"{path} has no face {face}. It has the faces {', '.join(map(str, sorted(others)))}.")
     if not jobs:
         raise ValueError(f"{path} holds no row with a face; {num_skipped} rows are without.")
+    if others and asked_face is None:
+        rows = ", ".join(f"{number} ({count:,} rows)" for number, count in sorted(others.items()))
+        say(f"{path} has several faces. Face {face} ({len(jobs):,} rows) is drawn, and left out are {rows}.")
     return jobs, num_skipped
 
 

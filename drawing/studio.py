@@ -185,16 +185,10 @@ def read_expressions(path: Path, job: Job) -> tuple[dict[str, Job], int]:
         ValueError: for a table that cannot be read, is empty or has more than `MAX_ROWS` rows.
     """
     try:
-        jobs, num_skipped = read_table_jobs(path, job)
+        return read_table_jobs(path, job, max_rows=MAX_ROWS)
     except ValueError as error:
         # Where the server keeps uploads is nothing for the screen.
         raise ValueError(str(error).replace(str(path), path.name)) from error
-    if len(jobs) > MAX_ROWS:
-        raise ValueError(
-            f"{path.name} has {len(jobs)} expressions, and {MAX_ROWS} are allowed here. Divide the table, or use"
-            " `generate.py --aus-from`."
-        )
-    return jobs, num_skipped
 
 
 def write_gif(pictures: list[Image.Image], path: Path, metadata: dict) -> None:

@@ -21,16 +21,16 @@ import torch
 from PIL import Image
 
 from action_units import AU_NAMES
-from face_data.au_tables import AURow, read_au_table
+from face_data.au_tables import AU_TABLE_TOOLS, AURow, read_au_table
 from program import EMBEDDED_MODEL
 
 
 TOOL_SCRIPTS = Path(__file__).parent / "tool_scripts"
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-TOOLS = ("libreface", "pyfeat", "openface", "table")
+TOOLS = (*AU_TABLE_TOOLS, "table")
 WAYS_TO_NAME_A_METER = (
     "Write toy, toy:FOLDER, libreface:PYTHON, pyfeat:PYTHON, openface:PROGRAM, or the table that a tool wrote:"
-    " libreface:FILE, pyfeat:FILE, openface:FILE, table:FILE"
+    " libreface:FILE, pyfeat:FILE, openface:FILE, mediapipe:FILE, …, or table:FILE, whose columns tell"
 )
 
 
@@ -78,6 +78,8 @@ def make_meter(spec: str, device: torch.device) -> Meter:
         raise ValueError(f"`--meter` is {spec!r}. {WAYS_TO_NAME_A_METER}.")
     if tool == "table" or Path(where).suffix.lower() in TABLE_SUFFIXES:
         return TableMeter(tool, Path(where))
+    if tool not in ("libreface", "pyfeat", "openface"):
+        raise FileNotFoundError(f"`--meter` is {spec!r}, but {where!r} is no table ({', '.join(TABLE_SUFFIXES)}).")
     command = shlex.split(where)
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"`--meter` is {spec!r}, but there is no program {command[0]!r}.")
@@ -129,8 +131,9 @@ class TableMeter:
             raise FileNotFoundError(f"`--meter`: there is no table {str(path)!r}.")
         self.name, self.path = tool, path
         self.tool = None if tool == "table" else tool
-        # The columns of another tool are an error before anything is drawn.
-        if next(read_au_table(path, self.tool), None) is None:
+        # The columns of another tool are an error before anything is drawn. What there is to say of the table is said
+        # when it is read.
+        if next(read_au_table(path, self.tool, say=lambda sentence: None), None) is None:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
         self.settings = {"table": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()}
         self.rows: dict[str, list[AURow]] | None = None
@@ -160,12 +163,7 @@ def surest_face(rows: list[AURow]) -> Reading:
     faces = [row for row in rows if row.face_found]
     if not faces:
         return NO_FACE
-
-    def confidence(row: AURow) -> float:
-        record = {key.strip().lower(): value for key, value in row.record.items()}
-        return float(record.get("confidence") or record.get("facescore") or 0)
-
-    return Reading(max(faces, key=confidence).aus, len(faces))
+    return Reading(max(faces, key=lambda row: row.confidence).aus, len(faces))
 
 
 class OpenFaceMeter:

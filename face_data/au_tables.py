@@ -11,10 +11,11 @@ Example:
     'openface'
 """
 
-import csv
-import json
+import logging
 import math
 import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +23,21 @@ from pathlib import Path
 import numpy as np
 
 from action_units import AU_NAMES, parse_aus
+from face_data.table_files import read_records
 
 
-AU_TABLE_TOOLS = ("openface", "libreface", "pyfeat", "arkit", "fineface", "affectnet")
+AU_TABLE_TOOLS = ("openface", "libreface", "pyfeat", "arkit", "mediapipe", "fineface", "affectnet")
+# MediaPipe names its blendshapes as ARKit does.
+_ALIASES = {"mediapipe": "arkit"}
 MAX_AU = 5.0
 
+# Tables of fewer rows may well be of faint expressions only.
+_MIN_ROWS_OF_A_SCALE = 10
+# How C libraries, spreadsheets and pandas write that there is no number.
+_NO_NUMBER = re.compile(r"[+-]?(nan(\(\w*\))?|1\.#(ind|[qs]nan)\d*)|#?n/?a|null|none|", re.IGNORECASE)
+_NO = ("", "0", "0.0", "false", "no", "nan")
+
+_logger = logging.getLogger(__name__)
 _NUMBERS = [int(name.removeprefix("AU")) for name in AU_NAMES]
 
 
@@ -56,11 +67,18 @@ _SCALES = {
     "affectnet": _scale("au{}_rec", 5.0, 0.05),
 }
 
+_SHARED_COLUMNS = set(_SCALES["pyfeat"].columns) & set(_SCALES["fineface"].columns)
+
 # Where a picture's name is looked for, the likeliest first; a frame number names a picture of a video.
 _NAME_COLUMNS = (
     *("file_name", "filename", "image", "image_path", "imagename", "subdirectory_filepath", "input", "file", "path"),
     *("frame", "frame_idx"),
 )
+# OpenFace, its tables of single pictures, and others number the faces of a picture.
+_FACE_COLUMNS = ("face_id", "faceid", "face_idx", "face", "person_id")
+_SIGNS_OF_A_FACE = ("success", "hasface", "confidence")
+# Columns of py-feat alone, where two-digit AUs would do for FineFace's too.
+_PYFEAT_SIGNS = ("facescore", "facerectx")
 _SHAPES_OF_AUS = {
     "AU1": ("browinnerup",),
     "AU2": ("browouterupleft", "browouterupright"),
@@ -102,6 +120,10 @@ class AURow:
             Of the file, from 1, header included; of a Parquet file or a JSON list the number of the row, from 1.
         record (`dict`):
             The row as it was read, for its other columns.
+        face (`int`, *optional*):
+            Number of the face in its picture or video, where the tool gives one.
+        confidence (`float`):
+            How sure the tool is of the face; 0 if it does not say.
     """
 
     name: str
@@ -109,6 +131,8 @@ class AURow:
     face_found: bool
     line: int
     record: dict = field(default_factory=dict, repr=False, compare=False)
+    face: int | None = None
+    confidence: float = 0.0
 
 
 def read_au_table(
@@ -116,26 +140,31 @@ def read_au_table(
     tool: str | None = None,
     image_column: str | None = None,
     on_error: Callable[[ValueError], None] | None = None,
+    say: Callable[[str], None] = _logger.warning,
 ) -> Iterator[AURow]:
     """
     Read the AUs of a table row by row.
 
     Args:
         path (`str` or `os.PathLike`):
-            A .csv, .tsv, .jsonl, .json (one object or a list of them, read as a whole) or .parquet file.
+            A .csv, .tsv, .jsonl, .json or .parquet file, see `table_files.read_records`.
         tool (`str`, *optional*):
-            One of `AU_TABLE_TOOLS`; by default the columns tell.
+            One of `AU_TABLE_TOOLS`; by default the columns tell, see `detect_tool`.
 
             - `"openface"`: OpenFace 2, `AU01_r`, intensities from 0 to 5.
             - `"libreface"`: LibreFace, `au_1_intensity`, from 0 to 5.
             - `"pyfeat"`: py-feat, `AU01`, probabilities from 0 to 1, times 5.
-            - `"arkit"`: ARKit or MediaPipe blendshapes, see `blendshapes_to_aus`.
+            - `"arkit"`, `"mediapipe"`: blendshapes as columns, or as MediaPipe's own results have them; see
+              `blendshapes_to_aus`.
             - `"fineface"`: `AU1` … `AU26`, from 0 to 5; or a column `aus` in any form that `parse_aus` reads.
             - `"affectnet"`: the published `affectnet_metadata.csv`, `AU1_rec`, from 0 to 1, times 5.
         image_column (`str`, *optional*):
             Column of the name; by default the first usual one that the table has, such as `file_name` or `frame`.
         on_error (`Callable`, *optional*):
             Is called with the error of a row whose AUs cannot be read, and the row left out; by default it is raised.
+        say (`Callable`, *optional*):
+            Is called with a sentence for each kind of thing that was guessed, left out or taken as 0; by default the
+            log has it.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -144,56 +173,112 @@ def read_au_table(
     if tool is not None and tool not in AU_TABLE_TOOLS:
         raise ValueError(f"`tool` is {tool!r}. The tools are {', '.join(AU_TABLE_TOOLS)}.")
     path = Path(path)
-    columns = read_aus = name_column = None
-    for line, record in read_records(path):
-        if columns is None or set(record) != columns:
-            columns = set(record)
+    counts, largest, num_faces, said = Counter(), 0.0, 0, set()
+    columns = used_tool = read_aus = name_column = None
+    face_columns, signs, confidences = [], [], []
+    for line, whole in read_records(path, say):
+        for record in _split_faces(whole):
+            if columns is None or record.keys() != columns:
+                columns = record.keys()
+                try:
+                    used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
+                    read_aus = _READERS[used_tool](list(columns), counts)
+                    name_column = _find_name_column(list(columns), image_column)
+                    face_columns = [column for column in columns if column.lower() in _FACE_COLUMNS]
+                    confidences = [column for column in columns if column.lower() in ("confidence", "facescore")]
+                    signs = [column for column in columns if column.lower() in _SIGNS_OF_A_FACE]
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {line}: {error}") from error
+                if tool is None and used_tool != "arkit" and "arkit" in _tools_of(columns) and used_tool not in said:
+                    said.add(used_tool)
+                    say(
+                        f"{path} has AUs of {used_tool} and blendshapes (arkit), which differ. The AUs are read; name"
+                        " the tool to read the blendshapes."
+                    )
             try:
-                read_aus = _READERS[tool or detect_tool(columns)](list(record))
-                name_column = _find_name_column(list(record), image_column)
+                face_found = _reports_face(record, signs)
+                aus = read_aus(record) if face_found else None
             except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from error
-        try:
-            aus = read_aus(record)
-        except ValueError as error:
-            placed = ValueError(f"{path}, line {line}: {error}")
-            if on_error is None:
-                raise placed from error
-            on_error(placed)
-            continue
-        face_found = not np.isnan(aus).any() and _reports_face(record)
-        if not face_found:
-            aus = np.full(len(AU_NAMES), np.nan, np.float32)
-        yield AURow(_name(record[name_column]) if name_column else "", aus, face_found, line, record)
+                placed = ValueError(f"{path}, line {line}: {error}")
+                if on_error is None:
+                    raise placed from error
+                on_error(placed)
+                continue
+            if aus is None or np.isnan(aus).any():
+                face_found, aus = False, np.full(len(AU_NAMES), np.nan, np.float32)
+            else:
+                num_faces += 1
+                largest = max(largest, float(aus.max()))
+            name = _name(record[name_column]) if name_column else ""
+            face, confidence = _face(record, face_columns), _confidence(record, confidences)
+            yield AURow(name, aus, face_found, line, record, face, confidence)
+    for sentence in _notes(counts, used_tool, largest, num_faces):
+        say(f"{path}: {sentence}")
+
+
+def _notes(counts: Counter, tool: str | None, largest: float, num_faces: int) -> Iterator[str]:
+    """What there is to say of a table that was read to its end."""
+    missing = [name for name in AU_NAMES if counts[name]]
+    if missing:
+        what = "blendshape or column" if tool == "arkit" else "column"
+        yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): taken as 0."
+    if counts["decimal commas"]:
+        yield f"{counts['decimal commas']:,} numbers have a decimal comma."
+    if tool in _SCALES and _SCALES[tool].factor == 1 and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
+        yield (
+            f"the largest AU of {num_faces:,} faces is {largest:.3g}, where {tool} measures from 0 to {MAX_AU:g}. If"
+            f" they go from 0 to 1, they are five times too weak: multiply them by {MAX_AU:g}."
+        )
 
 
 def detect_tool(columns: Iterable[str]) -> str:
     """
-    The tool of `AU_TABLE_TOOLS` whose columns these are. Letter case and spaces around a name do not matter.
+    The tool of `AU_TABLE_TOOLS` whose columns these are. Letter case and spaces around a name do not matter. A tool
+    all of whose columns are there goes before one of which there are some. A real table of py-feat 2 has AUs and
+    blendshapes: AUs go before blendshapes.
 
     Raises:
-        ValueError: if no tool's AU columns are complete, or those of several are.
+        ValueError: if there are no columns of a tool, or AUs of several.
     """
-    present = {column.strip().lower() for column in columns}
-    needed = {tool: set(scale.columns) for tool, scale in _SCALES.items()}
-    # AU12 alone does not tell py-feat from FineFace: their difference is AU01 or AU1.
-    found = [tool for tool in AU_TABLE_TOOLS if tool in needed and needed[tool] <= present]
-    if "aus" in present and "fineface" not in found:
-        found.append("fineface")
-    if set(_USED_SHAPES) <= set(map(_shape_key, present)):
-        found.append("arkit")
+    columns = [str(column) for column in columns]
+    found = _tools_of(columns)
+    found = [tool for tool, is_complete in found.items() if is_complete] or list(found)
+    if len(found) > 1 and "arkit" in found:
+        found.remove("arkit")
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"The columns are those of {' and '.join(found)}. Say which to read.")
-    nearest = max(needed, key=lambda tool: len(needed[tool] & present))
-    missing = [column for column in _SCALES[nearest].columns if column not in present]
+        raise ValueError(f"The columns are those of {' and '.join(found)}. Say which to read by naming the tool.")
     examples = ", ".join(f"{tool} {scale.columns[0]!r}" for tool, scale in _SCALES.items())
-    hint = f" For {nearest}, the columns {', '.join(missing)} are missing." if len(missing) < len(AU_NAMES) else ""
+    hint = " There is one column: commas, semicolons, tabs and bars divide columns." if len(columns) == 1 else ""
     raise ValueError(
-        f"The columns are those of no known tool: {', '.join(map(str, list(columns)[:30]))}.{hint} All {len(AU_NAMES)}"
-        f" AUs are needed, as {examples} and so on (in any letter case), as blendshapes, or as `aus`."
+        f"The columns are those of no known tool: {', '.join(columns[:30])}.{hint} AUs are read as {examples} and so"
+        " on (in any letter case), as blendshapes, or as `aus`."
     )
+
+
+def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
+    """The tools of which there are any columns, and whether all of them are there."""
+    present = {column.strip().lower() for column in columns}
+    found = {}
+    for tool, scale in _SCALES.items():
+        num_present = sum(column in present for column in scale.columns)
+        if num_present:
+            found[tool] = num_present == len(scale.columns)
+    # Both write AUs of two digits alike, AU12, and differ in AU01 or AU1.
+    own = {tool: present & (set(_SCALES[tool].columns) - _SHARED_COLUMNS) for tool in ("pyfeat", "fineface")}
+    if not any(own.values()):
+        own["pyfeat"] = present.intersection(_PYFEAT_SIGNS)
+        own["fineface"] = not own["pyfeat"]
+    for tool, is_own in own.items():
+        if not is_own:
+            found.pop(tool, None)
+    if "aus" in present:
+        found["fineface"] = True
+    shapes = {_shape_key(column) for column in present}.intersection(_USED_SHAPES)
+    if shapes:
+        found["arkit"] = len(shapes) == len(_USED_SHAPES)
+    return found
 
 
 def blendshapes_to_aus(blendshapes: Mapping[str, float]) -> np.ndarray:
@@ -216,104 +301,7 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float]) -> np.ndarray:
     unknown = [name for name in blendshapes if _shape_key(name) not in _USED_SHAPES + _OTHER_SHAPES]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
-    return _aus_of_shapes({shape: _number(values.get(shape, 0.0), shape) for shape in _USED_SHAPES})
-
-
-def read_records(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
-    """
-    The rows of a table as line number and dict, as `read_au_table` counts and reads them. Column names are stripped,
-    and objects within a JSON object give their entries to it.
-    """
-    path = Path(path)
-    reader = _RECORD_READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: the file type is {path.suffix!r}, but has to be {', '.join(_RECORD_READERS)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no table {str(path)!r}.")
-    for line, record in reader(path):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {line}: a row has to be an object, but is a {type(record).__name__}.")
-        yield line, record
-
-
-def _read_separated(path: Path, delimiter: str) -> Iterator[tuple[int, dict]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-        try:
-            header = [name.strip() for name in next(reader, [])]
-            if len(set(header)) < len(header):
-                twice = next(name for name in header if header.count(name) > 1)
-                raise ValueError(f"{path}: the column {twice!r} is there twice.")
-            for cells in reader:
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise ValueError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells, but the header has {len(header)}."
-                    )
-                yield reader.line_num, dict(zip(header, map(str.strip, cells), strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}") from error
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    with path.open("rb") as file:
-        for line, text in enumerate(file, 1):
-            if text.strip():
-                yield line, _flat(_parse_json(text, f"{path}, line {line}"))
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
-    value = _parse_json(path.read_bytes(), str(path))
-    for line, record in enumerate(value if isinstance(value, list) else [value], 1):
-        yield line, _flat(record)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            line = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    line += 1
-                    yield line, _flat(record)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-_RECORD_READERS = {
-    ".csv": lambda path: _read_separated(path, ","),
-    ".tsv": lambda path: _read_separated(path, "\t"),
-    ".jsonl": _read_json_lines,
-    ".json": _read_json,
-    ".parquet": _read_parquet,
-}
-
-
-def _parse_json(text: bytes, label: str):
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{label}: this is no JSON: {error}") from error
-
-
-def _flat(record):
-    """LibreFace and MediaPipe group their values in objects; `aus` is one value."""
-    if not isinstance(record, dict):
-        return record
-    flat = {}
-    for name, value in record.items():
-        if isinstance(value, dict) and name.strip().lower() != "aus":
-            flat |= {inner.strip(): item for inner, item in value.items()}
-        else:
-            flat[name.strip()] = value
-    return flat
+    return _aus_of_shapes({shape: _number(values.get(shape, 0.0), shape, Counter()) for shape in _USED_SHAPES})
 
 
 def _find_columns(columns: list[str], wanted: Iterable[str], key: Callable[[str], str] = str.lower) -> list[str]:
@@ -324,20 +312,27 @@ def _find_columns(columns: list[str], wanted: Iterable[str], key: Callable[[str]
     return [by_key[name] for name in wanted]
 
 
-def _scale_reader(tool: str) -> Callable[[list[str]], Callable[[dict], np.ndarray]]:
+_Reader = Callable[[dict], np.ndarray]
+
+
+def _scale_reader(tool: str) -> Callable[[list[str], Counter], _Reader]:
     scale = _SCALES[tool]
 
-    def prepare(columns: list[str]) -> Callable[[dict], np.ndarray]:
-        names = _find_columns(columns, scale.columns)
+    def prepare(columns: list[str], counts: Counter) -> _Reader:
+        by_key = {column.lower(): column for column in columns}
+        names = [by_key.get(column) for column in scale.columns]
+        _require_any(names, scale.columns, columns)
+        missing = [au for au, name in zip(AU_NAMES, names, strict=True) if name is None]
 
         def read(record: dict) -> np.ndarray:
-            values = [_number(record[name], name) for name in names]
+            values = [0.0 if name is None else _number(record[name], name, counts) for name in names]
             _check_gaps(values, names)
             for name, value in zip(names, values, strict=True):
                 if not math.isnan(value) and not -scale.overshoot <= value * scale.factor <= MAX_AU + scale.overshoot:
                     raise ValueError(
                         f"column {name!r} is {value:g}. {tool} measures from 0 to {MAX_AU / scale.factor:g}."
                     )
+            counts.update(missing)
             return np.clip(np.float32(values) * np.float32(scale.factor), 0, MAX_AU)
 
         return read
@@ -345,10 +340,10 @@ def _scale_reader(tool: str) -> Callable[[list[str]], Callable[[dict], np.ndarra
     return prepare
 
 
-def _fineface_reader(columns: list[str]) -> Callable[[dict], np.ndarray]:
+def _fineface_reader(columns: list[str], counts: Counter) -> _Reader:
     by_key = {column.lower(): column for column in columns}
     if "aus" not in by_key or set(_SCALES["fineface"].columns) <= set(by_key):
-        return _scale_reader("fineface")(columns)
+        return _scale_reader("fineface")(columns, counts)
 
     def read(record: dict) -> np.ndarray:
         value = record[by_key["aus"]]
@@ -362,20 +357,54 @@ def _fineface_reader(columns: list[str]) -> Callable[[dict], np.ndarray]:
     return read
 
 
-def _arkit_reader(columns: list[str]) -> Callable[[dict], np.ndarray]:
-    names = _find_columns(columns, _USED_SHAPES, _shape_key)
+def _arkit_reader(columns: list[str], counts: Counter) -> _Reader:
+    by_key = {_shape_key(column): column for column in columns}
+    names = [by_key.get(shape) for shape in _USED_SHAPES]
+    _require_any(names, _USED_SHAPES, columns)
+    present = {shape for shape, name in zip(_USED_SHAPES, names, strict=True) if name is not None}
+    missing = [au for au, shapes in _SHAPES_OF_AUS.items() if not present.intersection(shapes)]
+    missing += ["AU25"] if not present.intersection((*_LIP_SHAPES, "jawopen")) else []
 
     def read(record: dict) -> np.ndarray:
-        values = [_number(record[name], name) for name in names]
+        values = [0.0 if name is None else _number(record[name], name, counts) for name in names]
         _check_gaps(values, names)
-        if math.isnan(values[0]):
+        if any(map(math.isnan, values)):
             return np.full(len(AU_NAMES), np.nan, np.float32)
+        counts.update(missing)
         return _aus_of_shapes(dict(zip(_USED_SHAPES, values, strict=True)))
 
     return read
 
 
 _READERS = {tool: _scale_reader(tool) for tool in _SCALES} | {"fineface": _fineface_reader, "arkit": _arkit_reader}
+
+
+def _require_any(names: list[str | None], wanted: tuple[str, ...], columns: list[str]) -> None:
+    if not any(name is not None for name in names):
+        raise ValueError(f"There is no column {wanted[0]}, {wanted[1]}, … The columns are {', '.join(columns[:30])}.")
+
+
+def _split_faces(record: dict) -> Iterator[dict]:
+    """
+    The rows of a record in which MediaPipe's results are as they are: for each face a list of categories with a name
+    and a score, in JavaScript within `faceBlendshapes` and `categories`, in Python within `face_blendshapes`.
+    """
+    key = next((name for name in record if name.lower().replace("_", "") in ("faceblendshapes", "categories")), None)
+    if key is None or not isinstance(record[key], list):
+        yield record
+        return
+    others = {name: value for name, value in record.items() if name != key}
+    faces = [record[key]] if key == "categories" else record[key]
+    for number, face in enumerate(faces):
+        categories = face.get("categories") if isinstance(face, dict) else face
+        shapes = {}
+        for category in categories if isinstance(categories, list) else ():
+            if isinstance(category, dict):
+                name = category.get("categoryName") or category.get("category_name")
+                shapes[str(name)] = category.get("score")
+        yield others | {"face_id": number} | shapes
+    if not faces:
+        yield others | dict.fromkeys(_USED_SHAPES)
 
 
 def _aus_of_shapes(values: dict[str, float]) -> np.ndarray:
@@ -410,33 +439,52 @@ def _name(value) -> str:
     return "" if value is None else str(value)
 
 
-def _reports_face(record: dict) -> bool:
-    for column, value in record.items():
-        key = column.lower()
-        text = "" if value is None else str(value).strip().lower()
-        if key in ("success", "hasface") and text in ("", "0", "0.0", "false", "no", "nan"):
-            return False
-        if key == "confidence" and _number(value, column) == 0:
+def _face(record: dict, columns: list[str]) -> int | None:
+    match = re.fullmatch(r"([0-9]{1,9})(\.0)?", _name(record[columns[0]])) if columns else None
+    return int(match[1]) if match else None
+
+
+def _confidence(record: dict, columns: list[str]) -> float:
+    try:
+        values = [_number(record[column], column, Counter()) for column in columns[:1]]
+    except ValueError:
+        values = []
+    return max([0.0, *(value for value in values if value > 0)])
+
+
+def _reports_face(record: dict, signs: list[str]) -> bool:
+    for column in signs:
+        value = record[column]
+        if column.lower() == "confidence":
+            if _number(value, column, Counter()) == 0:
+                return False
+        elif ("" if value is None else str(value).strip().lower()) in _NO:
             return False
     return True
 
 
-def _check_gaps(values: list[float], names: list[str]) -> None:
-    missing = [name for name, value in zip(names, values, strict=True) if math.isnan(value)]
-    if 0 < len(missing) < len(values):
+def _check_gaps(values: list[float], names: list[str | None]) -> None:
+    known = [(value, name) for value, name in zip(values, names, strict=True) if name is not None]
+    missing = [name for value, name in known if math.isnan(value)]
+    if 0 < len(missing) < len(known):
         raise ValueError(
             f"column {missing[0]!r} is empty, while other AUs have values. A row has all of them or none."
         )
 
 
-def _number(value, column: str) -> float:
-    """NaN for an empty cell."""
-    if value is None or (isinstance(value, str) and not value):
-        return math.nan
+def _number(value, column: str, counts: Counter) -> float:
+    """NaN for an empty cell, and for what tools write where there is no number."""
     try:
         number = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = None
+        text = "" if value is None else str(value).strip()
+        if (value is None or isinstance(value, str)) and _NO_NUMBER.fullmatch(text):
+            return math.nan
+        if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]*,[0-9]+", text):
+            counts["decimal commas"] += 1
+            return float(text.replace(",", "."))
     if number is None or math.isinf(number):
-        raise ValueError(f"column {column!r} is {value!r}, but has to be a number.")
+        shown = repr(value) if len(repr(value)) <= 50 else f"{repr(value)[:50]}…"
+        raise ValueError(f"column {column!r} is {shown}, but has to be a number.")
     return number

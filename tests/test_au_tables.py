@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import time
 
 import numpy as np
 import pytest
@@ -100,6 +102,9 @@ def test_the_answer_of_libreface_for_one_picture_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     "row",
     [
+        openface_row() | {"success": 0, "AU12_r": "-nan(ind)", "AU15_r": "inf", "AU17_r": ""},
+        {name: "-nan(ind)" if name.endswith("_r") else value for name, value in openface_row().items()},
+        {name: "#N/A" if name.endswith("_r") else value for name, value in openface_row().items()},
         openface_row() | {"success": 0},
         openface_row() | {"confidence": "0.00"},
         affectnet_row() | {"HasFace": ""},
@@ -171,8 +176,8 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, changes, message):
 
 def test_wrong_tables_are_refused(tmp_path):
     row = {"file_name": "a.png"} | dict.fromkeys(AU_NAMES, 1.0)
-    with pytest.raises(ValueError, match="For fineface, the columns au6 are missing"):
-        detect_tool([name for name in row if name != "AU6"])
+    with pytest.raises(ValueError, match="those of no known tool: frame, AU12_c"):
+        detect_tool(["frame", "AU12_c"])
     with pytest.raises(ValueError, match="openface and fineface"):
         detect_tool([*row, *openface_row()])
     path = write_csv(tmp_path / "t.csv", [row])
@@ -183,7 +188,7 @@ def test_wrong_tables_are_refused(tmp_path):
     with pytest.raises(ValueError, match="The tools are openface, libreface"):
         list(read_au_table(path, tool="faceopen"))
     path.write_text(path.read_text() + "b.png,1\n")
-    with pytest.raises(ValueError, match=r"t\.csv, line 3: 2 cells, but the header has 13"):
+    with pytest.raises(ValueError, match=r"t\.csv, line 3: 2 cells, but the header has 13, with commas between them"):
         list(read_au_table(path))
     with pytest.raises(FileNotFoundError, match="no table"):
         list(read_au_table(tmp_path / "none.csv"))
@@ -193,3 +198,141 @@ def test_wrong_tables_are_refused(tmp_path):
         blendshapes_to_aus({"smile": 1.0})
     with pytest.raises(ValueError, match="'jawopen' is 5"):
         blendshapes_to_aus({"jawOpen": 5.0})
+
+
+def read(path, **options):
+    """The rows of a table, and what was said about it."""
+    said = []
+    return list(read_au_table(path, say=said.append, **options)), said
+
+
+def test_of_aus_and_blendshapes_in_one_table_the_tool_decides_and_the_choice_is_said(tmp_path):
+    # As py-feat 2 writes it: AU01 … and the 52 blendshapes of the same face, which say something else.
+    path = write_csv(tmp_path / "fex.csv", [pyfeat_row() | arkit_row() | {"mouthSmileLeft": 0.2}] * 2)
+    rows, (note,) = read(path)
+    assert rows[0].aus[6] == pytest.approx(INTENSITIES[6]) and "AUs of pyfeat and blendshapes (arkit)" in note
+    for tool in ("arkit", "mediapipe"):
+        rows, said = read(path, tool=tool)
+        assert rows[0].aus[6] == pytest.approx(0.5) and not said
+    assert read(path, tool="pyfeat")[1] == []
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        [{"faceBlendshapes": [{"categories": "FACE", "headIndex": -1, "headName": ""}], "faceLandmarks": [[]]}],
+        {"face_blendshapes": ["FACE"], "facial_transformation_matrixes": []},
+        [{"categories": "FACE"}],
+        "FACE",
+    ],
+)
+def test_the_results_of_mediapipe_are_read_as_they_are(tmp_path, result):
+    name = "category_name" if "face_blendshapes" in result else "categoryName"
+    shapes = arkit_row() | {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.6}
+    face = [{"index": i, "score": score, name: shape} for i, (shape, score) in enumerate(shapes.items())]
+    (tmp_path / "r.json").write_text(json.dumps(result).replace('"FACE"', json.dumps(face)))
+    ((row,), said) = read(tmp_path / "r.json")
+    assert row.face_found and row.aus[6] == pytest.approx(3.5) and row.aus.sum() == pytest.approx(3.5) and not said
+
+
+def test_two_faces_and_none_of_a_mediapipe_result_are_rows(tmp_path):
+    faces = [{"categories": [{"categoryName": "jawOpen", "score": score}]} for score in (0.2, 0.4)]
+    lines = [{"file_name": "a.png", "faceBlendshapes": faces}, {"file_name": "b.png", "faceBlendshapes": []}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows, (note,) = read(tmp_path / "t.jsonl")
+    assert [(row.name, row.face, row.face_found) for row in rows] == [
+        ("a.png", 0, True),
+        ("a.png", 1, True),
+        ("b.png", None, False),
+    ]
+    assert [row.aus[-1] for row in rows[:2]] == pytest.approx([1, 2])
+    assert "no blendshape or column for AU1, AU2" in note and "(in 2 rows)" in note
+
+
+EXCEL = "Datei;AU6;AU12;;\r\nM\u00fcller.png;2,5;3;;\r\n;;;;\r\nb.png;0;4,25;;\r\n;;;;\r\n"
+
+
+@pytest.mark.parametrize(
+    ("data", "sentences"),
+    [
+        (EXCEL.encode("utf-8-sig"), ["semicolons", "2 empty rows", "no column for AU1, AU2", "2 numbers have a dec"]),
+        (EXCEL.encode("cp1252"), ["is read as cp1252", "semicolons", "2 empty rows", "no column", "decimal comma"]),
+        (("sep=;\n" + EXCEL).encode(), ["semicolons", "2 empty rows", "no column", "decimal comma"]),
+        (EXCEL.encode("utf-16"), ["semicolons", "2 empty rows", "no column", "decimal comma"]),
+        (EXCEL.encode("utf-16-le"), ["semicolons", "2 empty rows", "no column", "decimal comma"]),
+        (EXCEL.replace(";", "\t").encode("utf-16"), ["tabs", "2 empty rows", "no column", "decimal comma"]),
+        (EXCEL.replace(",", ".").replace(";", ",").encode(), ["2 empty rows", "no column"]),
+    ],
+)
+def test_what_spreadsheets_save_is_read_and_what_was_guessed_is_said(tmp_path, data, sentences):
+    (tmp_path / "t.csv").write_bytes(data)
+    rows, said = read(tmp_path / "t.csv", image_column="Datei")
+    assert [(row.name, row.aus[4], row.aus[6], row.aus.sum()) for row in rows] == [
+        ("Müller.png", 2.5, 3, 5.5),
+        ("b.png", 0, 4.25, 4.25),
+    ]
+    assert len(said) == len(sentences)
+    assert all(sentence in note and "t.csv" in note for sentence, note in zip(sentences, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("t.csv", b"", "t.csv: the file is empty"),
+        ("t.csv", b"a,AU12,a\n", "column 'a' is there twice"),
+        ("t.csv", b"PK\x03\x04\0\0", "t.csv: this is a workbook"),
+        ("t.xlsx", b"PK\x03\x04", "Save its sheet as CSV"),
+        ("t.csv", b"a,AU12\n\x81,1\n", "t.csv: the encoding is none of"),
+        ("t.csv", b"AU12 AU6\n1 2\n", "There is one column: commas, semicolons, tabs and bars"),
+        ("t.csv", b"a;AU12\nx;1;2\n", "line 2: 3 cells, but the header has 2, with semicolons between them"),
+        ("t.jsonl", b'{"AU12": 1' + b"0" * 400 + b"}", "line 1: column 'AU12' is 1000"),
+        ("t.json", b"[" * 200_000, "t.json: the objects are nested too deeply"),
+        ("t.jsonl", b'{"a": ' * 200_000, "t.jsonl, line 1: the objects are nested too deeply"),
+        ("t.jsonl", b" " * 2**22 + b"{}", "t.jsonl, line 1: more than 4,194,304 characters"),
+        ("t.csv", ",".join(f"c{n}" for n in range(20_000)).encode(), "20,000 columns, and 10,000 are allowed"),
+        ("t.parquet", b"PAR1", "t.parquet: "),
+    ],
+)
+def test_files_that_are_no_tables_are_refused_in_one_line(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        list(read_au_table(tmp_path / name))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_many_columns_take_no_quadratic_time(tmp_path):
+    # The last column is there twice; to find it by counting each took seconds.
+    names = [f"c{number}" for number in range(9_998)] + ["z", "z"]
+    (tmp_path / "t.csv").write_text(",".join(names) + "\n")
+    start = time.process_time()
+    with pytest.raises(ValueError, match="'z' is there twice"):
+        list(read_au_table(tmp_path / "t.csv"))
+    assert time.process_time() - start < 0.5
+
+
+def test_tables_that_were_appended_to_each_other_are_one(tmp_path):
+    path = write_csv(tmp_path / "t.csv", [openface_row()])
+    path.write_text(path.read_text() * 3)
+    rows, said = read(path)
+    assert len(rows) == 3 and "2 rows repeat the header" in said[0]
+
+
+@pytest.mark.parametrize("tool", ["libreface", "openface", "fineface"])
+def test_a_whole_table_between_0_and_1_is_said_to_be_weak(tmp_path, tool):
+    columns = {"libreface": "au_{}_intensity", "openface": "AU{:02}_r", "fineface": "AU{}"}[tool]
+    rows = [{columns.format(number): 0.9 if number == 12 else 0.1 for number in NUMBERS}] * 12
+    (note,) = read(write_csv(tmp_path / "t.csv", rows))[1]
+    assert f"the largest AU of 12 faces is 0.9, where {tool} measures from 0 to 5" in note
+    assert read(write_csv(tmp_path / "t.csv", [*rows, rows[0] | {columns.format(1): 1.5}]))[1] == []
+    # A few faint faces are no table of another scale.
+    assert read(write_csv(tmp_path / "t.csv", rows[:3]))[1] == []
+
+
+def test_the_aus_of_two_digits_are_those_of_the_tool_that_the_others_tell():
+    assert detect_tool(["AU12", "AU25"]) == "fineface" and detect_tool(["AU12", "FaceScore"]) == "pyfeat"
+    assert detect_tool(["AU01", "AU12"]) == "pyfeat" and detect_tool(["AU1", "AU12"]) == "fineface"
+
+
+def test_the_log_has_what_nobody_else_is_told(tmp_path, caplog):
+    list(read_au_table(write_csv(tmp_path / "t.csv", [{"AU6": 1, "AU12": 2}])))
+    assert "there is no column for AU1" in caplog.text

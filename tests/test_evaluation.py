@@ -211,6 +211,19 @@ def test_columns_of_another_tool_are_refused_at_once(tmp_path, pictures):
         make_meter(f"libreface:{path}", CPU)
 
 
+def test_the_tool_of_a_table_can_be_named(pictures, tmp_path, caplog):
+    shapes = ("mouthSmileLeft", "mouthSmileRight")
+    lines = [",".join(["input", "FaceScore", *(f"AU{int(name[2:]):02}" for name in AU_NAMES), *shapes])]
+    lines += [",".join([picture.name, "-nan(ind)", *["0.8"] * 12, "0.2", "0.4"]) for picture in pictures]
+    path = tmp_path / "fex.csv"
+    path.write_text("\n".join(lines))
+    assert make_meter(f"table:{path}", CPU).measure(pictures)[0].aus[6] == pytest.approx(4)
+    assert caplog.text.count("has AUs of pyfeat and blendshapes") == 1
+    assert make_meter(f"mediapipe:{path}", CPU).measure(pictures)[0].aus[6] == pytest.approx(1.5)
+    with pytest.raises(FileNotFoundError, match="'python3' is no table"):
+        make_meter("mediapipe:python3", CPU)
+
+
 def test_openface_runs_and_a_table_it_does_not_write_is_no_face(tmp_path, pictures):
     # It answers as FaceLandmarkImg does: a table for each picture with a face, in its own columns.
     program = write_program(

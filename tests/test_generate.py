@@ -109,6 +109,7 @@ def assert_one_error_line(capsys, *parts: str) -> None:
         (["--prompt", "a boy", "--presets", "--aus", "AU6=1"], "--aus"),
         (["--demo", "--aus", "AU6=1"], "--aus"),
         (["--prompt", "a boy", "--fps", "9"], "`--aus-from`"),
+        (["--prompt", "a boy", "--aus-tool", "pyfeat"], "`--aus-from`"),
         (["--prompt", "a boy", "--frames-between", "2"], "`--frames-between` is for an animation"),
         (["--prompt", "a boy", "--distribution", "a.json"], "`--dataset`"),
         (["--prompt", "a boy", "--aus-from", "table.csv"], "a folder of pictures, or an animation"),
@@ -538,6 +539,28 @@ def test_a_table_becomes_pictures_of_one_person(model_args, tmp_path, capsys):
     single = tmp_path / "single.png"
     assert main([*model_args, "--prompt", "a boy", "--seed", "3", "--aus", "12=2.5", "--output", str(single)]) == 0
     assert np.abs(pixels(single) - pixels(output / names[0])).max() <= 1
+
+
+def test_one_face_of_several_is_drawn_and_said(model_args, tmp_path, capsys, caplog):
+    lines = ["frame, face_id, success, AU12_r", "1, 0, 1, 1.0", "1, 1, 1, 4.0", "2, 0, 0, -nan(ind)", "2, 1, 1, 5.0"]
+    (tmp_path / "two.csv").write_text("\n".join(lines))
+    options = [*model_args, "--prompt", "a boy", "--aus-from", str(tmp_path / "two.csv"), "--output"]
+    for face, extra, aus in ((0, [], ["AU12=1"]), (1, ["--aus-face", "1"], ["AU12=4", "AU12=5"])):
+        caplog.clear()
+        assert main([*options, str(tmp_path / f"out{face}"), *extra]) == 0
+        assert [read_metadata(path)["aus"] for path in sorted((tmp_path / f"out{face}").iterdir())] == aus
+        assert ("Face 0 (1 rows) is drawn, and left out are 1 (2 rows)" in caplog.text) == (not extra)
+    assert main([*options, str(tmp_path / "out7"), "--aus-face", "7"]) == 2
+    assert "has no face 7. It has the faces 0, 1" in capsys.readouterr().err
+
+
+def test_the_tool_of_a_table_can_be_said(model_args, tmp_path, caplog):
+    (tmp_path / "fex.csv").write_text("input,AU01,AU12,mouthSmileLeft,mouthSmileRight\na.png,0,1.0,0.2,0.2\n")
+    options = [*model_args, "--prompt", "a boy", "--aus-from", str(tmp_path / "fex.csv"), "--output"]
+    for name, extra, aus in (("a", [], "AU12=5"), ("b", ["--aus-tool", "mediapipe"], "AU12=1")):
+        assert main([*options, str(tmp_path / name), *extra]) == 0
+        assert read_metadata(tmp_path / name / "00002_a.png")["aus"] == aus
+    assert caplog.text.count("has AUs of pyfeat and blendshapes") == 1
 
 
 def test_blendshapes_become_pictures(model_args, tmp_path):

@@ -142,7 +142,7 @@ def test_rows_without_a_face_are_counted_and_left_out(tmp_path):
         ("aus\nAU7=1\n", "faces.csv, line 2: `aus` names 'AU7'"),
         ("smile\n3\n", "faces.csv, line 2"),
         ("aus\n", "holds no row with a face"),
-        ("", "holds no row with a face"),
+        ("", "faces.csv: the file is empty"),
         ("aus\n" + "happy\n" * (MAX_ROWS + 1), f"{MAX_ROWS} are allowed"),
     ],
 )
