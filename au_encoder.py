@@ -12,6 +12,7 @@ import pickle
 import re
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +55,8 @@ class AUEncoder(ModelMixin, ConfigMixin):
     | `"individual"` | the sum of one small MLP for each AU and one for the interactions of all |
 
     Args:
-        num_aus (`int`, defaults to 12):
-            How many AUs the model knows.
+        num_aus (`int`, *optional*):
+            How many AUs the model knows; by default as many as `au_names` has, and 12 without.
         cross_attention_dim (`int`, defaults to 1024):
             Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x.
         encoder_type (`str`, defaults to `"res_mlp64"`):
@@ -65,21 +66,28 @@ class AUEncoder(ModelMixin, ConfigMixin):
             the same.
         hidden_dim (`int`, defaults to 64):
             Number of features in `"res_mlp64"`, and width of the hidden layers in `"res_3mlp"` and `"individual"`.
+        au_names (`list[str]`, *optional*):
+            The names of the AUs in the order of the intensities: `"AU12"` for both sides of the face, or `"AU12L"` and
+            `"AU12R"` for each. None, which files from before this option have, stands for the paper's twelve.
 
     Raises:
-        ValueError: if the encoder type is unknown, or the parts do not fit into `cross_attention_dim`.
+        ValueError: if the encoder type is unknown, the parts do not fit into `cross_attention_dim`, or `au_names` is
+            no list of `num_aus` different names.
     """
 
     @register_to_config
     def __init__(
         self,
-        num_aus: int = 12,
+        num_aus: int | None = None,
         cross_attention_dim: int = 1024,
         encoder_type: str = "res_mlp64",
         num_tokens: int = 1,
         hidden_dim: int = 64,
+        au_names: list[str] | None = None,
     ):
         super().__init__()
+        num_aus, au_names = _check_au_names(num_aus, au_names)
+        self.register_to_config(num_aus=num_aus, au_names=au_names)
         _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
         remaining_dim = cross_attention_dim - num_aus
         if encoder_type == "none":
@@ -136,6 +144,18 @@ def _two_layers(in_features: int, hidden_dim: int, out_features: int) -> nn.Sequ
     return nn.Sequential(nn.Linear(in_features, hidden_dim), nn.LeakyReLU(), nn.Linear(hidden_dim, out_features))
 
 
+def _check_au_names(num_aus: int | None, au_names: Sequence[str] | None) -> tuple[int, list[str] | None]:
+    """The number of AUs and their names, None if the names are not known."""
+    if au_names is None:
+        return 12 if num_aus is None else num_aus, None
+    is_list = isinstance(au_names, list | tuple) and all(isinstance(name, str) for name in au_names)
+    if not is_list or len(set(au_names)) < len(au_names):
+        raise ValueError(f"`au_names` has to be a list of different names such as 'AU12', but is {au_names!r}.")
+    if num_aus is not None and num_aus != len(au_names):
+        raise ValueError(f"`num_aus` is {num_aus}, but `au_names` has {len(au_names)}: {', '.join(au_names)}.")
+    return len(au_names), list(au_names)
+
+
 def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim):
     if encoder_type not in ENCODER_TYPES:
         raise ValueError(f"`encoder_type` has to be one of {', '.join(ENCODER_TYPES)}, but is {encoder_type!r}.")
@@ -166,7 +186,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
         layers (`dict[str, int]`):
             Inner width of each cross-attention layer by its name in the UNet, for instance
             `{"mid_block.attentions.0.transformer_blocks.0.attn2": 1280}`. They are packed in the order of their names.
-        cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim:
+        cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names:
             See [`AUEncoder`].
     """
 
@@ -175,17 +195,20 @@ class AUAdapter(ModelMixin, ConfigMixin):
         self,
         layers: dict[str, int],
         cross_attention_dim: int = 1024,
-        num_aus: int = 12,
+        num_aus: int | None = None,
         encoder_type: str = "res_mlp64",
         num_tokens: int = 1,
         hidden_dim: int = 64,
+        au_names: list[str] | None = None,
     ):
         super().__init__()
+        num_aus, au_names = _check_au_names(num_aus, au_names)
+        self.register_to_config(num_aus=num_aus, au_names=au_names)
         if not layers:
             raise ValueError("`layers` is empty: an AU adapter needs at least one cross-attention layer.")
         # A saved config comes back sorted by key, so only the sorted order is the same before and after.
         self.layers = dict(sorted(layers.items()))
-        self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
+        self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim, au_names)
         self.to_k_au = nn.Linear(cross_attention_dim, sum(layers.values()), bias=False)
         self.to_v_au = nn.Linear(cross_attention_dim, sum(layers.values()), bias=False)
 
@@ -193,17 +216,18 @@ class AUAdapter(ModelMixin, ConfigMixin):
     def from_unet(
         cls,
         unet: nn.Module,
-        num_aus: int = 12,
+        num_aus: int | None = None,
         encoder_type: str = "res_mlp64",
         num_tokens: int = 1,
         hidden_dim: int = 64,
         kv_init: str = "text",
+        au_names: Sequence[str] | None = None,
     ) -> "AUAdapter":
         """
         A new adapter for `unet`.
 
         Args:
-            num_aus, encoder_type, num_tokens, hidden_dim:
+            num_aus, encoder_type, num_tokens, hidden_dim, au_names:
                 See [`AUEncoder`].
             kv_init (`str`, defaults to `"text"`):
                 How keys and values start: `"text"` as copies of the text's, as in the paper's code; `"random"`; or
@@ -216,7 +240,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"`kv_init` has to be one of {', '.join(KV_INITS)}, but is {kv_init!r}.")
         text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
         layers = {name: module.to_k.weight.shape[0] for name, module in text_layers.items()}
-        adapter = cls(layers, unet.config.cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim)
+        adapter = cls(layers, unet.config.cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names)
         if kv_init == "text":
             adapter.load_attn_processors_state_dict(
                 {f"{name}.processor.to_k_au.weight": module.to_k.weight for name, module in text_layers.items()}
@@ -528,7 +552,7 @@ def _original_encoder_config(state_dict: dict[str, torch.Tensor], cross_attentio
 
 def _read_encoder_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text())
+        config = {"au_names": None, **json.loads(path.read_text())}
         return {name: config[name] for name in inspect.signature(AUEncoder.__init__).parameters if name != "self"}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{str(path)!r} is not the config of an AU encoder: {error!r}") from error

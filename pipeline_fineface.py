@@ -21,7 +21,7 @@ from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPV
 
 
 if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
-    from .action_units import AU_NAMES, extract_au_tags, parse_aus_per_prompt
+    from .action_units import AU_NAMES, au_columns, extract_au_tags, parse_aus_per_prompt
     from .au_attention_processor import (
         attach_au_processors,
         au_cross_attention_kwargs,
@@ -38,6 +38,7 @@ else:  # a clone: the files are top-level modules
     import au_encoder as _au_encoder
 
     AU_NAMES = _action_units.AU_NAMES
+    au_columns = _action_units.au_columns
     extract_au_tags = _action_units.extract_au_tags
     parse_aus_per_prompt = _action_units.parse_aus_per_prompt
     attach_au_processors = _au_attention_processor.attach_au_processors
@@ -210,7 +211,10 @@ class FineFacePipeline(StableDiffusionPipeline):
 
     def _load_adapter_files(self, files: AdapterFiles) -> None:
         adapter = read_au_adapter(files, self.unet, au_layers(self.unet))
-        _check_num_aus(adapter)
+        try:
+            _au_names_of(adapter)
+        except ValueError as error:
+            raise ValueError(f"{str(files.encoder_config or files.encoder)!r}: {error}") from error
         lora = None if files.lora is None else read_lora(files.lora, self.unet)
         # All is read and checked. Only now the pipeline changes.
         with self._offloading_paused():
@@ -227,6 +231,11 @@ class FineFacePipeline(StableDiffusionPipeline):
                         _pipeline=self,
                     )
             self._attach_adapter(adapter.to(self._execution_device))
+
+    @property
+    def au_names(self) -> tuple[str, ...]:
+        """The AUs that the adapter knows, in the order of its intensities; without an adapter the paper's twelve."""
+        return AU_NAMES if self.au_adapter is None else _au_names_of(self.au_adapter)
 
     def _remove_adapter(self) -> None:
         if any(getattr(module, "merged", False) for module in self.unet.modules()):
@@ -249,7 +258,7 @@ class FineFacePipeline(StableDiffusionPipeline):
                     f" {self.unet.config.cross_attention_dim}, or layers of other names and widths. Use the adapter"
                     " that was trained on this base model."
                 )
-            _check_num_aus(adapter)
+            _au_names_of(adapter)
             attach_au_processors(self.unet)
         self.register_modules(au_adapter=adapter)
 
@@ -379,8 +388,9 @@ class FineFacePipeline(StableDiffusionPipeline):
             num_people = None
             if au_masks is not None:
                 num_people = read_au_masks(au_masks, batch_size, self._latent_size(height, width)).shape[1]
-            parse_aus_per_prompt(aus, batch_size, "aus", num_people)
-            parse_aus_per_prompt({} if negative_aus is None else negative_aus, batch_size, "negative_aus", num_people)
+            negative_aus = {} if negative_aus is None else negative_aus
+            parse_aus_per_prompt(aus, batch_size, "aus", num_people, self.au_names)
+            parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, self.au_names)
 
     def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`StableDiffusionPipeline.encode_prompt`]."""
@@ -435,11 +445,11 @@ class FineFacePipeline(StableDiffusionPipeline):
             num_people = au_masks.shape[1]
             au_masks = au_masks.repeat_interleave(num_images_per_prompt, dim=0).repeat(2, 1, 1, 1)
         negative_aus = {} if negative_aus is None else negative_aus
-        positive, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people)
-        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people)
+        positive, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people, self.au_names)
+        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, self.au_names)
         intensities = torch.cat([positive, negative]).repeat_interleave(num_images_per_prompt, dim=0)
         scales = au_scale * torch.cat([has_aus, has_aus]).repeat_interleave(num_images_per_prompt, dim=0).flatten()
-        au_keys, au_values = self.au_adapter(intensities.reshape(-1, len(AU_NAMES)).to(device))
+        au_keys, au_values = self.au_adapter(intensities.reshape(-1, len(self.au_names)).to(device))
         kwargs = au_cross_attention_kwargs(
             self.unet, au_keys, au_values, scales.to(device), lora_scale, au_masks=au_masks
         )
@@ -603,7 +613,7 @@ class FineFacePipeline(StableDiffusionPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs.
-        prompt, aus = _take_au_tags(prompt, aus)
+        prompt, aus = _take_au_tags(prompt, aus, self.au_names)
         height, width = self._image_size(height, width)
         self.check_inputs(
             prompt,
@@ -759,13 +769,13 @@ class FineFacePipeline(StableDiffusionPipeline):
         return torch.cat([*unconditional, *[conditional] * (1 + self.do_au_guidance)])
 
 
-def _take_au_tags(prompt, aus):
+def _take_au_tags(prompt, aus, au_names: tuple[str, ...]):
     """Move AU tags from the prompt, or prompts, to `aus`."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
         return prompt, aus
     labels = ["prompt"] if isinstance(prompt, str) else [f"prompt[{index}]" for index in range(len(prompts))]
-    pairs = [extract_au_tags(text, label) for text, label in zip(prompts, labels, strict=True)]
+    pairs = [extract_au_tags(text, label, au_names) for text, label in zip(prompts, labels, strict=True)]
     if all(tag is None for _, tag in pairs):
         return prompt, aus
     if aus is not None:
@@ -773,9 +783,18 @@ def _take_au_tags(prompt, aus):
     return pairs[0] if isinstance(prompt, str) else ([text for text, _ in pairs], [tag for _, tag in pairs])
 
 
-def _check_num_aus(adapter: ModelMixin) -> None:
-    if adapter.config.num_aus != len(AU_NAMES):
+def _au_names_of(adapter: ModelMixin) -> tuple[str, ...]:
+    """
+    The AUs of an adapter; one without names has the paper's twelve.
+
+    Raises:
+        ValueError: if it has no names and not twelve AUs, or names that are not those of FACS, see `au_columns`.
+    """
+    names = tuple(adapter.config.au_names or AU_NAMES)
+    au_columns(names)
+    if adapter.config.num_aus != len(names):
         raise ValueError(
-            f"The AU adapter was trained for {adapter.config.num_aus} AUs, but this pipeline has {len(AU_NAMES)}:"
-            f" {', '.join(AU_NAMES)}."
+            f"The AU adapter was trained for {adapter.config.num_aus} AUs and does not name them in `au_names`. Only"
+            f" the twelve of the paper need no names: {', '.join(AU_NAMES)}."
         )
+    return names

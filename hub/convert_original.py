@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from action_units import AU_NAMES
 from au_encoder import (
     ATTN_PROCESSORS_NAME,
     ENCODER_FOLDER,
@@ -66,8 +67,8 @@ def write_original(files: AdapterFiles, folder: Path, variant: str | None = None
     Write an adapter of our layout into `folder` in the original one.
 
     Raises:
-        ValueError: if a file is broken, or the original layout has no place for this adapter: other encoders than the
-            published two, several tokens, a LoRA beside a `variant`.
+        ValueError: if a file is broken, or the original layout has no place for this adapter: other AUs than the
+            paper's, other encoders than the published two, several tokens, a LoRA beside a `variant`.
     """
     attn_processors, cross_attention_dim = _read_attn_processors(files.attn_processors, OUR_KEY)
     config = _read_encoder_config(files.encoder_config)
@@ -75,6 +76,11 @@ def write_original(files: AdapterFiles, folder: Path, variant: str | None = None
         raise ValueError(
             f"{str(files.encoder_config)!r} says {config['num_tokens']} token(s) of the encoder"
             f" {config['encoder_type']!r}. The original layout has one token of 'res_mlp64' or 'res_mlp' only."
+        )
+    if tuple(config["au_names"] or AU_NAMES) != AU_NAMES:
+        raise ValueError(
+            f"{str(files.encoder_config)!r} names the AUs {', '.join(config['au_names'])}. The original layout has no"
+            f" names and always means {', '.join(AU_NAMES)}."
         )
     if config["cross_attention_dim"] != cross_attention_dim:
         raise ValueError(

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_au_attention_processor import SD15_UNET, SD21_UNET, SD_WIDTHS
 
+from action_units import AU_NAMES
 from au_attention_processor import AUAttnProcessor, au_layers
 from au_encoder import AUAdapter, find_adapter_files, read_au_adapter, write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
@@ -82,6 +83,41 @@ def test_a_saved_adapter_comes_back(tiny_pipe, tmp_path):
     pipe = FineFacePipeline(**make_components(), requires_safety_checker=False)
     pipe.load_au_adapter(tmp_path / "new" / "folder")
     assert torch.equal(draw(pipe, aus="12"), draw(tiny_pipe, aus="12"))
+
+
+def test_an_adapter_knows_its_own_aus(tiny_components, tmp_path):
+    au_names = ("AU4", "AU12L", "AU12R", "AU43L", "AU43R")
+    adapter = AUAdapter.from_unet(tiny_components["unet"], hidden_dim=HIDDEN_DIM, au_names=au_names)
+    with torch.no_grad():
+        adapter.to_v_au.weight.normal_(generator=torch.Generator().manual_seed(0))
+    ours = FineFacePipeline(**tiny_components, requires_safety_checker=False, au_adapter=adapter.eval())
+    ours.save_au_adapter(tmp_path)
+    pipe = FineFacePipeline(**make_components(), requires_safety_checker=False)
+    assert pipe.au_names == AU_NAMES
+    pipe.load_au_adapter(tmp_path)
+    assert pipe.au_names == au_names and pipe.au_adapter.config.num_aus == 5
+    assert json.loads((tmp_path / ENCODER_CONFIG).read_text())["au_names"] == list(au_names)
+    for aus in ("AU12L=3", "smirk"):
+        assert torch.equal(draw(pipe, aus=aus), draw(ours, aus=aus))
+    left, right, both = (draw(pipe, aus=aus) for aus in ("L12D", "R12D", "12D"))
+    assert not torch.equal(left, right) and torch.equal(both, draw(pipe, aus="AU12L=4 AU12R=4"))
+    assert torch.equal(left, draw(pipe, prompt="a boy in a park <AU12L=4>"))
+    for aus, message in (
+        ("26C", "It knows AU4, AU12L, AU12R, AU43L, AU43R"),
+        ("wink", "the preset 'wink', which needs AU6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(pipe, aus=aus)
+    pipe.unload_au_adapter()
+    assert pipe.au_names == AU_NAMES
+
+
+def test_files_without_names_have_the_papers_aus(copy_dir, tiny_base):
+    config = json.loads((copy_dir / ENCODER_CONFIG).read_text())
+    config.pop("au_names", None)
+    (copy_dir / ENCODER_CONFIG).write_text(json.dumps(config))
+    tiny_base.load_au_adapter(copy_dir)
+    assert tiny_base.au_names == AU_NAMES
 
 
 def test_the_scale_of_the_lora_comes_back(tiny_pipe):
@@ -276,7 +312,7 @@ def test_a_component_for_another_unet_is_refused(tiny_components):
     with pytest.raises(ValueError, match="Use the adapter that was trained on this base"):
         FineFacePipeline(**tiny_components, requires_safety_checker=False, au_adapter=adapter)
     adapter = AUAdapter(au_layers(tiny_components["unet"]), CROSS_ATTENTION_DIM, num_aus=5, hidden_dim=HIDDEN_DIM)
-    with pytest.raises(ValueError, match="trained for 5 AUs, but this pipeline has 12"):
+    with pytest.raises(ValueError, match="trained for 5 AUs and does not name them"):
         FineFacePipeline(**tiny_components, requires_safety_checker=False, au_adapter=adapter)
 
 
@@ -447,6 +483,22 @@ BREAKAGES = {
     "config without a value": (ENCODER_CONFIG, lambda p: p.write_text("{}"), ["num_aus"]),
     "impossible config": (ENCODER_CONFIG, lambda p: edit_config(p, hidden_dim=30), ["at least 30 features"]),
     "other AUs": (ENCODER_CONFIG, lambda p: edit_config(p, num_aus=5), []),
+    "names of fewer AUs": (
+        ENCODER_CONFIG,
+        lambda p: edit_config(p, au_names=["AU1", "AU2"]),
+        ["`num_aus` is 12, but `au_names` has 2: AU1, AU2"],
+    ),
+    "no list of names": (ENCODER_CONFIG, lambda p: edit_config(p, au_names="AU12"), ["`au_names` has to be a list"]),
+    "names that FACS has not": (
+        ENCODER_CONFIG,
+        lambda p: edit_config(p, au_names=[f"AU{number}" for number in range(1, 13)]),
+        ["`au_names` holds 'AU3', which is no AU of FACS"],
+    ),
+    "one side alone": (
+        ENCODER_CONFIG,
+        lambda p: edit_config(p, au_names=[*AU_NAMES[:11], "AU43L"]),
+        ["both AU43L and AU43R"],
+    ),
 }
 
 

@@ -87,6 +87,31 @@ def test_impossible_sizes_are_errors(options, message):
         AUEncoder(**options)
 
 
+def test_names_say_how_many_aus_there_are():
+    assert AUEncoder(cross_attention_dim=40, hidden_dim=8).config.num_aus == 12
+    encoder = AUEncoder(cross_attention_dim=40, hidden_dim=8, au_names=("AU4", "AU12L", "AU12R"))
+    assert encoder.config.num_aus == 3 and encoder.config.au_names == ["AU4", "AU12L", "AU12R"]
+    assert encoder(some_aus(2, 3)).shape == (2, 1, 40)
+    adapter = AUAdapter(LAYERS, 40, hidden_dim=8, au_names=["AU4", "AU12"])
+    assert adapter.config.num_aus == adapter.encoder.config.num_aus == 2
+    assert adapter.config.au_names == adapter.encoder.config.au_names == ["AU4", "AU12"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_aus": 12, "au_names": ["AU4"]}, "`num_aus` is 12, but `au_names` has 1: AU4"),
+        ({"au_names": "AU4"}, "has to be a list of different names such as 'AU12', but is 'AU4'"),
+        ({"au_names": ["AU4", "AU4"]}, "different names"),
+        ({"au_names": [4]}, "different names"),
+        ({"au_names": []}, "`num_aus` has to be a positive integer, but is 0"),
+    ],
+)
+def test_names_that_do_not_fit_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        AUEncoder(cross_attention_dim=40, hidden_dim=8, **options)
+
+
 @pytest.mark.parametrize("encoder_type", ENCODER_TYPES)
 def test_a_saved_encoder_comes_back(encoder_type, tmp_path):
     encoder = AUEncoder(12, 40, encoder_type, num_tokens=2, hidden_dim=16).eval()
@@ -113,10 +138,10 @@ def test_splitting_the_weights_copies_nothing():
 
 
 def test_a_saved_adapter_comes_back_with_its_layers_in_order(tmp_path):
-    adapter = AUAdapter(LAYERS, 40, num_tokens=2, hidden_dim=8).eval()
+    adapter = AUAdapter(LAYERS, 40, num_tokens=2, hidden_dim=8, au_names=[f"AU{n}" for n in range(1, 13)]).eval()
     adapter.save_pretrained(tmp_path)
     loaded = AUAdapter.from_pretrained(tmp_path)
-    assert loaded.layers == adapter.layers
+    assert loaded.layers == adapter.layers and loaded.config.au_names == adapter.config.au_names
     for ours, theirs in zip(adapter(some_aus()), loaded(some_aus()), strict=True):
         assert torch.equal(ours, theirs)
 

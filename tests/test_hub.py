@@ -512,6 +512,9 @@ def test_adapters_without_a_place_in_the_original_layout_are_refused(tiny_adapte
     unet = make_components()["unet"]
     write_au_adapter(tmp_path / "two", make_adapter(unet, num_tokens=2), unet, LORA_NAME)
     fails_with(convert_original, [str(tmp_path / "two"), str(tmp_path / "out")], "2 token(s)", capsys)
+    named = AUAdapter.from_unet(unet, hidden_dim=8, au_names=["AU12L", "AU12R"])
+    write_au_adapter(tmp_path / "sided", named, unet, LORA_NAME)
+    fails_with(convert_original, [str(tmp_path / "sided"), str(tmp_path / "out")], "names the AUs AU12L", capsys)
     assert not (tmp_path / "out").exists()
 
 
