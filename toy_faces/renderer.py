@@ -1321,9 +1321,8 @@ def draw_lip_bulges(canvas: Canvas, rig: Rig, mouth: Mouth) -> None:
     light = mix(rig.skin, WHITE, 0.24 * strength)
     canvas.ellipse(0, top - 0.4, 9.5, 2.8 * strength, light)
     canvas.ellipse(0, bottom + 0.6, 9.5, 3.4 * strength, light)
-    y = bottom + 2.4 + 3.0 * strength
-    crease = curve((-9.5, y - 3.4), (-6.5, y - 0.8), (0, y), (6.5, y - 0.8), (9.5, y - 3.4))
-    rig.wrinkle(canvas, crease, 2.4, strength)
+    y = bottom + 2.8 + 3.2 * strength
+    rig.wrinkle(canvas, curve((-8, y - 1.8), (-3, y - 0.2), (3, y - 0.2), (8, y - 1.8)), 2.6, strength)
 
 
 def draw_mouth_folds(canvas: Canvas, rig: Rig, mouth: Mouth) -> None:
