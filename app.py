@@ -46,7 +46,7 @@ from action_units import (
 from drawing.jobs import Job, make_job
 from drawing.model import Weights, check_weights
 from drawing.studio import MAX_ROWS, Studio, Sweep, file_name, intensities, read_expressions, write_gif, write_zip
-from program import Parser, add_model_options, settle_device
+from program import Parser, add_model_options, run_program, settle_device
 
 
 FACE_PARTS = {
@@ -651,7 +651,7 @@ def build(studio: Studio) -> gr.Blocks:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__)
     add_model_options(parser)
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")
     parser.add_argument(
@@ -681,16 +681,15 @@ def serve(demo: gr.Blocks, port: int | None = None, share: bool = False, **optio
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until Ctrl-C. Returns the exit status: 0, or 2 for anything wrong with what was asked."""
-    try:
+    """Serve until Ctrl-C. Returns the exit status of `run_program`."""
+
+    def work() -> None:
         args = parse_args(argv)
         weights = Weights(args.model, args.adapter, args.adapter_variant)
         check_weights(weights)
         serve(build(Studio(weights, args.device, args.dtype)), args.port, args.share)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

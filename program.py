@@ -1,34 +1,363 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What every program shares: its parser, the model options, the device, checks of `--output`, and processes."""
+"""
+What every program shares: parser, errors and exit status, checks of values, files that appear whole, the options of
+the model, the device and processes. Importing it does not import torch, so `--help` and typing errors answer at once.
+"""
 
 import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import math
 import os
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from numbers import Real
 from pathlib import Path
 
-import torch
+
+TOY_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
+LOCK_NAME = ".fineface.lock"
+# The longest file name of most file systems is 255 bytes, and a file has ".part" and a dot more while it is written.
+MAX_NAME_BYTES = 249
 
 
-EMBEDDED_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
+# --------------------------------------------------------------------------------------------------------------------
+# The command line: what is asked for, and how a program ends
+# --------------------------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose errors are ValueErrors, for `main` to report."""
+    """
+    An ArgumentParser that raises ValueError instead of exiting.
+
+    Args:
+        module (`str`, *optional*):
+            For a program that runs as `python -m module`.
+        description (`str`, *optional*):
+            Shown as it is, line by line.
+        options:
+            More arguments of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, module: str | None = None, description: str | None = None, **options):
+        defaults = {
+            "prog": None if module is None else f"python -m {module}",
+            "formatter_class": argparse.RawDescriptionHelpFormatter,
+            "allow_abbrev": False,
+        }
+        super().__init__(description=description, **{**defaults, **options})
 
     def error(self, message: str):
         raise ValueError(message)
+
+
+def run_program(
+    work: Callable[[], object],
+    *,
+    interrupted: str = "",
+    out_of_memory: str = "Ask for less at once.",
+    failures: tuple[type[Exception], ...] = (),
+    refusals: tuple[type[Exception], ...] = (ValueError, OSError),
+) -> int:
+    """
+    Print what `work` returns, unless it is None, or one line about its error.
+
+    Args:
+        work (`Callable`):
+            The program.
+        interrupted (`str`, *optional*):
+            How to go on after Ctrl-C.
+        out_of_memory (`str`):
+            What to try if the memory does not suffice.
+        failures, refusals (`tuple` of exception types):
+            Errors with the exit status 1 and 2. All others keep their traceback, because they are faults of ours.
+
+    Returns:
+        `int`: the exit status. 0: done. 1: out of memory, or one of `failures`. 2: the request is wrong, or a disk
+        fails. 130: Ctrl-C.
+    """
+    try:
+        done = work()
+    except KeyboardInterrupt:
+        _say("; ".join(filter(None, ("interrupted", interrupted))), sys.stderr)
+        return 130
+    except Exception as error:
+        if _is_out_of_memory(error):
+            message, status = f"out of memory. {out_of_memory}", 1
+        elif isinstance(error, (*failures, *refusals)):
+            message, status = " ".join(str(error).split()), 1 if isinstance(error, failures) else 2
+        else:
+            raise
+        _say(f"error: {message}", sys.stderr)
+        return status
+    # Of several processes that share the work, the first one reports.
+    if done is not None and int(os.environ.get("RANK", 0)) == 0:
+        _say(str(done), sys.stdout)
+    return 0
+
+
+def _say(line: str, stream) -> None:
+    # A terminal that knows only ASCII must not end a program that has just finished.
+    encoding = stream.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # Without torch, no error can be one of torch's.
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def spell_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def number_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Checks of values
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_real(value) -> bool:
+    """Whether `value` is a number that a float can hold: finite, and no whole number of 400 digits."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def show_value(value) -> str:
+    """`repr(value)`, cut if it is long: what came from a file or a network may be endless."""
+    if is_integer(value) and abs(value) > 2**64:
+        return f"a whole number of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:96]}…{text[-1]}"
+
+
+def check_integer(name: str, value, low: int, high: int | None = None) -> None:
+    """Raise a ValueError unless `value` is a whole number in [low, high]; `name` is what messages call it."""
+    if not is_integer(value) or value < low or (high is not None and value > high):
+        allowed = f"from {low} on" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`{name}` has to be a whole number {allowed}, but is {show_value(value)}.")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can be the id of a Hub repository. If its first part is on this disk, it is a mistyped path."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).parent.exists()
+
+
+def check_folder_or_hub_id(name: str, what: str) -> None:
+    """Raise an error for a path without a folder. Whether a Hub id exists, only the Hub knows."""
+    if not Path(name).is_dir() and not is_hub_id(name):
+        raise FileNotFoundError(f"{what} is {name!r}, which is neither a folder nor the id of a Hub repository.")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files and folders that appear whole or not at all
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """
+    Yield a path in the folder of `path`, which is made if need be. What the block writes there takes the place of
+    `path` if it ends without an error, and is gone if not.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.part")
+    try:
+        with _disk_errors(path):
+            yield unfinished
+            # Some libraries write files that nobody else may read.
+            unfinished.chmod(0o666 & ~_umask())
+            os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@functools.cache
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _work_folder(folder: Path) -> Path:
+    """Where `new_folder` writes: in `folder` if it is there, as it may be a volume, out of which no rename leads."""
+    return (folder if folder.is_dir() else folder.parent) / f".{folder.name or 'volume'}.part"
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """
+    Yield an empty folder. Its entries take the place of all that is in `folder` if the block ends without an error,
+    and are gone if not. What a killed run has left goes first.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = _work_folder(folder)
+    shutil.rmtree(work, ignore_errors=True)
+    new, old = work / "new", work / "old"
+    try:
+        with _disk_errors(folder):
+            new.mkdir(parents=True)
+            yield new
+            for path in new.rglob("*"):
+                # Some libraries write files that nobody else may read.
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+            if not folder.exists():
+                os.replace(new, folder)
+            else:
+                old.mkdir()
+                _swap(folder, new, old)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _swap(folder: Path, new: Path, old: Path) -> None:
+    """Move the entries of `folder` to `old` and those of `new` to `folder`; if that fails, move them back."""
+    moved = []
+    try:
+        for source, target in ((folder, old), (new, folder)):
+            for path in [path for path in source.iterdir() if path != new.parent]:
+                os.replace(path, target / path.name)
+                moved.append((path, target / path.name))
+    except OSError:
+        for before, after in reversed(moved):
+            os.replace(after, before)
+        raise
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """Raise an OSError in place of the errors by which libraries say that a disk is full."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error ([0-9]+)\)", str(error))
+        is_full = "No space left" in str(error) or "unexpected pos" in str(error)
+        if isinstance(error, OSError) or not (found or is_full):
+            raise
+        number = int(found[1]) if found else errno.ENOSPC
+        raise OSError(number, f"{os.strerror(number)}: not everything could be written", str(path)) from error
+
+
+def check_new_folder(folder: Path, overwrite: bool, marker: str) -> None:
+    """
+    Raise an OSError if `folder` cannot be written. One with something in it needs `overwrite`, and has to hold the
+    file `marker`, so that nobody loses another folder by a slip. Creates nothing.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{str(folder)!r} has to be a folder, but is a file.")
+    left = {_work_folder(folder.resolve()).name, "lost+found"}
+    if folder.is_dir() and any(path.name not in left for path in folder.iterdir()):
+        if not overwrite:
+            raise FileExistsError(f"{str(folder)!r} is not empty. Name another folder, or replace it: `--overwrite`.")
+        if not (folder / marker).is_file():
+            raise FileExistsError(
+                f"{str(folder)!r} holds no {marker}, so this program has not written it, and `--overwrite` will not"
+                " delete it. Name another folder."
+            )
+    check_writable(folder / marker, str(folder))
+
+
+def check_writable(path: Path, name: str | None = None) -> None:
+    """Raise an OSError if `path` cannot be written; `name` is what messages call it. Creates nothing."""
+    existing = next(parent for parent in path.resolve().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{name or str(path)!r} cannot be written: {str(existing)!r} is no folder that takes new files.")
+
+
+def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = (".png",)) -> None:
+    """Raise an error if nothing can be written at `path`. Creates nothing."""
+    name = f"`--output` is {str(path)!r}"
+    long_part = next((part for part in path.parts if len(os.fsencode(part)) > MAX_NAME_BYTES), None)
+    if long_part is not None:
+        raise ValueError(f"`--output` holds the name {show_value(long_part)}, which is over {MAX_NAME_BYTES} bytes.")
+    if path.exists() and path.is_dir() != is_folder:
+        raise OSError(f"{name}, which is {'no' if is_folder else 'a'} folder.")
+    if not is_folder and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{name}. Pictures are PNG files: give it the ending .png.")
+    folder = (path if is_folder else path.parent).resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OSError(f"{name}, but nothing can be written into {str(existing)!r}.")
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """
+    Keep other runs out of `folder`, which is made if need be, until the block ends, however it ends.
+
+    Raises:
+        ValueError: if another run is at work in it.
+    """
+    from filelock import FileLock, Timeout
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK_NAME, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{str(folder)!r} is being written by another run. Wait for its end, or name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        # Before the lock is given back: after it, the file may be that of another run.
+        with contextlib.suppress(OSError):
+            (folder / LOCK_NAME).unlink(missing_ok=True)
+        lock.release()
+
+
+def folder_digest(folder: Path) -> str:
+    """A short digest of the files in a folder: names, sizes, and the first and last megabyte of each."""
+    digest, part = hashlib.blake2b(digest_size=8), 2**20
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(part))
+            if size > part:
+                file.seek(max(part, size - part))
+                digest.update(file.read())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model, the device, and processes
+# --------------------------------------------------------------------------------------------------------------------
+
+
 def add_model_options(parser) -> None:
     """Which model, where and in which precision, to a parser or a group of one; `settle_device` completes them."""
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
+    parser.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the toy model)")
     parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
     parser.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
     parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
@@ -43,12 +372,10 @@ def settle_device(args: argparse.Namespace) -> None:
     args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
 
 
-def spell_option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def pick_device(name: str | None):
+    """The `torch.device` of this name; without one, the accelerator that torch finds, or the CPU."""
+    import torch
 
-
-def pick_device(name: str | None) -> torch.device:
-    """The device of this name; without one, the accelerator that torch finds, or the CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
     if name is None:
@@ -61,60 +388,41 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = (".png",)) -> None:
-    """Raise an error if nothing can be written at `path`. Creates nothing."""
-    if path.exists() and path.is_dir() != is_folder:
-        raise OSError(f"`--output` is {str(path)!r}, which is {'no' if is_folder else 'a'} folder.")
-    if not is_folder and path.suffix.lower() not in suffixes:
-        raise ValueError(f"`--output` is {str(path)!r}. Pictures are PNG files: give it the ending .png.")
-    folder = (path if is_folder else path.parent).resolve()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"`--output` is {str(path)!r}, but nothing can be written into {str(existing)!r}.")
+def start_processes(device):
+    """
+    The `accelerate.PartialState` of the processes that `accelerate launch` or `torchrun` has started together; mostly
+    this one alone.
+    """
+    from accelerate import PartialState
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and device.index is not None:
+        raise ValueError(
+            f"`--device` is {str(device)!r}, which all processes would share. Leave out the number: each takes a"
+            " device of its own."
+        )
+    # The process that is done first waits for the last one.
+    return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
-class Processes:
-    """Those that `accelerate launch` or `torchrun` has started together to share the work; mostly only this one."""
+def on_main_process(state, work: Callable):
+    """What `work` returns on the main process, on all of them. If it fails there, all end, with one message."""
+    if state.num_processes == 1:
+        return work()
+    from accelerate.utils import broadcast_object_list
 
-    def __init__(self, device: torch.device):
-        self.state = None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from accelerate import PartialState
+    outcome = [None, None]
+    if state.is_main_process:
+        try:
+            outcome = [work(), None]
+        except (ValueError, OSError) as error:
+            outcome = [None, error]
+    error = outcome[1]
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise error or SystemExit(2)
+    return outcome[0]
 
-            if device.index is not None:
-                raise ValueError(
-                    f"`--device` is {str(device)!r}, which all processes would share. Leave out the number: each takes"
-                    " a device of its own."
-                )
-            # Whoever is done first waits for the last.
-            self.state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
-    @property
-    def is_main(self) -> bool:
-        return self.state is None or self.state.is_main_process
-
-    def on_main(self, work: Callable):
-        """What `work` returns on the main process, on all of them. If it fails there, all end, with one message."""
-        if self.state is None:
-            return work()
-        from accelerate.utils import broadcast_object_list
-
-        outcome = [None, None]
-        if self.is_main:
-            try:
-                outcome = [work(), None]
-            except (ValueError, OSError) as error:
-                outcome = [None, error]
-        error = outcome[1]
-        broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise error or SystemExit(2)
-        return outcome[0]
-
-    def share(self, entries: list) -> list:
-        """Every n-th of `entries`, another one for each process."""
-        return entries if self.state is None else entries[self.state.process_index :: self.state.num_processes]
-
-    def wait(self) -> None:
-        if self.state is not None:
-            self.state.wait_for_everyone()
+def share_of(state, entries: list) -> list:
+    """Every n-th of `entries`, another one for each process."""
+    return entries[state.process_index :: state.num_processes]

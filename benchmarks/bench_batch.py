@@ -21,7 +21,7 @@ from benchmarks.tables import Report, count, device_or_error, markdown_table
 from drawing.jobs import read_model_defaults
 from drawing.model import Weights, fuse_lora, load_pipeline, quiet
 from pipeline_fineface import FineFacePipeline
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL
 
 
 PROMPTS = ("a girl with long red hair in a park", "a bald man in the snow", "a woman with glasses in the city")
@@ -71,7 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_or_error, default=None, help="(default: the accelerator, if any)")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="(default: the embedded model)")
+    parser.add_argument("--model", default=str(TOY_MODEL), help="(default: the embedded model)")
     parser.add_argument("--batch-size", type=count, default=4)
     parser.add_argument("--batches", type=count, default=6, help="2 or more (default: 6)")
     parser.add_argument("--steps", type=count, help="(default: the model's)")

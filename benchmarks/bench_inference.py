@@ -46,7 +46,7 @@ from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, base_unet
 from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
 from drawing.model import quiet
 from pipeline_fineface import LORA_NAME, FineFacePipeline
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL
 
 
 PROMPT = "a closeup of a boy in a park"
@@ -136,7 +136,7 @@ def random_components(config: dict[str, dict], device: torch.device, dtype: torc
 
 def embedded_components(device: torch.device, dtype: torch.dtype) -> dict:
     with quiet():
-        return StableDiffusionPipeline.from_pretrained(EMBEDDED_MODEL, dtype=dtype).to(device).components
+        return StableDiffusionPipeline.from_pretrained(TOY_MODEL, dtype=dtype).to(device).components
 
 
 def _make_tokenizer() -> CLIPTokenizer:
@@ -147,7 +147,7 @@ def _make_tokenizer() -> CLIPTokenizer:
 
 
 def _embedded_lora_rank() -> int:
-    with safe_open(EMBEDDED_MODEL / LORA_WEIGHTS_NAME, framework="pt") as file:
+    with safe_open(TOY_MODEL / LORA_WEIGHTS_NAME, framework="pt") as file:
         return min(min(file.get_slice(key).get_shape()) for key in file.keys())
 
 

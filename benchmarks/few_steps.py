@@ -39,7 +39,7 @@ from benchmarks.tables import add_clock_argument, count, describe_machine, markd
 from drawing.contact_sheet import Table, draw_sheet
 from drawing.jobs import read_model_defaults
 from drawing.model import fuse_lora
-from program import EMBEDDED_MODEL, number_or_none, pick_device
+from program import TOY_MODEL, number_or_none, pick_device
 from toy_faces.pictures import UNSEEN, render_seed, to_pixel_values
 from toy_faces.report import PROMPTS, Bench, attribute_agreement, combination_commands, mean_squared_error
 
@@ -305,7 +305,7 @@ def recommendation(result: Result, own_sampler: str, size: dict[str, int]) -> st
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL, help="(default: the embedded model)")
+    parser.add_argument("--model", type=Path, default=TOY_MODEL, help="(default: the embedded model)")
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=DEFAULT_SAMPLERS)
     parser.add_argument("--steps", nargs="+", type=count, default=[2, 3, 4, 6, 8])
     parser.add_argument("--guidance-scales", nargs="+", type=float, default=[1.0, 2.0, 3.0, 4.5])

@@ -3,40 +3,49 @@
 """Labelled sheets of pictures: tables beside and below each other, on white. And animations."""
 
 import itertools
-import os
 import textwrap
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
+
+from program import replacing
 
 
 INK, GREY = "#222", "#777"
 ANIMATION_SUFFIXES = (".gif", ".mp4")
 
 
+Cell = TypeVar("Cell")
+
+
 @dataclass(frozen=True)
-class Table:
+class Table(Generic[Cell]):
     """
-    Pictures of one size in rows of equal length.
+    Cells in rows of equal length: jobs to be drawn, or pictures of one size.
 
     Args:
-        rows (`list[list[Image.Image]]`):
-            The pictures.
+        rows (`list[list[Cell]]`):
+            The cells.
         row_labels (`list[str]`):
             One for each row, at its left; what follows a line break is small and grey. Empty for a table without.
         column_labels (`list[str]`):
             One for each column, above it.
     """
 
-    rows: list[list[Image.Image]]
+    rows: list[list[Cell]]
     row_labels: list[str]
     column_labels: list[str]
 
+    def map(self, function: Callable[[Cell], object]) -> "Table":
+        """The same table with `function` of each cell."""
+        return replace(self, rows=[[function(cell) for cell in row] for row in self.rows])
 
-def draw_sheet(bands: list[list[Table]], title: str) -> Image.Image:
+
+def draw_sheet(bands: list[list[Table[Image.Image]]], title: str) -> Image.Image:
     """Tables beside each other in bands below each other, under a title."""
     unit = _unit(bands[0][0])
     rows = [[draw_table(table) for table in band] for band in bands]
@@ -57,7 +66,7 @@ def draw_sheet(bands: list[list[Table]], title: str) -> Image.Image:
     return sheet
 
 
-def draw_table(table: Table) -> Image.Image:
+def draw_table(table: Table[Image.Image]) -> Image.Image:
     """The pictures with thin gaps, and their labels. All sizes follow the height of a picture."""
     width, height = table.rows[0][0].size
     unit, gap = _unit(table), max(1, height // 32)
@@ -84,7 +93,7 @@ def draw_table(table: Table) -> Image.Image:
     return image
 
 
-def _unit(table: Table) -> int:
+def _unit(table: Table[Image.Image]) -> int:
     """Size of the letters, from which the margins follow, in pixels."""
     return max(8, table.rows[0][0].height // 9)
 
@@ -111,10 +120,8 @@ def write_animation(pictures: Iterable[Image.Image], path: Path, fps: float, com
             Kept in the file.
     """
     writers: dict[str, Callable] = {".gif": _write_gif, ".mp4": _write_mp4}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    writers[path.suffix.lower()](iter(pictures), unfinished, fps, comment)
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        writers[path.suffix.lower()](iter(pictures), unfinished, fps, comment)
 
 
 def _write_gif(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:

@@ -18,12 +18,12 @@ from PIL.PngImagePlugin import PngInfo
 
 from drawing.jobs import Job
 from drawing.model import Weights
-from program import EMBEDDED_MODEL, check_output
+from program import TOY_MODEL, check_output, folder_digest, replacing
 
 
 METADATA_KEY = "fineface"
-
-
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+"""The last bytes of every whole PNG file."""
 MAX_UNWRITTEN = 64
 
 
@@ -34,12 +34,14 @@ def write_picture(image: Image.Image, path: Path, metadata: Mapping) -> None:
     aus = f" [{metadata['aus']}]" if metadata.get("aus") else ""
     chunks.add_itxt("Description", metadata["prompt"] + aus)
     chunks.add_itxt(METADATA_KEY, json.dumps(metadata))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    with open(unfinished, "wb") as file:
+    write_png(image, path, pnginfo=chunks)
+
+
+def write_png(image: Image.Image, path: Path, **options) -> None:
+    """Write a PNG; `options` go to `Image.save`. At `path` there is never less than a whole file."""
+    with replacing(path) as unfinished:
         # Half the time of Pillow's own level, for a tenth more bytes: the model draws on a CPU meanwhile.
-        image.save(file, "PNG", pnginfo=chunks, compress_level=3)
-    os.replace(unfinished, path)
+        image.save(unfinished, "PNG", **{"compress_level": 3, **options})
 
 
 @contextmanager
@@ -64,17 +66,22 @@ def background_writer() -> Iterator[Callable[[Image.Image, Path, Mapping], None]
 def read_metadata(path: str | os.PathLike) -> dict:
     """
     What a picture of this program says about itself: the fields of its `Job` and of `Weights`, the `dtype`, and the
-    `versions` of the libraries. A sheet has `rows`, the AUs of each of its pictures, in place of `aus`.
+    `versions` of the libraries. A sheet has `rows`, the AUs of each of its pictures, in place of `aus`. Of a local
+    model or adapter it says the folder's name, and in `model_files` or `adapter_files` a digest of what is in it.
 
     Raises:
         ValueError: if the file carries nothing of the kind.
         OSError: if it is no picture.
     """
-    with Image.open(path) as image:
-        text = image.info.get(METADATA_KEY)
-    if not isinstance(text, str):
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(METADATA_KEY)
+        values = json.loads(text) if isinstance(text, str) else None
+    except (Image.DecompressionBombError, RecursionError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)!r} cannot be read: {error}") from error
+    if not isinstance(values, dict):
         raise ValueError(f"{os.fspath(path)!r} carries no FineFace metadata: another program has written it.")
-    return json.loads(text)
+    return values
 
 
 def describe(weights: Weights, dtype: str) -> dict:
@@ -88,15 +95,22 @@ def _library_versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 
-def _names(weights: Weights) -> dict:
-    # The same in every clone.
-    is_embedded = Path(weights.model).resolve() == EMBEDDED_MODEL
-    return asdict(weights) | ({"model": "toy_faces/weights"} if is_embedded else {})
+def _names(weights: Weights) -> dict[str, str | None]:
+    """`weights` without where on this disk they are: that is private, and another in every clone."""
+    names = asdict(weights)
+    for part in ("model", "adapter"):
+        folder = Path(names[part] or "")
+        if names[part] and folder.is_dir():
+            is_toy_model = folder.resolve() == TOY_MODEL
+            names[part] = "toy_faces/weights" if is_toy_model else folder.resolve().name
+            names[f"{part}_files"] = folder_digest(folder.resolve())
+    return names
 
 
-def is_finished(path: Path, job: Job, weights: Weights, overwrite: bool = False) -> bool:
+def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
     """
-    Whether `path` already shows `job`. Versions, dtype and device, which change a picture by rounding, may differ.
+    Whether `path` is a whole picture with all of `wanted` in its metadata. Versions, dtype and device, which change a
+    picture by rounding, may differ.
 
     Raises:
         ValueError: if it shows something else, unless `overwrite`.
@@ -105,9 +119,10 @@ def is_finished(path: Path, job: Job, weights: Weights, overwrite: bool = False)
         return False
     try:
         found = read_metadata(path)
+        if not _is_whole(path):
+            return False
     except (OSError, ValueError):
         found = {}
-    wanted = asdict(job) | _names(weights)
     differences = [name for name, value in wanted.items() if found.get(name) != value]
     if differences and not overwrite:
         name = differences[0]
@@ -118,15 +133,21 @@ def is_finished(path: Path, job: Job, weights: Weights, overwrite: bool = False)
     return not differences
 
 
+def _is_whole(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
+        return file.read() == PNG_END
+
+
 def find_unfinished(
     jobs: Mapping[str, Job], folder: Path, weights: Weights, overwrite: bool
 ) -> tuple[dict[Job, list[Path]], int]:
     """Where the pictures go that are not there yet, by their jobs, and the number of those that are."""
-    paths_by_job, num_finished = {}, 0
+    paths_by_job, num_finished, names = {}, 0, _names(weights)
     for name, job in jobs.items():
         path = folder / name
         check_output(path)
-        if is_finished(path, job, weights, overwrite):
+        if is_finished(path, asdict(job) | names, overwrite):
             num_finished += 1
         else:
             paths_by_job.setdefault(job, []).append(path)

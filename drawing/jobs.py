@@ -5,27 +5,32 @@ What is to be drawn: a `Job` is one picture. Jobs come from options, JSON Lines 
 sheets. Everything is checked here, and nothing needs a model.
 """
 
+import itertools
 import json
 import logging
-import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from pathlib import Path
 
-import torch
-
-from action_units import AU_NAMES, action_units_of, extract_au_tags, format_aus, parse_aus
-from drawing.contact_sheet import Table
+from action_units import AU_NAMES, action_units_of, extract_au_tags, format_aus, read_aus
+from drawing.contact_sheet import ANIMATION_SUFFIXES, Table
 from face_data.au_tables import read_au_table
+from program import MAX_NAME_BYTES, check_integer, is_integer, is_real, show_value
 
 
 _logger = logging.getLogger(__name__)
 MODEL_DEFAULTS_NAME = "fineface.json"
 MAX_SEED = 2**63 - 1
+MAX_SIDE = 8192
+MAX_PROMPT_LENGTH = 10_000
+"""In characters. A tokenizer takes 25 s for a million, and the model reads about 300."""
+DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
+DEMO_SEED = 5
+"""Chosen by eye, of six: the one whose named expressions come out best."""
 MAX_SWEEP_COUNT = 50
 GRID_INTENSITIES = (0, 1, 2, 3, 4, 5)
 DEMO_PRESETS = (
@@ -59,6 +64,10 @@ JOB_FIELDS = tuple(field.name for field in fields(Job))
 
 def make_job(values: Mapping, spell: Callable[[str], str] = str) -> Job:
     """A checked `Job` from raw values of its fields; `spell` gives the name of a field in messages."""
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name)
+        if isinstance(text, str) and len(text) > MAX_PROMPT_LENGTH:
+            raise ValueError(f"`{spell(name)}` has {len(text)} characters. At most {MAX_PROMPT_LENGTH} are allowed.")
     prompt, tag = extract_au_tags(values.get("prompt", ""), spell("prompt"))
     if not prompt.strip():
         raise ValueError(f"`{spell('prompt')}` is empty. Say what to draw, such as 'a girl in a park'.")
@@ -82,38 +91,30 @@ def make_job(values: Mapping, spell: Callable[[str], str] = str) -> Job:
 
 def _check_numbers(job: Job, spell: Callable[[str], str]) -> None:
     for name, low, high in (("seed", 0, MAX_SEED), ("num_inference_steps", 1, 1000)):
-        value = getattr(job, name)
-        if not is_integer(value) or not low <= value <= high:
-            raise ValueError(f"`{spell(name)}` has to be a whole number from {low} to {high}, but is {value!r}.")
+        check_integer(spell(name), getattr(job, name), low, high)
     for name in ("height", "width"):
         value = getattr(job, name)
-        if value is not None and (not is_integer(value) or value < 8 or value % 8):
-            raise ValueError(f"`{spell(name)}` is in pixels and has to be a multiple of 8, but is {value!r}.")
+        if value is not None and (not is_integer(value) or not 8 <= value <= MAX_SIDE or value % 8):
+            raise ValueError(
+                f"`{spell(name)}` is in pixels and has to be a multiple of 8 up to {MAX_SIDE}, but is"
+                f" {show_value(value)}."
+            )
     for name in ("au_scale", "guidance_scale", "au_guidance_scale"):
         value = getattr(job, name)
-        is_number = is_real(value) and math.isfinite(value)
-        if not is_number and (name, value) != ("au_guidance_scale", None):
-            raise ValueError(f"`{spell(name)}` has to be a finite number, but is {value!r}.")
+        if not is_real(value) and (name, value) != ("au_guidance_scale", None):
+            raise ValueError(f"`{spell(name)}` has to be a finite number, but is {show_value(value)}.")
 
 
 def canonical_aus(aus, label: str) -> str:
     """One expression in any form of `parse_aus`, as `format_aus` writes it; `label` is its name in messages."""
-    intensities = parse_aus(aus, label)
+    intensities = read_aus(aus, label)
     if len(intensities) != 1:
         raise ValueError(f"`{label}` holds {len(intensities)} expressions, but a picture has one. Make a job of each.")
     return format_aus(intensities)
 
 
-def is_integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_real(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 def intensities_of(job: Job) -> dict[str, float]:
-    return dict(zip(AU_NAMES, parse_aus(job.aus or "")[0].tolist(), strict=True))
+    return dict(zip(AU_NAMES, read_aus(job.aus or "")[0], strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -161,6 +162,14 @@ def read_jobs(path: Path, defaults: Mapping) -> dict[str, Job]:
             jobs[name] = make_job({**defaults, **values})
     if not jobs:
         raise ValueError(f"{path} holds no job. Write one JSON object a line.")
+    for name in jobs:
+        for folder in Path(name).parents:
+            number = line_numbers.get(folder.as_posix().casefold())
+            if number is not None:
+                raise ValueError(
+                    f"{path}, line {line_numbers[name.casefold()]}: `output` is {name!r}, but {folder.as_posix()!r} is"
+                    f" the picture of line {number}, and no folder."
+                )
     return jobs
 
 
@@ -175,7 +184,7 @@ def errors_at(place) -> Iterator[None]:
 def read_json_object(data: bytes) -> dict:
     try:
         values = json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"this is no JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ValueError('this is no JSON object, such as {"prompt": "a girl in a park", "aus": "6C+12D"}.')
@@ -188,10 +197,21 @@ def check_keys(values: Mapping, known: tuple[str, ...]) -> None:
         raise ValueError(f"{unknown[0]!r} is no key here. The keys are {', '.join(known)}.")
 
 
+def is_animation(args) -> bool:
+    """Whether the arguments of `generate.py` ask for an animation of a table."""
+    return args.aus_from is not None and args.output.suffix.lower() in ANIMATION_SUFFIXES
+
+
 def _check_name(name) -> str:
     is_name = isinstance(name, str) and name.isprintable() and name.lower().endswith(".png")
-    if not is_name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"`output` has to name a .png file inside the `--output` folder, but is {name!r}.")
+    # The same names everywhere: a folder that is made here may be copied to Windows.
+    if not is_name or set(name) & set('\\:*?"<>|') or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(
+            f"`output` has to name a .png file inside the `--output` folder, but is {show_value(name)}. Folders are"
+            ' divided by /, and \\ : * ? " < > | are not allowed.'
+        )
+    if any(len(os.fsencode(part)) > MAX_NAME_BYTES for part in Path(name).parts):
+        raise ValueError(f"`output` is {show_value(name)}, a name of more than {MAX_NAME_BYTES} bytes.")
     return Path(name).as_posix()
 
 
@@ -252,12 +272,14 @@ def read_table_jobs(
 
 def interpolate_jobs(key_jobs: list[Job], frames_between: int) -> dict[str, Job]:
     """The frames of an animation: `frames_between` more between two of `key_jobs`, in which the AUs go evenly over."""
-    aus = torch.cat([parse_aus(job.aus) for job in key_jobs])
-    steps = torch.arange(frames_between + 1)[:, None] / (frames_between + 1)
-    frames = [torch.lerp(first, second, steps) for first, second in zip(aus[:-1], aus[1:], strict=True)]
-    frames = torch.cat([*frames, aus[-1:]])
-    # Thousandths, which nobody can see, keep the AUs of a frame readable.
-    jobs = (replace(key_jobs[0], aus=format_aus(frame.double().round(decimals=3))) for frame in frames)
+    keys, count = [intensities_of(job) for job in key_jobs], frames_between + 1
+    frames = [
+        # Thousandths, which nobody can see, keep the AUs of a frame readable.
+        {name: round(value + (second[name] - value) * step / count, 3) for name, value in first.items()}
+        for first, second in itertools.pairwise(keys)
+        for step in range(count)
+    ]
+    jobs = (replace(key_jobs[0], aus=format_aus(frame)) for frame in [*frames, keys[-1]])
     return {f"{number:06d}.png": job for number, job in enumerate(jobs)}
 
 
@@ -266,7 +288,7 @@ def interpolate_jobs(key_jobs: list[Job], frames_between: int) -> dict[str, Job]
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sweep_table(job: Job, sweep: str) -> Table:
+def sweep_table(job: Job, sweep: str) -> Table[Job]:
     """One row in which an AU rises beside the other AUs of `job`; of `"AU12=0:5:6"`, 6 pictures from 0 to 5."""
     match = re.fullmatch("(?:AU)?0*([0-9]+)=([^:]+):([^:]+):([0-9]{1,9})", sweep.strip(), flags=re.IGNORECASE)
     count = int(match[4]) if match else 0
@@ -277,7 +299,7 @@ def sweep_table(job: Job, sweep: str) -> Table:
         )
     name = f"AU{match[1]}"
     for end in (match[2], match[3]):
-        parse_aus(f"{name}={end}", "--sweep")
+        read_aus(f"{name}={end}", "--sweep")
     if intensities_of(job)[name]:
         raise ValueError(f"`--sweep` and `--aus` both set {name}. Take it out of `--aus`.")
     first, last = float(match[2]), float(match[3])
@@ -286,7 +308,7 @@ def sweep_table(job: Job, sweep: str) -> Table:
     return Table([[_with_au(job, name, value) for value in values]], [label], [f"{value:.3g}" for value in values])
 
 
-def grid_table(job: Job, au_names=AU_NAMES) -> Table:
+def grid_table(job: Job, au_names=AU_NAMES) -> Table[Job]:
     """A row of rising intensities for each of `au_names`, beside the other AUs of `job`."""
     rows = [[_with_au(job, name, value) for value in GRID_INTENSITIES] for name in au_names]
     return Table(
@@ -294,12 +316,12 @@ def grid_table(job: Job, au_names=AU_NAMES) -> Table:
     )
 
 
-def preset_table(job: Job, expressions: list[str]) -> Table:
+def preset_table(job: Job, expressions: list[str]) -> Table[Job]:
     """A row of expressions in any form of `parse_aus`, each under what it was called."""
     return Table([[replace(job, aus=canonical_aus(aus, "--presets")) for aus in expressions]], [], expressions)
 
 
-def demo_tables(job: Job) -> list[list[Table]]:
+def demo_tables(job: Job) -> list[list[Table[Job]]]:
     """All AUs in two blocks, and presets below, in the same columns."""
     grids = [grid_table(job, AU_NAMES[:6]), grid_table(job, AU_NAMES[6:])]
     presets = [preset_table(job, list(names)) for names in DEMO_PRESETS]

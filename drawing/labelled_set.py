@@ -3,8 +3,6 @@
 """A labelled data set for training, of expressions and prompts that are drawn at random from a distribution."""
 
 import json
-import math
-import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from action_units import AU_NAMES, parse_aus
-from drawing.jobs import Job, canonical_aus, check_keys, errors_at, is_integer, is_real, make_job, read_json_object
+from drawing.jobs import Job, canonical_aus, check_keys, errors_at, make_job, read_json_object
+from program import is_integer, is_real, write_atomically
 
 
 DEFAULT_DISTRIBUTION = Path(__file__).resolve().parents[1] / "examples" / "dataset_distribution.json"
@@ -84,7 +83,7 @@ def _read_expressions(values, label: str) -> Expressions:
         if ("aus" in values) == ("count" in values):
             raise ValueError("give either `aus`, or the `count` of AUs to choose.")
         weight = values.get("weight")
-        if not is_real(weight) or not 0 < weight < math.inf:
+        if not is_real(weight) or weight <= 0:
             raise ValueError(f"`weight` has to be a number above 0, but is {weight!r}.")
         for key, high, is_number in (("count", len(AU_NAMES), is_integer), ("intensity", 5, is_real)):
             ends = values.get(key)
@@ -143,19 +142,16 @@ def _draw_aus(expressions: list[Expressions], rng: random.Random) -> dict[str, f
 
 
 def write_dataset_metadata(rows: Sequence[Mapping], folder: Path) -> None:
-    unfinished = folder / f".{DATASET_METADATA_NAME}.part"
-    unfinished.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, folder / DATASET_METADATA_NAME)
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    write_atomically(folder / DATASET_METADATA_NAME, text)
 
 
 def check_dataset_folder(folder: Path, num_pictures: int) -> None:
-    """Raise an error if a larger data set is there: pictures without a label would be left."""
-    metadata = folder / DATASET_METADATA_NAME
-    if metadata.is_file():
-        with metadata.open("rb") as lines:
-            num_found = sum(1 for _ in lines)
-        if num_found > num_pictures:
-            raise ValueError(
-                f"{str(folder)!r} holds a data set of {num_found} pictures, and `--dataset` is {num_pictures}. Use"
-                " another `--output`, or ask for as many or more."
-            )
+    """Raise an error if a larger data set is there, finished or not: pictures without a label would be left."""
+    numbers = [int(path.stem) for path in folder.glob("images/*/*.png") if path.stem.isdecimal()]
+    num_found = max(numbers, default=-1) + 1
+    if num_found > num_pictures:
+        raise ValueError(
+            f"{str(folder)!r} holds a data set of {num_found} pictures, and `--dataset` is {num_pictures}. Use another"
+            " `--output`, or ask for as many or more."
+        )

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From weights to pictures: loading a pipeline, and drawing jobs with it in batches."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from drawing.jobs import Job
+from program import check_folder_or_hub_id
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,7 @@ def check_weights(weights: Weights) -> None:
         if name is None:
             continue
         folder = Path(name)
-        # With its first part on this disk, it is a mistyped path.
-        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.parent.exists()
-        if not folder.is_dir() and not is_hub_id:
-            raise FileNotFoundError(
-                f"`{option}` is {name!r}, which is neither a folder nor the id of a Hub repository."
-            )
+        check_folder_or_hub_id(name, f"`{option}`")
         if option == "--model" and folder.is_dir() and not (folder / "model_index.json").is_file():
             raise FileNotFoundError(f"`{option}` is {name!r}, a folder without a model: it has no model_index.json.")
     if weights.adapter_variant is not None and weights.adapter is None:

@@ -8,7 +8,6 @@ the Python and the command line that make the same pictures again. Nothing in he
 import csv
 import io
 import json
-import os
 import re
 import shlex
 import zipfile
@@ -23,10 +22,9 @@ from PIL import Image
 from action_units import AU_NAMES, format_aus, parse_aus
 from drawing.contact_sheet import Table, draw_sheet, write_animation
 from drawing.files import describe, write_picture
-from drawing.jobs import JOB_FIELDS, Job, read_model_defaults, read_table_jobs, sweep_table
+from drawing.jobs import DEMO_PROMPT, JOB_FIELDS, Job, read_model_defaults, read_table_jobs, sweep_table
 from drawing.model import Weights, fuse_lora, generate_batch, load_pipeline, quiet
-from generate import DEMO_PROMPT
-from program import EMBEDDED_MODEL, spell_option
+from program import TOY_MODEL, replacing, spell_option
 
 
 MAX_ROWS = 200
@@ -76,7 +74,7 @@ class Studio:
 
     def __init__(self, weights: Weights, device: torch.device, dtype: str):
         self.weights, self.device, self.dtype = weights, device, dtype
-        self.is_embedded = Path(weights.model).resolve() == EMBEDDED_MODEL
+        self.is_embedded = Path(weights.model).resolve() == TOY_MODEL
         self.defaults = Job(prompt=DEMO_PROMPT, **read_model_defaults(weights.model))
         with quiet():
             self.pipeline = load_pipeline(weights, device, getattr(torch, dtype))
@@ -210,10 +208,8 @@ def write_zip(path: Path, folder: Path, jobs: dict[str, Job]) -> None:
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["file_name", "text", "seed", *AU_NAMES])
     writer.writerows([name, job.prompt, job.seed, *intensities(job)] for name, job in jobs.items())
-    unfinished = path.with_name(f".{path.name}.part")
     # PNG files do not get any smaller.
-    with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
+    with replacing(path) as unfinished, zipfile.ZipFile(unfinished, "w", zipfile.ZIP_STORED) as archive:
         for name in jobs:
             archive.write(folder / name, name)
         archive.writestr("metadata.csv", table.getvalue())
-    os.replace(unfinished, path)

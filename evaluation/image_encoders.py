@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from evaluation.meters import folder_digest, toy_pixel_values
-from program import EMBEDDED_MODEL
+from evaluation.meters import toy_pixel_values
+from program import TOY_MODEL, folder_digest
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -41,7 +41,7 @@ def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
     """
     kind, _, where = spec.partition(":")
     if kind == "toy":
-        return ToyImageEncoder(Path(where) if where else EMBEDDED_MODEL, device)
+        return ToyImageEncoder(Path(where) if where else TOY_MODEL, device)
     return CLIPImageEncoder(spec, device)
 
 

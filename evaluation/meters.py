@@ -5,7 +5,6 @@ What reads AU intensities from pictures: the embedded world's own meter, and Lib
 run in environments of their own and hand over tables.
 """
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -22,7 +21,7 @@ from PIL import Image
 
 from action_units import AU_NAMES
 from face_data.au_tables import AU_TABLE_TOOLS, AURow, read_au_table
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL, file_digest, folder_digest
 
 
 TOOL_SCRIPTS = Path(__file__).parent / "tool_scripts"
@@ -73,7 +72,7 @@ def make_meter(spec: str, device: torch.device) -> Meter:
     """
     tool, _, where = spec.partition(":")
     if tool == "toy":
-        return ToyMeter(Path(where) if where else EMBEDDED_MODEL / "meter", device)
+        return ToyMeter(Path(where) if where else TOY_MODEL / "meter", device)
     if tool not in TOOLS or not where:
         raise ValueError(f"`--meter` is {spec!r}. {WAYS_TO_NAME_A_METER}.")
     if tool == "table" or Path(where).suffix.lower() in TABLE_SUFFIXES:
@@ -135,7 +134,7 @@ class TableMeter:
         # when it is read.
         if next(read_au_table(path, self.tool, say=lambda sentence: None), None) is None:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
-        self.settings = {"table": hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()}
+        self.settings = {"table": file_digest(path)}
         self.rows: dict[str, list[AURow]] | None = None
 
     def measure(self, paths: list[Path]) -> list[Reading]:
@@ -212,17 +211,3 @@ def run_tool(command: list[str]) -> None:
     if finished.returncode:
         said = (finished.stderr.strip() or finished.stdout.strip() or "nothing").splitlines()[-1]
         raise ToolError(f"{shlex.join(command)} ended with exit status {finished.returncode}, saying: {said}")
-
-
-def folder_digest(folder: Path) -> str:
-    """A short digest of the files in a folder: names, sizes, and the first and last megabyte of each."""
-    digest, part = hashlib.blake2b(digest_size=8), 2**20
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(part))
-            if size > part:
-                file.seek(max(part, size - part))
-                digest.update(file.read())
-    return digest.hexdigest()

@@ -16,10 +16,8 @@ meter, summary.csv, and drawings in OUTPUT/figures. A run that was stopped goes 
 """
 
 import argparse
-import hashlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -34,12 +32,12 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
-from drawing.files import read_metadata, write_picture
+from drawing.files import read_metadata, write_picture, write_png
 from drawing.jobs import read_model_defaults
 from drawing.model import Weights, check_weights, quiet
 from evaluation import figures, report
 from evaluation.image_encoders import ImageEncoder, make_image_encoder
-from evaluation.meters import Meter, ToolError, folder_digest, make_meter, read_picture
+from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
 from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_embedded_world
 from evaluation.testset import (
@@ -52,7 +50,19 @@ from evaluation.testset import (
     read_combinations,
     read_prompts,
 )
-from program import EMBEDDED_MODEL, Parser, check_output, number_or_none
+from program import (
+    TOY_MODEL,
+    Parser,
+    check_integer,
+    check_output,
+    file_digest,
+    folder_digest,
+    number_or_none,
+    replacing,
+    run_program,
+    spell_option,
+    write_atomically,
+)
 
 
 EMBEDDED_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
@@ -63,17 +73,12 @@ SAMPLING_NAMES = ("num_inference_steps", "guidance_scale", "au_guidance_scale", 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The arguments. Those of `Sampling` are there only if they were given."""
-    parser = Parser(
-        prog="python -m evaluation.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("evaluation.run", __doc__)
     parser.add_argument("--output", required=True, type=Path, help="folder for all that is made")
     parser.add_argument("--only", choices=("generate", "measure"), help="one of the two steps (default: both)")
 
     model = parser.add_argument_group("what is evaluated")
-    model.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
+    model.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the embedded model)")
     model.add_argument("--adapter", help="folder or Hub id (default: the AU adapter beside the model)")
     model.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
     systems = "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items())
@@ -131,9 +136,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument("--bootstrap-draws", type=int, default=1000, help="for the intervals (default: 1000)")
     args = parser.parse_args(argv)
     for name in ("batch_size", "limit", "limit_combinations", "bootstrap_draws"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`--{name.replace('_', '-')}` has to be a whole number from 1 on, but is {value}.")
+        if getattr(args, name) is not None:
+            check_integer(spell_option(name), getattr(args, name), 1)
     if args.face_box is not None:
         left, top, right, bottom = args.face_box
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -217,7 +221,7 @@ def make_task(args: argparse.Namespace, device: torch.device) -> Task:
     dtype = args.dtype or ("float32" if device.type == "cpu" else "float16")
     settings = {
         "system": args.system,
-        "model": "toy_faces/weights" if Path(args.model).resolve() == EMBEDDED_MODEL else args.model,
+        "model": "toy_faces/weights" if Path(args.model).resolve() == TOY_MODEL else args.model,
         "model_files": digest_if_folder(args.model),
         "adapter": args.adapter,
         "adapter_files": digest_if_folder(args.adapter),
@@ -253,10 +257,6 @@ def digest_if_folder(name: str | None) -> str | None:
     return folder_digest(Path(name)) if name and Path(name).is_dir() else None
 
 
-def file_digest(path: Path) -> str:
-    return hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()
-
-
 def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = MappingProxyType({})) -> bool:
     """
     Whether `settings` are on file already, at `path`. Those that the file, of an older version, does not have count as
@@ -288,14 +288,7 @@ def _short(value) -> str:
 
 
 def write_settings(path: Path, settings: dict) -> None:
-    write_text(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -387,7 +380,7 @@ def measure(
     mine = list(groups.items())[state.process_index :: state.num_processes]
     with quiet():
         for key, items in tqdm(mine, desc=f"measure: {name}", unit="group", disable=not state.is_main_process):
-            write_text(folder / f"{key}.csv", measure_group(items).to_csv(index=False))
+            write_atomically(folder / f"{key}.csv", measure_group(items).to_csv(index=False))
     state.wait_for_everyone()
 
 
@@ -502,43 +495,27 @@ def run(argv: list[str] | None = None) -> Path | None:
 
 
 def write_results(task: Task, results: pd.DataFrame, agreement_name: str, bootstrap_draws: int) -> Path:
-    write_text(task.output / "results.csv", results.to_csv(index=False))
-    unfinished = task.output / ".results.parquet.part"
-    results.to_parquet(unfinished, index=False)
-    os.replace(unfinished, task.output / "results.parquet")
+    write_atomically(task.output / "results.csv", results.to_csv(index=False))
+    with replacing(task.output / "results.parquet") as unfinished:
+        results.to_parquet(unfinished, index=False)
     summary = report.summarize(results, bootstrap_draws)
-    write_text(task.output / "summary.csv", summary.to_csv(index=False))
+    write_atomically(task.output / "summary.csv", summary.to_csv(index=False))
     drawings = figures.draw_all(results, task.pictures)
     for name, image in drawings.items():
-        path = task.output / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.part")
-        image.save(unfinished, "PNG")
-        os.replace(unfinished, path)
+        write_png(image, task.output / "figures" / f"{name}.png")
     text = report.format_report(summary, task.settings, agreement_name, [f"figures/{name}.png" for name in drawings])
-    write_text(task.output / "report.md", text)
+    write_atomically(task.output / "report.md", text)
     return task.output / "report.md"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 if a tool or the memory failed, 2 for bad input, 130 after Ctrl-C."""
-    try:
-        path = run(argv)
-        if path is not None:
-            print(path)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except torch.OutOfMemoryError:
-        print("error: out of memory. Try a smaller `--batch-size`, or `--dtype float16`.", file=sys.stderr)
-        return 1
-    except ToolError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    """Returns the exit status of `run_program`; 1 also if a tool has failed."""
+    return run_program(
+        lambda: run(argv),
+        interrupted="the same command goes on from here",
+        out_of_memory="Try a smaller `--batch-size`, or `--dtype float16`.",
+        failures=(ToolError,),
+    )
 
 
 if __name__ == "__main__":

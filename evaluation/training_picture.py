@@ -8,7 +8,6 @@ How a run of `train_fineface.py` went, as one picture: the curve of its loss, an
 It reads what the run wrote into its output folder: `logs` (TensorBoard) and `validation`.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,8 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK
+from drawing.files import write_png
 from evaluation.figures import CURVE, OTHER_CURVE
-from program import check_output
+from program import Parser, check_output, run_program
 
 
 LOSS = "train_loss"
@@ -98,21 +98,16 @@ def draw_training(folder: Path, num_sheets: int = 3) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("evaluation.training_picture", __doc__)
     parser.add_argument("folder", type=Path, help="the --output_dir of the run")
     parser.add_argument("picture", type=Path, help="PNG file")
-    args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
+        args = parser.parse_args(argv)
         check_output(args.picture)
-        image = draw_training(args.folder)
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = args.picture.with_name(f".{args.picture.name}.part")
-        image.save(unfinished, "PNG", optimize=True)
-        unfinished.replace(args.picture)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        write_png(draw_training(args.folder), args.picture, optimize=True)
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from drawing.files import write_picture
 from drawing.jobs import make_job, read_model_defaults
 from drawing.model import Weights, check_weights, load_pipeline, quiet
 from pipeline_fineface import FineFacePipeline
-from program import EMBEDDED_MODEL, check_output, pick_device, spell_option
+from program import TOY_MODEL, Parser, check_output, pick_device, run_program, spell_option
 
 
 SAMPLING = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
@@ -111,7 +111,7 @@ def read_box(text: str) -> tuple[int, ...]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--aus", required=True, help='the new expression: "AU6=2.5 AU12=5", "6C+12D", a preset')
     parser.add_argument("--prompt", required=True, help="what the picture shows, apart from the expression")
@@ -125,7 +125,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--au-guidance-scale", type=float, help="of the AUs (default: the model's, else the prompt's)")
     parser.add_argument("--num-inference-steps", type=int, help="denoising steps (default: the model's, else 50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="folder or Hub id (default: the embedded model)")
+    parser.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the embedded model)")
     parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
     parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
     return parser.parse_args(argv)
@@ -148,7 +148,7 @@ def read_picture_and_mask(args: argparse.Namespace) -> tuple[Image.Image, Image.
     return picture, mask
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> Path:
     weights = Weights(args.model, args.adapter)
     check_weights(weights)
     check_output(args.output)
@@ -164,17 +164,11 @@ def run(args: argparse.Namespace) -> None:
     edited = edit_expression(pipe, picture, mask, job.prompt, job.aus, args.strength, args.seed, **options)
     about = {"picture": args.picture.name, "strength": args.strength}
     write_picture(edited, args.output, asdict(job) | about)
+    return args.output
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(args.output)
-    return 0
+    return run_program(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

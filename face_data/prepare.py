@@ -31,6 +31,7 @@ from face_data.disfa import Disfa, prepare_disfa
 from face_data.report import report_folders
 from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder
 from face_data.tabled import Tabled, prepare_tabled
+from program import run_program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -247,16 +248,12 @@ def run_paper(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 2 for anything wrong with what was asked or found, 130 after Ctrl-C."""
-    try:
-        print(run(parse_args(argv)))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, sqlite3.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Returns the exit status of `run_program`."""
+    return run_program(
+        lambda: run(parse_args(argv)),
+        interrupted="the same command goes on from here",
+        refusals=(ValueError, OSError, sqlite3.Error),
+    )
 
 
 if __name__ == "__main__":

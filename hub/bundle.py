@@ -11,12 +11,11 @@ their imports are merged, and the rest follows in the order in which they need e
 
 import argparse
 import ast
-import os
 import sys
 import textwrap
 from pathlib import Path
 
-from hub.program import Parser, check_writable, run_program
+from program import Parser, check_writable, run_program, write_atomically
 
 
 SOURCE_DIR = Path(__file__).resolve().parents[1]
@@ -182,10 +181,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"OUT is {str(args.output)!r}, which is one of the sources.")
     check_writable(args.output)
     text = bundle()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.output.with_name(f".{args.output.name}.part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, args.output)
+    write_atomically(args.output, text)
     return str(args.output)
 
 

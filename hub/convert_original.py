@@ -36,7 +36,7 @@ from au_encoder import (
     find_adapter_files,
     read_tensors,
 )
-from hub.program import Parser, check_new_folder, new_folder, run_program
+from program import Parser, check_new_folder, new_folder, run_program
 
 
 OUR_KEY = re.compile(r"(.+\.attn2)\.processor\.to_([kv])_au\.weight")

@@ -38,12 +38,18 @@ from tqdm import tqdm
 from action_units import action_units_of
 from au_encoder import base_unet, find_adapter_files
 from drawing.files import write_picture
-from drawing.jobs import MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
+from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
 from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet
-from generate import DEMO_PROMPT
 from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
-from hub.program import Parser, check_new_folder, new_folder, run_program
-from program import EMBEDDED_MODEL, pick_device
+from program import (
+    TOY_MODEL,
+    Parser,
+    check_folder_or_hub_id,
+    check_new_folder,
+    new_folder,
+    pick_device,
+    run_program,
+)
 
 
 COMPONENT = "au_adapter"
@@ -143,10 +149,7 @@ def find_weights(args: argparse.Namespace) -> Weights:
         ValueError: if the options do not fit together.
     """
     for name in filter(None, (args.source, args.base)):
-        # With its first part on this disk, it is a mistyped path.
-        is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).parent.exists()
-        if not Path(name).is_dir() and not is_hub_id:
-            raise FileNotFoundError(f"{name!r} is neither a folder nor the id of a Hub repository.")
+        check_folder_or_hub_id(name, "The model or adapter")
     model = args.source if args.base is None else args.base
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
@@ -394,7 +397,7 @@ def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_f
         target = folder / path.relative_to(SOURCE_DIR)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    weights = folder / EMBEDDED_MODEL.relative_to(SOURCE_DIR)
+    weights = folder / TOY_MODEL.relative_to(SOURCE_DIR)
     pipeline.save_pretrained(weights)
     remove_paths(weights)
     if defaults_file.is_file():

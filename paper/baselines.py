@@ -16,11 +16,9 @@ The output folder is what `python -m evaluation.run --system … --adapter OUT` 
 stopped, when the same command runs again.
 """
 
-import argparse
 import functools
 import io
 import json
-import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -44,10 +42,12 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from action_units import AU_NAMES
 from au_attention_processor import au_layers
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
+from drawing.files import write_png
 from drawing.jobs import read_model_defaults
 from evaluation.run import check_settings, write_settings
 from evaluation.systems import UNET_FOLDER, append_tokens, au_words, aus_in_words, is_embedded_world
 from pipeline_fineface import LORA_NAME
+from program import Parser, run_program, write_atomically
 from train_fineface import (
     LORA_TARGETS,
     TrainingState,
@@ -59,7 +59,6 @@ from train_fineface import (
     init_trackers,
     load_noise_scheduler,
     make_accelerator,
-    run_program,
     train,
 )
 from training.config import RESUME_WITH_OTHER, TrainConfig, default_settings
@@ -285,13 +284,10 @@ def make_prior(config: TrainConfig, captions: list[str], device: torch.device, c
             generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
             images = pipeline(prompts, generator=generators, **sampling).images
             for path, image in zip(paths, images, strict=True):
-                image.save(path.with_suffix(".part"), "PNG")
-                os.replace(path.with_suffix(".part"), path)
+                write_png(image, path)
         neutral = dict.fromkeys(AU_NAMES, 0.0)
         rows += [{"file_name": p.name, "text": t, **neutral} for p, t in zip(paths, prompts, strict=True)]
-    unfinished = folder / "metadata.part"
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, folder / "metadata.jsonl")
+    write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -419,16 +415,18 @@ def run(system: str, config: TrainConfig) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status, as `train_fineface.py` has it."""
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.baselines",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other flags are those of train_fineface.py.",
-        allow_abbrev=False,
-    )
+    parser = Parser("paper.baselines", __doc__, epilog="All other flags are those of train_fineface.py.")
     parser.add_argument("--system", choices=BASELINES, required=True)
-    known, others = parser.parse_known_args(argv)
-    return run_program(lambda: run(known.system, parse_training_args(others)))
+
+    def work() -> None:
+        known, others = parser.parse_known_args(argv)
+        run(known.system, parse_training_args(others))
+
+    return run_program(
+        work,
+        interrupted="the same command goes on from here",
+        refusals=(ValueError, OSError, FloatingPointError),
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from evaluation.run import EMBEDDED_FACE_BOX
 from evaluation.systems import au_words
 from paper import baselines
 from paper.baselines import IP_ADAPTER_NAME
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL, write_atomically
 from training.config import parse_args
 from training.data import FACE_BOX, BaseEncoders, load_training_data
 
@@ -135,7 +135,7 @@ class Laboratory:
         FileNotFoundError: if the model is none of the embedded world.
     """
 
-    def __init__(self, folder: Path, size: Size, model: str = str(EMBEDDED_MODEL), sampling: dict | None = None):
+    def __init__(self, folder: Path, size: Size, model: str = str(TOY_MODEL), sampling: dict | None = None):
         for part in ("meter", "image_encoder", "attribute_reader"):
             if not (Path(model) / part / "config.json").is_file():
                 raise FileNotFoundError(f"`--model` is {model!r}, which has no {part}/ of the embedded world.")
@@ -185,7 +185,7 @@ class Laboratory:
             Image.fromarray(rendered[seed]).save(self.data / f"{seed:06}.png", compress_level=1)
             named = dict(zip(AU_NAMES, (round(value, 4) for value in aus), strict=True))
             lines.append(json.dumps({"file_name": f"{seed:06}.png", "text": text, **named, **face_box}) + "\n")
-        run.write_text(metadata, "".join(lines))
+        write_atomically(metadata, "".join(lines))
 
     # ---- training --------------------------------------------------------------------------------------------------
 
@@ -273,7 +273,7 @@ class Laboratory:
         if torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
         if PartialState().is_main_process:
-            run.write_text(finished, asked)
+            write_atomically(finished, asked)
 
     def summary(self, name: str) -> pd.DataFrame | None:
         """Of a run that has been evaluated; None if it has not."""

@@ -14,7 +14,6 @@ import argparse
 import csv
 import functools
 import itertools
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,12 +27,12 @@ from PIL import Image
 
 from action_units import AU_NAMES
 from drawing.contact_sheet import Table, draw_sheet
+from drawing.files import write_png
 from evaluation import figures
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import ToolError, read_picture
 from evaluation.metrics import Figure, au_mse, bootstrap
 from evaluation.report import MEASURED, find_figure, markdown_table
-from evaluation.run import write_text
 from evaluation.testset import (
     COMBINATIONS,
     EMBEDDED_PROMPTS,
@@ -44,7 +43,7 @@ from evaluation.testset import (
     read_prompts,
 )
 from paper.laboratory import SIZES, Laboratory, default_processes, run_jobs
-from program import EMBEDDED_MODEL, check_output
+from program import TOY_MODEL, Parser, check_integer, check_output, run_program, write_atomically
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -147,7 +146,7 @@ def make_image_prompts(laboratory: Laboratory) -> tuple[Path, Path, list[str]]:
             for number, portrait in enumerate(portraits):
                 render(portrait).save(folder / f"{number}.png")
                 rows.append(f"a portrait of a {portrait.person},{2000 + number}")
-            write_text(prompts, "\n".join(rows) + "\n")
+            write_atomically(prompts, "\n".join(rows) + "\n")
     return folder, prompts, [caption(portrait) for portrait in portraits]
 
 
@@ -416,12 +415,8 @@ def write_results(laboratory: Laboratory, output: Path) -> None:
     lines += [f"![{name.removeprefix('results_').replace('_', ' ')}]({name}.png)\n" for name in sheets]
     lines += format_trials(laboratory)
     for name, sheet in sheets.items():
-        path = output.parent / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.part")
-        sheet.save(unfinished, "PNG")
-        os.replace(unfinished, path)
-    write_text(output, "\n".join(lines).rstrip() + "\n")
+        write_png(sheet, output.parent / f"{name}.png")
+    write_atomically(output, "\n".join(lines).rstrip() + "\n")
 
 
 def all_methods() -> list[Method]:
@@ -444,15 +439,14 @@ def add_laboratory_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, default=default_processes(), help="systems at once (default: %(default)s, here)"
     )
     parser.add_argument("--work", type=Path, help="folder of all that is made (default: runs/laboratory-SIZE)")
-    parser.add_argument("--model", default=str(EMBEDDED_MODEL), help="of the embedded world (default: its own)")
+    parser.add_argument("--model", default=str(TOY_MODEL), help="of the embedded world (default: its own)")
     parser.add_argument("--num-inference-steps", type=int, help="(default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the model's)")
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="(default: docs/results.md)")
 
 
 def make_laboratory(arguments: argparse.Namespace) -> Laboratory:
-    if arguments.processes < 1:
-        raise ValueError(f"`--processes` has to be a whole number from 1 on, but is {arguments.processes}.")
+    check_integer("--processes", arguments.processes, 1)
     check_output(arguments.output, suffixes=(arguments.output.suffix.lower(),))
     names = ("num_inference_steps", "guidance_scale")
     sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -460,23 +454,11 @@ def make_laboratory(arguments: argparse.Namespace) -> Laboratory:
     return Laboratory(work, SIZES[arguments.size], arguments.model, sampling)
 
 
-def run_program(run: Callable[[], Path | None]) -> int:
-    """Print the file that `run` has written, if any. The exit status: 0, 1 if a tool or a training has failed, 2 for
-    anything wrong with what was asked, 130 after Ctrl-C."""
-    try:
-        path = run()
-        if path is not None:
-            print(path)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except (ToolError, FloatingPointError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def report(work: Callable[[], Path | None]) -> int:
+    """The exit status of `run_program`; 1 also if a tool or a training has failed."""
+    return run_program(
+        work, interrupted="the same command goes on from here", failures=(ToolError, FloatingPointError)
+    )
 
 
 def run(arguments: argparse.Namespace) -> Path | None:
@@ -489,14 +471,9 @@ def run(arguments: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("paper.tables", __doc__)
     add_laboratory_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return run_program(lambda: run(arguments))
+    return report(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from pathlib import Path
 from accelerate import PartialState
 
 from evaluation.metrics import Figure
-from evaluation.run import write_text
 from paper.laboratory import Laboratory, run_jobs
 from paper.tables import (
     OURS,
@@ -38,9 +37,10 @@ from paper.tables import (
     make,
     make_laboratory,
     paired_difference,
-    run_program,
+    report,
     write_results,
 )
+from program import Parser, write_atomically
 from training.config import PRESETS, TrainConfig
 
 
@@ -167,7 +167,7 @@ def make_trials(laboratory: Laboratory, names: Sequence[str]) -> None:
         # Without it there is nothing to compare with.
         if "paper" in names:
             raise
-        write_text(_divergence(laboratory, names[0]), f"{error}\n")
+        write_atomically(_divergence(laboratory, names[0]), f"{error}\n")
         return
     for name in names:
         if name == "paper":
@@ -237,9 +237,9 @@ def write_table(laboratory: Laboratory) -> None:
     names = finished_trials(laboratory)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([HEADER, *(format_row(laboratory, name) for name in names)])
-    write_text(laboratory.folder / TRIALS_NAME, text.getvalue())
+    write_atomically(laboratory.folder / TRIALS_NAME, text.getvalue())
     run = f"Of the {len(TRIALS)} trials that `python -m paper.trials --list` shows, {len(names)} were run."
-    write_text(laboratory.folder / VERDICT_NAME, f"{run} {describe_best(laboratory)}\n")
+    write_atomically(laboratory.folder / VERDICT_NAME, f"{run} {describe_best(laboratory)}\n")
 
 
 def best_trial(laboratory: Laboratory) -> str | None:
@@ -291,11 +291,7 @@ def run(arguments: argparse.Namespace) -> Path | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m paper.trials",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("paper.trials", __doc__)
     parser.add_argument("--only", nargs="+", metavar="TRIAL", default=list(TRIALS), help="(default: all of them)")
     if "--list" in (sys.argv[1:] if argv is None else argv):
         for name, trial in TRIALS.items():
@@ -303,8 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     parser.add_argument("--list", action="store_true", help="show the trials and stop")
     add_laboratory_arguments(parser)
-    arguments = parser.parse_args(argv)
-    return run_program(lambda: run(arguments))
+    return report(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from drawing.jobs import Job
 from drawing.model import Weights
 from drawing.studio import Studio
 from hub import export
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL
 
 
 pytest.importorskip("gradio", minversion="6", reason="needs Gradio 6 or newer: pip install gradio")
@@ -225,7 +225,7 @@ def test_a_table_comes_back_as_a_zip(client, tmp_path):
 
 
 def embedded_studio() -> Studio:
-    return Studio(Weights(str(EMBEDDED_MODEL)), torch.device("cpu"), "float32")
+    return Studio(Weights(str(TOY_MODEL)), torch.device("cpu"), "float32")
 
 
 @pytest.fixture(scope="module")
@@ -389,7 +389,7 @@ def test_on_a_phone(browser, url):
 
 @pytest.mark.slow
 def test_the_exported_space_runs_as_it_is(browser, tmp_path):
-    assert export.main([str(EMBEDDED_MODEL), str(tmp_path / "space"), "--space"]) == 0
+    assert export.main([str(TOY_MODEL), str(tmp_path / "space"), "--space"]) == 0
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -17,7 +17,7 @@ from benchmarks.few_steps import Result, ResultFile, Setting, choose, near_best,
 from benchmarks.tables import Report, markdown_table
 from drawing.jobs import MODEL_DEFAULTS_NAME, read_model_defaults
 from pipeline_fineface import LORA_NAME, FineFacePipeline
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -453,7 +453,7 @@ def test_few_steps_recommends_what_generate_reads(tmp_path, capsys, monkeypatch)
     (tmp_path / MODEL_DEFAULTS_NAME).write_text(json.dumps(recommended[0]))
     defaults = read_model_defaults(str(tmp_path))
     assert defaults["num_inference_steps"] in (1, 2)
-    assert defaults["height"] == read_model_defaults(str(EMBEDDED_MODEL))["height"]
+    assert defaults["height"] == read_model_defaults(str(TOY_MODEL))["height"]
 
     measured = (tmp_path / "results.csv").read_text()
     monkeypatch.setattr(few_steps.Sweep, "measure", lambda *_: pytest.fail("this is in the file"))

@@ -7,12 +7,14 @@ import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_adapter, make_components
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import program
 from action_units import AU_NAMES, PRESETS, action_units_of, parse_aus
@@ -84,6 +86,7 @@ def assert_one_error_line(capsys, *parts: str) -> None:
         (["--prompt", ""], "`--prompt` is empty"),
         (["--prompt", " <AU6=3> "], "`--prompt` is empty"),
         (["--prompt", "a \udcff boy"], "Unicode"),
+        (["--prompt", "a boy" * 2001], "`--prompt` has 10005 characters"),
         ([], "`--prompt` is empty"),
         (["--prompt", "a boy", "--seed", "-1"], "--seed"),
         (["--prompt", "a boy", "--seed", str(2**63)], "--seed"),
@@ -196,6 +199,15 @@ def test_aus_without_an_adapter_are_an_error(tiny_sd_dir, tmp_path, capsys):
         ('{"prompt": "a boy", "output": "/out.png"}', "`output`"),
         ('{"prompt": "a boy", "output": "a\\u0000.png"}', "`output`"),
         ('{"prompt": "a boy", "output": "FIRST.png"}', "line 1"),
+        ('{"prompt": "a boy", "output": "first.png/b.png"}', "the picture of line 1, and no folder"),
+        ('{"prompt": "a boy", "output": "..\\\\x.png"}', "`output`"),
+        ('{"prompt": "a boy", "output": "C:\\\\x.png"}', "`output`"),
+        ('{"prompt": "a boy", "output": "%s.png"}' % ("ü" * 125), "more than 249 bytes"),
+        ('{"prompt": "a boy", "seed": 1%s}' % ("0" * 400), "`seed`"),
+        ('{"prompt": "a boy", "au_scale": 1%s}' % ("0" * 400), "`au_scale`"),
+        ('{"prompt": "a boy", "height": 8000000000000}', "`height`"),
+        ('{"prompt": %s}' % ("[" * 100_000), "JSON"),
+        ('{"prompt": "%s"}' % ("a" * 10_001), "10001 characters"),
     ],
 )
 def test_a_bad_job_is_named_by_its_line(line, part, no_model, tiny_sd_dir, tmp_path, capsys):
@@ -235,7 +247,10 @@ def test_a_picture_says_how_it_was_made(model_args, tiny_adapter_dir, tmp_path, 
     assert capsys.readouterr().out == f"{output}\n"
     metadata = read_metadata(output)
     assert metadata["prompt"] == "ein Mädchen" and metadata["negative_prompt"] == "雨"
-    assert metadata["aus"] == "AU6=3 AU12=4" and metadata["seed"] == 7 and metadata["adapter"] == tiny_adapter_dir
+    assert metadata["aus"] == "AU6=3 AU12=4" and metadata["seed"] == 7
+    # Where they are on this disk is nobody's business.
+    assert metadata["adapter"] == Path(tiny_adapter_dir).name and len(metadata["adapter_files"]) == 16
+    assert str(tmp_path.parent) not in json.dumps(metadata)
     assert (metadata["num_inference_steps"], metadata["guidance_scale"], metadata["au_scale"]) == (2, 3.0, 1.0)
     assert metadata["versions"]["torch"] == version("torch") and metadata["dtype"] == "float32"
     with Image.open(output) as image:
@@ -261,7 +276,7 @@ def test_seed_and_aus_decide_the_picture(model_args, tmp_path):
 
 
 def test_the_embedded_model_is_named_without_its_folder():
-    assert files._names(Weights(str(program.EMBEDDED_MODEL)))["model"] == "toy_faces/weights"
+    assert files._names(Weights(str(program.TOY_MODEL)))["model"] == "toy_faces/weights"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -363,6 +378,45 @@ def test_a_batch_refuses_a_picture_of_another_program(model_args, no_model, tmp_
     path = write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy", "output": "a.png"})
     assert main([*model_args, "--batch", path, "--output", str(tmp_path)]) == 2
     assert_one_error_line(capsys, "another program")
+
+
+@pytest.mark.parametrize("damage", ["cut", "bomb", "metadata"])
+def test_a_damaged_picture_is_drawn_again_or_named(damage, model_args, tmp_path, capsys, monkeypatch):
+    path = write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy", "output": "a.png"})
+    options = [*model_args, "--batch", path, "--output", str(tmp_path)]
+    assert main(options) == 0
+    whole = (tmp_path / "a.png").read_bytes()
+    capsys.readouterr()
+    if damage == "cut":
+        # Its metadata are at its beginning.
+        (tmp_path / "a.png").write_bytes(whole[: len(whole) * 2 // 3])
+        assert main(options) == 0
+        assert capsys.readouterr().out.endswith("1 new pictures, 0 from before\n")
+        assert (tmp_path / "a.png").read_bytes() == whole
+        return
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    else:
+        chunks = PngInfo()
+        chunks.add_itxt("fineface", "[1, 2]")
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=chunks)
+    assert main(options) == 2
+    assert_one_error_line(capsys, "a.png", "by another program")
+
+
+def test_a_second_run_into_the_same_folder_is_refused(model_args, tmp_path, capsys, monkeypatch):
+    options = [*model_args, "--batch", write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy"}), "--output"]
+    draw = model.generate_batch
+
+    def draw_while_another_run_begins(pipeline, jobs):
+        code = f"import sys, generate; sys.exit(generate.main({[*options, str(tmp_path / 'out')]!r}))"
+        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert second.returncode == 2 and "is being written by another run" in second.stderr
+        return draw(pipeline, jobs)
+
+    monkeypatch.setattr(model, "generate_batch", draw_while_another_run_begins)
+    assert main([*options, str(tmp_path / "out")]) == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00001.png"]
 
 
 def test_a_finished_batch_loads_no_model(model_args, tmp_path, monkeypatch):
@@ -492,16 +546,16 @@ def test_an_error_of_several_processes_is_one_line(model_args, tmp_path):
 def test_several_processes_do_not_share_one_gpu(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="a device of its own"):
-        program.Processes(torch.device("cuda:1"))
+        program.start_processes(torch.device("cuda:1"))
 
 
-def test_the_work_is_shared_evenly(monkeypatch):
-    processes = program.Processes(torch.device("cpu"))
-    assert processes.is_main and processes.share([1, 2, 3]) == [1, 2, 3]
+def test_the_work_is_shared_evenly():
+    processes = program.start_processes(torch.device("cpu"))
+    assert processes.is_main_process and program.share_of(processes, [1, 2, 3]) == [1, 2, 3]
     shares = []
     for index in range(3):
-        processes.state = type("State", (), {"process_index": index, "num_processes": 3})
-        shares.append(processes.share(list(range(8))))
+        processes = SimpleNamespace(process_index=index, num_processes=3)
+        shares.append(program.share_of(processes, list(range(8))))
     assert sorted(sum(shares, [])) == list(range(8)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -685,6 +739,10 @@ def test_a_data_set_is_made_and_resumed_in_the_training_format(model_args, tmp_p
     # Fewer would leave pictures without a label, and another distribution is another data set.
     assert main([*options, "6"]) == 2
     assert_one_error_line(capsys, "7 pictures")
+    # ... of a run that was killed before it wrote them, too.
+    (output / "metadata.jsonl").unlink()
+    assert main([*options, "6"]) == 2
+    assert_one_error_line(capsys, "7 pictures")
     other = write_distribution(tmp_path / "other.json", prompts=["a boy"])
     assert main([*options, "7", "--distribution", other]) == 2
     assert_one_error_line(capsys, "--overwrite")
@@ -735,11 +793,23 @@ def test_ctrl_c_is_one_line_and_130(model_args, tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def imports_torch(argv: list[str]) -> subprocess.CompletedProcess:
+    """Run generate.py. Its last line says whether torch or diffusers was imported."""
+    code = "import atexit, sys; atexit.register(lambda: print({'torch', 'diffusers'} & set(sys.modules)));"
+    code += f"import generate; sys.exit(generate.main({argv!r}))"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+
+
 def test_help_is_quick_and_needs_no_model():
-    code = "import atexit, sys; atexit.register(lambda: print('diffusers' in sys.modules)); import generate; generate."
-    result = subprocess.run([sys.executable, "-c", code + "main(['-h'])"], cwd=ROOT, capture_output=True, text=True)
+    result = imports_torch(["-h"])
     assert result.returncode == 0, result.stderr
-    assert "--sweep" in result.stdout and result.stdout.endswith("\nFalse\n") and result.stderr == ""
+    assert "--sweep" in result.stdout and result.stdout.endswith("\nset()\n") and result.stderr == ""
+
+
+@pytest.mark.parametrize("options", [["--promt", "a boy"], ["--prompt", "a boy", "--batch-size", "0"]])
+def test_a_typing_error_is_reported_without_importing_torch(options):
+    result = imports_torch([*options, "--output", "out.png"])
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stdout == "set()\n"
 
 
 def test_the_readme_has_every_au():

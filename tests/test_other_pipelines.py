@@ -19,7 +19,7 @@ from drawing.files import read_metadata
 from examples.edit_expression import edit_expression, face_mask
 from examples.edit_expression import main as edit_main
 from pipeline_fineface import LORA_NAME, FineFacePipeline
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL
 from toy_faces.networks import PictureReader
 from toy_faces.renderer import caption, render, sample_portrait
 
@@ -209,14 +209,14 @@ def test_the_surroundings_are_in_the_latents(tiny_pipe):
 
 @pytest.fixture(scope="module")
 def embedded() -> FineFacePipeline:
-    pipe = FineFacePipeline.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    pipe = FineFacePipeline.from_pretrained(TOY_MODEL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.fixture(scope="module")
 def meter() -> PictureReader:
-    return PictureReader.from_pretrained(EMBEDDED_MODEL / "meter", dtype=torch.float32).eval()
+    return PictureReader.from_pretrained(TOY_MODEL / "meter", dtype=torch.float32).eval()
 
 
 @torch.no_grad()

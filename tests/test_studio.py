@@ -18,7 +18,7 @@ from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
 from drawing.studio import MAX_ROWS, Studio, Sweep, read_expressions, write_gif, write_zip
-from program import EMBEDDED_MODEL
+from program import TOY_MODEL
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def test_the_code_on_the_screen_draws_the_same_picture_to_the_bit(tiny_studio, j
 
 def test_the_code_for_the_embedded_model_draws_the_same_picture_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    embedded = Studio(Weights(str(EMBEDDED_MODEL)), CPU, "float32")
+    embedded = Studio(Weights(str(TOY_MODEL)), CPU, "float32")
     job = replace(embedded.defaults, aus="AU6=3 AU12=4", num_inference_steps=1, au_guidance_scale=4.0)
     picture = pixels(embedded.draw(job))
     assert "--model" not in embedded.command(job) and "'toy_faces/weights'" in embedded.python(job)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from action_units import AU_NAMES
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
-from program import EMBEDDED_MODEL, number_or_none, pick_device
+from program import TOY_MODEL, number_or_none, pick_device
 from toy_faces.networks import PictureReader, attribute_logits
 from toy_faces.pictures import UNSEEN, aus_of, render_seed, to_pixel_values
 from toy_faces.renderer import ATTRIBUTES, attributes_in, sample_portrait
@@ -234,7 +234,7 @@ def format_report(figures: dict, per_au: list[dict], agreement: dict, settings: 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=EMBEDDED_MODEL)
+    parser.add_argument("--model", type=Path, default=TOY_MODEL)
     parser.add_argument("--adapter", type=Path, help="another AU adapter than the one in the model's folder")
     group = parser.add_argument_group("sampling", "Default: what the fineface.json of the model says.")
     group.add_argument("--num-inference-steps", type=int, default=argparse.SUPPRESS)

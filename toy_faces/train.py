@@ -28,7 +28,7 @@ import train_fineface
 from action_units import AU_NAMES
 from au_encoder import ATTN_PROCESSORS_NAME
 from pipeline_fineface import FineFacePipeline
-from program import EMBEDDED_MODEL, pick_device
+from program import TOY_MODEL, pick_device
 from toy_faces import networks
 from toy_faces.fit import fit
 from toy_faces.networks import PictureReader
@@ -388,7 +388,7 @@ class Recipe:
     def load(self, model_class, name: str):
         return model_class.from_pretrained(self.folder / name).to(self.device).eval()
 
-    def export(self, weights: Path = EMBEDDED_MODEL) -> None:
+    def export(self, weights: Path = TOY_MODEL) -> None:
         """Write everything that was trained, in half precision, to `weights`."""
         pipeline = FineFacePipeline.from_pretrained(self.folder / "base", dtype=torch.float16)
         pipeline.load_au_adapter(self.folder / "adapter")

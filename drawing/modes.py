@@ -1,0 +1,206 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The ways in which `generate.py` makes pictures. All that is asked for is checked before a model is loaded."""
+
+import argparse
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from action_units import available_presets
+from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, check_animation, draw_sheet, write_animation
+from drawing.files import background_writer, describe, find_unfinished, write_picture
+from drawing.jobs import (
+    DEMO_PROMPT,
+    DEMO_SEED,
+    JOB_FIELDS,
+    Job,
+    demo_tables,
+    grid_table,
+    interpolate_jobs,
+    is_animation,
+    make_job,
+    preset_table,
+    read_jobs,
+    read_model_defaults,
+    read_table_jobs,
+    sweep_table,
+)
+from drawing.labelled_set import (
+    DEFAULT_DISTRIBUTION,
+    check_dataset_folder,
+    draw_dataset,
+    read_distribution,
+    write_dataset_metadata,
+)
+from drawing.model import Weights, check_weights, draw_jobs, group_jobs
+from program import check_output, on_main_process, only_run_in, settle_device, share_of, spell_option, start_processes
+
+
+FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
+"""Suffixes that mean `--output` was meant as a file."""
+SHEET_COLUMNS = 8
+
+
+def _draw(
+    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0, silent: bool = False
+) -> Iterator[tuple[Job, Image.Image]]:
+    return draw_jobs(jobs, weights, args.device, args.dtype, args.batch_size, num_finished, silent)
+
+
+def run_single(job: Job, weights: Weights, args: argparse.Namespace) -> str:
+    for _, image in _draw([job], weights, args):
+        write_picture(image, args.output, asdict(job) | describe(weights, args.dtype))
+    return str(args.output)
+
+
+def run_sheet(job: Job, bands: list[list[Table[Job]]], weights: Weights, args: argparse.Namespace) -> str:
+    rows = [row for band in bands for table in band for row in table.rows]
+    # Each picture once: in a grid, all AUs begin at the same face.
+    pictures = dict(_draw(list(dict.fromkeys(job for row in rows for job in row)), weights, args))
+    sheet = draw_sheet(
+        [[table.map(pictures.__getitem__) for table in band] for band in bands], f"{job.prompt} · seed {job.seed}"
+    )
+    write_picture(sheet, args.output, _sheet_metadata(job, rows) | describe(weights, args.dtype))
+    return str(args.output)
+
+
+def _sheet_metadata(job: Job, rows: list[list[Job]]) -> dict:
+    """The fields of `job`, with the AUs of each picture in place of `aus`."""
+    values = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]}
+    del values["aus"]
+    return values
+
+
+def run_folder(
+    jobs: Mapping[str, Job],
+    folder: Path,
+    weights: Weights,
+    args: argparse.Namespace,
+    processes: PartialState,
+    overwrite: bool = False,
+    finish: Callable[[], object] = lambda: None,
+) -> str:
+    """
+    Write each picture as soon as it is drawn, but for those that are finished already. Then `finish`, on the main
+    process. Returns how many pictures are new, in words.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def begin() -> tuple[dict[Job, list[Path]], int]:
+            stack.enter_context(only_run_in(folder))
+            return find_unfinished(jobs, folder, weights, overwrite)
+
+        paths_by_job, num_finished = on_main_process(processes, begin)
+        # Every process gets as much of each kind of work.
+        share = share_of(processes, [job for group in group_jobs(list(paths_by_job)) for job in group])
+        if share:
+            num_before = len(jobs) - len(paths_by_job) if processes.num_processes == 1 else 0
+            about = describe(weights, args.dtype)
+            with background_writer() as write:
+                for job, image in _draw(share, weights, args, num_before, silent=not processes.is_main_process):
+                    for path in paths_by_job[job]:
+                        write(image, path, asdict(job) | about)
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            finish()
+    return f"{len(jobs) - num_finished} new pictures, {num_finished} from before"
+
+
+def run_batch(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
+    jobs = on_main_process(processes, lambda: read_jobs(args.batch, values))
+    return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}"
+
+
+def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
+    """A picture for each row of the table, or an animation, whose frames stand in a hidden folder until it is done."""
+
+    def read() -> tuple[dict[str, Job], int]:
+        job = make_job(values, spell_option)
+        if job.aus is not None:
+            raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
+        if is_animation(args):
+            check_animation(args.output)
+        return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face)
+
+    jobs, num_skipped = on_main_process(processes, read)
+    skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""
+    if not is_animation(args):
+        return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}{skipped}"
+    frames_folder = args.output.with_name(f".{args.output.name}.frames")
+    key_jobs = list(jobs.values())
+    jobs = interpolate_jobs(key_jobs, args.frames_between)
+
+    def encode() -> None:
+        about = _sheet_metadata(key_jobs[0], [key_jobs]) | describe(weights, args.dtype)
+        frames = (Image.open(frames_folder / name).convert("RGB") for name in jobs)
+        write_animation(tqdm(frames, "encoding", len(jobs), unit="frame"), args.output, args.fps, json.dumps(about))
+        shutil.rmtree(frames_folder)
+
+    # Frames of another animation of this name are of no use.
+    run_folder(jobs, frames_folder, weights, args, processes, overwrite=True, finish=encode)
+    return f"{args.output}: {len(jobs)} frames from {len(key_jobs)} rows{skipped}"
+
+
+def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
+    def draw() -> tuple[dict[str, Job], dict[str, dict]]:
+        given = [name for name in ("prompt", "aus") if name in values]
+        if given:
+            raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
+        check_dataset_folder(args.output, args.dataset)
+        return draw_dataset(read_distribution(args.distribution or DEFAULT_DISTRIBUTION), args.dataset, values)
+
+    jobs, rows = on_main_process(processes, draw)
+
+    def label() -> None:
+        write_dataset_metadata(list(rows.values()), args.output)
+
+    return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite, label)}"
+
+
+def run(args: argparse.Namespace) -> str | None:
+    """Check all that is asked for, do it, and say where the result is; None where other processes do it."""
+    settle_device(args)
+    weights = Weights(args.model, args.adapter, args.adapter_variant)
+    in_folder = {"batch": run_batch, "aus_from": run_table, "dataset": run_dataset}
+    run_shared = next((run_mode for mode, run_mode in in_folder.items() if getattr(args, mode) is not None), None)
+    processes = start_processes(args.device)
+
+    def check() -> dict:
+        check_weights(weights)
+        if args.aus_from is not None and args.output.suffix.lower() in FILE_SUFFIXES:
+            raise ValueError(
+                f"`--output` is {str(args.output)!r}. `--aus-from` makes a folder of pictures, or an animation, which"
+                f" ends in {' or '.join(ANIMATION_SUFFIXES)}."
+            )
+        suffixes = ANIMATION_SUFFIXES if is_animation(args) else (".png",)
+        check_output(args.output, run_shared is not None and not is_animation(args), suffixes)
+        given = {name: value for name, value in vars(args).items() if name in JOB_FIELDS}
+        return read_model_defaults(args.model) | given
+
+    values = on_main_process(processes, check)
+    if run_shared is not None:
+        return run_shared(values, weights, args, processes)
+    if not processes.is_main_process:
+        return None
+    job = make_job({"prompt": DEMO_PROMPT, "seed": DEMO_SEED} | values if args.demo else values, spell_option)
+    if job.aus is not None and (args.demo or args.presets is not None):
+        raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
+    if args.sweep is not None:
+        return run_sheet(job, [[sweep_table(job, args.sweep)]], weights, args)
+    if args.grid:
+        return run_sheet(job, [[grid_table(job)]], weights, args)
+    if args.presets is not None:
+        expressions = args.presets or list(available_presets())
+        rows = (expressions[i : i + SHEET_COLUMNS] for i in range(0, len(expressions), SHEET_COLUMNS))
+        return run_sheet(job, [[preset_table(job, row)] for row in rows], weights, args)
+    if args.demo:
+        return run_sheet(job, demo_tables(job), weights, args)
+    return run_single(job, weights, args)
