@@ -4,6 +4,11 @@
 AU intensities from the tables of other tools: LibreFace, py-feat 2, OpenFace 2, ARKit and MediaPipe blendshapes, the
 published `affectnet_metadata.csv`, and tables in this project's own columns. Files are read row by row.
 
+Which AUs are read follows from `au_names`, the list of an adapter. Blendshapes and this project's own columns have
+sides. What a tool measures of the whole face sets both sides, and two sides that an adapter does not tell apart give
+their mean. AU43 and AU45, eyes that are closed for long or briefly, look the same in a picture: one stands for the
+other.
+
 Example:
     >>> blendshapes_to_aus({"mouthSmileLeft": 0.8, "mouthSmileRight": 0.6})[6]
     np.float32(3.5)
@@ -16,13 +21,13 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from action_units import AU_NAMES, parse_aus
+from action_units import AU_NAMES, GRADES, au_columns, parse_aus, whole_au
 from face_data.table_files import read_records
 
 
@@ -38,36 +43,43 @@ _NO_NUMBER = re.compile(r"[+-]?(nan(\(\w*\))?|1\.#(ind|[qs]nan)\d*)|#?n/?a|null|
 _NO = ("", "0", "0.0", "false", "no", "nan")
 
 _logger = logging.getLogger(__name__)
-_NUMBERS = [int(name.removeprefix("AU")) for name in AU_NAMES]
+_PAPERS_NUMBERS = {int(name.removeprefix("AU")) for name in AU_NAMES}
 
 
 @dataclass(frozen=True)
 class _Scale:
-    """A tool's AU columns in the order of `AU_NAMES`, in lower case, what turns a value into an intensity, and how
-    far a value may leave [0, 5] and still be an estimate that overshot."""
+    """
+    How a tool writes AUs, in lower case: the column of an AU by its number, what turns a value into an intensity, how
+    far a value may leave [0, 5] and still be an estimate that overshot, the column of a mere presence (0 or 1), and
+    whether the letters l and r after a column tell sides.
+    """
 
-    columns: tuple[str, ...]
-    factor: float
-    overshoot: float
-
-
-def _scale(pattern: str, factor: float = 1.0, overshoot: float = 0.0) -> _Scale:
-    return _Scale(tuple(pattern.format(number) for number in _NUMBERS), factor, overshoot)
+    column: str
+    factor: float = 1.0
+    overshoot: float = 0.0
+    presence: str | None = None
+    has_sides: bool = False
 
 
 _SCALES = {
     # Regressors, which older versions did not clamp.
-    "openface": _scale("au{:02}_r", overshoot=1.0),
+    "openface": _Scale("au{:02}_r", overshoot=1.0, presence="au{:02}_c"),
     # Sigmoid × 5.
-    "libreface": _scale("au_{}_intensity", overshoot=0.01),
+    "libreface": _Scale("au_{}_intensity", overshoot=0.01, presence="au_{}"),
     # Probabilities; times 5 is the usual convention and no calibration.
-    "pyfeat": _scale("au{:02}", 5.0, 0.05),
-    "fineface": _scale("au{}"),
+    "pyfeat": _Scale("au{:02}", 5.0, 0.05),
+    "fineface": _Scale("au{}", has_sides=True),
     # The AU columns of the original FineFace's data, LibreFace divided by 5.
-    "affectnet": _scale("au{}_rec", 5.0, 0.05),
+    "affectnet": _Scale("au{}_rec", 5.0, 0.05),
 }
-
-_SHARED_COLUMNS = set(_SCALES["pyfeat"].columns) & set(_SCALES["fineface"].columns)
+_COLUMN_PATTERNS = {
+    "openface": r"au(\d\d)_r",
+    "libreface": r"au_(\d{1,2})_intensity",
+    "pyfeat": r"au(\d\d)",
+    "fineface": r"au([1-9]\d?)[lr]?",
+    "affectnet": r"au(\d{1,2})_rec",
+}
+_SAME_IN_A_PICTURE = {43: 45, 45: 43}
 
 # Where a picture's name is looked for, the likeliest first; a frame number names a picture of a video.
 _NAME_COLUMNS = (
@@ -79,29 +91,60 @@ _FACE_COLUMNS = ("face_id", "faceid", "face_idx", "face", "person_id")
 _SIGNS_OF_A_FACE = ("success", "hasface", "confidence")
 # Columns of py-feat alone, where two-digit AUs would do for FineFace's too.
 _PYFEAT_SIGNS = ("facescore", "facerectx")
+# The mean of these; a star stands for left and right.
 _SHAPES_OF_AUS = {
     "AU1": ("browinnerup",),
-    "AU2": ("browouterupleft", "browouterupright"),
-    "AU4": ("browdownleft", "browdownright"),
-    "AU5": ("eyewideleft", "eyewideright"),
-    "AU6": ("cheeksquintleft", "cheeksquintright"),
-    "AU9": ("nosesneerleft", "nosesneerright"),
-    "AU12": ("mouthsmileleft", "mouthsmileright"),
-    "AU15": ("mouthfrownleft", "mouthfrownright"),
+    "AU2": ("browouterup*",),
+    "AU4": ("browdown*",),
+    "AU5": ("eyewide*",),
+    "AU6": ("cheeksquint*",),
+    "AU7": ("eyesquint*",),
+    "AU9": ("nosesneer*",),
+    "AU10": ("mouthupperup*",),
+    "AU12": ("mouthsmile*",),
+    "AU14": ("mouthdimple*",),
+    "AU15": ("mouthfrown*",),
+    "AU16": ("mouthlowerdown*",),
     "AU17": ("mouthshruglower",),
-    "AU20": ("mouthstretchleft", "mouthstretchright"),
+    "AU18": ("mouthpucker",),
+    "AU19": ("tongueout",),
+    "AU20": ("mouthstretch*",),
+    "AU22": ("mouthfunnel",),
+    "AU24": ("mouthpress*",),
     "AU26": ("jawopen",),
+    "AU28": ("mouthrolllower", "mouthrollupper"),
+    "AU29": ("jawforward",),
+    "AU34": ("cheekpuff",),
+    "AU43": ("eyeblink*",),
+    "AU45": ("eyeblink*",),
+    "AU61": ("eyelookoutleft", "eyelookinright"),
+    "AU62": ("eyelookinleft", "eyelookoutright"),
+    "AU63": ("eyelookup*",),
+    "AU64": ("eyelookdown*",),
 }
-_LIP_SHAPES = (*("mouthclose", "mouthlowerdownleft", "mouthlowerdownright", "mouthupperupleft", "mouthupperupright"),)
-_USED_SHAPES = (*(shape for shapes in _SHAPES_OF_AUS.values() for shape in shapes), *_LIP_SHAPES)
-# Those of the 52 that no AU of the 12 needs.
-_OTHER_SHAPES = (
-    *("eyeblinkleft", "eyelookdownleft", "eyelookinleft", "eyelookoutleft", "eyelookupleft", "eyesquintleft"),
-    *("eyeblinkright", "eyelookdownright", "eyelookinright", "eyelookoutright", "eyelookupright", "eyesquintright"),
-    *("jawforward", "jawleft", "jawright", "mouthfunnel", "mouthpucker", "mouthleft", "mouthright"),
-    *("mouthdimpleleft", "mouthdimpleright", "mouthrolllower", "mouthrollupper", "mouthshrugupper"),
-    *("mouthpressleft", "mouthpressright", "cheekpuff", "tongueout", "neutral"),
+_SHAPES_OF_PARTED_LIPS = (
+    *("jawopen", "mouthclose", "mouthlowerdownleft", "mouthlowerdownright", "mouthupperupleft", "mouthupperupright"),
 )
+
+
+def _shapes_of(name: str) -> tuple[str, ...]:
+    """The blendshapes of an AU or of one side of it; () if there are none."""
+    if name == "AU25":
+        return _SHAPES_OF_PARTED_LIPS
+    sides = {"L": ("left",), "R": ("right",)}.get(name[-1], ("left", "right"))
+    patterns = _SHAPES_OF_AUS.get(whole_au(name), ())
+    return tuple(dict.fromkeys(pattern.replace("*", side) for pattern in patterns for side in sides))
+
+
+def _used_shapes(au_names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(shape for name in au_names for shape in _shapes_of(name)))
+
+
+_PAPERS_SHAPES = _used_shapes(AU_NAMES)
+_ALL_SHAPES = {
+    *_used_shapes((*_SHAPES_OF_AUS, "AU25")),
+    *("jawleft", "jawright", "mouthleft", "mouthright", "mouthshrugupper", "neutral"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,8 +155,8 @@ class AURow:
     Args:
         name (`str`):
             File name of the picture, or number of the frame; "" if the table has neither.
-        aus (`numpy.ndarray` of shape `(12,)`):
-            float32 FACS intensities in [0, 5], in the order of `AU_NAMES`. NaN without a face.
+        aus (`numpy.ndarray` of shape `(n,)`):
+            float32 FACS intensities in [0, 5], in the order of `au_names`. NaN without a face.
         face_found (`bool`):
             False where the tool reports no face.
         line (`int`):
@@ -141,6 +184,7 @@ def read_au_table(
     image_column: str | None = None,
     on_error: Callable[[ValueError], None] | None = None,
     say: Callable[[str], None] = _logger.warning,
+    au_names: Sequence[str] = AU_NAMES,
 ) -> Iterator[AURow]:
     """
     Read the AUs of a table row by row.
@@ -151,12 +195,13 @@ def read_au_table(
         tool (`str`, *optional*):
             One of `AU_TABLE_TOOLS`; by default the columns tell, see `detect_tool`.
 
-            - `"openface"`: OpenFace 2, `AU01_r`, intensities from 0 to 5.
-            - `"libreface"`: LibreFace, `au_1_intensity`, from 0 to 5.
+            - `"openface"`: OpenFace 2, `AU01_r`, intensities from 0 to 5; for AUs without one the presence `AU28_c`,
+              taken as 3, which is what FACS notation means by an AU without a grade.
+            - `"libreface"`: LibreFace, `au_1_intensity`, from 0 to 5; for AUs without one the presence `au_7`, as 3.
             - `"pyfeat"`: py-feat, `AU01`, probabilities from 0 to 1, times 5.
             - `"arkit"`, `"mediapipe"`: blendshapes as columns, or as MediaPipe's own results have them; see
               `blendshapes_to_aus`.
-            - `"fineface"`: `AU1` … `AU26`, from 0 to 5; or a column `aus` in any form that `parse_aus` reads.
+            - `"fineface"`: `AU1`, `AU12L`, …, from 0 to 5; or a column `aus` in any form that `parse_aus` reads.
             - `"affectnet"`: the published `affectnet_metadata.csv`, `AU1_rec`, from 0 to 1, times 5.
         image_column (`str`, *optional*):
             Column of the name; by default the first usual one that the table has, such as `file_name` or `frame`.
@@ -165,6 +210,8 @@ def read_au_table(
         say (`Callable`, *optional*):
             Is called with a sentence for each kind of thing that was guessed, left out or taken as 0; by default the
             log has it.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The AUs to read.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -172,6 +219,7 @@ def read_au_table(
     """
     if tool is not None and tool not in AU_TABLE_TOOLS:
         raise ValueError(f"`tool` is {tool!r}. The tools are {', '.join(AU_TABLE_TOOLS)}.")
+    au_columns(au_names)
     path = Path(path)
     counts, largest, num_faces, said = Counter(), 0.0, 0, set()
     columns = used_tool = read_aus = name_column = None
@@ -182,7 +230,7 @@ def read_au_table(
                 columns = record.keys()
                 try:
                     used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
-                    read_aus = _READERS[used_tool](list(columns), counts)
+                    read_aus = _READERS[used_tool](list(columns), counts, tuple(au_names))
                     name_column = _find_name_column(list(columns), image_column)
                     face_columns = [column for column in columns if column.lower() in _FACE_COLUMNS]
                     confidences = [column for column in columns if column.lower() in ("confidence", "facescore")]
@@ -205,23 +253,28 @@ def read_au_table(
                 on_error(placed)
                 continue
             if aus is None or np.isnan(aus).any():
-                face_found, aus = False, np.full(len(AU_NAMES), np.nan, np.float32)
+                face_found, aus = False, np.full(len(au_names), np.nan, np.float32)
             else:
                 num_faces += 1
                 largest = max(largest, float(aus.max()))
             name = _name(record[name_column]) if name_column else ""
             face, confidence = _face(record, face_columns), _confidence(record, confidences)
             yield AURow(name, aus, face_found, line, record, face, confidence)
-    for sentence in _notes(counts, used_tool, largest, num_faces):
+    for sentence in _notes(counts, used_tool, largest, num_faces, au_names):
         say(f"{path}: {sentence}")
 
 
-def _notes(counts: Counter, tool: str | None, largest: float, num_faces: int) -> Iterator[str]:
+def _notes(
+    counts: Counter, tool: str | None, largest: float, num_faces: int, au_names: Sequence[str]
+) -> Iterator[str]:
     """What there is to say of a table that was read to its end."""
-    missing = [name for name in AU_NAMES if counts[name]]
+    missing = [name for name in au_names if counts[name]]
     if missing:
         what = "blendshape or column" if tool == "arkit" else "column"
         yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): taken as 0."
+    present = [name for name in au_names if counts[name, "presence"]]
+    if present:
+        yield f"{tool} says of {', '.join(present)} only whether they are there: present is taken as {GRADES['C']}."
     if counts["decimal commas"]:
         yield f"{counts['decimal commas']:,} numbers have a decimal comma."
     if tool in _SCALES and _SCALES[tool].factor == 1 and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
@@ -249,7 +302,7 @@ def detect_tool(columns: Iterable[str]) -> str:
         return found[0]
     if found:
         raise ValueError(f"The columns are those of {' and '.join(found)}. Say which to read by naming the tool.")
-    examples = ", ".join(f"{tool} {scale.columns[0]!r}" for tool, scale in _SCALES.items())
+    examples = ", ".join(f"{tool} {scale.column.format(1)!r}" for tool, scale in _SCALES.items())
     hint = " There is one column: commas, semicolons, tabs and bars divide columns." if len(columns) == 1 else ""
     raise ValueError(
         f"The columns are those of no known tool: {', '.join(columns[:30])}.{hint} AUs are read as {examples} and so"
@@ -261,47 +314,57 @@ def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
     """The tools of which there are any columns, and whether all of them are there."""
     present = {column.strip().lower() for column in columns}
     found = {}
-    for tool, scale in _SCALES.items():
-        num_present = sum(column in present for column in scale.columns)
-        if num_present:
-            found[tool] = num_present == len(scale.columns)
-    # Both write AUs of two digits alike, AU12, and differ in AU01 or AU1.
-    own = {tool: present & (set(_SCALES[tool].columns) - _SHARED_COLUMNS) for tool in ("pyfeat", "fineface")}
+    for tool, pattern in _COLUMN_PATTERNS.items():
+        numbers = {int(match[1]) for match in (re.fullmatch(pattern, column) for column in present) if match}
+        if numbers:
+            found[tool] = numbers >= _PAPERS_NUMBERS
+    # Both write AUs of two digits alike, AU12, and differ in AU01 or AU1; sides are our own.
+    own = {"pyfeat": r"au0\d", "fineface": r"au([1-9]|\d+[lr])"}
+    own = {tool: any(re.fullmatch(pattern, column) for column in present) for tool, pattern in own.items()}
     if not any(own.values()):
-        own["pyfeat"] = present.intersection(_PYFEAT_SIGNS)
+        own["pyfeat"] = bool(present.intersection(_PYFEAT_SIGNS))
         own["fineface"] = not own["pyfeat"]
     for tool, is_own in own.items():
         if not is_own:
             found.pop(tool, None)
     if "aus" in present:
         found["fineface"] = True
-    shapes = {_shape_key(column) for column in present}.intersection(_USED_SHAPES)
-    if shapes:
-        found["arkit"] = len(shapes) == len(_USED_SHAPES)
+    shapes = {_shape_key(column) for column in present}
+    if shapes & (_ALL_SHAPES - {"neutral"}):
+        found["arkit"] = shapes.issuperset(_PAPERS_SHAPES)
     return found
 
 
-def blendshapes_to_aus(blendshapes: Mapping[str, float]) -> np.ndarray:
+def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str] = AU_NAMES) -> np.ndarray:
     """
-    The AUs of ARKit or MediaPipe blendshapes. Eleven AUs have blendshapes of their own: the mean of left and right,
-    times 5. Lips part (AU25) as far as the jaw opens against closed lips, or as a lip is drawn from the other:
-    max(jawOpen · (1 − mouthClose), mouthLowerDown, mouthUpperUp). The factor 5 is a convention and no calibration.
+    The AUs of ARKit or MediaPipe blendshapes. Most AUs have blendshapes of their own, times 5: that of the side, or
+    the mean of both. Lips part (AU25) as far as the jaw opens against closed lips, or as a lip is drawn from the
+    other: max(jawOpen · (1 − mouthClose), mouthLowerDown, mouthUpperUp). The factor 5 is a convention and no
+    calibration. Left and right are the person's own, if the picture that was measured was not mirrored.
 
     Args:
         blendshapes (`Mapping[str, float]`):
             Values in [0, 1] by name, `browDownLeft`, `BrowDownLeft` or `browDown_L`; names that are left out are 0.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The AUs to compute; those without blendshapes are 0.
 
     Returns:
-        `numpy.ndarray` of shape `(12,)`, float32, in [0, 5], in the order of `AU_NAMES`.
+        `numpy.ndarray` of shape `(len(au_names),)`, float32, in [0, 5], in the order of `au_names`.
 
     Raises:
         ValueError: for a name that is none of the 52, or a value that is not in [0, 1].
+
+    Example:
+        >>> blendshapes_to_aus({"eyeBlinkLeft": 1}, ("AU43L", "AU43R")).tolist()
+        [5.0, 0.0]
     """
+    au_columns(au_names)
     values = {_shape_key(name): value for name, value in blendshapes.items()}
-    unknown = [name for name in blendshapes if _shape_key(name) not in _USED_SHAPES + _OTHER_SHAPES]
+    unknown = [name for name in blendshapes if _shape_key(name) not in _ALL_SHAPES]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
-    return _aus_of_shapes({shape: _number(values.get(shape, 0.0), shape, Counter()) for shape in _USED_SHAPES})
+    shapes = _used_shapes(au_names)
+    return _aus_of_shapes({shape: _number(values.get(shape, 0.0), shape, Counter()) for shape in shapes}, au_names)
 
 
 def _find_columns(columns: list[str], wanted: Iterable[str], key: Callable[[str], str] = str.lower) -> list[str]:
@@ -315,41 +378,86 @@ def _find_columns(columns: list[str], wanted: Iterable[str], key: Callable[[str]
 _Reader = Callable[[dict], np.ndarray]
 
 
-def _scale_reader(tool: str) -> Callable[[list[str], Counter], _Reader]:
-    scale = _SCALES[tool]
+@dataclass(frozen=True)
+class _Source:
+    """The columns whose mean is an AU, what turns them into intensities, and how far they may leave [0, `high`]."""
 
-    def prepare(columns: list[str], counts: Counter) -> _Reader:
+    columns: tuple[str, ...]
+    factor: float
+    high: float
+    overshoot: float = 0.0
+    is_presence: bool = False
+
+
+def _sources_of(name: str, scale: _Scale) -> Iterator[_Source]:
+    """Where an AU may stand in a table, the best first."""
+    whole, side = whole_au(name), name[len(whole_au(name)) :].lower()
+    number = int(whole.removeprefix("AU"))
+    numbers = [number, *([_SAME_IN_A_PICTURE[number]] if number in _SAME_IN_A_PICTURE else [])]
+    limits = (scale.factor, MAX_AU / scale.factor, scale.overshoot / scale.factor)
+    for column in map(scale.column.format, numbers):
+        if side and scale.has_sides:
+            yield _Source((column + side,), *limits)
+        yield _Source((column,), *limits)
+        if not side and scale.has_sides:
+            yield _Source((f"{column}l", f"{column}r"), *limits)
+    for number in numbers if scale.presence else ():
+        yield _Source((scale.presence.format(number),), float(GRADES["C"]), 1.0, is_presence=True)
+
+
+def _find_sources(tool: str, columns: Iterable[str], au_names: Sequence[str]) -> list[_Source | None]:
+    columns = set(columns)
+    return [
+        next((source for source in _sources_of(name, _SCALES[tool]) if columns.issuperset(source.columns)), None)
+        for name in au_names
+    ]
+
+
+def _scale_reader(tool: str) -> Callable[[list[str], Counter, tuple[str, ...]], _Reader]:
+    def prepare(columns: list[str], counts: Counter, au_names: tuple[str, ...]) -> _Reader:
         by_key = {column.lower(): column for column in columns}
-        names = [by_key.get(column) for column in scale.columns]
-        _require_any(names, scale.columns, columns)
-        missing = [au for au, name in zip(AU_NAMES, names, strict=True) if name is None]
+        sources = _find_sources(tool, by_key.keys(), au_names)
+        of_columns = {by_key[column]: source for source in sources if source for column in source.columns}
+        if not of_columns:
+            wanted = [next(_sources_of(name, _SCALES[tool])).columns[0] for name in au_names]
+            _require_any([], wanted, columns)
+        # From the values in order of `of_columns` to the AUs: the mean of an AU's columns, 0 without any.
+        weights = np.zeros((len(of_columns), len(au_names)), np.float32)
+        positions = {column: position for position, column in enumerate(of_columns)}
+        for index, source in enumerate(sources):
+            for column in source.columns if source else ():
+                weights[positions[by_key[column]], index] = source.factor / len(source.columns)
+        seen = [name for name, source in zip(au_names, sources, strict=True) if source is None]
+        seen += [(name, "presence") for name, source in zip(au_names, sources, strict=True) if _is_presence(source)]
 
         def read(record: dict) -> np.ndarray:
-            values = [0.0 if name is None else _number(record[name], name, counts) for name in names]
-            _check_gaps(values, names)
-            for name, value in zip(names, values, strict=True):
-                if not math.isnan(value) and not -scale.overshoot <= value * scale.factor <= MAX_AU + scale.overshoot:
-                    raise ValueError(
-                        f"column {name!r} is {value:g}. {tool} measures from 0 to {MAX_AU / scale.factor:g}."
-                    )
-            counts.update(missing)
-            return np.clip(np.float32(values) * np.float32(scale.factor), 0, MAX_AU)
+            values = [_number(record[column], column, counts) for column in of_columns]
+            _check_gaps(values, list(of_columns))
+            for (column, source), value in zip(of_columns.items(), values, strict=True):
+                if not math.isnan(value) and not -source.overshoot <= value <= source.high + source.overshoot:
+                    raise ValueError(f"column {column!r} is {value:g}. {tool} measures from 0 to {source.high:g}.")
+            counts.update(seen)
+            return np.clip(np.float32(values) @ weights, 0, MAX_AU)
 
         return read
 
     return prepare
 
 
-def _fineface_reader(columns: list[str], counts: Counter) -> _Reader:
+def _is_presence(source: _Source | None) -> bool:
+    return source is not None and source.is_presence
+
+
+def _fineface_reader(columns: list[str], counts: Counter, au_names: tuple[str, ...]) -> _Reader:
     by_key = {column.lower(): column for column in columns}
-    if "aus" not in by_key or set(_SCALES["fineface"].columns) <= set(by_key):
-        return _scale_reader("fineface")(columns, counts)
+    if "aus" not in by_key or all(_find_sources("fineface", by_key.keys(), au_names)):
+        return _scale_reader("fineface")(columns, counts, au_names)
 
     def read(record: dict) -> np.ndarray:
         value = record[by_key["aus"]]
         if value is None:
-            return np.full(len(AU_NAMES), np.nan, np.float32)
-        rows = parse_aus(value, by_key["aus"]).numpy()
+            return np.full(len(au_names), np.nan, np.float32)
+        rows = parse_aus(value, by_key["aus"], au_names).numpy()
         if len(rows) != 1 or not ((rows >= 0) & (rows <= MAX_AU)).all():
             raise ValueError(f"column {by_key['aus']!r} is {value!r}, but has to be one expression from 0 to 5.")
         return rows[0]
@@ -357,21 +465,21 @@ def _fineface_reader(columns: list[str], counts: Counter) -> _Reader:
     return read
 
 
-def _arkit_reader(columns: list[str], counts: Counter) -> _Reader:
+def _arkit_reader(columns: list[str], counts: Counter, au_names: tuple[str, ...]) -> _Reader:
     by_key = {_shape_key(column): column for column in columns}
-    names = [by_key.get(shape) for shape in _USED_SHAPES]
-    _require_any(names, _USED_SHAPES, columns)
-    present = {shape for shape, name in zip(_USED_SHAPES, names, strict=True) if name is not None}
-    missing = [au for au, shapes in _SHAPES_OF_AUS.items() if not present.intersection(shapes)]
-    missing += ["AU25"] if not present.intersection((*_LIP_SHAPES, "jawopen")) else []
+    shapes = _used_shapes(au_names)
+    names = [by_key.get(shape) for shape in shapes]
+    _require_any(names, shapes, columns)
+    present = {shape for shape, name in zip(shapes, names, strict=True) if name is not None}
+    missing = [au for au in au_names if not present.intersection(_shapes_of(au))]
 
     def read(record: dict) -> np.ndarray:
         values = [0.0 if name is None else _number(record[name], name, counts) for name in names]
         _check_gaps(values, names)
         if any(map(math.isnan, values)):
-            return np.full(len(AU_NAMES), np.nan, np.float32)
+            return np.full(len(au_names), np.nan, np.float32)
         counts.update(missing)
-        return _aus_of_shapes(dict(zip(_USED_SHAPES, values, strict=True)))
+        return _aus_of_shapes(dict(zip(shapes, values, strict=True)), au_names)
 
     return read
 
@@ -379,9 +487,10 @@ def _arkit_reader(columns: list[str], counts: Counter) -> _Reader:
 _READERS = {tool: _scale_reader(tool) for tool in _SCALES} | {"fineface": _fineface_reader, "arkit": _arkit_reader}
 
 
-def _require_any(names: list[str | None], wanted: tuple[str, ...], columns: list[str]) -> None:
+def _require_any(names: list[str | None], wanted: Sequence[str], columns: list[str]) -> None:
     if not any(name is not None for name in names):
-        raise ValueError(f"There is no column {wanted[0]}, {wanted[1]}, … The columns are {', '.join(columns[:30])}.")
+        examples = f"{', '.join(wanted[:2])}{', …' if len(wanted) > 2 else ''}"
+        raise ValueError(f"There is no column {examples}. The columns are {', '.join(columns[:30])}.")
 
 
 def _split_faces(record: dict) -> Iterator[dict]:
@@ -404,20 +513,25 @@ def _split_faces(record: dict) -> Iterator[dict]:
                 shapes[str(name)] = category.get("score")
         yield others | {"face_id": number} | shapes
     if not faces:
-        yield others | dict.fromkeys(_USED_SHAPES)
+        yield others | dict.fromkeys(_ALL_SHAPES)
 
 
-def _aus_of_shapes(values: dict[str, float]) -> np.ndarray:
+def _aus_of_shapes(values: dict[str, float], au_names: Sequence[str]) -> np.ndarray:
     for shape, value in values.items():
         # Calibrated trackers overshoot a little.
         if not -0.1 <= value <= 1.25:
             raise ValueError(f"the blendshape {shape!r} is {value:g}. Blendshapes go from 0 to 1.")
     values = {shape: min(max(value, 0.0), 1.0) for shape, value in values.items()}
-    aus = {name: sum(values[shape] for shape in shapes) / len(shapes) for name, shapes in _SHAPES_OF_AUS.items()}
-    lower = (values["mouthlowerdownleft"] + values["mouthlowerdownright"]) / 2
-    upper = (values["mouthupperupleft"] + values["mouthupperupright"]) / 2
-    aus["AU25"] = max(values["jawopen"] * (1 - values["mouthclose"]), lower, upper)
-    return np.float32([MAX_AU * aus[name] for name in AU_NAMES])
+
+    def activation(name: str) -> float:
+        shapes = _shapes_of(name)
+        if name == "AU25":
+            lower = (values["mouthlowerdownleft"] + values["mouthlowerdownright"]) / 2
+            upper = (values["mouthupperupleft"] + values["mouthupperupright"]) / 2
+            return max(values["jawopen"] * (1 - values["mouthclose"]), lower, upper)
+        return sum(values[shape] for shape in shapes) / max(len(shapes), 1)
+
+    return np.float32([MAX_AU * activation(name) for name in au_names])
 
 
 def _shape_key(name: str) -> str:

@@ -336,3 +336,63 @@ def test_the_aus_of_two_digits_are_those_of_the_tool_that_the_others_tell():
 def test_the_log_has_what_nobody_else_is_told(tmp_path, caplog):
     list(read_au_table(write_csv(tmp_path / "t.csv", [{"AU6": 1, "AU12": 2}])))
     assert "there is no column for AU1" in caplog.text
+
+
+# Other AUs than the twelve, and sides
+
+
+SIDED_AUS = ("AU4", "AU7", "AU12L", "AU12R", "AU25", "AU28", "AU43L", "AU43R")
+
+
+def read_one(tmp_path, row, au_names=SIDED_AUS, **options):
+    """The AUs of the only row, by name, and what was said."""
+    ((read_row,), said) = read(write_csv(tmp_path / "t.csv", [row]), au_names=au_names, **options)
+    return dict(zip(au_names, read_row.aus.tolist(), strict=True)), said
+
+
+def test_openface_sets_both_sides_and_brings_its_other_aus(tmp_path):
+    row = openface_row() | {"AU07_r": 2, "AU45_r": 3.5, "AU28_c": 1}
+    aus, said = read_one(tmp_path, row)
+    expected = {"AU4": 1, "AU7": 2, "AU12L": 3, "AU12R": 3, "AU25": 4.8, "AU28": 3, "AU43L": 3.5, "AU43R": 3.5}
+    assert aus == pytest.approx(expected)
+    assert len(said) == 1 and "openface says of AU28 only whether they are there: present is taken as 3" in said[0]
+
+
+def test_libreface_and_pyfeat_bring_what_they_measure(tmp_path):
+    aus, said = read_one(tmp_path, libreface_row() | {"au_7": 1, "au_24": 0}, ("AU7", "AU12", "AU24", "AU43"))
+    assert aus == pytest.approx({"AU7": 3, "AU12": 3, "AU24": 0, "AU43": 0})
+    assert "no column for AU43" in said[0] and "AU7, AU24 only whether" in said[1]
+    aus, said = read_one(tmp_path, pyfeat_row() | {"AU07": 0.3, "AU43": 1.0, "AU28": 0.1})
+    assert aus["AU7"] == pytest.approx(1.5) and aus["AU43L"] == aus["AU43R"] == 5 and not said
+    assert aus["AU28"] == pytest.approx(0.5)
+
+
+def test_own_columns_have_sides(tmp_path):
+    row = {"file_name": "a.png", "AU4": 1, "AU12L": 2, "AU12R": 4, "AU25": 0, "AU43": 3}
+    assert detect_tool(row) == "fineface"
+    aus, said = read_one(tmp_path, row)
+    assert (aus["AU12L"], aus["AU12R"], aus["AU43L"], aus["AU43R"]) == (2, 4, 3, 3)
+    assert "no column for AU7, AU28" in said[0]
+    assert read_one(tmp_path, row, ("AU12", "AU45"))[0] == {"AU12": 3, "AU45": 3}  # the mean; closed is closed
+    aus, _ = read_one(tmp_path, {"image": "a.png", "aus": "L12C+43E"})
+    assert (aus["AU12L"], aus["AU12R"], aus["AU43L"], aus["AU43R"]) == (3, 0, 5, 5)
+    assert detect_tool(["AU12L", "AU12R"]) == "fineface"
+
+
+def test_blendshapes_keep_their_sides(tmp_path):
+    shapes = {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.2, "eyeBlinkRight": 1.0, "eyeSquintLeft": 0.4}
+    shapes |= {"mouthRollLower": 0.6, "mouthRollUpper": 0.2, "jawOpen": 0.5}
+    expected = {"AU4": 0, "AU7": 1, "AU12L": 4, "AU12R": 1, "AU25": 2.5, "AU28": 2, "AU43L": 0, "AU43R": 5}
+    assert dict(zip(SIDED_AUS, blendshapes_to_aus(shapes, SIDED_AUS).tolist(), strict=True)) == pytest.approx(expected)
+    row = arkit_row() | dict.fromkeys(("eyeBlinkLeft", "eyeSquintRight"), 0.0) | shapes
+    assert read_one(tmp_path, row)[0] == pytest.approx(expected)
+    assert read_one(tmp_path, row, ("AU12", "AU23"))[0] == pytest.approx({"AU12": 2.5, "AU23": 0})
+    gaze = blendshapes_to_aus({"eyeLookOutLeft": 1, "eyeLookInRight": 1}, ("AU61", "AU62"))
+    assert gaze.tolist() == [5, 0]
+
+
+def test_a_list_of_aus_that_does_not_exist_is_an_error_before_the_file_is_read(tmp_path):
+    with pytest.raises(ValueError, match="no AU of FACS"):
+        list(read_au_table(tmp_path / "nowhere.csv", au_names=("AU3",)))
+    with pytest.raises(ValueError, match="There is no column au43_r. The columns are"):
+        list(read_au_table(write_csv(tmp_path / "t.csv", [{"AU12_r": 1}]), au_names=("AU43",)))
