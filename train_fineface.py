@@ -22,56 +22,47 @@ processes nor that of accumulated batches nor caching changes it.
 """
 
 import functools
-import gc
 import json
 import math
-import os
-import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, is_tensorboard_available, set_seed
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
 from peft import LoraConfig
-from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
 from au_attention_processor import attach_au_processors, au_cross_attention_kwargs
-from au_encoder import AUAdapter, check_tensors, read_tensors, write_au_adapter
-from drawing.contact_sheet import Table, draw_sheet
-from pipeline_fineface import LORA_NAME, FineFacePipeline
-from training.config import RESUME_WITH_OTHER, TrainConfig, default_settings, parse_args
-from training.data import (
-    BaseEncoders,
-    TrainingSamples,
-    cache_inputs,
+from au_encoder import AUAdapter
+from pipeline_fineface import LORA_NAME
+from program import run_program
+from training.checkpoints import (
+    TrainingState,
+    check_samples_per_step,
     disk_errors_explained,
-    load_training_data,
-    make_dataloader,
-    make_inputs,
+    find_checkpoint,
+    load_checkpoint,
+    register_state,
+    save_checkpoint,
+    write_config,
 )
+from training.config import TrainConfig, parse_args
+from training.data import PixelInputs, TrainingSamples, cache_inputs, load_training_data, make_dataloader
+from training.encoders import StableDiffusionEncoders, load_encoders
+from training.validation import validate
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-
-CONFIG_NAME = "train_config.json"
-STATE_NAME = "training_state.json"
-PARAMETERS_NAME = "trained_parameters.safetensors"
-EMA_PARAMETERS_NAME = "ema_parameters.safetensors"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -80,7 +71,7 @@ EMA_PARAMETERS_NAME = "ema_parameters.safetensors"
 
 
 class FineFaceModel(nn.Module):
-    """The UNet and the AU adapter as one module, because all that is trained has to be used inside one `forward`."""
+    """The UNet and the AU adapter as one module: several processes need all that is trained in one `forward`."""
 
     def __init__(self, unet: UNet2DConditionModel, au_adapter: AUAdapter):
         super().__init__()
@@ -91,14 +82,17 @@ class FineFaceModel(nn.Module):
         self,
         noisy_latents: torch.Tensor,
         timesteps: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        prompt_embeds: torch.Tensor,
         au_intensities: torch.Tensor,
+        added_cond_kwargs: dict | None = None,
     ) -> torch.Tensor:
+        """What the base predicts, of the shape of `noisy_latents`, `(batch, channels, height, width)`."""
         au_keys, au_values = self.au_adapter(au_intensities)
         return self.unet(
             noisy_latents.to(self.unet.dtype),
             timesteps,
-            encoder_hidden_states.to(self.unet.dtype),
+            prompt_embeds.to(self.unet.dtype),
+            added_cond_kwargs=added_cond_kwargs,
             # λ_AU is 1 in training (supplement, "Experimental Settings").
             cross_attention_kwargs=au_cross_attention_kwargs(self.unet, au_keys, au_values),
         ).sample
@@ -119,7 +113,7 @@ def make_model(unet: UNet2DConditionModel, config: TrainConfig, dtype: torch.dty
     lora = LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
     unet.add_adapter(lora, LORA_NAME)
     attach_au_processors(unet)
-    # Not `ModelMixin.to`, which warns of casts.
+    # `ModelMixin.to` logs a warning on casts.
     nn.Module.to(unet, dtype)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
@@ -136,25 +130,21 @@ def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, snr
 
 
 def diffusion_loss(
-    model: nn.Module,
+    prediction: torch.Tensor,
     noise_scheduler: DDPMScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    au_intensities: torch.Tensor,
     loss_weights: torch.Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
     """
-    Mean squared error of what the base predicts, noise or velocity. `latents` are scaled already, and `loss_weights`
-    of shape `(batch, height, width)` have the mean 1.
+    Mean squared error of `prediction` against what the base predicts, noise or velocity. `loss_weights` have the shape
+    `(batch, height, width)`.
     """
-    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
-    prediction = model(noisy_latents, timesteps, encoder_hidden_states, au_intensities)
     errors = F.mse_loss(prediction.float(), target, reduction="none")
     if loss_weights is not None:
         errors = errors * loss_weights[:, None]
@@ -162,268 +152,6 @@ def diffusion_loss(
     if snr_gamma is not None:
         losses = losses * min_snr_weights(noise_scheduler, timesteps, snr_gamma)
     return losses.mean()
-
-
-def batch_loss(
-    model: nn.Module,
-    noise_scheduler: DDPMScheduler,
-    batch: dict[str, torch.Tensor],
-    scaling_factor: float,
-    encoders: BaseEncoders | None,
-    snr_gamma: float | None = None,
-) -> torch.Tensor:
-    """The loss of a batch of `TrainingSamples`. Without `encoders`, it holds latents and embeddings already."""
-    moments, encoder_hidden_states = batch["picture"], batch["caption"]
-    if encoders is not None:
-        moments = encoders.encode_pictures(moments)
-        encoder_hidden_states = encoders.encode_captions(encoder_hidden_states)
-    mean, std = moments.float().unbind(1)
-    return diffusion_loss(
-        model,
-        noise_scheduler,
-        (mean + std * batch["latent_noise"]) * scaling_factor,
-        batch["noise"],
-        batch["timesteps"],
-        encoder_hidden_states,
-        batch["au_intensities"],
-        batch.get("loss_weights"),
-        snr_gamma,
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class TrainingState:
-    """
-    What changes during training, and what a checkpoint holds. `model` is without wrappers, and `samples_per_step` is
-    the number over all processes.
-    """
-
-    model: FineFaceModel
-    ema: EMAModel | None
-    samples_per_step: int = 1
-    step: int = 0
-
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """The model has the averaged weights inside, if there are any."""
-        parameters = list(self.model.trained_parameters().values())
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            if self.ema is not None:
-                self.ema.restore(parameters)
-
-    def save_adapter(self, folder: Path) -> None:
-        with self.ema_weights():
-            write_au_adapter(folder, self.model.au_adapter, self.model.unet, LORA_NAME)
-
-    def save(self, folder: Path) -> None:
-        parameters = self.model.trained_parameters()
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / PARAMETERS_NAME)
-        if self.ema is not None:
-            averages = {n: p.cpu() for n, p in zip(parameters, self.ema.shadow_params, strict=True)}
-            save_file(averages, folder / EMA_PARAMETERS_NAME)
-        progress = {"step": self.step, "samples_per_step": self.samples_per_step}
-        (folder / STATE_NAME).write_text(json.dumps(progress))
-        self.save_adapter(folder)
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        parameters = self.model.trained_parameters()
-        files = {PARAMETERS_NAME: list(parameters.values())}
-        if self.ema is not None:
-            files[EMA_PARAMETERS_NAME] = self.ema.shadow_params
-        for name, targets in files.items():
-            saved = read_tensors(folder / name)
-            check_tensors(saved, {key: tuple(p.shape) for key, p in parameters.items()}, folder / name)
-            for key, target in zip(parameters, targets, strict=True):
-                target.copy_(saved[key])
-        self.step = json.loads((folder / STATE_NAME).read_text())["step"]
-        if self.ema is not None:
-            self.ema.optimization_step = self.step
-
-
-def register_state(accelerator: Accelerator, state: TrainingState) -> None:
-    """Make `accelerator.save_state` write what is trained instead of the whole frozen base, and read it back."""
-
-    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            state.save(Path(folder))
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        models.clear()
-        state.load(Path(folder))
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def if_deepspeed(accelerator: Accelerator, **options) -> dict:
-    """`options` that only DeepSpeed knows, or none."""
-    return options if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in `output_dir`, the oldest first."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: TrainConfig) -> None:
-    """Write `checkpoint-<step>` under another name and rename it, and only then remove old ones."""
-    folder = config.output_dir / f"checkpoint-{state.step}"
-    unfinished = config.output_dir / f".{folder.name}.part"
-    if accelerator.is_main_process:
-        # Also those of a process that was killed.
-        for path in config.output_dir.glob(".checkpoint-*.part"):
-            shutil.rmtree(path)
-        unfinished.mkdir()
-    accelerator.wait_for_everyone()
-    with disk_errors_explained(folder.name, unfinished):
-        try:
-            if accelerator.is_main_process:
-                (unfinished / CONFIG_NAME).write_text(config.to_json())
-            # DeepSpeed would write the base too.
-            accelerator.save_state(unfinished, **if_deepspeed(accelerator, exclude_frozen_parameters=True))
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        os.replace(unfinished, folder)
-        limit = config.checkpoints_total_limit
-        for old in list_checkpoints(config.output_dir)[:-limit] if limit else []:
-            shutil.rmtree(old)
-
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any."""
-    present = list_checkpoints(config.output_dir)
-    if config.resume_from_checkpoint is None:
-        if present:
-            raise ValueError(
-                f"{str(config.output_dir)!r} holds {present[-1].name} of an earlier run. Continue it with"
-                " `--resume_from_checkpoint latest`, or set another `--output_dir`."
-            )
-        return None
-    if config.resume_from_checkpoint == "latest":
-        checkpoint = present[-1] if present else None
-    else:
-        checkpoint = Path(config.resume_from_checkpoint)
-        if not (checkpoint / STATE_NAME).is_file():
-            raise FileNotFoundError(f"`--resume_from_checkpoint`: {str(checkpoint)!r} is no checkpoint.")
-        if present and checkpoint.resolve() != present[-1].resolve():
-            raise ValueError(
-                f"{str(config.output_dir)!r} holds {present[-1].name}, which is not {str(checkpoint)!r}. Delete later"
-                " checkpoints to go on from an earlier one, or set another `--output_dir`."
-            )
-    if checkpoint is not None:
-        _check_same_run(json.loads((checkpoint / CONFIG_NAME).read_text()), config, checkpoint)
-    return checkpoint
-
-
-def _check_same_run(saved: dict, config: TrainConfig, checkpoint: Path) -> None:
-    saved = default_settings() | saved
-    for name, value in json.loads(config.to_json()).items():
-        if name not in RESUME_WITH_OTHER and saved[name] != value:
-            raise ValueError(
-                f"`--{name}` is {value!r}, but {str(checkpoint)!r} was trained with {saved[name]!r}. A run continues"
-                " with the settings it began with."
-            )
-
-
-def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
-    """Samples are counted through, so a step has to have as many of them as before, on however many processes."""
-    saved = json.loads((checkpoint / STATE_NAME).read_text()).get("samples_per_step", samples_per_step)
-    if saved != samples_per_step:
-        raise ValueError(
-            f"A step has {samples_per_step} samples, but had {saved} in {str(checkpoint)!r}. They are the product of"
-            " `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes: keep it."
-        )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Validation
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def draw_validation(state: TrainingState, config: TrainConfig, encoders: BaseEncoders, device: torch.device):
-    """A sheet: a row for each prompt and seed, a column for each expression. Its noise is the same every time."""
-    base, model = config.pretrained_model_name_or_path, state.model
-    scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler", revision=config.revision)
-    pipeline = FineFacePipeline(
-        vae=encoders.vae,
-        text_encoder=encoders.text_encoder,
-        tokenizer=encoders.tokenizer,
-        unet=model.unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-        au_adapter=model.au_adapter,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    seeds = [config.seed + number for number in range(config.num_validation_images)]
-    rows = [(prompt, seed) for prompt in config.validation_prompt for seed in seeds]
-    jobs = [(prompt, aus, seed) for prompt, seed in rows for aus in config.validation_aus]
-    pictures: list[Image.Image] = []
-    model.eval()
-    # Of other sizes than those of training, the UNet would be compiled again.
-    with state.ema_weights(), torch.compiler.set_stance("force_eager"):
-        for start in tqdm(range(0, len(jobs), config.train_batch_size), "validation", leave=False):
-            prompts, aus, seeds = zip(*jobs[start : start + config.train_batch_size], strict=True)
-            pictures += pipeline(
-                list(prompts),
-                aus=list(aus),
-                generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
-                num_inference_steps=config.validation_inference_steps,
-                guidance_scale=config.validation_guidance_scale,
-            ).images
-    model.train()
-    columns = len(config.validation_aus)
-    table = Table(
-        [pictures[start : start + columns] for start in range(0, len(pictures), columns)],
-        [f"seed {seed}\n{prompt}" for prompt, seed in rows],
-        list(config.validation_aus),
-    )
-    return draw_sheet([[table]], f"step {state.step}")
-
-
-def validate(
-    accelerator: Accelerator, state: TrainingState, config: TrainConfig, encoders: BaseEncoders | None
-) -> None:
-    """Draw the sheet, keep it in the folder `validation`, and show it in TensorBoard or W&B."""
-    own_encoders = encoders is None
-    if own_encoders:
-        encoders = BaseEncoders(config, accelerator.device, state.model.unet.dtype)
-    with accelerator.autocast():
-        sheet = draw_validation(state, config, encoders, accelerator.device)
-    path = config.output_dir / "validation" / f"step-{state.step:06}.png"
-    unfinished = path.with_suffix(".part")
-    path.parent.mkdir(exist_ok=True)
-    with disk_errors_explained(path.name, unfinished):
-        sheet.save(unfinished, "PNG")
-    os.replace(unfinished, path)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=state.step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": [sheet]}, step=state.step)
-    if own_encoders:
-        del encoders
-        gc.collect()
-        if accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -468,12 +196,9 @@ def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
     accelerator.init_trackers("fineface", {name: value for name, value in flat.items() if value is not None})
 
 
-def write_config(config: TrainConfig) -> None:
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = config.output_dir / f".{CONFIG_NAME}.part"
-    with disk_errors_explained(CONFIG_NAME, unfinished):
-        unfinished.write_text(config.to_json())
-    os.replace(unfinished, config.output_dir / CONFIG_NAME)
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The precision of what is not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def load_noise_scheduler(config: TrainConfig) -> DDPMScheduler:
@@ -528,13 +253,14 @@ def train(
     accelerator: Accelerator,
     state: TrainingState,
     samples: TrainingSamples,
-    compute_loss: Callable[..., torch.Tensor],
-    checkpoint: Path | None,
-    show: Callable[[], None] = lambda: None,
+    noise_scheduler: DDPMScheduler,
+    encoders: StableDiffusionEncoders,
+    checkpoint: Path | None = None,
+    show: Callable[[], None] | None = None,
 ) -> None:
     """
-    Train from `checkpoint`, or from the start, to the last step. `compute_loss(model, batch=batch)` is a scalar, and
-    `show` is called in the main process at every `--validation_steps` and at the end.
+    Train from `checkpoint`, or from the start, to the last step. `show` is called in the main process at every
+    `--validation_steps` and at the end.
     """
     optimizer = make_optimizer(state.model, config)
     lr_scheduler = get_scheduler(
@@ -550,10 +276,11 @@ def train(
     model, optimizer, lr_scheduler = accelerator.prepare(state.model, optimizer, lr_scheduler)
     register_state(accelerator, state)
     if checkpoint is not None:
-        # The base is not in what DeepSpeed has written.
-        accelerator.load_state(checkpoint, **if_deepspeed(accelerator, load_module_strict=False))
+        load_checkpoint(accelerator, checkpoint)
     parameters = list(state.model.trained_parameters().values())
     dataloader = make_dataloader(samples, state.step, config, accelerator)
+    announce(accelerator, config, state, samples)
+
     step_loss, rows = torch.zeros((), device=accelerator.device), []
     bar = {"total": config.max_train_steps, "initial": state.step, "disable": not accelerator.is_main_process}
     with tqdm(**bar) as progress:
@@ -561,12 +288,35 @@ def train(
             rows += batch["row"].tolist()
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
-                loss = compute_loss(model, batch=batch)
+                if "pixel_values" in batch:
+                    # With `--cache_latents`, batches hold this already.
+                    batch |= encoders.encode_pictures(batch["pixel_values"])
+                    batch |= encoders.encode_captions(batch["input_ids"])
+                latents = batch["latents_mean"].float() + batch["latents_std"].float() * batch["latent_noise"]
+                latents = latents * encoders.scaling_factor
+
+                # Drawn by `TrainingSamples`, as functions of the seed and the number of the sample.
+                noise, timesteps = batch["noise"], batch["timesteps"]
+                noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+                prediction = model(
+                    noisy_latents,
+                    timesteps,
+                    batch["prompt_embeds"],
+                    batch["au_intensities"],
+                    encoders.added_cond_kwargs(batch),
+                )
+                loss_weights = batch.get("loss_weights")
+                loss = diffusion_loss(
+                    prediction, noise_scheduler, latents, noise, timesteps, loss_weights, config.snr_gamma
+                )
+
                 accelerator.backward(loss)
                 step_loss += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     mean_loss = accelerator.reduce(step_loss, "mean").item()
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    # DeepSpeed may not tell it.
+                    gradient_norm = None if gradient_norm is None else float(gradient_norm)
                     # A scaler leaves out steps whose gradients overflow, and goes on with a smaller scale.
                     overflows = accelerator.scaler is None and not math.isfinite(gradient_norm or 0)
                     if overflows or not math.isfinite(mean_loss):
@@ -575,6 +325,7 @@ def train(
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
+
             step_loss.zero_()
             rows.clear()
             lr_scheduler.step()
@@ -583,13 +334,36 @@ def train(
             state.step += 1
             progress.update()
             progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
-            accelerator.log({"train_loss": mean_loss, "lr": lr_scheduler.get_last_lr()[0]}, step=state.step)
+            lora_lr, au_lr = lr_scheduler.get_last_lr()
+            values = {"train_loss": mean_loss, "lr": lora_lr, "au_lr": au_lr, "grad_norm": gradient_norm}
+            accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
             if state.step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, state, config)
             if state.step % config.validation_steps == 0 or state.step == config.max_train_steps:
-                if accelerator.is_main_process:
+                if accelerator.is_main_process and show is not None:
                     show()
                 accelerator.wait_for_everyone()
+
+
+def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState, samples: TrainingSamples) -> None:
+    """Print what is about to be trained, on what, and for how long."""
+    counts = {"unet": 0, "au_adapter": 0}
+    for name, parameter in state.model.trained_parameters().items():
+        counts[name.partition(".")[0]] += parameter.numel()
+    num_samples = len(samples.inputs.data)
+    epochs = config.max_train_steps * state.samples_per_step / num_samples
+    accelerator.print(
+        "***** Training *****",
+        f"samples                   {num_samples:,}",
+        f"epochs                    {epochs:,.1f}",
+        f"batch size of a process   {config.train_batch_size:,}",
+        f"samples of a step         {state.samples_per_step:,}"
+        f" ({accelerator.num_processes} processes, {config.gradient_accumulation_steps} accumulated batches)",
+        f"optimizer steps           {config.max_train_steps:,}, from step {state.step:,} on",
+        f"trained parameters        {sum(counts.values()):,}"
+        f" (LoRA {counts['unet']:,}, AU encoder with keys and values {counts['au_adapter']:,})",
+        sep="\n  ",
+    )
 
 
 def stop_before_step(
@@ -638,8 +412,16 @@ def push_to_hub(config: TrainConfig, repo_id: str) -> None:
     print(export.run(export.parse_args(arguments)))
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse_args(argv)
+def run(config: TrainConfig) -> None:
+    """
+    Train an adapter into `config.output_dir`.
+
+    Raises:
+        ValueError: if something is wrong with the settings, the data, or the base.
+        OSError: if something cannot be read or written.
+        FloatingPointError: if the loss or the gradient is no longer finite.
+    """
+    config.check_machine()
     if config.dry_run:
         print(config.to_json(), end="")
         return
@@ -654,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     with accelerator.main_process_first():
         data = load_training_data(config)
     init_trackers(accelerator, config)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    dtype = frozen_dtype(accelerator)
 
     noise_scheduler = load_noise_scheduler(config)
     unet = UNet2DConditionModel.from_pretrained(
@@ -662,33 +444,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     set_seed(config.seed)
     model = make_model(unet, config, dtype).to(accelerator.device)
-    encoders = BaseEncoders(config, accelerator.device, dtype)
-    scaling_factor = encoders.vae.config.scaling_factor
-    inputs = make_inputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
+    encoders = load_encoders(config, accelerator.device, dtype)
+    inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     if accelerator.is_main_process:
         write_config(config)
     if config.cache_latents:
         inputs = cache_inputs(inputs, config, accelerator)
-        # The VAE and the text encoder leave the memory.
-        encoders = None
+        encoders.unload()
 
     ema = EMAModel(model.trained_parameters().values(), config.ema_decay) if config.use_ema else None
     state = TrainingState(model, ema, samples_per_step)
     samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
-    compute_loss = functools.partial(
-        batch_loss,
-        noise_scheduler=noise_scheduler,
-        scaling_factor=scaling_factor,
-        encoders=encoders,
-        snr_gamma=config.snr_gamma,
-    )
-
-    def show() -> None:
-        if config.validation_prompt:
-            validate(accelerator, state, config, encoders)
-
+    show = functools.partial(validate, accelerator, state, config, encoders) if config.validation_prompt else None
     with attention_for_training(accelerator.device, dtype):
-        train(config, accelerator, state, samples, compute_loss, checkpoint, show)
+        train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint, show)
+
     if accelerator.is_main_process:
         with disk_errors_explained("The adapter", config.output_dir / ".adapter"):
             state.save_adapter(config.output_dir)
@@ -697,18 +467,19 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def run_program(program: Callable[[], None] = main) -> int:
-    """The exit status of `program`: 0, 2 for anything wrong with what was asked or with a disk, 130 after Ctrl-C."""
-    try:
-        program()
-    except KeyboardInterrupt:
-        print("interrupted: continue with `--resume_from_checkpoint latest`", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    run(parse_args(argv))
+
+
+def start() -> int:
+    """Returns the exit status: 0, 2 for anything wrong with what was asked or with a disk, 130 after Ctrl-C."""
+    return run_program(
+        main,
+        interrupted="continue with `--resume_from_checkpoint latest`",
+        out_of_memory="Take a smaller `--train_batch_size`, or `--gradient_checkpointing`.",
+        refusals=(ValueError, OSError, FloatingPointError),
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(run_program())
+    sys.exit(start())

@@ -31,17 +31,11 @@ from au_attention_processor import au_layers
 from benchmarks.bench_inference import ARCHITECTURES, DTYPES, TextbookAUAttnProcessor
 from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
-from train_fineface import (
-    FineFaceModel,
-    TrainingState,
-    attention_for_training,
-    batch_loss,
-    make_accelerator,
-    make_model,
-    train,
-)
-from training.config import parse_args as parse_training_args
-from training.data import BaseEncoders, TrainingSamples, cache_inputs, load_training_data, make_inputs
+from train_fineface import FineFaceModel, attention_for_training, make_accelerator, make_model, train
+from training.checkpoints import TrainingState
+from training.config import TrainConfig
+from training.data import PixelInputs, TrainingSamples, cache_inputs, load_training_data
+from training.encoders import StableDiffusionEncoders
 
 
 MIXED_PRECISION = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
@@ -51,16 +45,16 @@ PICTURES = 64
 @dataclass(frozen=True)
 class Row:
     label: str
-    flags: tuple[str, ...] = ()
+    settings: dict
     textbook: bool = False
 
 
 ROWS = {
-    "textbook": Row("textbook", ("--gradient_checkpointing",), textbook=True),
-    "one-token": Row("one token added, fused attention", ("--gradient_checkpointing",)),
-    "no-checkpointing": Row("… without gradient checkpointing"),
-    "cached": Row("… latents and captions from the cache", ("--cache_latents",)),
-    "compiled": Row("… and `torch.compile`", ("--cache_latents", "--torch_compile")),
+    "textbook": Row("textbook", {"gradient_checkpointing": True}, textbook=True),
+    "one-token": Row("one token added, fused attention", {"gradient_checkpointing": True}),
+    "no-checkpointing": Row("… without gradient checkpointing", {}),
+    "cached": Row("… latents and captions from the cache", {"cache_latents": True}),
+    "compiled": Row("… and `torch.compile`", {"cache_latents": True, "torch_compile": True}),
 }
 """Each row by its name on the command line."""
 
@@ -83,9 +77,9 @@ class TextbookModel(FineFaceModel):
         au_adapter.to_k_au.requires_grad_(False)
         au_adapter.to_v_au.requires_grad_(False)
 
-    def forward(self, noisy_latents, timesteps, encoder_hidden_states, au_intensities):
+    def forward(self, noisy_latents, timesteps, prompt_embeds, au_intensities, added_cond_kwargs=None):
         au_tokens = self.au_adapter.encoder(au_intensities).to(self.unet.dtype)
-        tokens = torch.cat([encoder_hidden_states.to(self.unet.dtype), au_tokens], dim=1)
+        tokens = torch.cat([prompt_embeds.to(self.unet.dtype), au_tokens], dim=1)
         return self.unet(noisy_latents.to(self.unet.dtype), timesteps, tokens).sample
 
 
@@ -115,23 +109,26 @@ def measure(row: Row, folder: Path, args: argparse.Namespace, clock: Callable[[]
     pictures = folder / f"pictures-{resolution}"
     if not pictures.exists():
         write_pictures(pictures, resolution)
-    config = parse_training_args(
-        [
-            *("--pretrained_model_name_or_path", "random"),
-            *("--train_data_dir", str(pictures), "--output_dir", str(folder / "run")),
-            *("--train_batch_size", str(args.batch_size), "--rank", str(architecture.lora_rank())),
-            *("--max_train_steps", str(args.warm_up + args.steps + 1), "--checkpointing_steps", "1000000"),
-            *("--mixed_precision", MIXED_PRECISION[args.dtype], "--dataloader_num_workers", str(args.workers)),
-            *("--resolution", str(resolution), "--report_to", "none"),
-            *row.flags,
-        ]
+    config = TrainConfig(
+        pretrained_model_name_or_path="random",
+        train_data_dir=pictures,
+        output_dir=folder / "run",
+        train_batch_size=args.batch_size,
+        rank=architecture.lora_rank(),
+        max_train_steps=args.warm_up + args.steps + 1,
+        checkpointing_steps=1_000_000,
+        mixed_precision=MIXED_PRECISION[args.dtype],
+        dataloader_num_workers=args.workers,
+        resolution=resolution,
+        report_to="none",
+        **row.settings,
     )
     accelerator = make_accelerator(config)
-    encoders = BaseEncoders.from_components(*(components.pop(name) for name in ("tokenizer", "text_encoder", "vae")))
-    scaling_factor = encoders.vae.config.scaling_factor
-    inputs = make_inputs(load_training_data(config), encoders, resolution)
+    encoders = StableDiffusionEncoders(*(components.pop(name) for name in ("tokenizer", "text_encoder", "vae")))
+    inputs = PixelInputs(load_training_data(config), encoders, resolution)
     if config.cache_latents:
-        inputs, encoders = cache_inputs(inputs, config, accelerator), None
+        inputs = cache_inputs(inputs, config, accelerator)
+        encoders.unload()
     gc.collect()
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -145,13 +142,10 @@ def measure(row: Row, folder: Path, args: argparse.Namespace, clock: Callable[[]
     samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config)
     marks = []
 
-    def timed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        # A step ends with its loss on the CPU, so nothing is under way now.
-        marks.append(clock())
-        return batch_loss(model, noise_scheduler, batch, scaling_factor, encoders)
-
+    # A step ends with its loss on the CPU, so nothing is under way when the next forward pass begins.
+    model.register_forward_pre_hook(lambda *_: marks.append(clock()))
     with attention_for_training(args.device, DTYPES[args.dtype]):
-        train(config, accelerator, TrainingState(model, None), samples, timed_loss, None)
+        train(config, accelerator, TrainingState(model, None), samples, noise_scheduler, encoders)
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][args.warm_up :]
     peak = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None
     return Measured(row.label, statistics.median(seconds), peak)

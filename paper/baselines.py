@@ -16,10 +16,10 @@ The output folder is what `python -m evaluation.run --system … --adapter OUT` 
 stopped, when the same command runs again.
 """
 
-import functools
 import io
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -50,28 +50,19 @@ from pipeline_fineface import LORA_NAME
 from program import Parser, run_program, write_atomically
 from train_fineface import (
     LORA_TARGETS,
-    TrainingState,
     attention_for_training,
-    batch_loss,
-    check_samples_per_step,
     choose_resolution,
-    find_checkpoint,
+    frozen_dtype,
     init_trackers,
     load_noise_scheduler,
     make_accelerator,
     train,
 )
-from training.config import RESUME_WITH_OTHER, TrainConfig, default_settings
+from training.checkpoints import TrainingState, check_samples_per_step, find_checkpoint
+from training.config import TrainConfig, default_settings
 from training.config import parse_args as parse_training_args
-from training.data import (
-    BaseEncoders,
-    SampleInputs,
-    TrainingData,
-    TrainingSamples,
-    cache_inputs,
-    load_training_data,
-    make_inputs,
-)
+from training.data import LatentInputs, PixelInputs, TrainingData, TrainingSamples, cache_inputs, load_training_data
+from training.encoders import StableDiffusionEncoders, load_encoders
 
 
 BASELINES = ("dreambooth", "lora_t", "lora_au", "ip_adapter")
@@ -101,15 +92,15 @@ class BaselineModel(nn.Module):
         self.unet = unet
         self.au_adapter = au_adapter
 
-    def forward(self, noisy_latents, timesteps, encoder_hidden_states, au_intensities, image_embeds=None):
-        """`au_intensities`, `(batch, 12)`, are for LoRA-AU; `image_embeds`, `(batch, width)`, for an IP-Adapter."""
+    def forward(self, noisy_latents, timesteps, prompt_embeds, au_intensities, added_cond_kwargs=None):
+        """`au_intensities`, `(batch, 12)`, are for LoRA-AU; an IP-Adapter finds its own in `added_cond_kwargs`."""
         dtype = self.unet.dtype
-        # From a cache it comes in float16, which autocast on a CPU cannot put beside the tokens' bfloat16.
-        encoder_hidden_states = encoder_hidden_states.to(dtype)
+        # From a cache they come in float16, which autocast on a CPU cannot put beside the tokens' bfloat16.
+        prompt_embeds = prompt_embeds.to(dtype)
         if self.au_adapter is not None:
-            encoder_hidden_states = append_tokens(encoder_hidden_states, self.au_adapter(au_intensities))
-        added = {} if image_embeds is None else {"added_cond_kwargs": {"image_embeds": [image_embeds[:, None]]}}
-        return self.unet(noisy_latents.to(dtype), timesteps, encoder_hidden_states, **added).sample
+            prompt_embeds = append_tokens(prompt_embeds, self.au_adapter(au_intensities))
+        noisy_latents = noisy_latents.to(dtype)
+        return self.unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=added_cond_kwargs).sample
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -230,14 +221,21 @@ def word_captions(data, words: tuple[str, ...]) -> None:
 
 
 class WithPrior(torch.utils.data.Dataset):
-    """Each training sample, and beside it one of the prior, under the same names with `prior_` before them."""
+    """Batches of which the first half are training samples, and the second half samples of the prior."""
 
     def __init__(self, samples: TrainingSamples, prior: TrainingSamples):
         self.samples, self.prior, self.inputs = samples, prior, samples.inputs
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        prior = {f"prior_{name}": tensor for name, tensor in self.prior[number].items()}
-        return self.samples[number] | prior
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        samples, priors = [self.samples[number] for number in numbers], [self.prior[number] for number in numbers]
+        side = self.inputs.latents_shape[-1]
+        for sample, prior in zip(samples, priors, strict=True):
+            # Messages name the training sample of a pair.
+            prior["row"] = sample["row"]
+            # The loss is a mean over both halves, but has to be the sum of their means.
+            sample["loss_weights"] = 2 * sample.get("loss_weights", torch.ones(side, side))
+            prior["loss_weights"] = 2 * PRIOR_WEIGHT * torch.ones(side, side)
+        return samples + priors
 
 
 class WithPictures(torch.utils.data.Dataset):
@@ -251,6 +249,13 @@ class WithPictures(torch.utils.data.Dataset):
         # Dropped as often as captions, and apart from them, so that guidance can do without either.
         keep = np.random.default_rng((config.seed, 2, number)).random() >= config.caption_drop_prob
         return sample | {"image_embeds": self.image_embeds[sample["row"]] * keep}
+
+
+class EncodersWithPictures(StableDiffusionEncoders):
+    """Those of Stable Diffusion, for a UNet that has an IP-Adapter as well."""
+
+    def added_cond_kwargs(self, batch: dict[str, torch.Tensor]) -> dict:
+        return {"image_embeds": [batch["image_embeds"][:, None]]}
 
 
 @torch.no_grad()
@@ -331,23 +336,23 @@ def steps_trained(folder: Path) -> int:
     return json.loads(done.read_text(encoding="utf-8"))["steps"] if done.exists() else 0
 
 
-def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
 def encode_data(
-    data: TrainingData, config: TrainConfig, accelerator: Accelerator, encoders: BaseEncoders, unet: nn.Module
-) -> SampleInputs:
+    data: TrainingData,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    encoders: StableDiffusionEncoders,
+    unet: nn.Module,
+) -> PixelInputs | LatentInputs:
     """The inputs of training, from the same cache as those of `train_fineface.py`, with `--cache_latents`."""
-    inputs = make_inputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
+    inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     return cache_inputs(inputs, config, accelerator) if config.cache_latents else inputs
 
 
 def run(system: str, config: TrainConfig) -> None:
     """Train a baseline, or what is left of it."""
     check_flags(config)
-    settings = {"system": system, **json.loads(config.to_json())}
-    settings = {name: value for name, value in settings.items() if name not in RESUME_WITH_OTHER}
+    config.check_machine()
+    settings = {"system": system, **config.fixed_settings()}
     has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
     if steps_trained(config.output_dir) >= config.max_train_steps:
         return
@@ -370,7 +375,10 @@ def run(system: str, config: TrainConfig) -> None:
     set_seed(config.seed)
     width = 0 if image_embeds is None else image_embeds.shape[1]
     model = make_baseline(system, config, frozen_dtype(accelerator), width).to(device)
-    encoders = BaseEncoders(config, device, frozen_dtype(accelerator))
+    if system == "ip_adapter":
+        encoders = EncodersWithPictures.from_pretrained(config, device, frozen_dtype(accelerator))
+    else:
+        encoders = load_encoders(config, device, frozen_dtype(accelerator))
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
 
     def make_samples(data: TrainingData, config: TrainConfig) -> TrainingSamples:
@@ -386,27 +394,12 @@ def run(system: str, config: TrainConfig) -> None:
         samples = WithPrior(samples, make_samples(load_training_data(prior_config), prior_config))
     if system == "ip_adapter":
         samples = WithPictures(samples, image_embeds)
-    loss_of = functools.partial(
-        batch_loss,
-        noise_scheduler=noise_scheduler,
-        scaling_factor=encoders.vae.config.scaling_factor,
-        encoders=None if config.cache_latents else encoders,
-        snr_gamma=config.snr_gamma,
-    )
-
-    def compute_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if system == "ip_adapter":
-            model = functools.partial(model, image_embeds=batch["image_embeds"])
-        loss = loss_of(model, batch=batch)
-        if system == "dreambooth":
-            prior = {name.removeprefix("prior_"): t for name, t in batch.items() if name.startswith("prior_")}
-            loss = loss + PRIOR_WEIGHT * loss_of(model, batch=prior)
-        return loss
-
+    if config.cache_latents:
+        encoders.unload()
     ema = EMAModel(model.trained_parameters().values(), config.ema_decay) if config.use_ema else None
     state = BaselineState(model, ema, samples_per_step, system=system)
     with attention_for_training(device):
-        train(config, accelerator, state, samples, compute_loss, checkpoint)
+        train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint)
     if accelerator.is_main_process:
         state.save_adapter(config.output_dir)
         write_settings(config.output_dir / DONE_NAME, {"steps": config.max_train_steps})

@@ -36,7 +36,8 @@ from paper import baselines
 from paper.baselines import IP_ADAPTER_NAME
 from program import TOY_MODEL, write_atomically
 from training.config import parse_args
-from training.data import FACE_BOX, BaseEncoders, load_training_data
+from training.data import FACE_BOX, load_training_data
+from training.encoders import load_encoders
 
 
 SETTINGS_NAME = "laboratory.json"
@@ -160,8 +161,7 @@ class Laboratory:
             self.render()
         config = parse_args(self.flags("prepared"))
         accelerator = train_fineface.make_accelerator(config)
-        dtype = baselines.frozen_dtype(accelerator)
-        encoders = BaseEncoders(config, accelerator.device, dtype)
+        encoders = load_encoders(config, accelerator.device, train_fineface.frozen_dtype(accelerator))
         unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet")
         with accelerator.main_process_first():
             data = load_training_data(config)

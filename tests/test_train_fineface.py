@@ -1,6 +1,7 @@
 """Training: what it writes, what it changes, and that it repeats, resumes and caches without a difference."""
 
 import dataclasses
+import itertools
 import json
 import re
 import shutil
@@ -27,9 +28,12 @@ from training_runs import (  # noqa: F401
 
 import train_fineface
 from pipeline_fineface import FineFacePipeline
-from train_fineface import batch_loss, diffusion_loss, main, make_model, min_snr_weights
+from train_fineface import diffusion_loss, main, make_model, min_snr_weights
 from training import data as training_data
+from training.checkpoints import TrainingState
 from training.config import PRESETS, TrainConfig, parse_args
+from training.data import PixelInputs, TrainingSamples, load_training_data
+from training.encoders import StableDiffusionEncoders, load_encoders
 
 
 ADAPTER_FILES = {
@@ -80,9 +84,15 @@ def noisy_inputs(batch_size=2, seed=0):
         "latents": torch.randn(shape, generator=generator),
         "noise": torch.randn(shape, generator=generator),
         "timesteps": torch.randint(1000, (batch_size,), generator=generator),
-        "encoder_hidden_states": torch.randn(batch_size, 5, 32, generator=generator),
+        "prompt_embeds": torch.randn(batch_size, 5, 32, generator=generator),
         "au_intensities": 5 * torch.rand(batch_size, 12, generator=generator),
     }
+
+
+def loss_of(model, noise_scheduler, latents, noise, timesteps, prompt_embeds, au_intensities, snr_gamma=None):
+    noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+    prediction = model(noisy_latents, timesteps, prompt_embeds, au_intensities)
+    return diffusion_loss(prediction, noise_scheduler, latents, noise, timesteps, snr_gamma=snr_gamma)
 
 
 def make_noise_scheduler(prediction_type="epsilon"):
@@ -133,6 +143,48 @@ def test_dry_run_prints_the_settings_alone(arguments, tmp_path, capsys):
     main(arguments("run", "--dry_run"))
     assert json.loads(capsys.readouterr().out)["train_batch_size"] == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_is_built_without_its_machine_and_run_from_python(arguments, tmp_path):
+    elsewhere = TrainConfig(
+        pretrained_model_name_or_path="base",
+        output_dir=tmp_path / "elsewhere",
+        train_data_dir=tmp_path / "no folder",
+        use_8bit_adam=True,
+        report_to="clearml",
+    )
+    assert not elsewhere.output_dir.exists()
+    config = dataclasses.replace(parse_args(arguments("run")), max_train_steps=1)
+    train_fineface.run(config)
+    assert (config.output_dir / WEIGHTS[0]).is_file()
+
+
+def test_each_number_has_a_range():
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    numbers = {name for name, field in fields.items() if re.search(r"\b(int|float)\b", str(field.type))}
+    assert all(fields[name].metadata["low"] is not None for name in numbers)
+
+
+def test_a_run_says_what_it_trains_on_and_logs_rates_and_gradient(arguments, tmp_path, capsys):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = "--report_to tensorboard --learning_rate 0.01 --au_learning_rate 0.02 --gradient_accumulation_steps 3"
+    main(arguments("run", options))
+    said = capsys.readouterr().out
+    trained = {name: tensor.numel() for name, tensor in load_file(tmp_path / "run" / WEIGHTS[-1]).items()}
+    for line in (
+        "samples  +5",
+        r"epochs  +4\.8",
+        "batch size of a process  +2",
+        r"samples of a step  +6 \(1 processes, 3 accumulated batches\)",
+        "optimizer steps  +4, from step 0 on",
+        rf"trained parameters  +[\d,]+ \(LoRA {sum(trained.values()):,}, AU encoder with keys and values [\d,]+\)",
+    ):
+        assert re.search(line, said), line
+    (run,) = (tmp_path / "run/logs/fineface").glob("events.*")
+    events = event_accumulator.EventAccumulator(str(run)).Reload()
+    values = {name: [event.value for event in events.Scalars(name)] for name in ("lr", "au_lr", "grad_norm")}
+    assert values["lr"] == pytest.approx([0.01] * 4) and values["au_lr"] == pytest.approx([0.02] * 4)
+    assert len(values["grad_norm"]) == 4 and min(values["grad_norm"]) > 0
 
 
 def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
@@ -196,8 +248,8 @@ def test_a_cache_changes_nothing_and_drops_the_encoders(train, monkeypatch, tmp_
     def fail(*args):
         raise AssertionError("Nothing has to be encoded when the cache is complete.")
 
-    monkeypatch.setattr(train_fineface.BaseEncoders, "encode_pictures", fail)
-    monkeypatch.setattr(train_fineface.BaseEncoders, "encode_captions", fail)
+    monkeypatch.setattr(StableDiffusionEncoders, "encode_pictures", fail)
+    monkeypatch.setattr(StableDiffusionEncoders, "encode_captions", fail)
     options = f"--random_flip --caption_drop_prob 0.3 --cache_latents --cache_dir {tmp_path / 'cached/cache'}"
     assert_equal(train("again", options), cached)
 
@@ -398,7 +450,7 @@ def test_only_encoder_values_and_lora_learn_and_keys_with_several_tokens(argumen
     keys = model.au_adapter.to_k_au.weight.detach().clone()
     optimizer = train_fineface.make_optimizer(model, config)
     for seed in range(2):
-        diffusion_loss(model, make_noise_scheduler(), **noisy_inputs(seed=seed)).backward()
+        loss_of(model, make_noise_scheduler(), **noisy_inputs(seed=seed)).backward()
         learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         optimizer.step()
     adapter = {name for name in learning if not name.startswith("unet.")}
@@ -431,7 +483,7 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are(arguments):
         model = make_model(make_components()["unet"], parse_args(arguments("run", options)))
         for parameter in model.trained_parameters().values():
             torch.nn.init.normal_(parameter, std=0.1)
-        diffusion_loss(model, make_noise_scheduler(), **noisy_inputs()).backward()
+        loss_of(model, make_noise_scheduler(), **noisy_inputs()).backward()
         gradients.append([parameter.grad for parameter in model.trained_parameters().values()])
     torch.testing.assert_close(*gradients)
 
@@ -448,8 +500,8 @@ def test_adapter_and_lora_have_learning_rates_of_their_own(arguments):
 def test_in_mixed_precision_what_is_trained_stays_in_float32(train, tmp_path):
     weights = train("run", "--mixed_precision bf16 --max_train_steps 2 --cache_latents")
     assert {tensor.dtype for tensor in flat(weights).values()} == {torch.float32}
-    cached = [load_file(path)["rows"] for path in (tmp_path / "run/cache").glob("*/*.safetensors")]
-    assert {rows.dtype for rows in cached} == {torch.float16}
+    cached = [load_file(path).values() for path in (tmp_path / "run/cache").glob("*/*.safetensors")]
+    assert {rows.dtype for rows in itertools.chain(*cached)} == {torch.float16}
 
 
 def test_all_gradients_together_are_clipped(train):
@@ -478,13 +530,13 @@ def test_loss_is_the_formula(config, prediction_type):
     if prediction_type == "v_prediction":
         target = alpha * inputs["noise"] - sigma * inputs["latents"]
     with torch.no_grad():
-        prediction = model(noisy, inputs["timesteps"], inputs["encoder_hidden_states"], inputs["au_intensities"])
+        prediction = model(noisy, inputs["timesteps"], inputs["prompt_embeds"], inputs["au_intensities"])
         losses = (prediction - target).square().mean(dim=(1, 2, 3))
-        torch.testing.assert_close(diffusion_loss(model, noise_scheduler, **inputs), losses.mean())
+        torch.testing.assert_close(loss_of(model, noise_scheduler, **inputs), losses.mean())
         snr = (alpha / sigma).square().flatten()
         weights = snr.clamp(max=5) / (snr + 1 if prediction_type == "v_prediction" else snr)
         torch.testing.assert_close(min_snr_weights(noise_scheduler, inputs["timesteps"], 5.0), weights)
-        weighted = diffusion_loss(model, noise_scheduler, **inputs, snr_gamma=5.0)
+        weighted = loss_of(model, noise_scheduler, **inputs, snr_gamma=5.0)
         torch.testing.assert_close(weighted, (weights * losses).mean())
 
 
@@ -493,40 +545,39 @@ def test_the_model_predicts_what_the_pipeline_predicts(config, tmp_path, tiny_co
     for parameter in model.trained_parameters().values():
         torch.nn.init.normal_(parameter, std=0.2)
     model.eval()
-    train_fineface.TrainingState(model, None).save_adapter(tmp_path / "adapter")
+    TrainingState(model, None).save_adapter(tmp_path / "adapter")
     other = FineFacePipeline(**make_components(), requires_safety_checker=False)
     other.load_au_adapter(tmp_path / "adapter")
     inputs = noisy_inputs()
     aus = inputs["au_intensities"]
     with torch.no_grad():
-        expected = model(inputs["latents"], inputs["timesteps"], inputs["encoder_hidden_states"], aus)
+        expected = model(inputs["latents"], inputs["timesteps"], inputs["prompt_embeds"], aus)
         kwargs = other.encode_aus(aus, torch.device("cpu"), 1, 2)[0]
         predicted = other.unet(
-            inputs["latents"], inputs["timesteps"], inputs["encoder_hidden_states"], cross_attention_kwargs=kwargs
+            inputs["latents"], inputs["timesteps"], inputs["prompt_embeds"], cross_attention_kwargs=kwargs
         ).sample
     torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_latents_are_drawn_from_the_distribution_and_scaled():
-    captured = {}
+def test_latents_are_drawn_from_the_distribution_and_scaled(arguments, tmp_path):
+    config = parse_args(arguments("run", "--max_train_steps 1 --rank 1"))
+    accelerator = train_fineface.make_accelerator(config)
+    encoders = load_encoders(config, accelerator.device, torch.float32)
+    inputs = PixelInputs(load_training_data(config), encoders, 32)
+    samples, noise_scheduler = TrainingSamples(inputs, 1000, config), make_noise_scheduler()
+    model, given = make_model(make_components()["unet"], config), {}
 
-    def model(noisy_latents, *args):
-        captured["noisy_latents"] = noisy_latents
-        return torch.zeros_like(noisy_latents)
+    def remember(module, arguments, output):
+        given["noisy_latents"] = arguments[0]
 
-    mean, std, noise = torch.randn(3, 2, 4, 8, 8)
-    batch = {
-        "picture": torch.stack([mean, std], dim=1),
-        "caption": torch.zeros(2, 5, 32),
-        "latent_noise": noise,
-        "noise": torch.zeros(2, 4, 8, 8),
-        "timesteps": torch.tensor([0, 999]),
-        "au_intensities": torch.zeros(2, 12),
-    }
-    noise_scheduler = make_noise_scheduler()
-    assert batch_loss(model, noise_scheduler, batch, 0.5, None) == 0
+    model.register_forward_hook(remember)
+    train_fineface.train(config, accelerator, TrainingState(model, None), samples, noise_scheduler, encoders)
+    drawn = [samples[number] for number in range(2)]
+    batch = {name: torch.stack([sample[name] for sample in drawn]) for name in drawn[0]}
+    distribution = encoders.vae.encode(batch["pixel_values"]).latent_dist
+    latents = (distribution.mean + distribution.std * batch["latent_noise"]) * encoders.vae.config.scaling_factor
     alpha = noise_scheduler.alphas_cumprod[batch["timesteps"]].sqrt().reshape(-1, 1, 1, 1)
-    torch.testing.assert_close(captured["noisy_latents"], alpha * 0.5 * (mean + std * noise))
+    torch.testing.assert_close(given["noisy_latents"], alpha * latents + (1 - alpha**2).sqrt() * batch["noise"])
 
 
 def test_training_learns_which_aus_belong_to_which_picture(config):
@@ -536,7 +587,7 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
     inputs = noisy_inputs(2)
     aus = torch.zeros(2, 12)
     aus[0, 6], aus[1, 2] = 5, 5
-    inputs |= {"encoder_hidden_states": inputs["encoder_hidden_states"][:1].expand(2, -1, -1), "au_intensities": aus}
+    inputs |= {"prompt_embeds": inputs["prompt_embeds"][:1].expand(2, -1, -1), "au_intensities": aus}
     inputs |= {"latents": torch.tensor([2.0, -2.0]).reshape(2, 1, 1, 1) * torch.ones(2, 4, 8, 8)}
     optimizer = torch.optim.AdamW(model.trained_parameters().values(), 1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -544,7 +595,7 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
     def loss(**changed):
         inputs["noise"] = torch.randn(2, 4, 8, 8, generator=generator)
         inputs["timesteps"] = torch.full((2,), 999)
-        return diffusion_loss(model, noise_scheduler, **inputs | changed)
+        return loss_of(model, noise_scheduler, **inputs | changed)
 
     for _ in range(40):
         optimizer.zero_grad()
@@ -569,7 +620,6 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
         ("--au_drop_prob 1.5", r"`--au_drop_prob` has to be a probability in \[0, 1\], but is 1.5"),
         ("--learning_rate nan", "`--learning_rate` has to be a finite number, at least 0, but is nan"),
         ("--encoder_type big", "invalid choice: 'big'"),
-        ("--train_data_dir nowhere", "`--train_data_dir` has to be a folder, but 'nowhere' is none"),
         ("--dataset_name some/faces", "either from `--train_data_dir` or from `--dataset_name`"),
         ("--validation_aus AU7=2", "AU7"),
         ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
@@ -583,6 +633,12 @@ def test_a_wrong_flag_is_one_line_and_exit_status_2(arguments, capsys, options, 
         main(arguments("run", options))
     assert error.value.code == 2
     assert re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_a_folder_that_is_not_there_is_refused_when_the_run_begins(arguments):
+    config = parse_args(arguments("run", "--train_data_dir nowhere"))
+    with pytest.raises(ValueError, match="`--train_data_dir` has to be a folder, but 'nowhere' is none"):
+        train_fineface.run(config)
 
 
 def test_a_resolution_that_does_not_fit_the_vae_is_refused(arguments):

@@ -21,14 +21,8 @@ from training_runs import (  # noqa: F401
 
 from train_fineface import main
 from training.config import parse_args
-from training.data import (
-    BaseEncoders,
-    TrainingSamples,
-    face_weights,
-    load_training_data,
-    make_inputs,
-    smooth_au_intensities,
-)
+from training.data import PixelInputs, TrainingSamples, face_weights, load_training_data, smooth_au_intensities
+from training.encoders import load_encoders
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -61,8 +55,8 @@ def test_a_fifth_of_the_samples_is_rounded_as_a_whole():
 def make_samples(arguments, options):
     config = parse_args(arguments("run", options))
     data = load_training_data(config)
-    encoders = BaseEncoders(config, torch.device("cpu"), torch.float32)
-    return TrainingSamples(make_inputs(data, encoders, 32), 1000, config), data
+    encoders = load_encoders(config, torch.device("cpu"), torch.float32)
+    return TrainingSamples(PixelInputs(data, encoders, 32), 1000, config), data
 
 
 def test_samples_go_through_all_rows_in_another_order_each_epoch(arguments):
@@ -77,9 +71,9 @@ def test_samples_go_through_all_rows_in_another_order_each_epoch(arguments):
 def test_dropped_aus_and_captions_have_their_shares(arguments):
     samples, _ = make_samples(arguments, "--au_drop_prob 0.3 --caption_drop_prob 0.6")
     drawn = [samples[number] for number in range(300)]
-    empty = samples.inputs.caption(None)
+    empty = samples.inputs.caption(None)["input_ids"]
     assert np.mean([bool((s["au_intensities"] == 0).all()) for s in drawn]) == pytest.approx(0.3, abs=0.09)
-    assert np.mean([torch.equal(s["caption"], empty) for s in drawn]) == pytest.approx(0.6, abs=0.09)
+    assert np.mean([torch.equal(s["input_ids"], empty) for s in drawn]) == pytest.approx(0.6, abs=0.09)
     assert len({int(s["timesteps"]) for s in drawn}) > 200
     assert not torch.equal(drawn[0]["noise"], drawn[0]["latent_noise"])
     assert not torch.equal(drawn[0]["noise"], drawn[1]["noise"])
@@ -137,11 +131,12 @@ def test_the_face_weighs_more_where_it_is_in_the_cut_picture():
 def test_a_mirrored_picture_has_its_face_mirrored(arguments, tmp_path):
     boxes = {(row, name): value for row in range(5) for name, value in (("face_x0", 0.1), ("face_x1", 0.4))}
     folder = write_faces(tmp_path / "left", boxes)
-    samples, data = make_samples(arguments, f"--random_flip --face_loss_weight 5 --train_data_dir {folder}")
+    samples, _ = make_samples(arguments, f"--random_flip --face_loss_weight 5 --train_data_dir {folder}")
     seen = set()
     for number in range(20):
         sample = samples[number]
-        is_flipped = torch.equal(sample["picture"], samples.inputs.pictures[int(sample["row"]) + len(data)])
+        flipped = samples.inputs.picture(int(sample["row"]), flip=True)
+        is_flipped = torch.equal(sample["pixel_values"], flipped["pixel_values"])
         left, right = sample["loss_weights"].chunk(2, dim=1)
         assert (left.sum() < right.sum()) == is_flipped
         seen.add(is_flipped)
@@ -155,10 +150,10 @@ def test_a_mirrored_picture_has_its_face_mirrored(arguments, tmp_path):
 
 def test_pictures_are_cut_in_the_middle(arguments):
     samples, _ = make_samples(arguments, "")
-    pixels = samples.inputs.pictures[0]
+    pixels = samples.inputs.picture(0, flip=False)["pixel_values"]
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
     assert -1 <= pixels.min() < pixels.max() <= 1
-    assert torch.equal(samples.inputs.pictures[5], pixels.flip(-1))
+    assert torch.equal(samples.inputs.picture(0, flip=True)["pixel_values"], pixels.flip(-1))
 
 
 @pytest.mark.parametrize("form", ["csv", "parquet", "other columns"])
@@ -180,7 +175,8 @@ def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_
     other, other_data = make_samples(arguments, f"--train_data_dir {folder}{options}")
     assert other_data.captions.to_pylist() == data.captions.to_pylist()
     np.testing.assert_allclose(other_data.au_intensities, data.au_intensities, atol=1e-6)
-    assert torch.equal(other.inputs.pictures[3], expected.inputs.pictures[3])
+    pictures = [inputs.picture(3, flip=False)["pixel_values"] for inputs in (other.inputs, expected.inputs)]
+    assert torch.equal(*pictures)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,12 @@ import sys
 import tempfile
 
 import train_fineface
+from training import checkpoints
 
 
 def kill_at(module_name: str, function_name: str, argument: str) -> None:
     """Die in place of a call of a function that writes, renames or removes, once it is about what `argument` is in."""
-    module = getattr(train_fineface, module_name) if module_name else train_fineface
+    module = getattr(checkpoints, module_name) if module_name else checkpoints
     function = getattr(module, function_name)
 
     def killed(*args, **kwargs):
@@ -36,7 +37,7 @@ def run(arguments: list[str], environment: dict, kill: list | None, largest_file
     if largest_file is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     sys.argv[1:] = arguments
-    return train_fineface.run_program()
+    return train_fineface.start()
 
 
 def start(settings: dict):

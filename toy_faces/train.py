@@ -35,6 +35,7 @@ from toy_faces.networks import PictureReader
 from toy_faces.pictures import aus_of, captions_of, render_pictures, to_pixel_values
 from toy_faces.renderer import SIZE, caption, sample_portrait
 from train_fineface import attention_for_training
+from training.config import TrainConfig
 from training.data import FACE_BOX
 
 
@@ -353,37 +354,35 @@ class Recipe:
         if (self.folder / "adapter" / ATTN_PROCESSORS_NAME).exists():
             return
         preset = self.preset
-        train_fineface.main(
-            [
-                f"--pretrained_model_name_or_path={self.folder / 'base'}",
-                f"--train_data_dir={self.dataset()}",
-                f"--output_dir={self.folder / 'adapter'}",
-                "--cache_latents",
-                f"--max_train_steps={preset.adapter_steps}",
-                f"--train_batch_size={preset.adapter_batch}",
-                f"--rank={preset.adapter_rank}",
-                "--learning_rate=1e-3",
-                # The unconditional branch has to stay what it was under the LoRA.
-                "--caption_drop_prob=0.1",
-                # AUs explain one hundredth of the loss, in the face, and hardly any of it where little noise is left.
-                "--face_loss_weight=8",
-                "--timestep_bias_strategy=range",
-                "--timestep_bias_begin=400",
-                "--timestep_bias_multiplier=4",
-                "--timestep_sampling=stratified",
-                "--use_ema",
-                "--ema_decay=0.998",
-                f"--dataloader_num_workers={preset.dataloader_workers}",
-                "--lr_scheduler=cosine",
-                "--lr_warmup_steps=100",
-                f"--mixed_precision={preset.mixed_precision}",
-                *["--torch_compile"] * self.torch_compile,
-                f"--checkpointing_steps={max(1, preset.adapter_steps // 10)}",
-                "--checkpoints_total_limit=2",
-                "--resume_from_checkpoint=latest",
-                "--seed=0",
-            ]
+        config = TrainConfig(
+            pretrained_model_name_or_path=str(self.folder / "base"),
+            train_data_dir=self.dataset(),
+            output_dir=self.folder / "adapter",
+            cache_latents=True,
+            max_train_steps=preset.adapter_steps,
+            train_batch_size=preset.adapter_batch,
+            rank=preset.adapter_rank,
+            learning_rate=1e-3,
+            # The unconditional branch has to stay what it was under the LoRA.
+            caption_drop_prob=0.1,
+            # AUs explain one hundredth of the loss, in the face, and hardly any of it where little noise is left.
+            face_loss_weight=8,
+            timestep_bias_strategy="range",
+            timestep_bias_begin=400,
+            timestep_bias_multiplier=4,
+            timestep_sampling="stratified",
+            use_ema=True,
+            ema_decay=0.998,
+            dataloader_num_workers=preset.dataloader_workers,
+            lr_scheduler="cosine",
+            lr_warmup_steps=100,
+            mixed_precision=preset.mixed_precision,
+            torch_compile=self.torch_compile,
+            checkpointing_steps=max(1, preset.adapter_steps // 10),
+            checkpoints_total_limit=2,
+            resume_from_checkpoint="latest",
         )
+        train_fineface.run(config)
 
     def load(self, model_class, name: str):
         return model_class.from_pretrained(self.folder / name).to(self.device).eval()

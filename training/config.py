@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that can be set in a training run, as the flags of `train_fineface.py` and as one checked value."""
+"""The settings of a training run, as the flags of `train_fineface.py` and as one checked value."""
 
 import argparse
 import dataclasses
@@ -21,20 +21,6 @@ from action_units import parse_aus
 from au_encoder import ENCODER_TYPES, KV_INITS
 
 
-# What may change when a run is resumed: where things are, how long it goes on, what is shown of it, and what costs
-# time or memory only.
-RESUME_WITH_OTHER = {
-    *("pretrained_model_name_or_path", "revision", "variant", "train_data_dir", "dataset_name", "output_dir"),
-    *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
-    *("cache_latents", "cache_dir", "dataloader_num_workers", "gradient_checkpointing", "mixed_precision", "dry_run"),
-    *("torch_compile", "allow_tf32", "push_to_hub", "hub_model_id"),
-    # Their product with the number of processes has to stay, which `train_fineface.py` checks.
-    *("train_batch_size", "gradient_accumulation_steps"),
-    *("validation_prompt", "validation_aus", "validation_steps", "num_validation_images"),
-    *("validation_inference_steps", "validation_guidance_scale"),
-}
-
-
 PRESETS = {
     "paper": {},
     "best": {
@@ -52,142 +38,173 @@ PRESETS = {
 """Flags by the name of `--preset`: the paper's, which are the defaults, and what did best in docs/results.md."""
 
 
-def option(default, description: str):
-    return dataclasses.field(default=default, metadata={"help": description})
+def option(default, description: str, *, low: float | None = None, high: float | None = None, resumable: bool = False):
+    r"""
+    A field of `TrainConfig` and its flag.
+
+    Args:
+        default:
+            `dataclasses.MISSING` for a flag that is required.
+        description (`str`):
+            The text of `--help`.
+        low, high (`float`, *optional*):
+            The range of a number, both ends included.
+        resumable (`bool`, defaults to `False`):
+            Whether a run may be resumed with another value. This holds for paths, for the length of the run, for what
+            is shown of it, and for what costs time or memory only.
+    """
+    metadata = {"help": description, "low": low, "high": high, "resumable": resumable}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What can be set, each as a flag of the same name. The defaults are the paper's, where it names a value."""
+    """
+    The settings of a training run, each of which is a flag of the same name. The defaults are the paper's, where it
+    names a value. Building a config checks values and touches no disk; `check_machine` does the rest.
+    """
 
-    pretrained_model_name_or_path: str = option(dataclasses.MISSING, "Folder or Hub id of the base model.")
-    output_dir: Path = option(dataclasses.MISSING, "Folder for the adapter and the checkpoints.")
-    revision: str | None = option(None, "Revision of the base model on the Hub.")
-    variant: str | None = option(None, "Variant of the base model's files, for instance fp16.")
+    pretrained_model_name_or_path: str = option(
+        dataclasses.MISSING, "Folder or Hub id of the base model.", resumable=True
+    )
+    output_dir: Path = option(dataclasses.MISSING, "Folder for the adapter and the checkpoints.", resumable=True)
+    revision: str | None = option(None, "Revision of the base model on the Hub.", resumable=True)
+    variant: str | None = option(None, "Variant of the base model's files, for instance fp16.", resumable=True)
 
-    train_data_dir: Path | None = option(None, "Folder with pictures and metadata, or with Parquet files.")
-    dataset_name: str | None = option(None, "Hub id of a data set, instead of --train_data_dir.")
+    train_data_dir: Path | None = option(
+        None, "Folder with pictures and metadata, or with Parquet files.", resumable=True
+    )
+    dataset_name: str | None = option(None, "Hub id of a data set, instead of --train_data_dir.", resumable=True)
     streaming: bool = option(False, "Read Parquet files, here or on the Hub, while training: nothing is copied.")
-    shuffle_buffer_size: int = option(4096, "Rows that are shuffled together with --streaming.")
+    shuffle_buffer_size: int = option(4096, "Rows that are shuffled together with --streaming.", low=1)
     image_column: str = option("image", "Column of the pictures.")
     caption_column: str = option("text", "Column of the captions.")
-    max_train_samples: int | None = option(None, "Use only so many rows, the first ones.")
-    resolution: int | None = option(None, "Side of the training pictures in pixels; by default the base model's.")
+    max_train_samples: int | None = option(None, "Use only so many rows, the first ones.", low=1)
+    resolution: int | None = option(
+        None, "Side of the training pictures in pixels; by default the base model's.", low=1
+    )
     random_flip: bool = option(False, "Mirror half of the pictures. AUs are symmetric.")
-    cache_latents: bool = option(False, "Encode pictures and captions once, to disk, before training.")
-    cache_dir: Path | None = option(None, "Folder of that cache; by default OUTPUT_DIR/cache.")
-    dataloader_num_workers: int = option(0, "Processes that prepare batches; 0 does it in the main process.")
+    cache_latents: bool = option(False, "Encode pictures and captions once, to disk, before training.", resumable=True)
+    cache_dir: Path | None = option(None, "Folder of that cache; by default OUTPUT_DIR/cache.", resumable=True)
+    dataloader_num_workers: int = option(
+        0, "Processes that prepare batches; 0 does it in the main process.", low=0, resumable=True
+    )
 
     encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
-    au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.")
-    num_au_tokens: int = option(1, "Tokens that the AU encoder makes.")
+    au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
+    num_au_tokens: int = option(1, "Tokens that the AU encoder makes.", low=1)
     au_kv_init: Literal[KV_INITS] = option(
         "text", "Keys and values start as copies of the text's, at random, or with values of zero."
     )
-    rank: int = option(32, "Rank of the LoRA, and its alpha.")
+    rank: int = option(32, "Rank of the LoRA, and its alpha.", low=1)
 
-    au_noise_variance: float = option(0.2, "Label smoothing: variance of the Gaussian noise on the intensities.")
-    au_rounding_prob: float = option(0.2, "Label smoothing: share of samples with intensities rounded to integers.")
-    face_loss_weight: float = option(
-        1.0, "Weight of the loss inside the columns face_x0, face_y0, face_x1, face_y1 (0 to 1), against 1 outside."
+    au_noise_variance: float = option(
+        0.2, "Label smoothing: variance of the Gaussian noise on the intensities.", low=0
     )
-    au_drop_prob: float = option(0.0, "Share of samples trained with all AUs at 0.")
-    caption_drop_prob: float = option(0.0, "Share of samples trained with an empty caption.")
-    snr_gamma: float | None = option(None, "Min-SNR loss weighting, usually with 5.0; by default none.")
-    noise_offset: float = option(0.0, "Standard deviation of a noise that is the same all over a channel.")
+    au_rounding_prob: float = option(
+        0.2, "Label smoothing: share of samples with intensities rounded to integers.", low=0, high=1
+    )
+    face_loss_weight: float = option(
+        1.0,
+        "Weight of the loss inside the columns face_x0, face_y0, face_x1, face_y1 (0 to 1), against 1 outside.",
+        low=0,
+    )
+    au_drop_prob: float = option(0.0, "Share of samples trained with all AUs at 0.", low=0, high=1)
+    caption_drop_prob: float = option(0.0, "Share of samples trained with an empty caption.", low=0, high=1)
+    snr_gamma: float | None = option(None, "Min-SNR loss weighting, usually with 5.0; by default none.", low=0)
+    noise_offset: float = option(0.0, "Standard deviation of a noise that is the same all over a channel.", low=0)
     timestep_sampling: Literal["uniform", "stratified"] = option(
         "uniform", "Timesteps drawn freely, or one from each of as many equal intervals as a step has samples."
     )
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
         "none", "Draw more timesteps of the first or last --timestep_bias_portion, or from begin to end."
     )
-    timestep_bias_multiplier: float = option(1.0, "How many times as often.")
-    timestep_bias_begin: int = option(0, 'First timestep of the strategy "range".')
-    timestep_bias_end: int = option(1000, 'Timestep before which the strategy "range" ends.')
-    timestep_bias_portion: float = option(0.25, 'Share of the timesteps for "earlier" and "later".')
+    timestep_bias_multiplier: float = option(1.0, "How many times as often.", low=0)
+    timestep_bias_begin: int = option(0, 'First timestep of the strategy "range".', low=0)
+    timestep_bias_end: int = option(1000, 'Timestep before which the strategy "range" ends.', low=1)
+    timestep_bias_portion: float = option(0.25, 'Share of the timesteps for "earlier" and "later".', low=1e-3, high=1)
 
-    max_train_steps: int = option(20_000, "Optimizer steps.")
-    train_batch_size: int = option(16, "Samples for each process and forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes for each optimizer step.")
-    learning_rate: float = option(1e-4, "Learning rate.")
-    au_learning_rate: float | None = option(None, "That of the AU encoder, keys and values, if it is another one.")
+    max_train_steps: int = option(20_000, "Optimizer steps.", low=1, resumable=True)
+    train_batch_size: int = option(16, "Samples for each process and forward pass.", low=1, resumable=True)
+    gradient_accumulation_steps: int = option(1, "Forward passes for each optimizer step.", low=1, resumable=True)
+    learning_rate: float = option(1e-4, "Learning rate.", low=0)
+    au_learning_rate: float | None = option(
+        None, "That of the AU encoder, keys and values, if it is another one.", low=0
+    )
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option("constant", "Learning rate schedule.")
-    lr_warmup_steps: int = option(0, "Optimizer steps in which the learning rate rises, for schedules with warm-up.")
-    lr_num_cycles: int = option(1, "Hard restarts of the schedule cosine_with_restarts.")
-    lr_power: float = option(1.0, "Power of the schedule polynomial.")
+    lr_warmup_steps: int = option(
+        0, "Optimizer steps in which the learning rate rises, for schedules with warm-up.", low=0
+    )
+    lr_num_cycles: int = option(1, "Hard restarts of the schedule cosine_with_restarts.", low=1)
+    lr_power: float = option(1.0, "Power of the schedule polynomial.", low=0)
     use_8bit_adam: bool = option(False, "AdamW of bitsandbytes, with a quarter of the memory for its state.")
-    adam_beta1: float = option(0.9, "AdamW: beta1.")
-    adam_beta2: float = option(0.999, "AdamW: beta2.")
-    adam_weight_decay: float = option(1e-2, "AdamW: weight decay.")
-    adam_epsilon: float = option(1e-8, "AdamW: epsilon.")
-    max_grad_norm: float = option(1.0, "Norm to which the gradient of all trained parameters together is clipped.")
+    adam_beta1: float = option(0.9, "AdamW: beta1.", low=0)
+    adam_beta2: float = option(0.999, "AdamW: beta2.", low=0)
+    adam_weight_decay: float = option(1e-2, "AdamW: weight decay.", low=0)
+    adam_epsilon: float = option(1e-8, "AdamW: epsilon.", low=0)
+    max_grad_norm: float = option(
+        1.0, "Norm to which the gradient of all trained parameters together is clipped.", low=0
+    )
     use_ema: bool = option(False, "Save an exponential moving average of the trained parameters.")
-    ema_decay: float = option(0.9999, "Largest decay of that average.")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(None, "By default what accelerate is set to.")
-    allow_tf32: bool = option(False, "Multiply float32 matrices as TF32, on GPUs that can.")
-    torch_compile: bool = option(False, "Compile the UNet: a minute of waiting, then faster steps.")
-    gradient_checkpointing: bool = option(False, "Save memory, at the cost of a second forward pass.")
-    seed: int = option(0, "Seed of everything that is random.")
+    ema_decay: float = option(0.9999, "Largest decay of that average.", low=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "By default what accelerate is set to.", resumable=True
+    )
+    allow_tf32: bool = option(False, "Multiply float32 matrices as TF32, on GPUs that can.", resumable=True)
+    torch_compile: bool = option(False, "Compile the UNet: a minute of waiting, then faster steps.", resumable=True)
+    gradient_checkpointing: bool = option(False, "Save memory, at the cost of a second forward pass.", resumable=True)
+    seed: int = option(0, "Seed of everything that is random.", low=0)
 
-    checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.")
-    checkpoints_total_limit: int | None = option(None, "Keep only so many checkpoints, the last ones.")
-    resume_from_checkpoint: str | None = option(None, 'A checkpoint folder, or "latest" for the last one if any.')
+    checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", low=1, resumable=True)
+    checkpoints_total_limit: int | None = option(
+        None, "Keep only so many checkpoints, the last ones.", low=1, resumable=True
+    )
+    resume_from_checkpoint: str | None = option(
+        None, 'A checkpoint folder, or "latest" for the last one if any.', resumable=True
+    )
     report_to: str | None = option(
         None,
         'tensorboard, wandb, another tracker of accelerate, "all" or "none"; by default TensorBoard if installed.',
+        resumable=True,
     )
-    validation_prompt: tuple[str, ...] = option((), "Prompts of the pictures that are drawn during training.")
+    validation_prompt: tuple[str, ...] = option(
+        (), "Prompts of the pictures that are drawn during training.", resumable=True
+    )
     validation_aus: tuple[str, ...] = option(
         ("neutral", "AU6=3 AU12=5", "AU4=5", "AU1=4 AU2=4 AU5=4 AU26=4", "AU1=4 AU15=5 AU17=3"),
         "Expressions they are drawn with, in any notation that the pipeline reads.",
+        resumable=True,
     )
-    validation_steps: int = option(500, "Optimizer steps between two sheets of them. The last step has one as well.")
-    num_validation_images: int = option(1, "Pictures of each prompt and expression, from as many seeds.")
-    validation_inference_steps: int = option(25, "Denoising steps of these pictures.")
-    validation_guidance_scale: float = option(7.5, "Guidance scale of these pictures.")
+    validation_steps: int = option(
+        500, "Optimizer steps between two sheets of them. The last step has one as well.", low=1, resumable=True
+    )
+    num_validation_images: int = option(
+        1, "Pictures of each prompt and expression, from as many seeds.", low=1, resumable=True
+    )
+    validation_inference_steps: int = option(25, "Denoising steps of these pictures.", low=1, resumable=True)
+    validation_guidance_scale: float = option(7.5, "Guidance scale of these pictures.", low=0, resumable=True)
     push_to_hub: bool = option(
-        False, "Upload a repository as hub.export makes it, at the end. Log in before: `hf auth login`, or HF_TOKEN."
+        False,
+        "Upload a repository as hub.export makes it, at the end. Log in before: `hf auth login`, or HF_TOKEN.",
+        resumable=True,
     )
-    hub_model_id: str | None = option(None, "Repository to upload to; by default the name of the output folder.")
-    dry_run: bool = option(False, "Print these settings and stop.")
+    hub_model_id: str | None = option(
+        None, "Repository to upload to; by default the name of the output folder.", resumable=True
+    )
+    dry_run: bool = option(False, "Print these settings and stop.", resumable=True)
 
     def __post_init__(self):
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("The data come either from `--train_data_dir` or from `--dataset_name`: set one of them.")
-        if self.train_data_dir is not None and not self.train_data_dir.is_dir():
-            raise ValueError(f"`--train_data_dir` has to be a folder, but {str(self.train_data_dir)!r} is none.")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise ValueError(f"`--output_dir` has to be a folder, but {str(self.output_dir)!r} is a file.")
-        self._check_values()
-        self._check_combinations()
-        self._check_installed()
-
-    def _check_values(self) -> None:
         for field in dataclasses.fields(self):
-            name, value, kind = field.name, getattr(self, field.name), _value_type(field.name)
-            if value is None:
-                continue
-            if typing.get_origin(kind) is Literal:
-                choices = typing.get_args(kind)
-                self._check(name, value in choices, f"one of {', '.join(choices)}")
-            elif name.endswith("_prob"):
-                self._check(name, 0 <= value <= 1, "a probability in [0, 1]")
-            elif name.endswith("_portion"):
-                self._check(name, 0 < value <= 1, "a share in (0, 1]")
-            elif kind is float:
-                self._check(name, math.isfinite(value) and value >= 0, "a finite number, at least 0")
-            elif kind is int:
-                may_be_0 = ("dataloader_num_workers", "lr_warmup_steps", "seed", "timestep_bias_begin")
-                lowest = 0 if name in may_be_0 else 1
-                self._check(name, value >= lowest, f"an integer, at least {lowest}")
-
-    def _check_combinations(self) -> None:
+            if getattr(self, field.name) is not None:
+                self._check_range(field)
         for aus in self.validation_aus:
             parse_aus(aus, "--validation_aus")
         if any(not prompt.strip() for prompt in self.validation_prompt):
-            raise ValueError("`--validation_prompt` has to say something, in each of its prompts.")
+            raise ValueError("`--validation_prompt` must not contain empty prompts.")
         if self.timestep_bias_begin >= self.timestep_bias_end:
             raise ValueError(
                 f"`--timestep_bias_end` {self.timestep_bias_end} has to be after `--timestep_bias_begin`."
@@ -198,24 +215,51 @@ class TrainConfig:
             raise ValueError(
                 "`--cache_latents` writes every row to disk, which `--streaming` is there to avoid: leave one out."
             )
-        if self.push_to_hub:
-            validate_repo_id(self.repo_id)
-
-    def _check_installed(self) -> None:
-        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError("`--use_8bit_adam` needs bitsandbytes. Install it: `pip install bitsandbytes`.")
         if self.report_to not in (None, "none", "all"):
             trackers = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
             self._check("report_to", self.report_to in trackers, f"all, none or one of {', '.join(trackers)}")
-            if self.report_to not in map(str, get_available_trackers()):
-                package = self.report_to.replace("_", "-")
-                raise ValueError(
-                    f"`--report_to {self.report_to}` needs {package}. Install it: `pip install {package}`."
-                )
+        if self.push_to_hub:
+            validate_repo_id(self.repo_id)
+
+    def _check_range(self, field: dataclasses.Field) -> None:
+        name, value, kind = field.name, getattr(self, field.name), _value_type(field.name)
+        low, high = field.metadata["low"], field.metadata["high"]
+        if typing.get_origin(kind) is Literal:
+            self._check(name, value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}")
+        elif kind in (int, float):
+            what = {int: "an integer", float: "a finite number"}[kind]
+            allowed = f"{what}, at least {low}" if high is None else f"{what} in [{low}, {high}]"
+            if name.endswith("_prob"):
+                allowed = f"a probability in [{low}, {high}]"
+            is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+            in_range = is_number and math.isfinite(value) and value >= low and (high is None or value <= high)
+            self._check(name, in_range, allowed)
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"`--{name}` has to be {allowed}, but is {getattr(self, name)!r}.")
+
+    def check_machine(self) -> None:
+        """
+        Check what depends on this machine, before a run begins.
+
+        Raises:
+            ValueError: if a folder is not there, or a package that an option needs is not installed.
+        """
+        if self.train_data_dir is not None and not self.train_data_dir.is_dir():
+            raise ValueError(f"`--train_data_dir` has to be a folder, but {str(self.train_data_dir)!r} is none.")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise ValueError(f"`--output_dir` has to be a folder, but {str(self.output_dir)!r} is a file.")
+        if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("`--use_8bit_adam` needs bitsandbytes. Install it: `pip install bitsandbytes`.")
+        if self.report_to not in (None, "none", "all", *map(str, get_available_trackers())):
+            package = self.report_to.replace("_", "-")
+            raise ValueError(f"`--report_to {self.report_to}` needs {package}. Install it: `pip install {package}`.")
+
+    def fixed_settings(self) -> dict:
+        """The settings that a run has to keep when it is resumed, as `to_json` writes them."""
+        settings = json.loads(self.to_json())
+        return {f.name: settings[f.name] for f in dataclasses.fields(self) if not f.metadata["resumable"]}
 
     @property
     def repo_id(self) -> str:

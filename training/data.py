@@ -8,16 +8,15 @@ Each sample is a function of the seed and of its number in the run. Memory does 
 arrays, everything else stays in files that are mapped or read piece by piece.
 """
 
-import dataclasses
+import functools
 import hashlib
 import io
 import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,20 +29,21 @@ import torch
 from accelerate import Accelerator
 from datasets import Image as ImageFeature
 from datasets import load_dataset, load_dataset_builder
-from diffusers import AutoencoderKL
 from PIL import ExifTags, Image, ImageOps
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from action_units import AU_NAMES
 from au_encoder import read_tensors
+from training.checkpoints import disk_errors_explained
 from training.config import TrainConfig
+from training.encoders import StableDiffusionEncoders
 
 
 FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
 ROWS_PER_SHARD = 1024
+CACHE_FORMAT = 2
+"""Part of the name of a cache: another number leaves the caches of older versions alone."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -238,15 +238,21 @@ def _check_columns(columns: list[str], config: TrainConfig) -> None:
         )
 
 
-class PixelRows:
-    """The pictures as `(3, resolution, resolution)` float32 in [-1, 1]. The second half of the rows is mirrored."""
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures and captions: as pixels and token ids, or as latents and embeddings from a cache
+# --------------------------------------------------------------------------------------------------------------------
 
-    def __init__(self, data: TrainingData | StreamedData, resolution: int):
-        self.data = data
-        self.resolution = resolution
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        flip, row = divmod(row, len(self.data))
+class PixelInputs:
+    """Pictures and captions as `pixel_values` and `input_ids`, which the frozen encoders read in each step."""
+
+    def __init__(self, data: TrainingData | StreamedData, encoders: StableDiffusionEncoders, resolution: int):
+        side = resolution // encoders.vae_scale_factor
+        self.data, self.encoders, self.resolution = data, encoders, resolution
+        self.latents_shape = (encoders.latent_channels, side, side)
+
+    def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
+        """`pixel_values` of shape `(3, resolution, resolution)`, float32 in [-1, 1], mirrored if `flip`."""
         data, index = self.data.locate(row)
         try:
             picture = ImageFeature().decode_example(data.picture(index)).convert("RGB")
@@ -256,92 +262,107 @@ class PixelRows:
         # The shorter side is resized, the longer one cut.
         picture = ImageOps.fit(picture, (self.resolution, self.resolution))
         pixels = np.asarray(ImageOps.mirror(picture) if flip else picture)
-        return torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1).contiguous()
+        return {"pixel_values": torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1).contiguous()}
+
+    def caption(self, row: int | None) -> dict[str, torch.Tensor]:
+        """`input_ids` of the caption of a row, or for None of the empty one."""
+        if row is None:
+            return {"input_ids": self.encoders.tokenize("")}
+        data, index = self.data.locate(row)
+        return {"input_ids": self.encoders.tokenize(data.captions[index].as_py())}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Base model and caches
-# --------------------------------------------------------------------------------------------------------------------
+class LatentInputs:
+    """
+    Pictures and captions as `latents_mean`, `latents_std` and `prompt_embeds` from a cache, made by `cache_inputs`.
 
+    Args:
+        pictures (`list[CachedRows]`):
+            The latents of all rows, and with `--random_flip` those of the mirrored pictures behind them.
+        captions (`CachedRows`):
+            Each different caption once, the empty one first.
+        caption_indices (`numpy.ndarray`):
+            Which of `captions` each row has.
+    """
 
-class BaseEncoders:
-    """The frozen text encoder and VAE of the base, for training: pictures and captions in, their embeddings out."""
+    def __init__(
+        self,
+        data: TrainingData,
+        latents_shape: tuple[int, int, int],
+        pictures: list["CachedRows"],
+        captions: "CachedRows",
+        caption_indices: np.ndarray,
+    ):
+        self.data, self.latents_shape = data, latents_shape
+        self.pictures, self.captions, self.caption_indices = pictures, captions, caption_indices
 
-    def __init__(self, config: TrainConfig, device: torch.device, dtype: torch.dtype):
-        hub_options = {"revision": config.revision}
-        base = config.pretrained_model_name_or_path
-        self.tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **hub_options)
-        hub_options |= {"variant": config.variant, "dtype": dtype}
-        self.text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
-        self.vae = AutoencoderKL.from_pretrained(base, subfolder="vae", **hub_options)
-        self._prepare(device)
+    def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
+        return self.pictures[flip][row]
 
-    @classmethod
-    def from_components(cls, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL):
-        """Of models that are loaded already, where they are."""
-        encoders = cls.__new__(cls)
-        encoders.tokenizer, encoders.text_encoder, encoders.vae = tokenizer, text_encoder, vae
-        encoders._prepare(vae.device)
-        return encoders
-
-    def _prepare(self, device: torch.device) -> None:
-        for module in (self.text_encoder, self.vae):
-            module.eval().requires_grad_(False).to(device)
-        self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def tokenize(self, caption: str) -> torch.Tensor:
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return tokens.input_ids[0]
-
-    @torch.no_grad()
-    def encode_captions(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`(batch, tokens)` → `(batch, tokens, cross_attention_dim)`."""
-        return self.text_encoder(input_ids.to(self.text_encoder.device))[0]
-
-    @torch.no_grad()
-    def encode_pictures(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, 3, height, width)` → mean and standard deviation of the latents, `(batch, 2, channels, …)`."""
-        pixel_values = pixel_values.to(self.vae.device, self.vae.dtype)
-        distribution = self.vae.encode(pixel_values).latent_dist
-        return torch.stack([distribution.mean, distribution.std], dim=1)
-
-    def fingerprint(self) -> str:
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        digest = hashlib.blake2b(repr((vocabulary, self.tokenizer.model_max_length)).encode(), digest_size=16)
-        for module in (self.text_encoder, self.vae):
-            for name, tensor in module.state_dict().items():
-                digest.update(f"{name} {tensor.dtype}".encode())
-                digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-
-class TokenRows:
-    """The token ids of captions."""
-
-    def __init__(self, captions: pa.Array, encoders: BaseEncoders):
-        self.captions = captions
-        self.encoders = encoders
-
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return self.encoders.tokenize(self.captions[row].as_py())
+    def caption(self, row: int | None) -> dict[str, torch.Tensor]:
+        return self.captions[0 if row is None else int(self.caption_indices[row])]
 
 
 class CachedRows:
-    """Rows of tensors in memory-mapped files of `ROWS_PER_SHARD` rows each."""
+    """Rows of named tensors in memory-mapped files of `ROWS_PER_SHARD` rows each."""
 
     def __init__(self, paths: list[Path]):
-        self.shards = [read_tensors(path)["rows"] for path in paths]
+        self.shards = [read_tensors(path) for path in paths]
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return self.shards[row // ROWS_PER_SHARD][row % ROWS_PER_SHARD]
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        shard = self.shards[row // ROWS_PER_SHARD]
+        return {name: tensor[row % ROWS_PER_SHARD] for name, tensor in shard.items()}
 
 
-def cache_rows(
+@dataclass(frozen=True)
+class _RowsToEncode(torch.utils.data.Dataset):
+    read: Callable[[int], dict[str, torch.Tensor]]
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return self.read(row)
+
+
+def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelerator) -> LatentInputs:
+    """`inputs` encoded and kept on disk, by the hash of what they and the encoders are."""
+    data, encoders = inputs.data, inputs.encoders
+    # Half precision is ample for latents; bfloat16 is not.
+    dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
+    settings = (CACHE_FORMAT, encoders.fingerprint(), dtype)
+    pictures_digest = _digest_pictures(data)
+
+    def cache_rows(kind: str, digest: str, read: Callable[[int], dict], num_rows: int, encode: Callable) -> CachedRows:
+        folder = (config.cache_dir or config.output_dir / "cache") / f"{kind}-{digest}"
+        return encode_rows(folder, _RowsToEncode(read), num_rows, encode, dtype, config, accelerator)
+
+    latents = [
+        cache_rows(
+            "latents",
+            _hash(*settings, inputs.resolution, flip, pictures_digest),
+            functools.partial(inputs.picture, flip=flip),
+            len(data),
+            lambda batch: encoders.encode_pictures(batch["pixel_values"]),
+        )
+        for flip in ((False, True) if config.random_flip else (False,))
+    ]
+    # Many rows share a caption. Offsets of 32 bits would end at 2 GiB of text.
+    encoded = data.captions.cast(pa.large_string()).combine_chunks().dictionary_encode()
+    captions = pa.concat_arrays([pa.array([""], pa.large_string()), encoded.dictionary])
+    embeddings = cache_rows(
+        "captions",
+        _hash(*settings, *(caption.as_py() for caption in captions)),
+        lambda row: {"input_ids": encoders.tokenize(captions[row].as_py())},
+        len(captions),
+        lambda batch: encoders.encode_captions(batch["input_ids"]),
+    )
+    return LatentInputs(data, inputs.latents_shape, latents, embeddings, encoded.indices.to_numpy() + 1)
+
+
+def encode_rows(
     folder: Path,
-    rows: PixelRows | TokenRows,
+    rows: torch.utils.data.Dataset,
     num_rows: int,
-    encode: Callable[[torch.Tensor], torch.Tensor],
+    encode: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    dtype: torch.dtype,
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> CachedRows:
@@ -363,34 +384,29 @@ def cache_rows(
             num_workers=config.dataloader_num_workers,
             generator=torch.Generator(),
         )
-        encoded = torch.cat([encode(batch).cpu() for batch in batches])
+        encoded = [encode(batch) for batch in batches]
+        tensors = {
+            name: torch.cat([part[name].to("cpu", dtype) for part in encoded]).contiguous() for name in encoded[0]
+        }
         unfinished = path.with_suffix(".part")
         with disk_errors_explained(f"{folder.name[:16]}/{path.name}", unfinished):
-            save_file({"rows": encoded}, unfinished)
+            save_file(tensors, unfinished)
         os.replace(unfinished, path)
     accelerator.wait_for_everyone()
     return CachedRows(paths)
 
 
-@contextmanager
-def disk_errors_explained(what: str, unfinished: Path) -> Iterator[None]:
-    """What fails to be written inside is reported with the room that is left. Nothing finished is touched."""
-    try:
-        yield
-    # The writers of torch and safetensors raise errors of their own for a full disk.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        folder = unfinished.parent
-        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize / 2**20
-        raise OSError(
-            f"{what} cannot be written to {str(folder)!r}, where {free:.0f} MiB are free: {error}. What was written"
-            " before is kept. Make room, and go on with `--resume_from_checkpoint latest`."
-        ) from error
+def _hash(*values) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for value in values:
+        digest.update(repr(value).encode())
+    return digest.hexdigest()
 
 
-def _fingerprint(*settings, data: TrainingData | None = None) -> str:
-    """A hash of all that a cache depends on; of pictures that are files, path, size and time of the last change."""
-    digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
-    for row in range(len(data or ())):
+def _digest_pictures(data: TrainingData) -> str:
+    """A hash of all pictures: of files path, size and time of the last change, of others their bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in range(len(data)):
         entry = data.picture(row)
         if entry["bytes"] is None:
             status = os.stat(entry["path"])
@@ -398,72 +414,6 @@ def _fingerprint(*settings, data: TrainingData | None = None) -> str:
         else:
             digest.update(hashlib.blake2b(entry["bytes"], digest_size=16).digest())
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class SampleInputs:
-    """
-    What samples are made of: the labels in `data`, and `pictures` and `captions` as pixels and token ids, or with a
-    cache as distributions of the latents and text embeddings. The second half of `pictures` is mirrored.
-
-    `caption_indices` says which of the cached `captions` a row has; the first one is empty. Without a cache, row n has
-    caption n, and `no_caption` is the empty one.
-    """
-
-    data: TrainingData | StreamedData
-    pictures: PixelRows | CachedRows
-    latents_shape: tuple[int, int, int]
-    encoders: BaseEncoders | None
-    captions: CachedRows | None = None
-    caption_indices: np.ndarray | None = None
-
-    def caption(self, row: int | None) -> torch.Tensor:
-        """The caption of a row, or for None the empty one."""
-        if self.captions is not None:
-            return self.captions[0 if row is None else int(self.caption_indices[row])]
-        if row is None:
-            return self.encoders.tokenize("")
-        data, index = self.data.locate(row)
-        return self.encoders.tokenize(data.captions[index].as_py())
-
-
-def make_inputs(data: TrainingData | StreamedData, encoders: BaseEncoders, resolution: int) -> SampleInputs:
-    side = resolution // encoders.vae_scale_factor
-    shape = (encoders.vae.config.latent_channels, side, side)
-    return SampleInputs(data, PixelRows(data, resolution), shape, encoders)
-
-
-def cache_inputs(inputs: SampleInputs, config: TrainConfig, accelerator: Accelerator) -> SampleInputs:
-    """`inputs` encoded and kept on disk, by the hash of what they and the encoders are."""
-    data, encoders = inputs.data, inputs.encoders
-    # Half precision is ample for latents; bfloat16 is not.
-    dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
-    cache_dir = config.cache_dir or config.output_dir / "cache"
-    settings = (encoders.fingerprint(), dtype)
-    latents = cache_rows(
-        cache_dir / f"latents-{_fingerprint(*settings, inputs.pictures.resolution, config.random_flip, data=data)}",
-        inputs.pictures,
-        len(data) * (1 + config.random_flip),
-        lambda pixel_values: encoders.encode_pictures(pixel_values).to(dtype),
-        config,
-        accelerator,
-    )
-    # Many rows share a caption. Offsets of 32 bits would end at 2 GiB of text.
-    encoded = data.captions.cast(pa.large_string()).combine_chunks().dictionary_encode()
-    captions = pa.concat_arrays([pa.array([""], pa.large_string()), encoded.dictionary])
-    digest = hashlib.blake2b(digest_size=16)
-    for caption in captions:
-        digest.update(repr(caption.as_py()).encode())
-    embeddings = cache_rows(
-        cache_dir / f"captions-{_fingerprint(*settings, digest.hexdigest())}",
-        TokenRows(captions, encoders),
-        len(captions),
-        lambda input_ids: encoders.encode_captions(input_ids).to(dtype),
-        config,
-        accelerator,
-    )
-    indices = encoded.indices.to_numpy() + 1
-    return dataclasses.replace(inputs, pictures=latents, encoders=None, captions=embeddings, caption_indices=indices)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -520,7 +470,13 @@ class TrainingSamples(torch.utils.data.Dataset):
     timesteps of `samples_per_step`.
     """
 
-    def __init__(self, inputs: SampleInputs, num_train_timesteps: int, config: TrainConfig, samples_per_step: int = 1):
+    def __init__(
+        self,
+        inputs: PixelInputs | LatentInputs,
+        num_train_timesteps: int,
+        config: TrainConfig,
+        samples_per_step: int = 1,
+    ):
         self.inputs = inputs
         self.config = config
         self.samples_per_step = samples_per_step
@@ -543,8 +499,8 @@ class TrainingSamples(torch.utils.data.Dataset):
         offset = rng.standard_normal((len(noise), 1, 1), np.float32)
         sample = {
             "row": torch.tensor(row),
-            "picture": inputs.pictures[row + len(inputs.data) if flip else row],
-            "caption": inputs.caption(None if drop_caption else row),
+            **inputs.picture(row, bool(flip)),
+            **inputs.caption(None if drop_caption else row),
             "au_intensities": torch.from_numpy(au_intensities * np.float32(not drop_aus)),
             "noise": torch.from_numpy(noise + np.float32(config.noise_offset) * offset),
             "latent_noise": torch.from_numpy(latent_noise),

@@ -1,0 +1,76 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Validation pictures: a sheet with a row for each prompt and seed and a column for each expression."""
+
+import os
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler
+from PIL import Image
+from tqdm.auto import tqdm
+
+from drawing.contact_sheet import Table, draw_sheet
+from training.checkpoints import TrainingState, disk_errors_explained
+from training.config import TrainConfig
+from training.encoders import StableDiffusionEncoders, load_encoders
+
+
+@torch.no_grad()
+def draw_validation(
+    state: TrainingState, config: TrainConfig, encoders: StableDiffusionEncoders, device: torch.device
+) -> Image.Image:
+    """Draw the sheet. Its noise is the same every time."""
+    base, model = config.pretrained_model_name_or_path, state.model
+    scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler", revision=config.revision)
+    pipeline = encoders.make_pipeline(model.unet, model.au_adapter, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds = [config.seed + number for number in range(config.num_validation_images)]
+    rows = [(prompt, seed) for prompt in config.validation_prompt for seed in seeds]
+    jobs = [(prompt, aus, seed) for prompt, seed in rows for aus in config.validation_aus]
+    pictures: list[Image.Image] = []
+    model.eval()
+    # The shapes differ from those of training, for which the UNet would be compiled again.
+    with state.ema_weights(), torch.compiler.set_stance("force_eager"):
+        for start in tqdm(range(0, len(jobs), config.train_batch_size), "validation", leave=False):
+            prompts, aus, seeds = zip(*jobs[start : start + config.train_batch_size], strict=True)
+            pictures += pipeline(
+                list(prompts),
+                aus=list(aus),
+                generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
+                num_inference_steps=config.validation_inference_steps,
+                guidance_scale=config.validation_guidance_scale,
+            ).images
+    model.train()
+    columns = len(config.validation_aus)
+    table = Table(
+        [pictures[start : start + columns] for start in range(0, len(pictures), columns)],
+        [f"seed {seed}\n{prompt}" for prompt, seed in rows],
+        list(config.validation_aus),
+    )
+    return draw_sheet([[table]], f"step {state.step}")
+
+
+def validate(
+    accelerator: Accelerator, state: TrainingState, config: TrainConfig, encoders: StableDiffusionEncoders
+) -> None:
+    """Draw the sheet, keep it in the folder `validation`, and show it in TensorBoard or W&B."""
+    for_the_moment = not encoders.are_loaded
+    if for_the_moment:
+        encoders = load_encoders(config, accelerator.device, state.model.unet.dtype)
+    with accelerator.autocast():
+        sheet = draw_validation(state, config, encoders, accelerator.device)
+    if for_the_moment:
+        encoders.unload()
+    path = config.output_dir / "validation" / f"step-{state.step:06}.png"
+    unfinished = path.with_suffix(".part")
+    path.parent.mkdir(exist_ok=True)
+    with disk_errors_explained(path.name, unfinished):
+        sheet.save(unfinished, "PNG")
+    os.replace(unfinished, path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(sheet)[None]}, step=state.step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": [sheet]}, step=state.step)
