@@ -52,7 +52,7 @@ def _add_what_to_make(parser: argparse.ArgumentParser) -> None:
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sweep", metavar="AU=A:B:N", help="N pictures in a row, one AU going from A to B")
-    mode.add_argument("--grid", action="store_true", help="a sheet of all 12 AUs, each from 0 to 5")
+    mode.add_argument("--grid", action="store_true", help="a sheet of all AUs, each from 0 to 5")
     mode.add_argument("--presets", nargs="*", metavar="AUS", help="a sheet of these expressions, or of all presets")
     mode.add_argument(
         "--demo", action="store_true", help="a sheet of the grid and some presets, of a person or --prompt"
@@ -92,7 +92,8 @@ def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     job = parser.add_argument_group("a picture", argument_default=argparse.SUPPRESS)
     job.add_argument("--prompt", help="what to draw; AUs may stand in it: 'a boy <AU6=3 AU12=5>'")
     job.add_argument(
-        "--aus", help='"AU6=2.5 AU12=5", "6C+12D", or a preset: "doubtful@0.5" (default: up to the prompt)'
+        "--aus",
+        help='"AU6=2.5 AU12=5", "6C+12D", "L12C" for one side, or "doubtful@0.5 + AU4=2" (default: up to the prompt)',
     )
     job.add_argument("--seed", type=int, help="equal seeds give equal pictures (default: 0)")
     job.add_argument("--negative-prompt", help="what not to draw")

@@ -11,12 +11,21 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from action_units import AU_NAMES, action_units_of, extract_au_tags, format_aus, read_aus
+from action_units import (
+    AU_NAMES,
+    action_units_of,
+    au_columns,
+    available_presets,
+    extract_au_tags,
+    format_aus,
+    read_aus,
+    whole_au,
+)
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table
 from face_data.au_tables import read_au_table
 from program import MAX_NAME_BYTES, check_integer, is_integer, is_real, show_value
@@ -62,20 +71,25 @@ class Job:
 JOB_FIELDS = tuple(field.name for field in fields(Job))
 
 
-def make_job(values: Mapping, spell: Callable[[str], str] = str) -> Job:
-    """A checked `Job` from raw values of its fields; `spell` gives the name of a field in messages."""
+def make_job(values: Mapping, spell: Callable[[str], str] = str, au_names: Sequence[str] = AU_NAMES) -> Job:
+    """
+    A checked `Job` from raw values of its fields. `spell` gives the name of a field in messages; `au_names` are the
+    AUs of the adapter that will draw it.
+    """
     for name in ("prompt", "negative_prompt"):
         text = values.get(name)
         if isinstance(text, str) and len(text) > MAX_PROMPT_LENGTH:
             raise ValueError(f"`{spell(name)}` has {len(text)} characters. At most {MAX_PROMPT_LENGTH} are allowed.")
-    prompt, tag = extract_au_tags(values.get("prompt", ""), spell("prompt"))
+    prompt, tag = extract_au_tags(values.get("prompt", ""), spell("prompt"), au_names)
     if not prompt.strip():
         raise ValueError(f"`{spell('prompt')}` is empty. Say what to draw, such as 'a girl in a park'.")
     if tag is not None and values.get("aus") is not None:
         raise ValueError(f"AUs stand in `{spell('prompt')}` and in `{spell('aus')}`. Write them in one of the two.")
     aus = values.get("aus") if tag is None else tag
     expressions = {"aus": aus, "negative_aus": values.get("negative_aus")}
-    written = {name: None if aus is None else canonical_aus(aus, spell(name)) for name, aus in expressions.items()}
+    written = {
+        name: None if aus is None else canonical_aus(aus, spell(name), au_names) for name, aus in expressions.items()
+    }
     job = Job(**{**values, "prompt": prompt, **written})
 
     for name in ("prompt", "negative_prompt"):
@@ -105,16 +119,16 @@ def _check_numbers(job: Job, spell: Callable[[str], str]) -> None:
             raise ValueError(f"`{spell(name)}` has to be a finite number, but is {show_value(value)}.")
 
 
-def canonical_aus(aus, label: str) -> str:
+def canonical_aus(aus, label: str, au_names: Sequence[str] = AU_NAMES) -> str:
     """One expression in any form of `parse_aus`, as `format_aus` writes it; `label` is its name in messages."""
-    intensities = read_aus(aus, label)
+    intensities = read_aus(aus, label, au_names)
     if len(intensities) != 1:
         raise ValueError(f"`{label}` holds {len(intensities)} expressions, but a picture has one. Make a job of each.")
-    return format_aus(intensities)
+    return format_aus(intensities, au_names)
 
 
-def intensities_of(job: Job) -> dict[str, float]:
-    return dict(zip(AU_NAMES, read_aus(job.aus or "")[0], strict=True))
+def intensities_of(job: Job, au_names: Sequence[str] = AU_NAMES) -> dict[str, float]:
+    return dict(zip(au_names, read_aus(job.aus or "", au_names=au_names)[0], strict=True))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,7 +153,7 @@ def read_model_defaults(model: str) -> dict:
     return defaults
 
 
-def read_jobs(path: Path, defaults: Mapping) -> dict[str, Job]:
+def read_jobs(path: Path, defaults: Mapping, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
     """
     The jobs of a JSON Lines file, by the name of the picture each makes. A job without `output` is named by its line:
     `00001.png`.
@@ -159,7 +173,7 @@ def read_jobs(path: Path, defaults: Mapping) -> dict[str, Job]:
             first_number = line_numbers.setdefault(name.casefold(), number)
             if first_number != number:
                 raise ValueError(f"`output` is {name!r}, as in line {first_number}. Each job needs its own.")
-            jobs[name] = make_job({**defaults, **values})
+            jobs[name] = make_job({**defaults, **values}, au_names=au_names)
     if not jobs:
         raise ValueError(f"{path} holds no job. Write one JSON object a line.")
     for name in jobs:
@@ -227,13 +241,14 @@ def read_table_jobs(
     face: int | None = None,
     max_rows: int | None = None,
     say: Callable[[str], None] = _logger.warning,
+    au_names: Sequence[str] = AU_NAMES,
 ) -> tuple[dict[str, Job], int]:
     """
     `job` with the AUs of each row of a table, by the name of the picture it makes, and the number of rows that were
     left out because no face was found in them. A picture is named by the row's line and name: `00002_frame_1.png`.
 
     Args:
-        tool (`str`, *optional*), say (`Callable`, *optional*):
+        tool (`str`, *optional*), say (`Callable`, *optional*), au_names (`Sequence[str]`, *optional*):
             As `read_au_table` takes them.
         face (`int`, *optional*):
             In a table that numbers the faces of a picture (`face_id`), the one that is drawn; by default that of the
@@ -245,7 +260,7 @@ def read_table_jobs(
         OSError, ValueError: if the table cannot be read, has too many rows, or shows no such face at all.
     """
     jobs, num_skipped, asked_face, others = {}, 0, face, Counter()
-    for row in read_au_table(path, tool, say=say):
+    for row in read_au_table(path, tool, say=say, au_names=au_names):
         if row.face is not None and row.face_found:
             face = row.face if face is None else face
         if row.face_found and row.face is not None and row.face != face:
@@ -254,7 +269,7 @@ def read_table_jobs(
             num_skipped += 1
         else:
             name = re.sub(r"[^\w.-]+", "_", Path(row.name).stem)[:60]
-            jobs[f"{row.line:05d}{'_' * bool(name)}{name}.png"] = replace(job, aus=format_aus(row.aus))
+            jobs[f"{row.line:05d}{'_' * bool(name)}{name}.png"] = replace(job, aus=format_aus(row.aus, au_names))
         if max_rows is not None and len(jobs) + num_skipped > max_rows:
             raise ValueError(
                 f"{path} has more than {max_rows} rows, and {max_rows} are allowed here. Divide the table, or use"
@@ -270,16 +285,16 @@ def read_table_jobs(
     return jobs, num_skipped
 
 
-def interpolate_jobs(key_jobs: list[Job], frames_between: int) -> dict[str, Job]:
+def interpolate_jobs(key_jobs: list[Job], frames_between: int, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
     """The frames of an animation: `frames_between` more between two of `key_jobs`, in which the AUs go evenly over."""
-    keys, count = [intensities_of(job) for job in key_jobs], frames_between + 1
+    keys, count = [intensities_of(job, au_names) for job in key_jobs], frames_between + 1
     frames = [
         # Thousandths, which nobody can see, keep the AUs of a frame readable.
         {name: round(value + (second[name] - value) * step / count, 3) for name, value in first.items()}
         for first, second in itertools.pairwise(keys)
         for step in range(count)
     ]
-    jobs = (replace(key_jobs[0], aus=format_aus(frame)) for frame in [*frames, keys[-1]])
+    jobs = (replace(key_jobs[0], aus=format_aus(frame, au_names)) for frame in [*frames, keys[-1]])
     return {f"{number:06d}.png": job for number, job in enumerate(jobs)}
 
 
@@ -288,49 +303,54 @@ def interpolate_jobs(key_jobs: list[Job], frames_between: int) -> dict[str, Job]
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def sweep_table(job: Job, sweep: str) -> Table[Job]:
+def sweep_table(job: Job, sweep: str, au_names: Sequence[str] = AU_NAMES) -> Table[Job]:
     """One row in which an AU rises beside the other AUs of `job`; of `"AU12=0:5:6"`, 6 pictures from 0 to 5."""
-    match = re.fullmatch("(?:AU)?0*([0-9]+)=([^:]+):([^:]+):([0-9]{1,9})", sweep.strip(), flags=re.IGNORECASE)
+    match = re.fullmatch("(?:AU)?0*([0-9]+[LR]?)=([^:]+):([^:]+):([0-9]{1,9})", sweep.strip(), flags=re.IGNORECASE)
     count = int(match[4]) if match else 0
     if not 2 <= count <= MAX_SWEEP_COUNT:
         raise ValueError(
             f"`--sweep` is {sweep!r}. Write AU=FROM:TO:COUNT, such as AU12=0:5:6, with a count from 2 to"
             f" {MAX_SWEEP_COUNT}."
         )
-    name = f"AU{match[1]}"
+    name = f"AU{match[1].upper()}"
     for end in (match[2], match[3]):
-        read_aus(f"{name}={end}", "--sweep")
-    if intensities_of(job)[name]:
+        read_aus(f"{name}={end}", "--sweep", au_names)
+    if any(read_aus(job.aus or "", au_names=au_names)[0][column] for column in au_columns(au_names)[name]):
         raise ValueError(f"`--sweep` and `--aus` both set {name}. Take it out of `--aus`.")
     first, last = float(match[2]), float(match[3])
     values = [first + (last - first) * i / (count - 1) for i in range(count)]
-    label = _label(action_units_of([name])[0])
-    return Table([[_with_au(job, name, value) for value in values]], [label], [f"{value:.3g}" for value in values])
+    row = [_with_au(job, name, value, au_names) for value in values]
+    return Table([row], [_label(name)], [f"{value:.3g}" for value in values])
 
 
-def grid_table(job: Job, au_names=AU_NAMES) -> Table[Job]:
-    """A row of rising intensities for each of `au_names`, beside the other AUs of `job`."""
-    rows = [[_with_au(job, name, value) for value in GRID_INTENSITIES] for name in au_names]
-    return Table(
-        rows, [_label(unit) for unit in action_units_of(au_names)], [str(value) for value in GRID_INTENSITIES]
-    )
+def grid_table(job: Job, au_names: Sequence[str] = AU_NAMES, rows: slice = slice(None)) -> Table[Job]:
+    """A row of rising intensities for each of `au_names`, or some of them, beside the other AUs of `job`."""
+    names = au_names[rows]
+    jobs = [[_with_au(job, name, value, au_names) for value in GRID_INTENSITIES] for name in names]
+    return Table(jobs, [_label(name) for name in names], [str(value) for value in GRID_INTENSITIES])
 
 
-def preset_table(job: Job, expressions: list[str]) -> Table[Job]:
+def preset_table(job: Job, expressions: list[str], au_names: Sequence[str] = AU_NAMES) -> Table[Job]:
     """A row of expressions in any form of `parse_aus`, each under what it was called."""
-    return Table([[replace(job, aus=canonical_aus(aus, "--presets")) for aus in expressions]], [], expressions)
+    jobs = [replace(job, aus=canonical_aus(aus, "--presets", au_names)) for aus in expressions]
+    return Table([jobs], [], expressions)
 
 
-def demo_tables(job: Job) -> list[list[Table[Job]]]:
+def demo_tables(job: Job, au_names: Sequence[str] = AU_NAMES) -> list[list[Table[Job]]]:
     """All AUs in two blocks, and presets below, in the same columns."""
-    grids = [grid_table(job, AU_NAMES[:6]), grid_table(job, AU_NAMES[6:])]
-    presets = [preset_table(job, list(names)) for names in DEMO_PRESETS]
-    return [grids, [replace(table, row_labels=[label]) for table, label in zip(presets, ("Presets", ""), strict=True)]]
+    half = (len(au_names) + 1) // 2
+    grids = [grid_table(job, au_names, rows) for rows in (slice(half), slice(half, None)) if au_names[rows]]
+    known = available_presets(au_names)
+    rows = [row for row in ([name for name in names if name in known] for names in DEMO_PRESETS) if row]
+    presets = [preset_table(job, row, au_names) for row in rows]
+    return [grids, [replace(table, row_labels=["" if n else "Presets"]) for n, table in enumerate(presets)]]
 
 
-def _with_au(job: Job, name: str, value: float) -> Job:
-    return replace(job, aus=format_aus(intensities_of(job) | {name: value}))
+def _with_au(job: Job, name: str, value: float, au_names: Sequence[str]) -> Job:
+    changes = {au_names[column]: value for column in au_columns(au_names)[name]}
+    return replace(job, aus=format_aus(intensities_of(job, au_names) | changes, au_names))
 
 
-def _label(unit) -> str:
-    return f"{unit.name}\n{unit.facs_name}"
+def _label(name: str) -> str:
+    side = {"L": ", left", "R": ", right"}.get(name[-1], "")
+    return f"{name}\n{action_units_of([whole_au(name)])[0].facs_name}{side}"

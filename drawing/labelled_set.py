@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from action_units import AU_NAMES, parse_aus
+from action_units import AU_NAMES, read_aus
 from drawing.jobs import Job, canonical_aus, check_keys, errors_at, make_job, read_json_object
 from program import is_integer, is_real, write_atomically
 
@@ -46,7 +46,7 @@ class Distribution:
     pictures_per_subject: int = 1
 
 
-def read_distribution(path: Path) -> Distribution:
+def read_distribution(path: Path, au_names: Sequence[str] = AU_NAMES) -> Distribution:
     """
     Raises:
         OSError: if there is no such file.
@@ -70,12 +70,13 @@ def read_distribution(path: Path) -> Distribution:
             if unknown:
                 raise ValueError(f"{prompt!r} asks for {{{unknown[0]}}}, but `words` has {', '.join(words)}.")
         values["expressions"] = [
-            _read_expressions(entry, f"expressions[{index}]") for index, entry in enumerate(values["expressions"])
+            _read_expressions(entry, f"expressions[{index}]", au_names)
+            for index, entry in enumerate(values["expressions"])
         ]
     return Distribution(**values)
 
 
-def _read_expressions(values, label: str) -> Expressions:
+def _read_expressions(values, label: str, au_names: Sequence[str]) -> Expressions:
     with errors_at(f"`{label}`"):
         if not isinstance(values, dict):
             raise ValueError("this is no JSON object.")
@@ -85,7 +86,7 @@ def _read_expressions(values, label: str) -> Expressions:
         weight = values.get("weight")
         if not is_real(weight) or weight <= 0:
             raise ValueError(f"`weight` has to be a number above 0, but is {weight!r}.")
-        for key, high, is_number in (("count", len(AU_NAMES), is_integer), ("intensity", 5, is_real)):
+        for key, high, is_number in (("count", len(au_names), is_integer), ("intensity", 5, is_real)):
             ends = values.get(key)
             if key in values:
                 is_range = isinstance(ends, list) and len(ends) == 2 and all(map(is_number, ends))
@@ -95,8 +96,8 @@ def _read_expressions(values, label: str) -> Expressions:
         if "count" in values and "intensity" not in values:
             raise ValueError("AUs that are chosen need an `intensity`, such as [0.5, 5].")
         if "aus" in values:
-            aus = parse_aus(canonical_aus(values["aus"], "aus"))
-            if aus.min() < 0 or aus.max() > 5:
+            aus = read_aus(canonical_aus(values["aus"], "aus", au_names), au_names=au_names)[0]
+            if min(aus) < 0 or max(aus) > 5:
                 raise ValueError("labels go from 0 to 5, but `aus` goes beyond.")
     return Expressions(**values)
 
@@ -106,7 +107,7 @@ def _is_list_of_text(values) -> bool:
 
 
 def draw_dataset(
-    distribution: Distribution, num_pictures: int, defaults: Mapping
+    distribution: Distribution, num_pictures: int, defaults: Mapping, au_names: Sequence[str] = AU_NAMES
 ) -> tuple[dict[str, Job], dict[str, dict]]:
     """
     Jobs by the name of the picture each makes, and the rows of the data set's metadata by the same names, as
@@ -119,11 +120,11 @@ def draw_dataset(
         rng = random.Random(f"subject {subject}")
         prompt = _fill_in(rng.choice(distribution.prompts), distribution.words, rng)
         picture_seed = rng.randrange(2**32)
-        aus = _draw_aus(distribution.expressions, random.Random(f"expression {seed}-{number}"))
+        aus = _draw_aus(distribution.expressions, random.Random(f"expression {seed}-{number}"), au_names)
         name = f"images/{number // PICTURES_PER_FOLDER:03d}/{number:06d}.png"
-        jobs[name] = make_job({**values, "prompt": prompt, "aus": aus, "seed": picture_seed})
+        jobs[name] = make_job({**values, "prompt": prompt, "aus": aus, "seed": picture_seed}, au_names=au_names)
         labels = {"source": distribution.source, "subject": f"{distribution.source}-{subject}"}
-        rows[name] = {"file_name": name, "text": prompt, **{unit: aus.get(unit, 0.0) for unit in AU_NAMES}, **labels}
+        rows[name] = {"file_name": name, "text": prompt, **{unit: aus.get(unit, 0.0) for unit in au_names}, **labels}
     return jobs, rows
 
 
@@ -131,13 +132,14 @@ def _fill_in(prompt: str, words: Mapping[str, list[str]], rng: random.Random) ->
     return re.sub(r"\{(.*?)\}", lambda match: rng.choice(words[match[1]]), prompt)
 
 
-def _draw_aus(expressions: list[Expressions], rng: random.Random) -> dict[str, float]:
+def _draw_aus(expressions: list[Expressions], rng: random.Random, au_names: Sequence[str]) -> dict[str, float]:
     kind = rng.choices(expressions, [kind.weight for kind in expressions])[0]
     if kind.count is not None:
-        aus = dict.fromkeys(rng.sample(AU_NAMES, rng.randint(*kind.count)), 0.0)
+        aus = dict.fromkeys(rng.sample(au_names, rng.randint(*kind.count)), 0.0)
     else:
-        # Rounded, because 0.3 as a float32 reads 0.30000001192092896.
-        aus = {name: round(v, 4) for name, v in zip(AU_NAMES, parse_aus(kind.aus)[0].tolist(), strict=True) if v}
+        # Rounded, because a preset at a strength of 0.1 reads 0.30000000000000004.
+        values = read_aus(kind.aus, au_names=au_names)[0]
+        aus = {name: round(value, 4) for name, value in zip(au_names, values, strict=True) if value}
     return aus if kind.intensity is None else {name: round(rng.uniform(*kind.intensity), 2) for name in aus}
 
 

@@ -2,16 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """From weights to pictures: loading a pipeline, and drawing jobs with it in batches."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from PIL import Image
 from tqdm import tqdm
 
-from drawing.jobs import Job
+from action_units import AU_NAMES, au_columns
+from au_encoder import ENCODER_CONFIG_NAME
+from drawing.jobs import Job, errors_at
 from program import check_folder_or_hub_id
 
 
@@ -35,6 +39,31 @@ def check_weights(weights: Weights) -> None:
             raise FileNotFoundError(f"`{option}` is {name!r}, a folder without a model: it has no model_index.json.")
     if weights.adapter_variant is not None and weights.adapter is None:
         raise ValueError("`--adapter-variant` chooses among the files of an `--adapter`, but there is none.")
+
+
+def read_au_names(weights: Weights) -> tuple[str, ...]:
+    """
+    The AUs of the adapter, from its config, before any weights are loaded. The paper's twelve if it does not say, or
+    is not there, which loading it will say.
+
+    Raises:
+        ValueError: if they are not names of AUs, see `au_columns`.
+    """
+    source, name = weights.adapter, ENCODER_CONFIG_NAME
+    if source is None:
+        source, name = weights.model, "au_adapter/config.json"
+    path = Path(source) / name
+    try:
+        if not Path(source).is_dir():
+            path = Path(hf_hub_download(source, name))
+        au_names = json.loads(path.read_text(encoding="utf-8")).get("au_names")
+    except (OSError, ValueError, AttributeError):
+        return AU_NAMES
+    if au_names is None or weights.adapter_variant is not None:
+        return AU_NAMES
+    with errors_at(path):
+        au_columns(au_names)
+    return tuple(au_names)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from drawing.labelled_set import (
     read_distribution,
     write_dataset_metadata,
 )
-from drawing.model import Weights, check_weights, draw_jobs, group_jobs
+from drawing.model import Weights, check_weights, draw_jobs, group_jobs, read_au_names
 from program import check_output, on_main_process, only_run_in, settle_device, share_of, spell_option, start_processes
 
 
@@ -115,7 +115,7 @@ def run_folder(
 
 
 def run_batch(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
-    jobs = on_main_process(processes, lambda: read_jobs(args.batch, values))
+    jobs = on_main_process(processes, lambda: read_jobs(args.batch, values, read_au_names(weights)))
     return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}"
 
 
@@ -123,20 +123,21 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
     """A picture for each row of the table, or an animation, whose frames stand in a hidden folder until it is done."""
 
     def read() -> tuple[dict[str, Job], int]:
-        job = make_job(values, spell_option)
+        job = make_job(values, spell_option, au_names)
         if job.aus is not None:
             raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
         if is_animation(args):
             check_animation(args.output)
-        return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face)
+        return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face, au_names=au_names)
 
+    au_names = on_main_process(processes, lambda: read_au_names(weights))
     jobs, num_skipped = on_main_process(processes, read)
     skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""
     if not is_animation(args):
         return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}{skipped}"
     frames_folder = args.output.with_name(f".{args.output.name}.frames")
     key_jobs = list(jobs.values())
-    jobs = interpolate_jobs(key_jobs, args.frames_between)
+    jobs = interpolate_jobs(key_jobs, args.frames_between, au_names)
 
     def encode() -> None:
         about = _sheet_metadata(key_jobs[0], [key_jobs]) | describe(weights, args.dtype)
@@ -155,7 +156,9 @@ def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, pro
         if given:
             raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
         check_dataset_folder(args.output, args.dataset)
-        return draw_dataset(read_distribution(args.distribution or DEFAULT_DISTRIBUTION), args.dataset, values)
+        au_names = read_au_names(weights)
+        distribution = read_distribution(args.distribution or DEFAULT_DISTRIBUTION, au_names)
+        return draw_dataset(distribution, args.dataset, values, au_names)
 
     jobs, rows = on_main_process(processes, draw)
 
@@ -190,17 +193,19 @@ def run(args: argparse.Namespace) -> str | None:
         return run_shared(values, weights, args, processes)
     if not processes.is_main_process:
         return None
-    job = make_job({"prompt": DEMO_PROMPT, "seed": DEMO_SEED} | values if args.demo else values, spell_option)
+    au_names = read_au_names(weights)
+    values = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED} | values if args.demo else values
+    job = make_job(values, spell_option, au_names)
     if job.aus is not None and (args.demo or args.presets is not None):
         raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
     if args.sweep is not None:
-        return run_sheet(job, [[sweep_table(job, args.sweep)]], weights, args)
+        return run_sheet(job, [[sweep_table(job, args.sweep, au_names)]], weights, args)
     if args.grid:
-        return run_sheet(job, [[grid_table(job)]], weights, args)
+        return run_sheet(job, [[grid_table(job, au_names)]], weights, args)
     if args.presets is not None:
-        expressions = args.presets or list(available_presets())
+        expressions = args.presets or list(available_presets(au_names))
         rows = (expressions[i : i + SHEET_COLUMNS] for i in range(0, len(expressions), SHEET_COLUMNS))
-        return run_sheet(job, [[preset_table(job, row)] for row in rows], weights, args)
+        return run_sheet(job, [[preset_table(job, row, au_names)] for row in rows], weights, args)
     if args.demo:
-        return run_sheet(job, demo_tables(job), weights, args)
+        return run_sheet(job, demo_tables(job, au_names), weights, args)
     return run_single(job, weights, args)

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_adapter, make_components
+from conftest import HIDDEN_DIM, make_adapter, make_components
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import program
 from action_units import AU_NAMES, PRESETS, action_units_of, parse_aus
-from au_encoder import write_au_adapter
+from au_encoder import AUAdapter, write_au_adapter
 from drawing import files, model
 from drawing.contact_sheet import Table, draw_sheet, draw_table, write_animation
 from drawing.files import read_metadata
@@ -167,6 +167,24 @@ def test_an_adapter_for_another_base_is_an_error(tiny_sd_dir, tmp_path, capsys):
     assert main([*options, "--output", str(tmp_path / "out.png")]) == 2
     assert_one_error_line(capsys, "48", "32")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_aus_are_those_that_the_adapter_knows(tiny_sd_dir, tmp_path, capsys):
+    unet = make_components()["unet"]
+    adapter = AUAdapter.from_unet(unet, hidden_dim=HIDDEN_DIM, au_names=["AU4", "AU12L", "AU12R", "AU26"])
+    write_au_adapter(tmp_path / "adapter", adapter, unet, "fineface")
+    args = ["--model", tiny_sd_dir, "--adapter", str(tmp_path / "adapter"), "--num-inference-steps", "1"]
+    args += ["--device", "cpu", "--prompt", "a boy", "--output", str(tmp_path / "a.png")]
+    assert main([*args, "--aus", "smirk@0.5 + AU26=1"]) == 0
+    assert read_metadata(tmp_path / "a.png")["aus"] == "AU12R=2 AU26=1"
+    assert main([*args, "--presets", "smirk", "polite smile", "--overwrite"]) == 0
+    assert read_metadata(tmp_path / "a.png")["rows"] == [["AU12R=4", "AU12=3"]]
+    capsys.readouterr()
+    assert main([*args, "--aus", "6C"]) != 0
+    assert_one_error_line(capsys, "knows AU4, AU12L, AU12R, AU26. The nearest is AU")
+    (tmp_path / "adapter" / "au_encoder" / "config.json").write_text('{"au_names": ["AU3"]}')
+    assert main([*args, "--aus", "4C"]) != 0
+    assert_one_error_line(capsys, "config.json: `au_names` holds 'AU3'")
 
 
 def test_aus_without_an_adapter_are_an_error(tiny_sd_dir, tmp_path, capsys):

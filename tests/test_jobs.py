@@ -1,5 +1,7 @@
 """What is to be drawn; that bad input is an error, test_generate.py says."""
 
+import pytest
+
 from action_units import AU_NAMES, PRESETS
 from drawing.jobs import (
     Job,
@@ -9,6 +11,7 @@ from drawing.jobs import (
     make_job,
     preset_table,
     read_model_defaults,
+    read_table_jobs,
     sweep_table,
 )
 
@@ -50,3 +53,33 @@ def test_frames_go_evenly_from_row_to_row():
     assert [job.aus for job in frames.values()] == expected and sorted(frames) == list(frames)
     assert [job.aus for job in interpolate_jobs(keys, 0).values()] == ["neutral", "AU12=3", "AU4=1"]
     assert [job.aus for job in interpolate_jobs(keys[1:2], 5).values()] == ["AU12=3"]
+
+
+SIDED = ("AU4", "AU12L", "AU12R", "AU26")
+
+
+def test_tables_follow_the_aus_of_the_adapter():
+    job = make_job({"prompt": "a boy <AU12L=3>", "negative_aus": "R12C"}, au_names=SIDED)
+    assert (job.aus, job.negative_aus) == ("AU12L=3", "AU12R=3")
+    grid = grid_table(Job("a boy", aus="AU12R=2"), SIDED)
+    assert grid.row_labels[1:3] == ["AU12L\nLip Corner Puller, left", "AU12R\nLip Corner Puller, right"]
+    assert [row[5].aus for row in grid.rows] == ["AU4=5 AU12R=2", "AU12L=5 AU12R=2", "AU12R=5", "AU12R=2 AU26=5"]
+    assert [job.aus for job in sweep_table(Job("a boy"), "AU12=0:2:2", SIDED).rows[0]] == ["neutral", "AU12=2"]
+    assert [job.aus for job in sweep_table(Job("a boy"), "12l=1:2:2", SIDED).rows[0]] == ["AU12L=1", "AU12L=2"]
+    with pytest.raises(ValueError, match="both set AU12"):
+        sweep_table(Job("a boy", aus="AU12R=1"), "AU12=0:2:2", SIDED)
+    assert preset_table(Job("a boy"), ["smirk"], SIDED).rows[0][0].aus == "AU12R=4"
+    grids, presets = demo_tables(Job("a boy"), SIDED)
+    assert [label.split("\n")[0] for table in grids for label in table.row_labels] == list(SIDED) and not presets
+    frames = interpolate_jobs([Job("a boy", aus="AU12L=2"), Job("a boy", aus="AU12R=2")], 1, SIDED)
+    assert [job.aus for job in frames.values()] == ["AU12L=2", "AU12=1", "AU12R=2"]
+
+
+def test_a_table_brings_the_sides_of_the_adapter(tmp_path):
+    path = tmp_path / "shapes.csv"
+    path.write_text("file_name,mouthSmileLeft,mouthSmileRight\na.png,0.8,0.2\n")
+    say = [].append
+    (job,) = read_table_jobs(path, Job("a boy"), say=say, au_names=SIDED)[0].values()
+    assert job.aus == "AU12L=4 AU12R=1"
+    (job,) = read_table_jobs(path, Job("a boy"), say=say)[0].values()
+    assert job.aus == "AU12=2.5"

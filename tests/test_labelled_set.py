@@ -42,3 +42,13 @@ def test_a_subject_keeps_face_and_prompt():
 def test_labels_are_the_numbers_that_were_asked_for():
     row = draw_labels(1, expressions=[Expressions(1.0, aus="AU12=0.3 AU26=1.45")])[0]
     assert (row["AU12"], row["AU26"], row["AU1"]) == (0.3, 1.45, 0.0)
+
+
+def test_labels_are_of_the_aus_that_the_adapter_knows():
+    au_names = ("AU4", "AU12L", "AU12R")
+    kinds = [Expressions(1.0, aus="L12C"), Expressions(1.0, count=(1, 1), intensity=(1, 5))]
+    distribution = Distribution("toy", ["a boy"], {}, kinds)
+    jobs, rows = draw_dataset(distribution, 40, {}, au_names)
+    assert {name for row in rows.values() for name in row if name.startswith("AU")} == set(au_names)
+    assert "AU12L=3" in {job.aus for job in jobs.values()}
+    assert {name for row in rows.values() for name in au_names if row[name]} == set(au_names)
