@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from face_data.store import PICTURE_SUFFIXES, Part, claim_folder, replace_file
-from face_data.table_index import FaceBox, pixel_box
+from face_data.pictures import PICTURE_SUFFIXES
+from face_data.store import Part, claim_folder, replace_file
+from face_data.table_index import AUTable, FaceBox, pixel_box
 from face_data.tabled import Tabled, prepare_tabled
 
 
@@ -72,11 +73,10 @@ def find_layout(root: Path) -> Layout:
 
 def prepare_affectnet(
     root: Path,
-    table: Path,
+    tables: tuple[AUTable, ...],
     folder: Path,
     num_workers: int,
     on_error: str,
-    tool: str | None = None,
     image_column: str | None = None,
     min_side: int = MIN_SIDE,
     min_total_intensity: float = MIN_TOTAL_INTENSITY,
@@ -88,9 +88,8 @@ def prepare_affectnet(
     tabled = Tabled(
         "affectnet",
         (root, *layout.picture_dirs),
-        table,
-        tool,
-        image_column,
+        tables,
+        image_column=image_column,
         min_side=min_side,
         min_total_intensity=min_total_intensity,
         correct_aus=True,

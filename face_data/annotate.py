@@ -16,9 +16,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
+from face_data.pictures import PICTURE_ERRORS
 from face_data.store import (
     CAPTIONS,
-    PICTURE_ERRORS,
     claim_folder,
     list_parts,
     read_rows,

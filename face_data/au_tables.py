@@ -231,7 +231,7 @@ def read_au_table(
                 try:
                     used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
                     read_aus = _READERS[used_tool](list(columns), counts, tuple(au_names))
-                    name_column = _find_name_column(list(columns), image_column)
+                    name_column = find_name_column(list(columns), image_column)
                     face_columns = [column for column in columns if column.lower() in _FACE_COLUMNS]
                     confidences = [column for column in columns if column.lower() in ("confidence", "facescore")]
                     signs = [column for column in columns if column.lower() in _SIGNS_OF_A_FACE]
@@ -364,7 +364,7 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
     shapes = _used_shapes(au_names)
-    return _aus_of_shapes({shape: _number(values.get(shape, 0.0), shape, Counter()) for shape in shapes}, au_names)
+    return _aus_of_shapes({shape: read_number(values.get(shape, 0.0), shape, Counter()) for shape in shapes}, au_names)
 
 
 def _find_columns(columns: list[str], wanted: Iterable[str], key: Callable[[str], str] = str.lower) -> list[str]:
@@ -431,7 +431,7 @@ def _scale_reader(tool: str) -> Callable[[list[str], Counter, tuple[str, ...]], 
         seen += [(name, "presence") for name, source in zip(au_names, sources, strict=True) if _is_presence(source)]
 
         def read(record: dict) -> np.ndarray:
-            values = [_number(record[column], column, counts) for column in of_columns]
+            values = [read_number(record[column], column, counts) for column in of_columns]
             _check_gaps(values, list(of_columns))
             for (column, source), value in zip(of_columns.items(), values, strict=True):
                 if not math.isnan(value) and not -source.overshoot <= value <= source.high + source.overshoot:
@@ -474,7 +474,7 @@ def _arkit_reader(columns: list[str], counts: Counter, au_names: tuple[str, ...]
     missing = [au for au in au_names if not present.intersection(_shapes_of(au))]
 
     def read(record: dict) -> np.ndarray:
-        values = [0.0 if name is None else _number(record[name], name, counts) for name in names]
+        values = [0.0 if name is None else read_number(record[name], name, counts) for name in names]
         _check_gaps(values, names)
         if any(map(math.isnan, values)):
             return np.full(len(au_names), np.nan, np.float32)
@@ -540,7 +540,7 @@ def _shape_key(name: str) -> str:
     return (key[:-2] + side if side else key).replace("_", "")
 
 
-def _find_name_column(columns: list[str], image_column: str | None) -> str | None:
+def find_name_column(columns: list[str], image_column: str | None) -> str | None:
     if image_column is not None:
         return _find_columns(columns, [image_column.strip().lower()])[0]
     by_key = {column.lower(): column for column in columns}
@@ -560,7 +560,7 @@ def _face(record: dict, columns: list[str]) -> int | None:
 
 def _confidence(record: dict, columns: list[str]) -> float:
     try:
-        values = [_number(record[column], column, Counter()) for column in columns[:1]]
+        values = [read_number(record[column], column, Counter()) for column in columns[:1]]
     except ValueError:
         values = []
     return max([0.0, *(value for value in values if value > 0)])
@@ -570,7 +570,7 @@ def _reports_face(record: dict, signs: list[str]) -> bool:
     for column in signs:
         value = record[column]
         if column.lower() == "confidence":
-            if _number(value, column, Counter()) == 0:
+            if read_number(value, column, Counter()) == 0:
                 return False
         elif ("" if value is None else str(value).strip().lower()) in _NO:
             return False
@@ -586,7 +586,7 @@ def _check_gaps(values: list[float], names: list[str | None]) -> None:
         )
 
 
-def _number(value, column: str, counts: Counter) -> float:
+def read_number(value, column: str, counts: Counter) -> float:
     """NaN for an empty cell, and for what tools write where there is no number."""
     try:
         number = float(value) if not isinstance(value, bool) else None

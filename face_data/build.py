@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from action_units import AU_NAMES
+from face_data.captions import take_emotion_words
 from face_data.report import Histogram, Report, draw_histograms, report_folders, save_picture
 from face_data.store import (
     CAPTIONS,
@@ -70,6 +71,8 @@ class Build:
             Leave out what is no photograph, of sources that may have drawings.
         correct_aus (`bool`):
             Correct measured AUs.
+        drop_emotion_words (`bool`):
+            Take words of emotion out of all captions, also BLIP-2's.
 
     If the face's box is known of any picture, all get the columns `FACE_BOX`. The whole picture is the box of those of
     which it is not, so that a loss that is weighted by it stays unweighted there.
@@ -81,6 +84,7 @@ class Build:
     default_caption: str | None = None
     photo_filter: bool = True
     correct_aus: bool = True
+    drop_emotion_words: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,8 @@ def build_dataset(build: Build, num_workers: int) -> Report:
     corrections = {folder: correction for folder, (correction, _) in measured.items()}
     has_boxes = any(has_boxes for _, has_boxes in measured.values())
     settings = {"sources": list(sources.values()), "hash of rows": digest.hexdigest(), "format": build.format}
-    settings |= {name: getattr(build, name) for name in ("default_caption", "photo_filter", "correct_aus")}
+    names = ("default_caption", "photo_filter", "correct_aus", "drop_emotion_words")
+    settings |= {name: getattr(build, name) for name in names}
     claim_folder(build.output, settings)
     parts = [f"{number}-{part}" for number, folder in enumerate(build.folders) for part in list_parts(folder)]
     work = functools.partial(make_part, build, sources, corrections, has_boxes)
@@ -141,15 +146,19 @@ def join_part(folder: Path, part: str, build: Build) -> Iterator[dict]:
         caption, photo = next(captions, {}), next(photos, {})
         if {row["file_name"]} != {row["file_name"], *(line["file_name"] for line in (caption, photo) if line)}:
             raise ValueError(f"{folder}: part {part} of rows and of annotations differ. Delete captions and photos.")
-        text = caption.get("text") or row["text"] or build.default_caption or ""
+        text, words = caption.get("text") or row["text"], {}
+        if build.drop_emotion_words:
+            text, words = take_emotion_words(text)
+        text = text or build.default_caption or ""
+        known = {name: row.pop(name) for name in ("changed", "removed_words") if name in row}
         is_photo = photo.get("is_photo", row.get("is_photo"))
         if needs_photo_filter and is_photo is not True:
-            yield {"dropped": UNCLEAR if is_photo is None else NOT_A_PHOTO, "path": row["origin"], "count": 1}
+            yield {"dropped": UNCLEAR if is_photo is None else NOT_A_PHOTO, "path": row["origin"], "count": 1} | known
         elif not text:
-            yield {"dropped": NO_CAPTION, "path": row["origin"], "count": 1}
+            yield {"dropped": NO_CAPTION, "path": row["origin"], "count": 1} | known
         else:
             row.pop("is_photo", None)
-            yield row | {"text": text}
+            yield row | {"text": text} | ({"removed_words": words} if words else {})
 
 
 def make_part(
@@ -259,13 +268,15 @@ def _finish(build: Build, parts: list[str], sources: dict[Path, str], before: Hi
                 report.move(source, line)
             else:
                 aus.append([line[au] for au in AU_NAMES])
+                report.add_words(line["source"], line.get("removed_words"))
         if aus:
             after.add(np.float32(aus))
     if not after.counts.any():
         raise ValueError(f"Nothing is left for the data set:\n{report.to_text()}")
     remove_unfinished(build.output / "train")
     if build.format == "imagefolder":
-        rows = chain.from_iterable(read_rows(part_path(build, part)) for part in parts)
+        lines = chain.from_iterable(read_rows(part_path(build, part)) for part in parts)
+        rows = ({name: value for name, value in line.items() if name != "removed_words"} for line in lines)
         write_lines(build.output / "train" / "metadata.jsonl", rows)
     text, counts = report.to_text() + "\n", json.dumps(report.to_json(), indent=2) + "\n"
     replace_file(build.output / "report.txt", lambda path: path.write_text(text, encoding="utf-8"))

@@ -20,13 +20,11 @@ from pathlib import Path
 import numpy as np
 
 from action_units import AU_NAMES
+from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
 from face_data.store import (
-    PICTURE_ERRORS,
-    PICTURE_SUFFIXES,
     Part,
     claim_folder,
     mark_finished,
-    place_picture,
     replace_file,
     run_parts,
 )
@@ -270,11 +268,11 @@ def place_images(source: Path, first_number: int, frames: Frames, part: Part) ->
     for frame in sorted(frames.chosen & by_frame.keys()):
         file_name = frames.file_name(frame, by_frame[frame].suffix.lower())
         try:
-            place_picture(by_frame[frame], frames.folder / file_name)
+            placed_picture = place_picture(by_frame[frame], frames.folder / file_name)
         except PICTURE_ERRORS as error:
             part.problem(UNREADABLE, by_frame[frame], str(error))
         else:
-            placed[frame] = file_name
+            placed[frame] = placed_picture.path.relative_to(frames.folder).as_posix()
     return placed
 
 

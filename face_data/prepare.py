@@ -11,6 +11,7 @@ goes on where it was.
                             python -m face_data.prepare affectnet --root AffectNet --aus libreface.csv \
                                 --output work/affectnet
                             python -m face_data.prepare folder --root pictures --aus labels.csv --output work/mine
+                            python -m face_data.prepare hub user/faces --pictures pictures --output work/hub
                             python -m face_data.prepare photos work/affectnet --blip2 Salesforce/blip2-opt-2.7b
                             python -m face_data.prepare caption work/disfa work/affectnet work/mine --blip2 …
                             python -m face_data.prepare build work/disfa work/affectnet work/mine --output faces
@@ -19,17 +20,20 @@ goes on where it was.
 
 import argparse
 import os
-import re
 import sqlite3
 import sys
+import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, prepare_affectnet
 from face_data.au_tables import AU_TABLE_TOOLS
 from face_data.build import FORMATS, Build, build_dataset
 from face_data.disfa import Disfa, prepare_disfa
+from face_data.from_hub import BOX_FORMATS, METADATA, HubPictures, fetch_pictures
 from face_data.report import report_folders
 from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder
+from face_data.table_index import AUTable
 from face_data.tabled import Tabled, prepare_tabled
 from program import run_program
 
@@ -61,13 +65,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     folder = add("folder", "Rows and pictures of any folder, with AUs, and maybe captions, from a table.")
     folder.add_argument("--root", type=Path, required=True, help="Folder of the pictures.")
     folder.add_argument("--source", help="Name of the source, letters and digits; by default those of the folder.")
+    folder.add_argument("--captions", type=Path, metavar="TABLE", help="Captions, if --aus has none.")
     folder.add_argument("--caption_column", help="By default text, caption or prompt, if it is there.")
+    folder.add_argument("--drop_emotion_words", action="store_true", help="Take words of emotion out of captions.")
     folder.add_argument("--measured", action="store_true", help="AUs are measured: correct them as the paper does.")
     folder.add_argument("--drawings", action="store_true", help="There may be drawings: ask BLIP-2, as in `photos`.")
     _add_table(folder)
     _add_limits(folder, 1, 0.0)
     _add_rows_per_part(folder)
     _add_work(folder)
+
+    hub = add("hub", "Pictures and captions of a data set on the Hub; with --aus its rows too.")
+    hub.add_argument("dataset", help="Id of the data set.")
+    hub.add_argument("--pictures", type=Path, required=True, help="Folder for the pictures and their captions.")
+    hub.add_argument("--source", help="Name of the source, letters and digits; by default those of the data set.")
+    hub.add_argument("--config", help="Configuration of the data set.")
+    hub.add_argument("--split", default="train", help="Split of the data set.")
+    hub.add_argument("--revision", help="Commit or branch.")
+    hub.add_argument("--picture_column", help="By default the first column of pictures.")
+    hub.add_argument("--caption_column", help="By default text, caption or prompt, if it is there.")
+    hub.add_argument("--face_count_column", help="Column with the number of faces: only rows with 1 are kept.")
+    hub.add_argument("--boxes_column", help="Column with boxes of faces: only rows with one are kept.")
+    hub.add_argument("--box_format", choices=BOX_FORMATS, default=BOX_FORMATS[0], help="Of --boxes_column.")
+    hub.add_argument(
+        "--detector",
+        metavar="MODULE:FUNCTION",
+        help="From a picture to the boxes of its faces, 0 to 1: only pictures with one are kept.",
+    )
+    hub.add_argument("--keep_emotion_words", action="store_true", help="Leave the captions as they are.")
+    hub.add_argument("--max_pictures", type=int, help="Stop when so many are kept.")
+    hub.add_argument("--measured", action="store_true", help="AUs are measured: correct them as the paper does.")
+    _add_table(hub, required=False)
+    _add_limits(hub, 1, 0.0)
+    _add_rows_per_part(hub)
+    _add_work(hub)
 
     for name, text in (
         ("caption", "Captions by BLIP-2, for pictures that have none."),
@@ -82,6 +113,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     build.add_argument("folders", type=Path, nargs="+", help="Work folders.")
     build.add_argument("--default_caption", help="For pictures that have none.")
     build.add_argument("--keep_drawings", action="store_true", help="Do not ask whether pictures are photographs.")
+    build.add_argument("--drop_emotion_words", action="store_true", help="Take words of emotion out of captions.")
     build.add_argument("--keep_aus", action="store_true", help="Do not correct measured AUs.")
     _add_format(build)
     _add_output(build, "Folder of the data set.")
@@ -112,10 +144,24 @@ def _add_disfa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subjects", nargs="+", default=(), metavar="SN001", help="Only these; by default all.")
 
 
-def _add_table(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--aus", type=Path, required=True, help="Table of the AUs: csv, tsv, jsonl, json or parquet.")
+def _add_table(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument(
+        "--aus",
+        action="append",
+        required=required,
+        default=None if required else [],
+        metavar="[TOOL=]TABLE[:AU5,AU9]",
+        help="Table of the AUs: csv, tsv, jsonl, json or parquet; further tables with the AUs that come from each.",
+    )
     parser.add_argument("--au_tool", choices=AU_TABLE_TOOLS, help="Whose columns; by default they tell.")
     parser.add_argument("--image_column", help="Column of the file names; by default the first usual one.")
+
+
+def parse_tables(args: argparse.Namespace) -> tuple[AUTable, ...]:
+    tables = tuple(map(AUTable.parse, args.aus))
+    if args.au_tool is not None and (len(tables) > 1 or tables[0].tool not in (None, args.au_tool)):
+        raise ValueError("`--au_tool` is for one table. Name the tool of each as `--aus TOOL=TABLE`.")
+    return tuple(replace(table, tool=table.tool or args.au_tool) for table in tables)
 
 
 def _add_limits(
@@ -162,6 +208,7 @@ def run(args: argparse.Namespace) -> str:
         "disfa": lambda: run_disfa(args, args.root, args.output),
         "affectnet": lambda: run_affectnet(args, args.root, args.output),
         "folder": lambda: run_folder(args),
+        "hub": lambda: run_hub(args),
         "caption": lambda: run_blip2(args, args.folders, CAPTIONS),
         "photos": lambda: run_blip2(args, args.folders, PHOTOS),
         "build": lambda: run_build(args),
@@ -182,11 +229,10 @@ def run_disfa(args: argparse.Namespace, root: Path, folder: Path) -> str:
 def run_affectnet(args: argparse.Namespace, root: Path, folder: Path) -> str:
     prepare_affectnet(
         root,
-        args.aus,
+        parse_tables(args),
         folder,
         args.num_workers,
         args.on_error,
-        tool=args.au_tool,
         image_column=args.image_column,
         min_side=args.min_side,
         min_total_intensity=args.min_total_intensity,
@@ -199,20 +245,69 @@ def run_folder(args: argparse.Namespace) -> str:
     if not args.root.is_dir():
         raise ValueError(f"`--root` has to be a folder, but {str(args.root)!r} is none.")
     tabled = Tabled(
-        args.source or re.sub("[^A-Za-z0-9]", "", args.root.resolve().name),
+        args.source or name_source(args.root.resolve().name),
         (args.root,),
-        args.aus,
-        args.au_tool,
+        parse_tables(args),
+        args.captions,
         args.image_column,
         args.caption_column,
         args.min_side,
         args.min_total_intensity,
         correct_aus=args.measured,
         needs_photo_filter=args.drawings,
+        drop_emotion_words=args.drop_emotion_words,
         rows_per_part=args.rows_per_part,
     )
     prepare_tabled(tabled, args.output, args.num_workers, args.on_error)
     return report_folders([args.output]).to_text()
+
+
+def name_source(name: str) -> str:
+    """Letters and digits of a folder's name, of any script."""
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFC", name))) or "pictures"
+
+
+def run_hub(args: argparse.Namespace) -> str:
+    source = args.source or name_source(args.dataset.rpartition("/")[2])
+    pictures = HubPictures(
+        args.dataset,
+        source,
+        args.config,
+        args.split,
+        args.revision,
+        args.picture_column,
+        args.caption_column,
+        args.face_count_column,
+        args.boxes_column,
+        args.box_format,
+        args.detector,
+        args.keep_emotion_words,
+        args.max_pictures,
+        args.min_side,
+        args.rows_per_part,
+    )
+    tabled = None
+    if args.aus:
+        # Before anything is fetched, tables that are missing or contradict each other are an error.
+        tabled = Tabled(
+            source,
+            (args.pictures,),
+            parse_tables(args),
+            image_column=args.image_column,
+            min_side=args.min_side,
+            min_total_intensity=args.min_total_intensity,
+            correct_aus=args.measured,
+            rows_per_part=args.rows_per_part,
+        )
+    report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
+    if tabled is None:
+        return (
+            f"{report}\nMeasure the AUs of the pictures in {args.pictures}, and run the same command with --aus. It"
+            f" fills {args.output}."
+        )
+    tabled = replace(tabled, about=args.pictures / METADATA)
+    prepare_tabled(tabled, args.output, args.num_workers, args.on_error)
+    return f"{report}\n{report_folders([args.output]).to_text()}"
 
 
 def run_blip2(args: argparse.Namespace, folders: list[Path], kind: str) -> str:
@@ -232,6 +327,7 @@ def run_build(args: argparse.Namespace) -> str:
         args.default_caption,
         photo_filter=not args.keep_drawings,
         correct_aus=not args.keep_aus,
+        drop_emotion_words=args.drop_emotion_words,
     )
     return build_dataset(build, args.num_workers).to_text()
 

@@ -15,7 +15,9 @@ from face_data.store import list_parts, read_lines, read_settings, replace_file
 
 
 KEPT = "kept"
+WORDS_TAKEN = "words of emotion taken out of the caption"
 MAX_EXAMPLES = 3
+MAX_WORDS = 8
 BINS = 20
 BEFORE_COLOR, AFTER_COLOR = "#b9c2cc", "#d1495b"
 
@@ -23,25 +25,50 @@ BEFORE_COLOR, AFTER_COLOR = "#b9c2cc", "#d1495b"
 @dataclass
 class Report:
     """
-    Counts by source and by reason, with `KEPT` for what stayed, and for each problem the first few paths.
+    Counts by source and by reason, with `KEPT` for what stayed; for each problem the first few paths; for what stayed
+    how many pictures were changed and how many words were taken out of captions; and notes on tables.
     """
 
     counts: dict[str, Counter] = field(default_factory=dict)
     examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+    changes: dict[str, Counter] = field(default_factory=dict)
+    words: dict[str, Counter] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, source: str, line: dict) -> None:
         """A line of a part."""
+        if "note" in line:
+            self.notes.setdefault(source, []).append(line["note"])
+            return
         reason = line.get("dropped", KEPT)
         self.counts.setdefault(source, Counter())[reason] += line.get("count", 1)
         if line.get("problem"):
             paths = self.examples.setdefault((source, reason), [])
             if len(paths) < MAX_EXAMPLES:
                 paths.append(line["path"])
+        if reason == KEPT:
+            self._count_changes(source, line, 1)
 
     def move(self, source: str, line: dict) -> None:
         """A line that takes back what was kept."""
         self.counts[source][KEPT] -= line.get("count", 1)
+        self._count_changes(source, line, -1)
         self.add(source, line)
+
+    def add_words(self, source: str, words: dict[str, int] | None) -> None:
+        """Words of emotion that were taken out of a caption."""
+        if words:
+            self.changes.setdefault(source, Counter())[WORDS_TAKEN] += 1
+            self.words.setdefault(source, Counter()).update(words)
+
+    def _count_changes(self, source: str, line: dict, sign: int) -> None:
+        if line.get("changed"):
+            self.changes.setdefault(source, Counter())[line["changed"]] += sign
+        if line.get("removed_words"):
+            self.changes.setdefault(source, Counter())[WORDS_TAKEN] += sign
+            words = self.words.setdefault(source, Counter())
+            for word, count in line["removed_words"].items():
+                words[word] += sign * count
 
     def to_text(self) -> str:
         rows = []
@@ -50,11 +77,20 @@ class Report:
             for number, (reason, count) in enumerate([*dropped, (KEPT, counts[KEPT])]):
                 rows.append(("" if number else source, reason, f"{count:,}"))
                 rows += [("", f"  {path}", "") for path in self.examples.get((source, reason), ())]
+            for reason, count in self._changes(source):
+                rows.append(("", f"  of them: {reason}", f"{count:,}"))
+                if reason == WORDS_TAKEN:
+                    words = [f"{word} {count:,}" for word, count in self.words[source].most_common(MAX_WORDS)]
+                    rows.append(("", f"    {', '.join(words)}", ""))
+            rows += [("", f"note: {note}", "") for note in self.notes.get(source, ())]
         if len(self.counts) > 1:
             rows.append(("all", KEPT, f"{sum(counts[KEPT] for counts in self.counts.values()):,}"))
         widths = [max(len(row[column]) for row in rows) for column in (0, 2)]
         # Paths may be long; counts stand before them.
         return "\n".join(f"{source:{widths[0]}}  {count:>{widths[1]}}  {reason}" for source, reason, count in rows)
+
+    def _changes(self, source: str) -> list[tuple[str, int]]:
+        return [(reason, count) for reason, count in self.changes.get(source, Counter()).most_common() if count]
 
     def to_json(self) -> dict:
         return {
@@ -62,6 +98,9 @@ class Report:
                 KEPT: counts[KEPT],
                 "dropped": {reason: count for reason, count in counts.most_common() if reason != KEPT},
             }
+            | ({"changed": dict(changes)} if (changes := self._changes(source)) else {})
+            | ({"removed_words": dict(+self.words[source])} if +self.words.get(source, Counter()) else {})
+            | ({"notes": self.notes[source]} if self.notes.get(source) else {})
             for source, counts in self.counts.items()
         }
 

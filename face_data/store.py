@@ -5,8 +5,8 @@ What all steps share: a folder that is filled part by part, and what becomes of 
 
     settings.json       what the folder was made from; another run has to say the same
     images/…            the pictures
-    rows/PART.jsonl     a line for each picture, {"file_name": …, "text": …, "AU1": …, …}, or for what was left out,
-                        {"dropped": reason, "path": …, "count": …}
+    rows/PART.jsonl     a line for each picture, {"file_name": …, "text": …, "AU1": …, …}, for what was left out,
+                        {"dropped": reason, "path": …, "count": …}, and for what there is to know, {"note": sentence}
     finished            an empty file, once all parts are there
     captions/PART.jsonl, photos/PART.jsonl    what BLIP-2 says, line by line
 
@@ -16,6 +16,7 @@ killed goes on where it was, with the same result, and memory holds parts and ne
 
 import functools
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,19 +28,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image, ImageOps
 from tqdm.auto import tqdm
 
 
+_logger = logging.getLogger(__name__)
 SETTINGS, FINISHED = "settings.json", "finished"
 # In a data set, the folder of its work folders.
 WORK = ".work"
 # Folders in a work folder.
 CAPTIONS, PHOTOS = "captions", "photos"
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# Pillow raises these for files that are damaged, cut off, of another type or absurdly large.
-PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-_ORIENTATION = 0x0112
 _UNFINISHED = ".part-"
 # Names of folders that the datasets library takes for splits.
 _SPLIT = re.compile(r"(train|training|test|testing|eval|evaluation|validation|valid|dev|val)\d*", re.IGNORECASE)
@@ -59,6 +56,11 @@ class Part:
     on_error: str
     rows: list[dict] = field(default_factory=list)
     dropped: list[dict] = field(default_factory=list)
+
+    def note(self, sentence: str) -> None:
+        """Say what was guessed or taken as given, now and in the report."""
+        _logger.warning(sentence)
+        self.dropped.append({"note": sentence})
 
     def drop(self, reason: str, path: str | os.PathLike, count: int = 1) -> None:
         """Leave out what the recipe leaves out."""
@@ -109,7 +111,7 @@ def read_lines(path: Path) -> Iterator[dict]:
 
 def read_rows(path: Path) -> Iterator[dict]:
     """The pictures of a part."""
-    return (line for line in read_lines(path) if "dropped" not in line)
+    return (line for line in read_lines(path) if "file_name" in line)
 
 
 def list_parts(folder: Path) -> list[str]:
@@ -184,7 +186,7 @@ def check_source(source: str) -> None:
     Raises:
         ValueError: if a source may not be called so: its name becomes that of a folder in the data set.
     """
-    if not re.fullmatch("[A-Za-z0-9]+", source) or _SPLIT.fullmatch(source):
+    if not source.isalnum() or _SPLIT.fullmatch(source):
         raise ValueError(
             f"The source is {source!r}, but has to be letters and digits, and no name of a split. Name it with"
             " `--source`."
@@ -229,30 +231,6 @@ def _as_completed(executor: ProcessPoolExecutor, work: Callable, parts: list[str
         running |= {executor.submit(work, part) for part in islice(waiting, len(finished))}
         for future in finished:
             yield future.result()
-
-
-def place_picture(source: Path, target: Path, min_side: int = 0) -> tuple[tuple[int, int], bool]:
-    """
-    Put a picture that can be decoded at `target`: as a hard link where that is possible, else as a copy. One that a
-    camera has marked as turned is written upright.
-
-    Returns:
-        `(width, height)` in pixels, and whether the picture was turned. One with a side under `min_side` is not put
-        anywhere.
-
-    Raises:
-        PICTURE_ERRORS: if the picture cannot be decoded.
-    """
-    with Image.open(source) as picture:
-        picture.load()
-        upright = ImageOps.exif_transpose(picture) if picture.getexif().get(_ORIENTATION, 1) != 1 else None
-    size = (upright or picture).size
-    if min(size) >= min_side:
-        if upright is None:
-            link_file(source, target)
-        else:
-            replace_file(target, lambda unfinished: upright.save(unfinished, quality=95))
-    return size, upright is not None
 
 
 def link_file(source: Path, target: Path) -> None:

@@ -1,14 +1,16 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-An AU table as a small database on disk, for tables of any length: rows by number, for parts that processes make
-independently of each other, and names that come twice.
+AU tables as a small database on disk, for tables of any length: rows by number, for parts that processes make
+independently of each other, pictures that come twice, and the AUs of several tools joined.
 """
 
 import hashlib
 import json
 import math
+import re
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from action_units import AU_NAMES
-from face_data.au_tables import AURow, read_au_table
+from face_data.au_tables import AU_TABLE_TOOLS, AURow, find_name_column, read_au_table, read_number
 from face_data.store import replace_file
+from face_data.table_files import read_records
 
 
 FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
@@ -49,8 +52,69 @@ def pixel_box(left: float, top: float, width: float, height: float) -> FaceBox:
 
 
 @dataclass(frozen=True)
+class AUTable:
+    """A table, the tool that wrote it (by default its columns tell), and the AUs taken from it (by default all)."""
+
+    path: Path
+    tool: str | None = None
+    aus: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> "AUTable":
+        """`"FILE"`, `"TOOL=FILE"`, `"FILE:AU5,AU9"` or `"TOOL=FILE:AU5,AU9"`."""
+        tool, _, rest = text.partition("=")
+        tool, rest = (tool, rest) if tool in AU_TABLE_TOOLS else (None, text)
+        match = re.fullmatch(r"(.+?)(?::(AU\w+(?:,\s*AU\w+)*))?", rest, flags=re.IGNORECASE | re.DOTALL)
+        if match is None:
+            raise ValueError(f"`--aus` is {text!r}. Write FILE, TOOL=FILE, or TOOL=FILE:AU5,AU9.")
+        aus = tuple(name.strip().upper() for name in match[2].split(",")) if match[2] else ()
+        unknown = [name for name in aus if name not in AU_NAMES]
+        if unknown:
+            raise ValueError(f"`--aus` names {unknown[0]!r} in {text!r}. The AUs are {', '.join(AU_NAMES)}.")
+        return cls(Path(match[1]), tool, aus)
+
+    def settings(self) -> list:
+        return [file_digest(self.path), self.tool, list(self.aus)]
+
+
+def check_tables(tables: tuple[AUTable, ...]) -> None:
+    """
+    Raises:
+        FileNotFoundError: if a table is not there.
+        ValueError: if an AU comes from two tables, or two tables give all AUs.
+    """
+    for table in tables:
+        if not table.path.is_file():
+            raise FileNotFoundError(f"There is no table {str(table.path)!r}.")
+    taken = [name for table in tables for name in table.aus]
+    twice = next((name for name in taken if taken.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"`--aus` takes {twice} from two tables. An AU comes from one.")
+    whole = [table.path for table in tables if not table.aus]
+    if len(whole) > 1:
+        raise ValueError(
+            f"`--aus` takes all AUs from {whole[0]} and from {whole[1]}. Say behind all tables but one which AUs come"
+            " from it: TOOL=FILE:AU5,AU9."
+        )
+
+
+@dataclass(frozen=True)
 class TableEntry:
-    """A picture's row: its AUs in [0, 5] or None without a face, and how many rows of the table name it."""
+    """
+    A picture of the first table.
+
+    Args:
+        aus (`numpy.ndarray`, *optional*):
+            In [0, 5], joined from all tables. None if a table has no face in the picture.
+        times (`int`):
+            The largest number of different rows that a table has for the picture; 0 if one has none.
+        repeats (`int`):
+            Rows of the first table that say the same once more.
+        has_names (`bool`):
+            The first table names the picture in several ways.
+        removed (`dict[str, int]`, *optional*):
+            Emotion words that were taken out of the text, and how often.
+    """
 
     name: str
     aus: np.ndarray | None
@@ -60,35 +124,80 @@ class TableEntry:
     box: FaceBox | None
     line: int
     times: int
+    repeats: int
+    has_names: bool
+    removed: dict[str, int] | None
 
 
 def build_index(
     path: Path,
-    table: Path,
-    tool: str | None,
+    tables: tuple[AUTable, ...],
+    about: Path | None,
     image_column: str | None,
     caption_column: str | None,
+    find_key: Callable[[str], str],
     on_error: Callable[[ValueError], None],
+    say: Callable[[str], None],
 ) -> None:
-    """Read `table` once, from front to back, into the database `path`. `on_error` is told of rows it cannot use."""
+    """
+    Read `tables` once, from front to back, into the database `path`.
+
+    Args:
+        tables (`tuple[AUTable, ...]`):
+            The first one decides which pictures there are; the others give some of the AUs.
+        about (`Path`, *optional*):
+            A table of captions and boxes without AUs, which fills what the first one does not say.
+        find_key (`Callable`):
+            What is the same for all names of a picture.
+        on_error (`Callable`), say (`Callable`):
+            Are told of rows that cannot be used, and of what was guessed.
+    """
 
     def write(unfinished: Path) -> None:
         unfinished.unlink(missing_ok=True)
         with closing(sqlite3.connect(unfinished)) as database:
             database.execute(
-                "CREATE TABLE entries (id INTEGER PRIMARY KEY, name TEXT UNIQUE, aus BLOB, text TEXT, subject TEXT,"
-                " is_photo INTEGER, box TEXT, line INTEGER, times INTEGER)"
+                "CREATE TABLE entries (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, aus BLOB, text TEXT,"
+                " subject TEXT, is_photo INTEGER, box TEXT, line INTEGER, times INTEGER, repeats INTEGER,"
+                " has_names INTEGER)"
             )
-            rows = read_au_table(table, tool, image_column, on_error)
-            for batch in _batches(_read_values(rows, table, caption_column, on_error)):
-                database.executemany(
-                    "INSERT INTO entries (name, aus, text, subject, is_photo, box, line, times)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, 1) ON CONFLICT (name) DO UPDATE SET times = times + 1",
-                    batch,
-                )
+            database.execute(
+                "CREATE TABLE others (number INTEGER, key TEXT, aus BLOB, times INTEGER, PRIMARY KEY (number, key))"
+                " WITHOUT ROWID"
+            )
+            database.execute(
+                "CREATE TABLE about (key TEXT PRIMARY KEY, text TEXT, box TEXT, removed TEXT) WITHOUT ROWID"
+            )
+            captions = None if about is not None else caption_column
+            for number, table in enumerate(tables):
+                rows = read_au_table(table.path, table.tool, image_column, on_error, say)
+                values = _read_values(rows, table.path, None if number else captions, find_key, on_error)
+                for batch in _batches(values):
+                    if number:
+                        others = [(number, key, aus) for key, _, aus, *_ in batch]
+                        database.executemany(_INSERT_OTHER, others)
+                    else:
+                        database.executemany(_INSERT_ENTRY, batch)
+            if about is not None:
+                for batch in _batches(_read_about(about, image_column, caption_column, find_key, on_error, say)):
+                    database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?, ?, ?)", batch)
             database.commit()
 
     replace_file(path, write)
+
+
+# A row that says the same as the first one of its picture is a repetition, and not another face.
+_INSERT_ENTRY = (
+    "INSERT INTO entries (key, name, aus, text, subject, is_photo, box, line, times, repeats, has_names)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0) ON CONFLICT (key) DO UPDATE SET"
+    " times = times + (aus IS NOT excluded.aus OR box IS NOT excluded.box),"
+    " repeats = repeats + (aus IS excluded.aus AND box IS excluded.box),"
+    " has_names = has_names OR name IS NOT excluded.name"
+)
+_INSERT_OTHER = (
+    "INSERT INTO others VALUES (?, ?, ?, 1) ON CONFLICT (number, key) DO UPDATE SET"
+    " times = times + (aus IS NOT excluded.aus)"
+)
 
 
 def count_entries(path: Path) -> int:
@@ -96,27 +205,58 @@ def count_entries(path: Path) -> int:
         return database.execute("SELECT count(*) FROM entries").fetchone()[0]
 
 
-def read_entries(path: Path, first: int, count: int) -> list[TableEntry]:
-    """`count` entries from the number `first`, which counts from 0, in the order of the table."""
+def read_entries(path: Path, tables: tuple[AUTable, ...], first: int, count: int) -> list[TableEntry]:
+    """`count` entries from the number `first`, which counts from 0, in the order of the first table."""
+    where = " WHERE entries.id BETWEEN ? AND ? ORDER BY entries.id"
+    limits = (first + 1, first + count)
     with closing(sqlite3.connect(path)) as database:
         found = database.execute(
-            "SELECT name, aus, text, subject, is_photo, box, line, times FROM entries WHERE id BETWEEN ? AND ?"
-            " ORDER BY id",
-            (first + 1, first + count),
+            "SELECT name, aus, coalesce(nullif(entries.text, ''), about.text, ''), subject, is_photo,"
+            " coalesce(entries.box, about.box), line, times, repeats, has_names, removed"
+            " FROM entries LEFT JOIN about ON about.key = entries.key" + where,
+            limits,
         ).fetchall()
-    return [
-        TableEntry(
-            name,
-            None if aus is None else np.frombuffer(aus, np.float32),
-            text,
-            subject,
-            None if is_photo is None else bool(is_photo),
-            None if box is None else FaceBox(*json.loads(box)),
-            line,
-            times,
+        others = [
+            database.execute(
+                "SELECT others.aus, coalesce(others.times, 0) FROM entries"
+                " LEFT JOIN others ON others.key = entries.key AND others.number = ?" + where,
+                (number, *limits),
+            ).fetchall()
+            for number in range(1, len(tables))
+        ]
+    entries = []
+    for index, (name, aus, text, subject, is_photo, box, line, times, repeats, has_names, removed) in enumerate(found):
+        rows = [(aus, times), *(rows[index] for rows in others)]
+        all_times = [times for _, times in rows]
+        entries.append(
+            TableEntry(
+                name,
+                _join_aus([aus for aus, _ in rows], tables),
+                text,
+                subject,
+                None if is_photo is None else bool(is_photo),
+                None if box is None else FaceBox(*json.loads(box)),
+                line,
+                max(all_times) if all(all_times) else 0,
+                repeats,
+                bool(has_names),
+                None if removed is None else json.loads(removed),
+            )
         )
-        for name, aus, text, subject, is_photo, box, line, times in found
-    ]
+    return entries
+
+
+def _join_aus(rows: list[bytes | None], tables: tuple[AUTable, ...]) -> np.ndarray | None:
+    """AUs that no table gives are 0."""
+    if any(row is None for row in rows):
+        return None
+    named = {name for table in tables for name in table.aus}
+    joined = np.zeros(len(AU_NAMES), np.float32)
+    for row, table in zip(rows, tables, strict=True):
+        names = table.aus or [name for name in AU_NAMES if name not in named]
+        columns = [AU_NAMES.index(name) for name in names]
+        joined[columns] = np.frombuffer(row, np.float32)[columns]
+    return joined
 
 
 def file_digest(path: Path) -> str:
@@ -134,38 +274,76 @@ def _batches(values: Iterator[tuple]) -> Iterator[list[tuple]]:
 
 
 def _read_values(
-    rows: Iterator[AURow], table: Path, caption_column: str | None, on_error: Callable[[ValueError], None]
+    rows: Iterator[AURow],
+    table: Path,
+    caption_column: str | None,
+    find_key: Callable[[str], str],
+    on_error: Callable[[ValueError], None],
 ) -> Iterator[tuple]:
     captions = CAPTION_COLUMNS if caption_column is None else (caption_column.lower(),)
     for row in rows:
         label = f"{table}, line {row.line}"
         by_key = {column.lower(): value for column, value in row.record.items()}
-        if caption_column is not None and caption_column.lower() not in by_key:
-            columns = ", ".join(row.record)
-            raise ValueError(f"{label}: there is no column {caption_column!r}. The columns are {columns}.")
+        _check_caption_column(caption_column, by_key, label)
         try:
-            yield _entry_values(row, by_key, captions, label)
+            yield (
+                find_key(_check_name(row.name, label)),
+                row.name,
+                row.aus.tobytes() if row.face_found else None,
+                _first_text(by_key, captions, label),
+                _first_text(by_key, SUBJECT_COLUMNS, label),
+                _is_photo(by_key, label),
+                _read_box(by_key, label),
+                row.line,
+            )
         except ValueError as error:
             on_error(error)
 
 
-def _entry_values(row: AURow, by_key: dict, captions: tuple[str, ...], label: str) -> tuple:
-    if not row.name:
+def _read_about(
+    table: Path,
+    image_column: str | None,
+    caption_column: str | None,
+    find_key: Callable[[str], str],
+    on_error: Callable[[ValueError], None],
+    say: Callable[[str], None],
+) -> Iterator[tuple]:
+    captions = CAPTION_COLUMNS if caption_column is None else (caption_column.lower(),)
+    for line, record in read_records(table, say):
+        label = f"{table}, line {line}"
+        by_key = {column.lower(): value for column, value in record.items()}
+        _check_caption_column(caption_column, by_key, label)
+        try:
+            column = find_name_column(list(record), image_column)
+            name = _check_name("" if column is None else str(record[column]), label)
+            removed = by_key.get("removed_words")
+            removed = json.dumps(removed) if isinstance(removed, dict) else None
+            yield find_key(name), _first_text(by_key, captions, label), _read_box(by_key, label), removed
+        except ValueError as error:
+            on_error(error)
+
+
+def _check_caption_column(name: str | None, by_key: dict, label: str) -> None:
+    if name is not None and name.lower() not in by_key:
+        raise ValueError(f"{label}: there is no column {name!r}. The columns are {', '.join(by_key)}.")
+
+
+def _check_name(name: str, label: str) -> str:
+    if not name:
         raise ValueError(f"{label}: there is no file name. Say which column has it with `--image_column`.")
-    return (
-        row.name,
-        row.aus.tobytes() if row.face_found else None,
-        _first_text(by_key, captions),
-        _first_text(by_key, SUBJECT_COLUMNS),
-        _is_photo(by_key, label),
-        _read_box(by_key, label),
-        row.line,
-    )
+    return _check_text(name, label)
 
 
-def _first_text(by_key: dict, columns: tuple[str, ...]) -> str:
+def _check_text(text: str, label: str) -> str:
+    # JSON can carry halves of characters, which no file can.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{label}: {text!r} is no Unicode text.")
+    return text
+
+
+def _first_text(by_key: dict, columns: tuple[str, ...], label: str) -> str:
     value = next((by_key[column] for column in columns if column in by_key), None)
-    return "" if value is None else " ".join(str(value).split())
+    return "" if value is None else _check_text(" ".join(str(value).split()), label)
 
 
 def _is_photo(by_key: dict, label: str) -> int | None:
@@ -199,9 +377,6 @@ def _read_box(by_key: dict, label: str) -> str | None:
 
 def _coordinate(value, column: str, label: str) -> float:
     try:
-        number = math.nan if value in (None, "") else float(value)
-    except (TypeError, ValueError):
-        number = math.inf
-    if math.isinf(number):
-        raise ValueError(f"{label}: column {column!r} is {value!r}, but has to be a number.")
-    return number
+        return read_number(value, column, Counter())
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from error

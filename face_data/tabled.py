@@ -1,32 +1,37 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Pictures whose AUs are in a table: any folder of pictures, and AffectNet. The table says what is read; a part is a
-stretch of its rows.
+Pictures whose AUs are in tables: any folder of pictures, AffectNet, and what comes from the Hub. The first table says
+what is read; a part is a stretch of its pictures.
 """
 
 import functools
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from action_units import AU_NAMES
+from face_data.captions import take_emotion_words
+from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
 from face_data.store import (
-    PICTURE_ERRORS,
-    PICTURE_SUFFIXES,
+    SETTINGS,
     Part,
     check_source,
     claim_folder,
     mark_finished,
-    place_picture,
     read_lines,
     run_parts,
 )
 from face_data.table_index import (
+    AUTable,
     FaceBox,
     TableEntry,
     au_columns,
     build_index,
+    check_tables,
     count_entries,
     file_digest,
     read_entries,
@@ -39,6 +44,9 @@ TABLE_PART, UNTABLED_PART = "table", "untabled"
 BAD_ROW = "row of the table that cannot be read"
 NO_FACE = "no face"
 SEVERAL_FACES = "several faces"
+CONTRADICTION = "rows under several names that contradict each other"
+REPEATED = "row that says the same again"
+NOT_IN_ALL = "picture that is in the first table only"
 NO_PICTURE = "picture that is not there"
 AMBIGUOUS = "file name that several pictures have"
 UNREADABLE = "picture or video that cannot be read"
@@ -58,8 +66,12 @@ class Tabled:
         bases (`tuple[Path, ...]`):
             Folders that file names of the table are relative to. Names that begin with folders of another machine
             are found by their ends.
-        table (`Path`), tool, image_column (`str`, *optional*):
-            As `au_tables.read_au_table` takes them.
+        tables (`tuple[AUTable, ...]`):
+            AUs of the pictures, each AU from one of them; the first one decides which pictures there are.
+        about (`Path`, *optional*):
+            A table with captions and boxes of faces, for pictures of which the first table does not say them.
+        image_column (`str`, *optional*):
+            As `au_tables.read_au_table` takes it, for all tables.
         caption_column (`str`, *optional*):
             By default the first of `CAPTION_COLUMNS` that is there, if any.
         min_side (`int`):
@@ -70,34 +82,40 @@ class Tabled:
             The AUs are measured by a tool: `face_data.build` corrects them as the paper does.
         needs_photo_filter (`bool`):
             Pictures may be drawings: `face_data.build` wants to know which.
+        drop_emotion_words (`bool`):
+            Take words of emotion out of the captions, which else explain the face in place of the AUs.
         rows_per_part (`int`):
-            Rows of the table in a part.
+            Pictures of the first table in a part.
     """
 
     source: str
     bases: tuple[Path, ...]
-    table: Path
-    tool: str | None = None
+    tables: tuple[AUTable, ...]
+    about: Path | None = None
     image_column: str | None = None
     caption_column: str | None = None
     min_side: int = 1
     min_total_intensity: float = 0.0
     correct_aus: bool = False
     needs_photo_filter: bool = False
+    drop_emotion_words: bool = False
     rows_per_part: int = 1024
 
     def __post_init__(self):
         check_source(self.source)
-        if not self.table.is_file():
-            raise FileNotFoundError(f"There is no table {str(self.table)!r}.")
+        check_tables(self.tables)
+        if self.about is not None and not self.about.is_file():
+            raise FileNotFoundError(f"There is no table {str(self.about)!r}.")
         for name, lowest in (("min_side", 1), ("rows_per_part", 1), ("min_total_intensity", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"`--{name}` has to be at least {lowest}, but is {getattr(self, name)}.")
 
     def settings(self) -> dict:
-        paths = {"bases": [str(base.resolve()) for base in self.bases], "table": file_digest(self.table)}
-        names = ("source", "tool", "image_column", "caption_column", "min_side", "min_total_intensity")
-        flags = ("correct_aus", "needs_photo_filter", "rows_per_part")
+        paths = {"bases": [str(base.resolve()) for base in self.bases]}
+        paths |= {"tables": [table.settings() for table in self.tables]}
+        paths |= {"about": None if self.about is None else file_digest(self.about)}
+        names = ("source", "image_column", "caption_column", "min_side", "min_total_intensity")
+        flags = ("correct_aus", "needs_photo_filter", "drop_emotion_words", "rows_per_part")
         return {name: getattr(self, name) for name in (*names, *flags)} | paths
 
 
@@ -125,12 +143,23 @@ def prepare_tabled(
     index = folder / INDEX
     if not index.is_file() or not part_path(folder, TABLE_PART).is_file():
         part = Part(on_error)
-        note = functools.partial(_note_bad_row, part)
-        build_index(index, tabled.table, tabled.tool, tabled.image_column, tabled.caption_column, note)
+        build_index(
+            index,
+            tabled.tables,
+            tabled.about,
+            tabled.image_column,
+            tabled.caption_column,
+            functools.partial(find_key, bases=tabled.bases),
+            functools.partial(_note_bad_row, part),
+            part.note,
+        )
+        named = {name for table in tabled.tables for name in table.aus}
+        if all(table.aus for table in tabled.tables) and len(named) < len(AU_NAMES):
+            part.note(f"`--aus` takes {', '.join(n for n in AU_NAMES if n not in named)} from no table: taken as 0.")
         part.write(part_path(folder, TABLE_PART))
     num_entries = count_entries(index)
     if num_entries == 0:
-        raise ValueError(f"{tabled.table}: the table has no rows.")
+        raise ValueError(f"{tabled.tables[0].path}: the table has no rows.")
     parts = [f"{number:07d}" for number in range(-(-num_entries // tabled.rows_per_part))]
     work = functools.partial(make_part, tabled, folder, on_error, refuse, find_box)
     run_parts(work, parts, lambda part: part_path(folder, part).is_file(), num_workers, tabled.source)
@@ -149,13 +178,17 @@ def make_part(
 ) -> None:
     """Write the part of one stretch of the table."""
     part = Part(on_error)
-    for entry in read_entries(folder / INDEX, int(name) * tabled.rows_per_part, tabled.rows_per_part):
-        label = f"{tabled.table}, line {entry.line}"
+    first_row = int(name) * tabled.rows_per_part
+    for entry in read_entries(folder / INDEX, tabled.tables, first_row, tabled.rows_per_part):
+        label = f"{tabled.tables[0].path}, line {entry.line}"
         found = find_picture(entry.name, tabled.bases)
+        part.drop(REPEATED, found[0] if found else entry.name, entry.repeats)
         if len(found) != 1:
             part.problem(AMBIGUOUS if found else NO_PICTURE, entry.name, ", ".join([label, *map(str, found)]))
+        elif entry.times == 0:
+            part.problem(NOT_IN_ALL, found[0], label)
         elif entry.times > 1:
-            part.drop(SEVERAL_FACES, found[0])
+            part.drop(CONTRADICTION if entry.has_names else SEVERAL_FACES, found[0])
         elif entry.aus is None:
             part.drop(NO_FACE, found[0])
         elif entry.aus.sum() < tabled.min_total_intensity:
@@ -168,36 +201,69 @@ def make_part(
 
 def _add_row(entry: TableEntry, picture: Path, box: FaceBox | None, tabled: Tabled, folder: Path, part: Part) -> None:
     origin = origin_of(picture, tabled.bases)
-    file_name = f"images/{origin}"
     try:
-        size, is_turned = place_picture(picture, folder / file_name, tabled.min_side)
+        placed = place_picture(picture, folder / "images" / origin, tabled.min_side)
     except PICTURE_ERRORS as error:
         part.problem(UNREADABLE, picture, str(error))
         return
-    if min(size) < tabled.min_side:
+    if min(placed.size) < tabled.min_side:
         part.drop(TOO_SMALL, picture)
         return
-    row = {"file_name": file_name, "text": entry.text} | au_columns(entry.aus)
+    text, removed = take_emotion_words(entry.text) if tabled.drop_emotion_words else (entry.text, {})
+    removed = dict(Counter(removed) + Counter(entry.removed))
+    row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text} | au_columns(entry.aus)
     row |= {"source": tabled.source, "subject": entry.subject, "origin": origin}
     # Pixels are counted before or after turning, which no tool tells.
-    if box is not None and not (box.in_pixels and is_turned):
-        row |= box.columns(size)
-    part.rows.append(row if entry.is_photo is None else row | {"is_photo": entry.is_photo})
+    if box is not None and not (box.in_pixels and placed.is_turned):
+        row |= box.columns(placed.size)
+    known = {"is_photo": entry.is_photo, "changed": placed.note, "removed_words": removed or None}
+    part.rows.append(row | {name: value for name, value in known.items() if value is not None})
 
 
 def find_picture(name: str, bases: tuple[Path, ...]) -> list[Path]:
     """
     The pictures that a file name of the table can mean. Leading folders that are not here are left away, because
-    tables name those of the machine that they were made on.
+    tables name those of the machine that they were made on. Letters with accents may be one character or two, as
+    macOS and others write them.
     """
     pieces = [piece for piece in PurePosixPath(name.replace("\\", "/")).parts if piece not in ("/", "..", ".")]
     for first in range(len(pieces)):
-        end = os.path.join(*pieces[first:])
-        found = {path.resolve(): path for base in bases if (path := base / end).is_file()}
+        found = {}
+        for base in bases:
+            path = _below(base, pieces[first:])
+            if os.path.isfile(path):
+                found[path.resolve()] = path
         # Where the first folder is here, the rest of the name is meant in it, and nowhere else.
-        if found or any((base / pieces[first]).is_dir() for base in bases):
+        if found or any(os.path.isdir(_below(base, pieces[first : first + 1])) for base in bases):
             return list(found.values())
     return []
+
+
+def find_key(name: str, bases: tuple[Path, ...]) -> str:
+    """The same for all names of one picture; of a picture that is not here, its name."""
+    found = find_picture(name, bases)
+    return str(found[0].resolve()) if len(found) == 1 else name
+
+
+def _below(base: Path, pieces: list[str]) -> Path:
+    path = base.joinpath(*pieces)
+    if "".join(pieces).isascii() or os.path.exists(path):
+        return path
+    path = base
+    for piece in pieces:
+        entries = _list_composed(path)
+        path = path / entries.get(unicodedata.normalize("NFC", piece), piece)
+    return path
+
+
+@functools.lru_cache(maxsize=16)
+def _list_composed(folder: Path) -> dict[str, str]:
+    """The names in a folder by their composed form."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return {}
+    return {unicodedata.normalize("NFC", name): name for name in names}
 
 
 def origin_of(picture: Path, bases: tuple[Path, ...]) -> str:
@@ -215,19 +281,25 @@ def _note_bad_row(part: Part, error: ValueError) -> None:
 
 
 def _walk(bases: tuple[Path, ...]) -> Iterator[Path]:
+    """All pictures, but for those that an earlier step has put into a folder of its own."""
     for base in bases:
-        for folder, _, names in os.walk(base):
+        for folder, folders, names in os.walk(base):
+            folders[:] = [name for name in folders if not _is_own(Path(folder, name))]
             yield from (Path(folder, name) for name in names if name.lower().endswith(PICTURE_SUFFIXES))
+
+
+def _is_own(folder: Path) -> bool:
+    return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", ".parts"))
 
 
 def _count_untabled(
     tabled: Tabled, folder: Path, parts: list[str], list_pictures: Callable[[], Iterator[Path]]
 ) -> None:
-    """Each row of the table is one line of a part, and names one picture or none: the difference is what it lacks."""
+    """Each picture of the table is one line of a part: the difference to those that are there is what it lacks."""
     num_found = 0
     for name in parts:
         lines = read_lines(part_path(folder, name))
-        num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS) for line in lines)
+        num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
     part = Part("skip")
     num_pictures = sum(1 for _ in list_pictures())
     part.drop(NOT_IN_TABLE, tabled.bases[0], max(0, num_pictures - num_found))

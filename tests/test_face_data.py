@@ -21,9 +21,10 @@ from action_units import AU_NAMES
 from face_data.annotate import Blip2, annotate, is_photo
 from face_data.build import Correction
 from face_data.disfa import find_videos
+from face_data.pictures import place_picture
 from face_data.prepare import main
 from face_data.report import AFTER_COLOR, Histogram, draw_histograms
-from face_data.store import list_parts, place_picture, read_lines, read_rows, run_parts
+from face_data.store import list_parts, read_lines, read_rows, run_parts
 from toy_faces.renderer import render, sample_aus, sample_portrait
 from training.config import TrainConfig
 from training.data import load_training_data
@@ -381,7 +382,7 @@ def test_what_is_wrong_with_affectnet_is_counted(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     unlisted = {"file_name": "109/unlisted.jpg"} | libreface_columns(SMILE)
     # The last picture has two faces, and the last row is wrong.
-    write_table(table, [*rows, rows[-1], unlisted, unlisted | {"au_1_intensity": 9}])
+    write_table(table, [*rows, rows[-1] | {"au_1_intensity": 3}, unlisted, unlisted | {"au_1_intensity": 9}])
     command = ["affectnet", "--root", root, "--aus", table, "--num_workers", 1, "--output"]
     prepare(*command, tmp_path / "stopped", status=2)
     assert "line 9: column 'au_1_intensity' is 9. libreface measures from 0 to 5" in capsys.readouterr().err
@@ -523,11 +524,191 @@ def test_a_table_may_name_its_columns_otherwise(tmp_path, capsys):
     assert [row["text"] for row in rows_of(tmp_path / "w")] == ["person 0", "person 1"]
 
 
+def make_table(path: Path, aus_of_names: list[tuple[str, dict]], tool: str = "AU{}") -> Path:
+    """A row for each name, with all AUs 0 but for those given."""
+    zeros = {tool.format(number): 0 for number in NUMBERS}
+    return write_table(path, [{"file_name": name} | zeros | aus for name, aus in aus_of_names])
+
+
+def test_one_picture_under_two_names_is_one_picture(tmp_path, capsys):
+    for number, name in enumerate("abcd"):
+        draw(number, SMILE, tmp_path / f"faces/{name}.png", 32)
+    rows = [("a.png", {"AU12": 5}), ("b.png", {"AU12": 5}), ("D:\\faces\\b.png", {})]
+    rows += [("/x/faces/a.png", {"AU12": 5})]
+    rows += [("c.png", {"AU6": 1}), ("c.png", {"AU6": 2})]
+    table = make_table(tmp_path / "t.csv", rows)
+    prepare("folder", "--root", tmp_path / "faces", "--aus", table, "--output", tmp_path / "w")
+    assert [(row["origin"], row["AU12"]) for row in rows_of(tmp_path / "w")] == [("a.png", 5)]
+    assert counts_of(tmp_path / "w") == {
+        "row that says the same again": 1,
+        "rows under several names that contradict each other": 1,
+        "several faces": 1,
+        "picture that is not in the table": 1,
+    }
+
+
+def test_letters_with_accents_are_found_however_they_are_composed(tmp_path):
+    # macOS keeps names decomposed; the folder has a name without Latin letters.
+    composed, decomposed = "Jos\u00e9", "Jose\u0301"
+    root = tmp_path / "\u0444\u043e\u0442\u043e"
+    draw(0, SMILE, root / decomposed / f"{decomposed}.png", 32)
+    draw(1, SMILE, root / f"{composed}.png", 32)
+    rows = [(f"{composed}/{composed}.png", {}), (f"C:\\x\\{decomposed}.png", {"AU1": 1})]
+    table = make_table(tmp_path / "t.csv", rows)
+    prepare("folder", "--root", root, "--aus", table, "--output", tmp_path / "w")
+    assert [(row["origin"], row["AU1"], row["source"]) for row in rows_of(tmp_path / "w")] == [
+        (f"{decomposed}/{decomposed}.png", 0, "\u0444\u043e\u0442\u043e"),
+        (f"{composed}.png", 1, "\u0444\u043e\u0442\u043e"),
+    ]
+    prepare("build", tmp_path / "w", "--output", tmp_path / "faces", "--default_caption", "a face")
+    assert len(load_dataset("imagefolder", data_dir=str(tmp_path / "faces"), split="train")) == 2
+
+
+def test_an_output_inside_the_root_is_not_counted(tmp_path):
+    root = make_folder(tmp_path / "mine", 3)
+    draw(9, SMILE, root / "animation.GIF", 32)
+    draw(9, SMILE, root / "other.jfif".replace("jfif", "jpg"), 32).rename(root / "other.jfif")
+    for name in ("w", "again"):
+        command = ["folder", "--root", root, "--aus", root / "metadata.jsonl", "--output", root / name]
+        prepare(*command)
+        # The GIF and the JFIF picture are pictures too.
+        assert counts_of(root / name) == {"picture that is not in the table": 2}
+        prepare("build", root / name, "--output", root / f"faces-{name}", "--num_workers", 1)
+
+
+def test_names_that_no_file_can_have_are_rows_to_skip(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine", 1)
+    zeros = dict.fromkeys(AU_NAMES, 0.0)
+    names = ["x" * 300 + ".png", "a\0b.png", "\ud800.png", "00.png"]
+    (tmp_path / "t.jsonl").write_text("\n".join(json.dumps({"file_name": name} | zeros) for name in names))
+    command = ["folder", "--root", root, "--aus", tmp_path / "t.jsonl", "--num_workers", 1, "--output"]
+    prepare(*command, tmp_path / "stopped", status=2)
+    assert "line 3: '\\ud800.png' is no Unicode text" in capsys.readouterr().err
+    prepare(*command, tmp_path / "w", "--on_error", "skip")
+    assert [row["origin"] for row in rows_of(tmp_path / "w")] == ["00.png"]
+    assert counts_of(tmp_path / "w") == {"picture that is not there": 2, "row of the table that cannot be read": 1}
+
+
+def test_pictures_that_need_another_form_are_changed_and_counted(tmp_path, capsys):
+    root = tmp_path / "mine"
+    root.mkdir()
+    Image.fromarray(np.full((8, 8), 32896, np.uint16)).save(root / "sixteen.png")
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(root / "clear.png")
+    Image.new("RGB", (8, 8), "red").save(root / "plain.png")
+    Image.new("RGB", (8, 8), "red").save(root / "plain.avif", quality=100)
+    Image.new("F", (8, 8), 0.5).save(root / "float.tif")
+    names = ["sixteen.png", "clear.png", "plain.png", "plain.avif", "float.tif"]
+    table = make_table(tmp_path / "t.csv", [(name, {}) for name in names])
+    command = ["folder", "--root", root, "--aus", table, "--on_error", "skip"]
+    prepare(*command, "--output", tmp_path / "w", "--num_workers", 1)
+    colors = {}
+    for row in rows_of(tmp_path / "w"):
+        with Image.open(tmp_path / "w" / row["file_name"]) as picture:
+            colors[row["file_name"]] = picture.convert("RGB").getpixel((0, 0))
+    near_red = colors.pop("images/plain.avif.png")
+    assert np.abs(np.subtract(near_red, (255, 0, 0))).max() <= 3
+    assert colors == {
+        "images/sixteen.png.png": (128, 128, 128),
+        "images/clear.png.png": (255, 255, 255),
+        "images/plain.png": (255, 0, 0),
+    }
+    text = capsys.readouterr().out
+    assert "1    of them: brought from 16 bits to 8" in text and "1    of them: transparent pixels composed on" in text
+    assert "floating point numbers, which have no agreed scale" in text
+    prepare("build", tmp_path / "w", "--output", tmp_path / "faces", "--default_caption", "a face")
+    assert "of them: brought from 16 bits to 8" in (tmp_path / "faces/report.txt").read_text()
+    assert (
+        json.loads((tmp_path / "faces/report.json").read_text())["mine"]["changed"]["brought from 16 bits to 8"] == 1
+    )
+
+
+def test_what_is_guessed_of_a_table_is_said_and_reported(tmp_path, capsys, caplog):
+    root = make_folder(tmp_path / "mine", 2)
+    (tmp_path / "t.csv").write_text("input;AU01;AU12;mouthSmileLeft\n00.png;0,2;0,4;0,9\n01.png;0;1;0\n")
+    command = ["folder", "--root", root, "--aus", tmp_path / "t.csv", "--output"]
+    prepare(*command, tmp_path / "w")
+    assert [row["AU12"] for row in rows_of(tmp_path / "w")] == [2, 5]
+    notes = ("semicolons", "AUs of pyfeat and blendshapes", "no column for AU2, AU4", "2 numbers have a decimal comma")
+    report = capsys.readouterr().out
+    for note in notes:
+        assert caplog.text.count(note) == 1 and report.count(note) == 1
+    prepare(*command, tmp_path / "v", "--au_tool", "mediapipe")
+    assert [row["AU12"] for row in rows_of(tmp_path / "v")] == pytest.approx([2.25, 0])
+
+
+def test_aus_of_two_tools_are_joined(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine", 6)
+    (root / "metadata.jsonl").unlink()
+    captions = "".join(f"0{n}.png,person {n}\n" for n in range(6))
+    (tmp_path / "captions.csv").write_text(f"file_name,caption\n{captions}")
+    shapes = [{"categoryName": "mouthSmileLeft", "score": 0.8}, {"categoryName": "eyeWideLeft", "score": 0.1}]
+    faces = [[shapes], [shapes], [], [shapes, shapes[:1]], [shapes], [shapes]]
+    lines = [{"file_name": f"0{n}.png", "faceBlendshapes": f} for n, f in enumerate(faces)]
+    (tmp_path / "mp.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = [{"input": f"/elsewhere/0{n}.png", "AU05": 0.6, "AU09": 0.2, "AU12": 0.1} for n in range(4)]
+    rows += [{"input": "/elsewhere/04.png", "AU05": "", "AU09": "", "AU12": ""}]
+    write_table(tmp_path / "pf.csv", rows)
+    command = ["folder", "--root", root, "--captions", tmp_path / "captions.csv"]
+    command += ["--aus", f"mediapipe={tmp_path / 'mp.jsonl'}", "--aus", f"pyfeat={tmp_path / 'pf.csv'}:AU5,AU9"]
+    prepare(*command, "--output", tmp_path / "stopped", "--num_workers", 1, status=2)
+    assert "05.png: picture that is in the first table only" in capsys.readouterr().err
+    prepare(*command, "--output", tmp_path / "w", "--on_error", "skip")
+    rows = rows_of(tmp_path / "w")
+    assert [(row["origin"], row["text"]) for row in rows] == [("00.png", "person 0"), ("01.png", "person 1")]
+    for row in rows:
+        assert (row["AU5"], row["AU9"], row["AU12"]) == pytest.approx((3, 1, 2), abs=1e-5)
+    assert counts_of(tmp_path / "w") == {
+        "no face": 2,
+        "several faces": 1,
+        "picture that is in the first table only": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (["{}", "{}"], "takes all AUs from"),
+        (["{}", "{}:AU5", "{}:AU9,AU5"], "takes AU5 from two tables"),
+        (["{}", "{}:AU99"], "names 'AU99'"),
+        (["{}:AU5", "--au_tool", "pyfeat", "{}"], "`--au_tool` is for one table"),
+        (["none.csv"], "There is no table 'none.csv'"),
+    ],
+)
+def test_tables_that_contradict_each_other_are_refused(tmp_path, capsys, tables, message):
+    table = make_table(tmp_path / "t.csv", [("a.png", {})])
+    words = [word if word.startswith("--") else f"--aus={word.format(table)}" for word in tables]
+    words = [word.replace("--aus=pyfeat", "pyfeat") for word in words]
+    prepare("folder", "--root", tmp_path, *words, "--output", tmp_path / "w", status=2)
+    assert message in capsys.readouterr().err and not (tmp_path / "w").exists()
+
+
+def test_words_of_emotion_are_taken_out_of_captions_and_counted(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine", 2)
+    text = (
+        (root / "metadata.jsonl").read_text().replace("person 0", "a smiling man").replace("person 1", "an angry boy")
+    )
+    (root / "metadata.jsonl").write_text(text)
+    command = ["folder", "--root", root, "--aus", root / "metadata.jsonl", "--output"]
+    prepare(*command, tmp_path / "w", "--drop_emotion_words")
+    assert [row["text"] for row in rows_of(tmp_path / "w")] == ["a man", "a boy"]
+    assert "2    of them: words of emotion taken out of the caption\n" in capsys.readouterr().out
+    prepare(*command, tmp_path / "v")
+    assert [row["text"] for row in rows_of(tmp_path / "v")] == ["a smiling man", "an angry boy"]
+    for name, extra in (("w", []), ("v", ["--drop_emotion_words"])):
+        prepare("build", tmp_path / name, "--output", tmp_path / f"faces-{name}", *extra)
+        built = (tmp_path / f"faces-{name}/train/metadata.jsonl").read_text()
+        assert [json.loads(line)["text"] for line in built.splitlines()] == ["a man", "a boy"]
+        assert "removed_words" not in built
+        report = json.loads((tmp_path / f"faces-{name}/report.json").read_text())
+        assert report["mine"]["removed_words"] == {"smiling": 1, "angry": 1}
+
+
 def test_a_picture_that_a_camera_has_turned_is_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 20), "red").save(tmp_path / "a.jpg", exif=exif)
-    assert place_picture(tmp_path / "a.jpg", tmp_path / "b.jpg") == ((20, 40), True)
+    placed = place_picture(tmp_path / "a.jpg", tmp_path / "b.jpg")
+    assert (placed.path, placed.size, placed.is_turned) == (tmp_path / "b.jpg", (20, 40), True)
     with Image.open(tmp_path / "b.jpg") as picture:
         assert picture.size == (20, 40) and picture.getexif().get(0x0112, 1) == 1
 

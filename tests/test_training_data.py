@@ -1,5 +1,6 @@
 """From a data set to samples: what is read, what is refused, and what a sample is made of."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from training_runs import (  # noqa: F401
     arguments_fixture,
@@ -19,9 +21,17 @@ from training_runs import (  # noqa: F401
     write_faces,
 )
 
+from action_units import AU_NAMES
 from train_fineface import main
 from training.config import parse_args
-from training.data import PixelInputs, TrainingSamples, face_weights, load_training_data, smooth_au_intensities
+from training.data import (
+    PixelInputs,
+    TrainingData,
+    TrainingSamples,
+    face_weights,
+    load_training_data,
+    smooth_au_intensities,
+)
 from training.encoders import load_encoders
 
 
@@ -146,6 +156,18 @@ def test_a_mirrored_picture_has_its_face_mirrored(arguments, tmp_path):
 # --------------------------------------------------------------------------------------------------------------------
 # Data sets
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_of_sixteen_bits_keeps_its_brightness(arguments):
+    # 257 steps of 16 bits are one of 8; cut off at 255, the picture would be white.
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), 64 * 257, np.uint16)).save(file, "PNG")
+    aus = dict.fromkeys(AU_NAMES, [0.0])
+    table = pa.table({"image": [{"bytes": file.getvalue(), "path": None}], "text": ["a face"], **aus})
+    config = parse_args(arguments("run", ""))
+    encoders = load_encoders(config, torch.device("cpu"), torch.float32)
+    pixels = PixelInputs(TrainingData(table, config), encoders, 8).picture(0, flip=False)["pixel_values"]
+    assert pixels.unique().tolist() == pytest.approx([64 / 127.5 - 1])
 
 
 def test_pictures_are_cut_in_the_middle(arguments):

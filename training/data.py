@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
 from au_encoder import read_tensors
+from face_data.pictures import to_rgb
 from training.checkpoints import disk_errors_explained
 from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders
@@ -255,8 +256,8 @@ class PixelInputs:
         """`pixel_values` of shape `(3, resolution, resolution)`, float32 in [-1, 1], mirrored if `flip`."""
         data, index = self.data.locate(row)
         try:
-            picture = ImageFeature().decode_example(data.picture(index)).convert("RGB")
-        except (OSError, SyntaxError) as error:
+            picture, _ = to_rgb(ImageFeature().decode_example(data.picture(index)))
+        except (OSError, SyntaxError, ValueError) as error:
             path = data.picture(index)["path"]
             raise ValueError(f"Row {row}: the picture {path!r} cannot be read: {error}") from error
         # The shorter side is resized, the longer one cut.

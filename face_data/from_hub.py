@@ -1,0 +1,273 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+Pictures with captions from a data set on the Hub, row by row, into a folder where tools can measure them.
+
+    FOLDER/0000000/00012.jpg …    the pictures, as they are there or as PNG
+    FOLDER/metadata.jsonl         {"file_name": …, "text": …}, with the face's box and the words taken out, if any
+    FOLDER/.hub                   what each part of the rows became, and where the stream goes on
+"""
+
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from PIL import Image
+from tqdm.auto import tqdm
+
+from face_data.captions import take_emotion_words
+from face_data.pictures import PICTURE_ERRORS, place_picture
+from face_data.report import Report
+from face_data.store import (
+    FINISHED,
+    Part,
+    check_folder,
+    check_source,
+    claim_folder,
+    list_parts,
+    read_lines,
+    read_rows,
+    replace_file,
+    write_lines,
+)
+from face_data.table_index import CAPTION_COLUMNS, FACE_BOX, FaceBox
+from face_data.tabled import NO_FACE, SEVERAL_FACES, TOO_SMALL, UNREADABLE
+
+
+STATE, METADATA = "state.json", "metadata.jsonl"
+NO_TEXT = "no caption, or nothing left of it"
+BOX_FORMATS = ("xyxy", "xywh")
+FaceDetector = Callable[[Image.Image], list[tuple[float, float, float, float]]]
+
+
+@dataclass(frozen=True)
+class HubPictures:
+    """
+    What is read.
+
+    Args:
+        dataset (`str`):
+            Id of a data set on the Hub, or a folder that the datasets library reads.
+        source (`str`):
+            Its name in the training data.
+        config, revision (`str`, *optional*), split (`str`):
+            As `datasets.load_dataset` takes them.
+        image_column, caption_column (`str`, *optional*):
+            By default the first column of pictures, and the first of `CAPTION_COLUMNS`.
+        face_count_column (`str`, *optional*):
+            Column with the number of faces: rows with another number than 1 are left out.
+        boxes_column (`str`, *optional*):
+            Column with the boxes of faces, a list of four numbers each, in pixels or parts of the picture: rows with
+            another number of boxes than 1 are left out, and the box is kept.
+        box_format (`str`):
+            "xyxy": left, top, right, bottom. "xywh": left, top, width, height.
+        detector (`str`, *optional*):
+            `MODULE:FUNCTION` of a function from a picture to a list of boxes, left, top, right and bottom as parts of
+            the picture: pictures with another number of boxes than 1 are left out.
+        keep_emotion_words (`bool`):
+            Leave the captions as they are.
+        max_pictures (`int`, *optional*):
+            Stop when so many are kept.
+        min_side (`int`):
+            Pixels that both sides of a picture have at least.
+        rows_per_part (`int`):
+            Rows after which the work is written down.
+    """
+
+    dataset: str
+    source: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    image_column: str | None = None
+    caption_column: str | None = None
+    face_count_column: str | None = None
+    boxes_column: str | None = None
+    box_format: str = "xyxy"
+    detector: str | None = None
+    keep_emotion_words: bool = False
+    max_pictures: int | None = None
+    min_side: int = 1
+    rows_per_part: int = 1024
+
+    def __post_init__(self):
+        check_source(self.source)
+        if self.box_format not in BOX_FORMATS:
+            raise ValueError(f"`--box_format` has to be one of {', '.join(BOX_FORMATS)}, but is {self.box_format!r}.")
+        for name in ("max_pictures", "min_side", "rows_per_part"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`--{name}` has to be at least 1, but is {value}.")
+
+
+def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report:
+    """
+    Fill `folder`, or go on with it. What is there is not fetched again.
+
+    Raises:
+        ValueError: if a column is missing, the folder was begun with other settings, or the Hub does not answer.
+    """
+    work = folder / ".hub"
+    if not work.is_dir():
+        check_folder(folder)
+    find_faces = load_detector(pictures.detector) if pictures.detector else None
+    claim_folder(work, vars(pictures))
+    if not (work / FINISHED).is_file():
+        _fetch(pictures, folder, work, find_faces, on_error)
+        rows = chain.from_iterable(read_rows(work / "rows" / f"{part}.jsonl") for part in list_parts(work))
+        known = ("file_name", "text", "removed_words", *FACE_BOX)
+        write_lines(folder / METADATA, ({name: row[name] for name in known if name in row} for row in rows))
+        replace_file(work / FINISHED, Path.touch)
+    report = Report()
+    for part in list_parts(work):
+        for line in read_lines(work / "rows" / f"{part}.jsonl"):
+            report.add(pictures.source, line)
+    return report
+
+
+def load_detector(name: str) -> FaceDetector:
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`--detector` is {name!r}, but has to be MODULE:FUNCTION: {error}.") from error
+
+
+def _fetch(pictures: HubPictures, folder: Path, work: Path, find_faces: FaceDetector | None, on_error: str) -> None:
+    import httpx
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        stream, columns = _open_stream(pictures)
+        state = json.loads((work / STATE).read_text()) if (work / STATE).is_file() else {"part": 0, "kept": 0}
+        if "stream" in state:
+            stream.load_state_dict(state["stream"])
+        rows = iter(tqdm(stream, pictures.dataset, unit="row"))
+        while state["kept"] < (pictures.max_pictures or float("inf")):
+            part, name = Part(on_error), f"{state['part']:07d}"
+            most = float("inf") if pictures.max_pictures is None else pictures.max_pictures - state["kept"]
+            num_rows = 0
+            for number, row in enumerate(islice(rows, pictures.rows_per_part)):
+                num_rows += 1
+                _keep(row, columns, f"{name}/{number:05d}", pictures, folder, find_faces, part)
+                if len(part.rows) >= most:
+                    break
+            if not num_rows:
+                break
+            part.write(work / "rows" / f"{name}.jsonl")
+            state = {"part": state["part"] + 1, "kept": state["kept"] + len(part.rows), "stream": stream.state_dict()}
+            _write_state(work / STATE, state)
+    except (httpx.HTTPError, HfHubHTTPError, DatasetsError) as error:
+        raise ValueError(
+            f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"
+            " here."
+        ) from error
+
+
+def _write_state(path: Path, state: dict) -> None:
+    replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(state)))
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    caption: str | None
+
+
+def _open_stream(pictures: HubPictures):
+    from datasets import Image as ImageFeature
+    from datasets import load_dataset
+
+    stream = load_dataset(
+        pictures.dataset, pictures.config, split=pictures.split, revision=pictures.revision, streaming=True
+    )
+    if stream.features is None:
+        stream = stream._resolve_features()
+    names = list(stream.features)
+    by_key = {name.lower(): name for name in names}
+    images = [name for name, feature in stream.features.items() if isinstance(feature, ImageFeature)]
+    image = pictures.image_column or next(iter(images), None)
+    caption = pictures.caption_column or next((by_key[name] for name in CAPTION_COLUMNS if name in by_key), None)
+    wanted = {"--image_column": image, "--caption_column": caption}
+    wanted |= {"--face_count_column": pictures.face_count_column, "--boxes_column": pictures.boxes_column}
+    for option, name in wanted.items():
+        if name not in names and (name is not None or option == "--image_column"):
+            raise ValueError(
+                f"{pictures.dataset}: there is no column {name!r} for `{option}`. The columns are {', '.join(names)}."
+            )
+    # The bytes as they are there: a JPEG stays that JPEG.
+    return stream.cast_column(image, ImageFeature(decode=False)), _Columns(image, caption)
+
+
+def _keep(
+    row: dict,
+    columns: _Columns,
+    stem: str,
+    pictures: HubPictures,
+    folder: Path,
+    find_faces: FaceDetector | None,
+    part: Part,
+) -> None:
+    """Put the picture of a row into the folder and its line into the part, or say why not."""
+    label = f"{pictures.dataset}, {stem}"
+    boxes = None
+    if pictures.face_count_column is not None and row[pictures.face_count_column] != 1:
+        part.drop(SEVERAL_FACES if (row[pictures.face_count_column] or 0) > 1 else NO_FACE, label)
+        return
+    if pictures.boxes_column is not None:
+        boxes = _read_boxes(row[pictures.boxes_column])
+        if len(boxes) != 1:
+            part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
+            return
+    text = " ".join(str(row[columns.caption] or "").split()) if columns.caption else ""
+    text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
+    if columns.caption and not text:
+        part.drop(NO_TEXT, label)
+        return
+    image = row[columns.image] or {}
+    fetched = folder / f".{stem.replace('/', '-')}{Path(image.get('path') or '').suffix.lower() or '.png'}"
+    try:
+        if image.get("bytes") is None and image.get("path") is None:
+            raise ValueError("the row has none")
+        content = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
+        fetched.write_bytes(content)
+        placed = place_picture(fetched, folder / f"{stem}{fetched.suffix}", pictures.min_side)
+        if min(placed.size) < pictures.min_side:
+            part.drop(TOO_SMALL, label)
+            return
+    except PICTURE_ERRORS as error:
+        part.problem(UNREADABLE, label, str(error))
+        return
+    finally:
+        fetched.unlink(missing_ok=True)
+    if find_faces is not None:
+        with Image.open(placed.path) as picture:
+            boxes = [list(map(float, box)) for box in find_faces(picture.convert("RGB"))]
+        if len(boxes) != 1:
+            placed.path.unlink()
+            part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
+            return
+    line = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
+    # Pixels are counted before or after turning, which the data set does not say.
+    if boxes and not (placed.is_turned and find_faces is None):
+        line |= _box_columns(boxes[0], pictures.box_format if find_faces is None else "xyxy", placed.size)
+    known = {"removed_words": removed or None, "changed": placed.note}
+    part.rows.append(line | {name: value for name, value in known.items() if value is not None})
+
+
+def _read_boxes(value) -> list[list[float]]:
+    value = json.loads(value) if isinstance(value, str) else value
+    if not value:
+        return []
+    return [list(map(float, value))] if not isinstance(value[0], list) else value
+
+
+def _box_columns(box: list[float], box_format: str, size: tuple[int, int]) -> dict[str, float]:
+    left, top, right, bottom = box
+    if box_format == "xywh":
+        right, bottom = left + right, top + bottom
+    return FaceBox((left, top, right, bottom), in_pixels=max(right, bottom) > 1).columns(size)

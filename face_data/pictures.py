@@ -1,0 +1,123 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of any kind as 8-bit RGB with the colours that a viewer shows, or the reason why that cannot be."""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps
+
+from face_data.store import link_file, replace_file
+
+
+# What Pillow and the datasets library both read, and what every viewer shows.
+PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+PICTURE_SUFFIXES = (
+    *PLAIN_SUFFIXES,
+    ".jpe",
+    ".jfif",
+    ".gif",
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".ppm",
+    ".pgm",
+    ".tga",
+)
+# Pillow raises these for files that are damaged, cut off, of another type or absurdly large.
+PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_ORIENTATION = 0x0112
+BACKGROUND = "white"
+TRANSPARENT = f"transparent pixels composed on {BACKGROUND}"
+SIXTEEN_BITS = "brought from 16 bits to 8"
+CMYK = "brought from CMYK to RGB"
+ANIMATED = "of several frames, the first taken"
+
+
+@dataclass(frozen=True)
+class Placed:
+    """`path` is where the picture is now, `size` is `(width, height)` in pixels, `note` is as `to_rgb` returns it."""
+
+    path: Path
+    size: tuple[int, int]
+    is_turned: bool
+    note: str | None
+
+
+def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
+    """
+    Put a picture that can be decoded at `target`: as a hard link where that is possible, else as a copy. One that a
+    camera has marked as turned is written upright. One that a plain conversion to RGB would get wrong, and one of a
+    type that not everybody reads, is written as PNG at `target` with ".png" behind it. A picture with a side under
+    `min_side` is put nowhere.
+
+    Raises:
+        PICTURE_ERRORS: if the picture cannot be decoded.
+    """
+    with Image.open(source) as picture:
+        picture.load()
+        rgb, note = to_rgb(picture)
+        is_turned = picture.getexif().get(_ORIENTATION, 1) != 1
+        is_plain = note is None and source.suffix.lower() in PLAIN_SUFFIXES
+    target = target if is_plain else target.with_name(f"{target.name}.png")
+    if min(rgb.size) >= min_side:
+        if is_plain and not is_turned:
+            link_file(source, target)
+        else:
+            replace_file(target, lambda unfinished: rgb.save(unfinished, quality=95))
+    return Placed(target, rgb.size, is_turned, note)
+
+
+def to_rgb(picture: Image.Image) -> tuple[Image.Image, str | None]:
+    """
+    The picture as 8-bit RGB, upright if a camera has marked it as turned.
+
+    Returns:
+        `tuple[Image.Image, str | None]`: the picture, and what a plain `picture.convert("RGB")` would have got wrong,
+        or None.
+
+    Raises:
+        ValueError: for values without a scale that everybody agrees on, such as 32 bits or floats.
+    """
+    note = None
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        # 32-bit integers are how Pillow opens some files of 16 bits.
+        if values.min() < 0 or values.max() > 65535 or (picture.mode == "I" and values.max() <= 255):
+            raise ValueError(f"pixels of mode {picture.mode!r} go from {values.min()} to {values.max()}: save 8 bits")
+        rgb, note = Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB"), SIXTEEN_BITS
+    elif picture.mode == "F":
+        raise ValueError("pixels are floating point numbers, which have no agreed scale: save 8 bits")
+    elif picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        if layer.getextrema()[3][0] < 255:
+            note = TRANSPARENT
+        rgb = Image.alpha_composite(Image.new("RGBA", layer.size, BACKGROUND), layer).convert("RGB")
+    elif picture.mode == "CMYK":
+        rgb, note = _from_cmyk(picture), CMYK
+    else:
+        rgb = picture.convert("RGB")
+    if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
+        # The second picture of an MPO file is the other eye's, or a depth map.
+        note = ANIMATED if note is None else f"{note}; {ANIMATED}"
+    rgb.getexif().update(picture.getexif())
+    return ImageOps.exif_transpose(rgb), note
+
+
+def _from_cmyk(picture: Image.Image) -> Image.Image:
+    profile = picture.info.get("icc_profile")
+    if profile:
+        try:
+            return ImageCms.profileToProfile(
+                picture,
+                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+                ImageCms.createProfile("sRGB"),
+                outputMode="RGB",
+            )
+        except (ImageCms.PyCMSError, OSError):
+            # A damaged profile, or one of another colour space: as without one.
+            pass
+    return picture.convert("RGB")
