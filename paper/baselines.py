@@ -351,6 +351,8 @@ def encode_data(
 def run(system: str, config: TrainConfig) -> None:
     """Train a baseline, or what is left of it."""
     check_flags(config)
+    # The paper's systems know its twelve AUs.
+    config = replace(config, aus=AU_NAMES)
     config.check_machine()
     settings = {"system": system, **config.fixed_settings()}
     has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())

@@ -24,9 +24,11 @@ from training_runs import (  # noqa: F401
     faces_dir_fixture,
     fresh_accelerator_fixture,
     run_processes_fixture,
+    write_faces,
 )
 
 import train_fineface
+from action_units import AU_NAMES
 from pipeline_fineface import FineFacePipeline
 from train_fineface import diffusion_loss, main, make_model, min_snr_weights
 from training import data as training_data
@@ -34,6 +36,7 @@ from training.checkpoints import TrainingState
 from training.config import PRESETS, TrainConfig, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
 from training.encoders import StableDiffusionEncoders, load_encoders
+from training.validation import choose_validation_aus
 
 
 ADAPTER_FILES = {
@@ -293,6 +296,30 @@ def test_compiling_changes_nothing_but_rounding(train):
 def test_workers_change_nothing(train):
     options = "--max_train_steps 2"
     assert_equal(train("workers", f"{options} --dataloader_num_workers 1"), train("none", options))
+
+
+def test_an_adapter_knows_the_aus_that_it_was_trained_for(train, arguments, tmp_path):
+    sides = {(row, f"AU12{side}"): float(row) for row in range(5) for side in "LR"}
+    folder = write_faces(tmp_path / "sided", sides, ("AU12", "AU26"))
+    options = f"--train_data_dir {folder} --checkpointing_steps 2 --random_flip"
+    train("run", f"{options} --max_train_steps 2")
+    for adapter in ("run", "run/checkpoint-2"):
+        config = json.loads((tmp_path / adapter / "au_encoder" / "config.json").read_text())
+        assert config["au_names"] == [*AU_NAMES[:6], "AU12L", "AU12R", *AU_NAMES[7:11]]
+    options += " --max_train_steps 4 --resume_from_checkpoint latest"
+    with pytest.raises(ValueError, match="AUs to train are AU1, AU4, but .* was trained with AU1, AU2, .*AU12L"):
+        main(arguments("run", f"{options} --aus AU1 AU4"))
+    train("run", options)
+
+
+def test_validation_draws_what_the_adapter_can(arguments):
+    config = parse_args(arguments("run", "--validation_prompt boy"))
+    assert choose_validation_aus(config, AU_NAMES) == config.validation_aus
+    assert choose_validation_aus(config, ("AU4", "AU6", "AU12")) == ("neutral", "AU6=3 AU12=5", "AU4=5")
+    config = dataclasses.replace(config, validation_aus=("smirk", "AU4=5"))
+    assert choose_validation_aus(config, ("AU4", "AU12L", "AU12R")) == config.validation_aus
+    with pytest.raises(ValueError, match="`--validation_aus` is the preset 'smirk', which needs AU12R"):
+        choose_validation_aus(config, AU_NAMES)
 
 
 def test_a_step_may_be_divided_otherwise_when_resumed_but_not_be_another(train, arguments, tmp_path):
@@ -621,7 +648,8 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
         ("--learning_rate nan", "`--learning_rate` has to be a finite number, at least 0, but is nan"),
         ("--encoder_type big", "invalid choice: 'big'"),
         ("--dataset_name some/faces", "either from `--train_data_dir` or from `--dataset_name`"),
-        ("--validation_aus AU7=2", "AU7"),
+        ("--validation_aus AU3=2", "`--validation_aus` names 'AU3'"),
+        ("--aus AU12L AU26", "`--aus`: `au_names` holds AU12L, so it needs both"),
         ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
         ("--report_to paper", "`--report_to` has to be all, none or one of"),
         ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` 5 has to be after"),

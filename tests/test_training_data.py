@@ -209,8 +209,10 @@ def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_
         ({(1, "AU4"): float("nan")}, (), r"Row 1 \('1.png'\): AU4 is nan"),
         ({(4, "AU4"): None}, (), r"Row 4 \('4.png'\): AU4 is None"),
         ({(0, "text"): None}, (), r"Row 0 \('0.png'\): `text` has to be a caption, but is None"),
-        ({(row, "AU7"): 1.0 for row in range(5)}, (), "has the column AU7, but the model knows AU1, AU2"),
-        ({}, ("AU9", "AU26"), "has no column AU9, AU26. It has .*AU12"),
+        ({(row, "AU3"): 1.0 for row in range(5)}, (), "AU columns of the data set are AU1, .*'AU3', which is no AU"),
+        ({(row, "au7"): 1.0 for row in range(5)}, (), "'au7', which is no AU of FACS. Names are written AU12"),
+        ({(row, "AU7L"): 1.0 for row in range(5)}, (), "both AU7L and AU7R, .* Name those to train by `--aus`"),
+        ({}, AU_NAMES, "has no column of an AU, such as AU12. It has "),
         ({}, ("text",), "has no column text.*`--caption_column`"),
     ],
 )
@@ -220,6 +222,50 @@ def test_a_wrong_label_is_named_before_any_model_is_loaded(arguments, tmp_path, 
     with pytest.raises(ValueError, match=message):
         main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
     assert not (tmp_path / "run").exists()
+
+
+def test_aus_that_are_asked_for_have_to_be_there(arguments, tmp_path):
+    folder = write_faces(tmp_path / "ten", (), ("AU9", "AU26"))
+    with pytest.raises(ValueError, match=r"has no column AU9, AU26. It has .*AU12.* AUs by `--aus`"):
+        load_training_data(parse_args(arguments("run", f"--train_data_dir {folder} --aus {' '.join(AU_NAMES)}")))
+
+
+SIDES = {(row, f"AU12{side}"): float(row if side == "L" else 1) for row in range(5) for side in "LR"}
+
+
+def test_all_aus_that_the_data_have_are_trained_in_the_order_of_facs(arguments, tmp_path):
+    folder = write_faces(tmp_path / "sided", {**SIDES, **{(row, "AU7"): 2.0 for row in range(5)}}, ("AU12", "AU26"))
+    data = load_training_data(parse_args(arguments("run", f"--train_data_dir {folder}")))
+    assert data.au_names == (*AU_NAMES[:5], "AU7", "AU9", "AU12L", "AU12R", *AU_NAMES[7:11])
+    assert data.au_intensities[:, 7:9].tolist() == [[row, 1] for row in range(5)]
+    # Those that are asked for, in their order: the mean of both sides, and a whole AU for each side.
+    data = load_training_data(parse_args(arguments("run", f"--train_data_dir {folder} --aus AU12 AU7L AU7R")))
+    assert data.au_names == ("AU12", "AU7L", "AU7R")
+    assert data.au_intensities.tolist() == [[(row + 1) / 2, 2, 2] for row in range(5)]
+
+
+def test_sides_change_places_in_a_mirrored_picture(arguments, tmp_path):
+    folder = write_faces(tmp_path / "sided", SIDES, ("AU12",))
+    options = f"--train_data_dir {folder} --aus AU12L AU4 AU12R --au_noise_variance 0 --au_rounding_prob 0"
+    plain, data = make_samples(arguments, options)
+    flipped, _ = make_samples(arguments, f"{options} --random_flip")
+    num_mirrored = 0
+    for number in range(20):
+        one, other = plain[number], flipped[number]
+        left, brow, right = one["au_intensities"].tolist()
+        if torch.equal(one["pixel_values"], other["pixel_values"]):
+            assert other["au_intensities"].tolist() == [left, brow, right]
+        else:
+            assert torch.equal(one["pixel_values"], other["pixel_values"].flip(-1))
+            assert other["au_intensities"].tolist() == [right, brow, left]
+            num_mirrored += 1
+    assert 4 < num_mirrored < 16 and (data.au_intensities[:, 0] != data.au_intensities[:, 2]).any()
+
+
+def test_a_run_that_cannot_be_mirrored_is_an_error(arguments, tmp_path):
+    folder = write_faces(tmp_path / "gaze", {(row, "AU61"): 1.0 for row in range(5)})
+    with pytest.raises(ValueError, match="AU61, which is AU62 in a mirror, and no AU62"):
+        load_training_data(parse_args(arguments("run", f"--train_data_dir {folder} --random_flip")))
 
 
 def test_a_broken_picture_is_named(arguments, tmp_path):

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from au_encoder import check_tensors, read_tensors, write_au_adapter
+from action_units import AU_NAMES
+from au_encoder import ENCODER_CONFIG_NAME, check_tensors, read_tensors, write_au_adapter
 from pipeline_fineface import LORA_NAME
 from training.config import TrainConfig, default_settings
 
@@ -193,6 +194,16 @@ def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
         raise ValueError(
             f"A step has {samples_per_step} samples, but had {saved} in {str(checkpoint)!r}. They are the product of"
             " `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes: keep it."
+        )
+
+
+def check_same_aus(checkpoint: Path, au_names: tuple[str, ...]) -> None:
+    """Raise a ValueError if the adapter of `checkpoint` was trained for other AUs."""
+    saved = json.loads((checkpoint / ENCODER_CONFIG_NAME).read_text()).get("au_names") or AU_NAMES
+    if tuple(saved) != au_names:
+        raise ValueError(
+            f"The AUs to train are {', '.join(au_names)}, but {str(checkpoint)!r} was trained with {', '.join(saved)}."
+            " Name these by `--aus`, or begin a new run."
         )
 
 

@@ -17,7 +17,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import LoggerType
 from huggingface_hub.utils import validate_repo_id
 
-from action_units import parse_aus
+from action_units import ALL_AU_NAMES, au_columns, read_aus
 from au_encoder import ENCODER_TYPES, KV_INITS
 
 
@@ -83,13 +83,16 @@ class TrainConfig:
     resolution: int | None = option(
         None, "Side of the training pictures in pixels; by default the base model's.", low=1
     )
-    random_flip: bool = option(False, "Mirror half of the pictures. AUs are symmetric.")
+    random_flip: bool = option(False, "Mirror half of the pictures, and the sides of their AUs.")
     cache_latents: bool = option(False, "Encode pictures and captions once, to disk, before training.", resumable=True)
     cache_dir: Path | None = option(None, "Folder of that cache; by default OUTPUT_DIR/cache.", resumable=True)
     dataloader_num_workers: int = option(
         0, "Processes that prepare batches; 0 does it in the main process.", low=0, resumable=True
     )
 
+    aus: tuple[str, ...] = option(
+        (), "AUs to train: AU12, or AU12L AU12R; by default all that the data have columns for.", resumable=True
+    )
     encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
     au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
     num_au_tokens: int = option(1, "Tokens that the AU encoder makes.", low=1)
@@ -201,8 +204,14 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if getattr(self, field.name) is not None:
                 self._check_range(field)
+        if self.aus:
+            try:
+                au_columns(self.aus)
+            except ValueError as error:
+                raise ValueError(f"`--aus`: {error}") from error
         for aus in self.validation_aus:
-            parse_aus(aus, "--validation_aus")
+            # Which of them the data have is seen later.
+            read_aus(aus, "--validation_aus", ALL_AU_NAMES)
         if any(not prompt.strip() for prompt in self.validation_prompt):
             raise ValueError("`--validation_prompt` must not contain empty prompts.")
         if self.timestep_bias_begin >= self.timestep_bias_end:

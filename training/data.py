@@ -8,6 +8,7 @@ Each sample is a function of the seed and of its number in the run. Memory does 
 arrays, everything else stays in files that are mapped or read piece by piece.
 """
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -15,7 +16,7 @@ import math
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from action_units import AU_NAMES
+from action_units import au_columns, mirrored_columns, whole_au
 from au_encoder import read_tensors
 from face_data.pictures import to_rgb
 from training.checkpoints import disk_errors_explained
@@ -58,7 +59,7 @@ class TrainingData:
 
     Args:
         table (`pyarrow.Table`):
-            With the columns of pictures, captions, the 12 AUs, and with `--face_loss_weight` of the face's box.
+            With the columns of pictures, captions, AUs, and with `--face_loss_weight` of the face's box.
         config (`TrainConfig`):
             Names the columns.
         first_row (`int`, defaults to 0):
@@ -69,14 +70,21 @@ class TrainingData:
     """
 
     def __init__(self, table: pa.Table, config: TrainConfig, first_row: int = 0):
+        self.au_names = choose_aus(table.column_names, config)
         _check_columns(table.column_names, config)
         self.first_row = first_row
         self.pictures = table.column(config.image_column)
         self.captions = table.column(config.caption_column)
         self._check_captions(config.caption_column)
-        self.au_intensities = self._read_numbers(
-            table, AU_NAMES, 5, "FACS intensities go from 0 (absent) to 5 (grade E)."
-        )
+        sources = {column for name in self.au_names for column in _sources_of(name, table.column_names)}
+        allowed = "FACS intensities go from 0 (absent) to 5 (grade E)."
+        columns = {name: self._read_numbers(table, (name,), 5, allowed)[:, 0] for name in sorted(sources)}
+        self.au_intensities = np.empty((len(table), len(self.au_names)), np.float32)
+        for index, name in enumerate(self.au_names):
+            found = [columns[column] for column in _sources_of(name, table.column_names)]
+            self.au_intensities[:, index] = found[0] if len(found) == 1 else sum(found) / len(found)
+        # In a mirrored picture.
+        self.mirrored_aus = mirrored_columns(self.au_names) if config.random_flip else None
         self.face_boxes = None
         if config.face_loss_weight != 1:
             self.face_boxes = self._read_numbers(table, FACE_BOX, 1, "A face's box is a part of the picture, 0 to 1.")
@@ -147,7 +155,9 @@ class StreamedData:
     def __init__(self, urls: list[str], config: TrainConfig):
         with ThreadPoolExecutor(16) as pool:
             footers = list(tqdm(pool.map(_read_footer, urls), "Parquet files", len(urls), leave=False))
-        self.config = config
+        # Files with other columns than the first are an error.
+        self.au_names = choose_aus(footers[0].schema.to_arrow_schema().names, config)
+        self.config = dataclasses.replace(config, aus=self.au_names)
         self.groups = [(url, f, i) for url, f in zip(urls, footers, strict=True) for i in range(f.num_row_groups)]
         sizes = [footer.row_group(index).num_rows for _, footer, index in self.groups]
         self.ends = np.cumsum(sizes)
@@ -221,21 +231,48 @@ def _read_footer(url: str) -> pq.FileMetaData:
         return pq.read_metadata(file)
 
 
+def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
+    """
+    The AUs to train: those of `--aus`, or else all that there are columns for, by their numbers, left before right.
+
+    Raises:
+        ValueError: if there are none, if a column looks like an AU and is none, or if one side of an AU is missing.
+    """
+    if config.aus:
+        return config.aus
+    named = [name for name in columns if re.fullmatch(r"AU[ _]?\d+[LR]?", name, flags=re.IGNORECASE)]
+    if not named:
+        raise ValueError(f"The data set has no column of an AU, such as AU12. It has {', '.join(columns)}.")
+    au_names = tuple(sorted(named, key=lambda name: (int(re.sub(r"\D", "", name)), name)))
+    try:
+        au_columns(au_names)
+    except ValueError as error:
+        raise ValueError(
+            f"The AU columns of the data set are {', '.join(au_names)}: {error} Name those to train by `--aus`."
+        ) from error
+    return au_names
+
+
+def _sources_of(au: str, columns: list[str]) -> tuple[str, ...]:
+    """The columns whose mean is an AU: its own; else that of the whole AU for a side, and those of both sides."""
+    if au not in columns:
+        if whole_au(au) in columns:
+            return (whole_au(au),)
+        if f"{au}L" in columns and f"{au}R" in columns:
+            return f"{au}L", f"{au}R"
+    return (au,)
+
+
 def _check_columns(columns: list[str], config: TrainConfig) -> None:
-    needed = [config.image_column, config.caption_column, *AU_NAMES]
+    needed = [config.image_column, config.caption_column]
+    needed += [column for au in config.aus for column in _sources_of(au, columns)]
     needed += FACE_BOX if config.face_loss_weight != 1 else ()
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(
             f"The data set has no column {', '.join(missing)}. It has {', '.join(columns)}. Columns of the picture and"
-            " the caption are named by `--image_column` and `--caption_column`; `--face_loss_weight` needs"
-            f" {', '.join(FACE_BOX)}."
-        )
-    unknown = [name for name in columns if re.fullmatch(r"(?i)AU_?\d+", name) and name not in AU_NAMES]
-    if unknown:
-        raise ValueError(
-            f"The data set has the column {', '.join(unknown)}, but the model knows {', '.join(AU_NAMES)}. Leave out"
-            " what is no part of the training."
+            " the caption are named by `--image_column` and `--caption_column`, AUs by `--aus`; `--face_loss_weight`"
+            f" needs {', '.join(FACE_BOX)}."
         )
 
 
@@ -494,9 +531,10 @@ class TrainingSamples(torch.utils.data.Dataset):
         timestep = self._timestep(number, rng.random())
         flip, drop_aus, drop_caption = rng.random(3) < (0.5, config.au_drop_prob, config.caption_drop_prob)
         flip = flip and config.random_flip
-        au_intensities = smooth_au_intensities(
-            data.au_intensities[index], config.au_noise_variance, config.au_rounding_prob, rng
-        )
+        au_intensities = data.au_intensities[index]
+        if flip:
+            au_intensities = au_intensities[data.mirrored_aus]
+        au_intensities = smooth_au_intensities(au_intensities, config.au_noise_variance, config.au_rounding_prob, rng)
         offset = rng.standard_normal((len(noise), 1, 1), np.float32)
         sample = {
             "row": torch.tensor(row),

@@ -3,6 +3,7 @@
 """Validation pictures: a sheet with a row for each prompt and seed and a column for each expression."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,10 +12,30 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tqdm.auto import tqdm
 
+from action_units import read_aus
 from drawing.contact_sheet import Table, draw_sheet
 from training.checkpoints import TrainingState, disk_errors_explained
 from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders, load_encoders
+
+
+def choose_validation_aus(config: TrainConfig, au_names: Sequence[str]) -> tuple[str, ...]:
+    """
+    `--validation_aus`, of the default ones those that an adapter with `au_names` can draw.
+
+    Raises:
+        ValueError: if others were asked for, which it cannot draw.
+    """
+    is_default = config.validation_aus == TrainConfig.__dataclass_fields__["validation_aus"].default
+    chosen = []
+    for aus in config.validation_aus:
+        try:
+            read_aus(aus, "--validation_aus", au_names)
+            chosen.append(aus)
+        except ValueError:
+            if not is_default:
+                raise
+    return tuple(chosen)
 
 
 @torch.no_grad()
