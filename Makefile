@@ -7,12 +7,12 @@ TOOLS := .venv/.tools
 BENCH := outputs/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo app test test-slow style quality report tables bench bench-docs few-steps
+.PHONY: help demo app test test-slow style quality report tables bench
 
 help:  ## show these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: $(ENVIRONMENT)  ## draw outputs/demo.png with the embedded model, on the CPU
+demo: $(ENVIRONMENT)  ## draw outputs/demo.png with the toy model, on the CPU
 	$(BIN)/python generate.py --demo --device cpu --output outputs/demo.png
 
 app: $(TOOLS)  ## open the page in the browser: sliders, presets, sweeps
@@ -32,27 +32,17 @@ quality: $(TOOLS)  ## check the code, and change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-report: $(ENVIRONMENT)  ## measure what the embedded weights are worth
+report: $(ENVIRONMENT)  ## measure what the weights of the toy model are worth
 	$(BIN)/python -m toy_faces.report
 
-tables: $(ENVIRONMENT)  ## repeat the paper's tables on the embedded world, into docs/results.md
+tables: $(ENVIRONMENT)  ## repeat the paper's tables on the toy world, into docs/results.md
 	$(BIN)/python -m paper.tables --quick
 
 bench: $(ENVIRONMENT)  ## measure what AU control costs, on the CPU
 	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 1 --repeats 9 --output $(BENCH)/inference.md
-	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 4 8 --max-minutes 3 \
+	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 4 8 --repeats 3 \
 		--rows one-token lora-baked lora third-branch textbook --output $(BENCH)/batches.md
-	$(BIN)/python -m benchmarks.bench_inference --device cpu --models toy --batch-sizes 1 --profile --output $(BENCH)/profile.md
-	$(BIN)/python -m benchmarks.bench_batch --device cpu --output $(BENCH)/many.md
 	$(BIN)/python -m benchmarks.bench_loading --device cpu --repeats 3 --output $(BENCH)/loading.md
-
-bench-docs: $(ENVIRONMENT)  ## put what was measured into docs/performance.md
-	$(BIN)/python -m benchmarks.tables $(BENCH) docs/performance.md
-
-few-steps: $(ENVIRONMENT)  ## find the fastest good setting of the embedded model
-	mkdir -p $(BENCH)
-	$(BIN)/python -m benchmarks.few_steps --choose --sheet outputs/few_steps.png > $(BENCH)/few_steps.md
-	@cat $(BENCH)/few_steps.md
 
 $(ENVIRONMENT): requirements.txt constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

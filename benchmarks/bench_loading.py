@@ -1,17 +1,17 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 What loading costs: `python -m benchmarks.bench_loading`.
 
-An adapter of full size (Stable Diffusion 2.1, one token, LoRA of rank 32) is written with random weights to a
-temporary folder and loaded from there: once while the files are only on disk, then in place of itself while the system
-has them in memory. Beside its time stand the bytes that stay and the most that were taken on the way. Then: importing
-the pipeline, in fresh processes, against importing diffusers.
+An adapter of full size (Stable Diffusion 2.1, one token, LoRA of rank 32) with random weights is written to a
+temporary folder and loaded from there, first into a pipeline without an adapter, then in place of itself. The table
+has the time, the bytes that stay, and the most that were taken on the way.
 """
 
 import argparse
 import gc
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,17 +28,12 @@ from torch import nn
 from au_attention_processor import au_layers
 from au_encoder import AUAdapter, write_au_adapter
 from benchmarks.bench_inference import DTYPES, LORA_RANK, LORA_TARGETS, SD21, synchronize
-from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
+from benchmarks.tables import Report, count, markdown_table
 from drawing.model import quiet
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from program import Parser, pick_device, run_program
 
 
-ROOT = Path(__file__).resolve().parents[1]
-IMPORTS = (
-    "import diffusers",
-    "from diffusers import StableDiffusionPipeline",
-    "from pipeline_fineface import FineFacePipeline",
-)
 SAMPLING_INTERVAL = 0.001
 
 
@@ -64,19 +59,6 @@ def adapter_bytes(pipeline: FineFacePipeline) -> int:
     """The bytes of the adapter and of its LoRA in memory."""
     lora = [parameter for name, parameter in pipeline.unet.named_parameters() if ".lora_" in name]
     return sum(p.numel() * p.element_size() for p in (*pipeline.au_adapter.parameters(), *lora))
-
-
-def drop_from_page_cache(folder: Path) -> bool:
-    """Whether the system could be asked to forget what the files hold."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-    return True
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -124,77 +106,51 @@ def _own_bytes() -> int:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def time_loading(
-    pipeline: FineFacePipeline, folder: Path, repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> tuple[list[tuple[str, float]], int | None]:
-    """Seconds of a first load and of later ones, and the most memory that the first took."""
+def time_loading(pipeline: FineFacePipeline, folder: Path, repeats: int) -> tuple[float, float, int | None]:
+    """Seconds of a first load, the median of later ones, and the most memory that the first one took."""
     device = pipeline.unet.device
-    is_cold = drop_from_page_cache(folder)
 
     def load() -> float:
         synchronize(device)
-        started = clock()
+        started = time.perf_counter()
         pipeline.load_au_adapter(folder)
         synchronize(device)
-        return clock() - started
+        return time.perf_counter() - started
 
     with quiet(), peak_growth(device) as growth:
         first = load()
         peak = growth()
         later = [load() for _ in range(repeats)]
-    return [
-        (f"first, {'from the disk' if is_cold else 'files in memory'}", first),
-        ("in place of another, files in memory", statistics.median(later)),
-    ], peak
-
-
-def time_imports(repeats: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """Seconds of each of `IMPORTS` in a fresh process, interleaved."""
-    times: dict[str, list[float]] = {statement: [] for statement in IMPORTS}
-    for _ in range(repeats):
-        for statement, seconds in times.items():
-            code = f"from time import {clock.__name__} as clock; t = clock(); {statement}; print(clock() - t)"
-            output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
-            seconds.append(float(output.stdout.splitlines()[-1]))
-    return times
+    return first, statistics.median(later), peak
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=device_or_error, default=None, help="(default: the accelerator, if any)")
+    parser = Parser("benchmarks.bench_loading", __doc__)
+    parser.add_argument("--device", help="(default: the accelerator, if there is one)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
     parser.add_argument("--repeats", type=count, default=5, help="(default: 5)")
-    add_clock_argument(parser)
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables to a file as well")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table to a file as well")
     args = parser.parse_args(argv)
-    args.device = args.device or device_or_error(None)
-    args.clock = pick_clock(args.processor_time, args.device, parser)
+    args.device = pick_device(args.device)
     return args
 
 
-def main(argv: list[str] | None = None, unet_config: dict = SD21["unet"]) -> None:
-    args = parse_args(argv)
-    report = Report(args.output, args.device)
-    rows = []
+def run(args: argparse.Namespace, unet_config: dict) -> None:
+    report, rows = Report(args.output, args.device), []
     for dtype in args.dtypes:
         with tempfile.TemporaryDirectory() as folder:
             write_adapter(Path(folder), unet_config, torch.float32)
             pipeline = make_pipeline(unet_config, args.device, DTYPES[dtype])
-            loads, peak = time_loading(pipeline, Path(folder), args.repeats, args.clock)
-        stays = f"{adapter_bytes(pipeline) / 2**20:.1f}"
-        for (when, seconds), most in zip(loads, ("–" if peak is None else f"{peak / 2**20:.1f}", "–"), strict=True):
-            rows.append([f"`load_au_adapter`, {dtype} UNet: {when}", f"{seconds:.2f}", stays, most])
+            first, later, peak = time_loading(pipeline, Path(folder), args.repeats)
+        stays, most = ("–" if size is None else f"{size / 2**20:.1f}" for size in (adapter_bytes(pipeline), peak))
+        rows.append([f"`load_au_adapter`, {dtype} UNet", f"{first:.2f}", f"{later:.2f}", stays, most])
         del pipeline
-    unit = "s of processor time" if args.processor_time else "s"
-    report.add(markdown_table(["", unit, "stays, MiB", "at most, MiB"], rows))
+    report.add(markdown_table(["", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"], rows))
 
-    times = time_imports(args.repeats, args.clock)
-    rows = [
-        [f"`{statement}`", f"{statistics.median(seconds):.2f}", f"{min(seconds):.2f} – {max(seconds):.2f}"]
-        for statement, seconds in times.items()
-    ]
-    report.add(markdown_table(["", unit, "lowest – highest"], rows))
+
+def main(argv: list[str] | None = None, unet_config: dict = SD21["unet"]) -> int:
+    return run_program(lambda: run(parse_args(argv), unet_config))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

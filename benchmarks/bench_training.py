@@ -6,7 +6,7 @@ What each measure of `train_fineface.py` is worth: `python -m benchmarks.bench_t
 A textbook implementation of the paper's recipe is trained first: two attentions with matrices of scores in each layer,
 gradient checkpointing, and pictures and captions encoded at every step. Then ours, with one measure more in each row.
 All rows go through the loop of `train_fineface.py`, on pictures that are read from files, with everything that belongs
-to a step: data, forward and backward pass, clipping, optimizer. Weights are random, but for the embedded model's.
+to a step: data, forward and backward pass, clipping, optimizer. Only the toy model's weights are not random.
 """
 
 import argparse
@@ -14,8 +14,9 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 import tempfile
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,9 @@ from torch import nn
 
 from action_units import AU_NAMES
 from au_attention_processor import au_layers
-from benchmarks.bench_inference import ARCHITECTURES, DTYPES, TextbookAUAttnProcessor
-from benchmarks.tables import Report, add_clock_argument, count, device_or_error, markdown_table, pick_clock
+from benchmarks.bench_inference import ARCHITECTURES, DTYPES, TextbookAUAttnProcessor, default_resolution
+from benchmarks.tables import Report, count, markdown_table
+from program import Parser, pick_device, run_program
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
 from train_fineface import FineFaceModel, attention_for_training, make_accelerator, make_model, train
 from training.checkpoints import TrainingState
@@ -102,7 +104,7 @@ def write_pictures(folder: Path, resolution: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measure(row: Row, folder: Path, args: argparse.Namespace, clock: Callable[[], float]) -> Measured:
+def measure(row: Row, folder: Path, args: argparse.Namespace) -> Measured:
     architecture = ARCHITECTURES[args.model]
     components = architecture.make_components(args.device, DTYPES[args.dtype])
     resolution = args.resolution or default_resolution(components)
@@ -143,16 +145,12 @@ def measure(row: Row, folder: Path, args: argparse.Namespace, clock: Callable[[]
     marks = []
 
     # A step ends with its loss on the CPU, so nothing is under way when the next forward pass begins.
-    model.register_forward_pre_hook(lambda *_: marks.append(clock()))
+    model.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
     with attention_for_training(args.device, DTYPES[args.dtype]):
         train(config, accelerator, TrainingState(model, None), samples, noise_scheduler, encoders)
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][args.warm_up :]
     peak = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None
     return Measured(row.label, statistics.median(seconds), peak)
-
-
-def default_resolution(components: dict) -> int:
-    return components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
 
 
 def format_measured(measured: list[Measured], batch_size: int) -> str:
@@ -167,8 +165,8 @@ def format_measured(measured: list[Measured], batch_size: int) -> str:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=device_or_error, default=None, help="(default: the accelerator, if any)")
+    parser = Parser("benchmarks.bench_training", __doc__)
+    parser.add_argument("--device", help="(default: the accelerator, if there is one)")
     parser.add_argument("--model", choices=ARCHITECTURES, help="(default: toy on cpu, else sd21)")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on cpu, else bfloat16)")
     parser.add_argument("--batch-size", type=count, help="(default: 8 on cpu, else 16)")
@@ -177,11 +175,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=count, help="steps of which the median counts (default: 6 on cpu, else 30)")
     parser.add_argument("--warm-up", type=count, help="steps before them (default: 2 on cpu, else 10)")
     parser.add_argument("--workers", type=int, help="processes that prepare data (default: 0 on cpu, else 8)")
-    add_clock_argument(parser)
     parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table to a file as well")
     args = parser.parse_args(argv)
-    args.device = args.device or device_or_error(None)
-    args.clock = pick_clock(args.processor_time, args.device, parser)
+    args.device = pick_device(args.device)
     on_cpu = args.device.type == "cpu"
     chosen = {
         "model": ("toy", "sd21"),
@@ -195,25 +191,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name, (cpu, other) in chosen.items():
         if getattr(args, name) is None:
             setattr(args, name, cpu if on_cpu else other)
-    if args.processor_time and args.workers:
-        parser.error("`--processor-time` counts one process: leave out `--workers`.")
     return args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     disable_progress_bar()
     report = Report(args.output, args.device)
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         for name in args.rows:
             torch._dynamo.reset()
-            measured.append(measure(ROWS[name], Path(folder), args, args.clock))
+            measured.append(measure(ROWS[name], Path(folder), args))
             gc.collect()
-    clock = " of processor time" if args.processor_time else ""
-    what = f"{args.dtype}, batch {args.batch_size}, median of {args.steps} steps{clock}"
+    what = f"{args.dtype}, batch {args.batch_size}, median of {args.steps} steps"
     report.add(f"{ARCHITECTURES[args.model].title}, {what}\n\n{format_measured(measured, args.batch_size)}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: run(parse_args(argv)))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,7 +29,6 @@ from drawing.model import Weights
 from evaluation import figures, metrics, report, run, training_picture
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import ToolError, make_meter
-from evaluation.run import write_text
 from evaluation.systems import Sampling, System, au_words, aus_in_words
 from evaluation.testset import (
     COMBINATIONS,
@@ -44,6 +43,7 @@ from evaluation.testset import (
 from paper import baselines, trials
 from paper import tables as paper_tables
 from paper.laboratory import SIZES, Laboratory, run_jobs
+from program import write_atomically
 from toy_faces import networks
 from toy_faces.pictures import captions_of
 from toy_faces.renderer import attributes_in
@@ -753,7 +753,9 @@ def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(laboratory):
     assert trials.best_trial(laboratory) == "face_loss"
     words = trials.describe_best(laboratory)
     assert "`face_loss`" in words and "-49 %" in words and words.count("reached") == 2 and "not reached" not in words
-    write_text(laboratory.folder / "systems" / trials.adapter_name(trials.TRIALS["rank_64"]) / "diverged.txt", "inf")
+    write_atomically(
+        laboratory.folder / "systems" / trials.adapter_name(trials.TRIALS["rank_64"]) / "diverged.txt", "inf"
+    )
     trials.write_table(laboratory)
     table = pd.read_csv(laboratory.folder / "trials.csv")
     assert table["Trial"].tolist() == ["paper", "au_guidance_8", "rank_64", "face_loss"]
