@@ -5,6 +5,7 @@ The trained part of FineFace outside the UNet: the AU encoder (Table 2), the key
 layer gets from it (Eq. 2), and the files they are kept in.
 """
 
+import copy
 import inspect
 import json
 import os
@@ -12,7 +13,7 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 
-ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual")
+ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual", "direct")
+# With one token of these, the values of every layer are an affine map of the intensities: see `AUAdapter.fold`.
+AFFINE_ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "direct")
 KV_INITS = ("text", "random", "zero")
 
 ENCODER_FOLDER = "au_encoder"
@@ -39,6 +42,18 @@ LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 # The layout of the published original.
 ORIGINAL_ENCODER_NAME = "au_encoder.ckpt"
 ORIGINAL_ATTN_PROCESSORS_NAME = "attn_processors.ckpt"
+# The layout that `load_ip_adapter` of diffusers reads.
+IP_ADAPTER_NAME = "au_ip_adapter.safetensors"
+# How `image_proj` of such a file is laid out, if it is an IP-Adapter-FaceID as diffusers knows them.
+IP_ADAPTER_PROJECTION_KEYS = (
+    "proj.0.weight",
+    "proj.0.bias",
+    "proj.2.weight",
+    "proj.2.bias",
+    "norm.weight",
+    "norm.bias",
+)
+FACE_ID_DIM = 512
 
 
 class AUEncoder(ModelMixin, ConfigMixin):
@@ -53,6 +68,7 @@ class AUEncoder(ModelMixin, ConfigMixin):
     | `"res_mlp64"` | the intensities, then `hidden_dim` linear features, then zeros (the paper's choice) |
     | `"res_3mlp"` | the intensities, then three layers with LayerNorm and LeakyReLU that fill the rest |
     | `"individual"` | the sum of one small MLP for each AU and one for the interactions of all |
+    | `"direct"` | the intensities, then 1, and no wider: the values of a layer are `num_aus` vectors and an offset |
 
     Args:
         num_aus (`int`, *optional*):
@@ -60,10 +76,10 @@ class AUEncoder(ModelMixin, ConfigMixin):
         cross_attention_dim (`int`, defaults to 1024):
             Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x.
         encoder_type (`str`, defaults to `"res_mlp64"`):
-            One of `"none"`, `"mlp"`, `"res_mlp"`, `"res_mlp64"`, `"res_3mlp"`, `"individual"`.
+            One of `"none"`, `"mlp"`, `"res_mlp"`, `"res_mlp64"`, `"res_3mlp"`, `"individual"`, `"direct"`.
         num_tokens (`int`, defaults to 1):
             Tokens for each face. The paper uses one. With `"none"`, which has no weights to tell them apart, all are
-            the same.
+            the same. `"direct"` has one.
         hidden_dim (`int`, defaults to 64):
             Number of features in `"res_mlp64"`, and width of the hidden layers in `"res_3mlp"` and `"individual"`.
         au_names (`list[str]`, *optional*):
@@ -90,7 +106,7 @@ class AUEncoder(ModelMixin, ConfigMixin):
         self.register_to_config(num_aus=num_aus, au_names=au_names)
         _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
         remaining_dim = cross_attention_dim - num_aus
-        if encoder_type == "none":
+        if encoder_type in ("none", "direct"):
             # A model without a single tensor has no dtype and cannot be saved.
             self.register_buffer("intensity_scale", torch.ones(num_aus))
         elif encoder_type == "mlp":
@@ -115,6 +131,11 @@ class AUEncoder(ModelMixin, ConfigMixin):
                 _two_layers(1, hidden_dim, num_tokens * cross_attention_dim) for _ in range(num_aus)
             )
 
+    @property
+    def token_dim(self) -> int:
+        """Width of a token: that of the text embedding, but for `"direct"`."""
+        return self.config.num_aus + 1 if self.config.encoder_type == "direct" else self.config.cross_attention_dim
+
     def forward(self, au_intensities: torch.Tensor) -> torch.Tensor:
         r"""
         Args:
@@ -122,13 +143,15 @@ class AUEncoder(ModelMixin, ConfigMixin):
                 FACS intensities: 0 is absent, 5 is grade E.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_tokens, cross_attention_dim)`.
+            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`.
         """
         encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
         au_intensities = au_intensities.to(self.dtype)
         residual = au_intensities[:, None].expand(-1, num_tokens, -1)  # (batch, num_tokens, num_aus)
-        if encoder_type == "none":
+        if encoder_type in ("none", "direct"):
             tokens = residual * self.intensity_scale
+            if encoder_type == "direct":
+                return nn.functional.pad(tokens, (0, 1), value=1.0)
         else:
             features = self.intensity_proj(au_intensities)
             if encoder_type == "individual":
@@ -164,6 +187,8 @@ def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens,
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}` has to be a positive integer, but is {size!r}.")
+    if encoder_type == "direct" and num_tokens > 1:
+        raise ValueError(f"`num_tokens` is {num_tokens}, but the encoder type 'direct' has one token, without keys.")
     # What stands in a token beside the zeros. A residual encoder without room for one feature is no such encoder.
     features = {"none": 0, "res_mlp": 1, "res_mlp64": hidden_dim, "res_3mlp": 1}
     if encoder_type in features and num_aus + features[encoder_type] > cross_attention_dim:
@@ -209,8 +234,10 @@ class AUAdapter(ModelMixin, ConfigMixin):
         # A saved config comes back sorted by key, so only the sorted order is the same before and after.
         self.layers = dict(sorted(layers.items()))
         self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim, au_names)
-        self.to_k_au = nn.Linear(cross_attention_dim, sum(layers.values()), bias=False)
-        self.to_v_au = nn.Linear(cross_attention_dim, sum(layers.values()), bias=False)
+        token_dim, width = self.encoder.token_dim, sum(layers.values())
+        # With one token, keys have no influence. The paper's encoders have them in their files all the same.
+        self.to_k_au = None if encoder_type == "direct" else nn.Linear(token_dim, width, bias=False)
+        self.to_v_au = nn.Linear(token_dim, width, bias=False)
 
     @classmethod
     def from_unet(
@@ -231,7 +258,8 @@ class AUAdapter(ModelMixin, ConfigMixin):
                 See [`AUEncoder`].
             kv_init (`str`, defaults to `"text"`):
                 How keys and values start: `"text"` as copies of the text's, as in the paper's code; `"random"`; or
-                `"zero"`, with values of 0, so that the AUs add nothing yet.
+                `"zero"`, with values of 0, so that the AUs add nothing yet. `"direct"` starts as the fold of a new
+                `"res_mlp64"` adapter: the same AUs add the same.
 
         Raises:
             ValueError: for another `kv_init`.
@@ -241,7 +269,15 @@ class AUAdapter(ModelMixin, ConfigMixin):
         text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
         layers = {name: module.to_k.weight.shape[0] for name, module in text_layers.items()}
         adapter = cls(layers, unet.config.cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names)
-        if kv_init == "text":
+        if encoder_type == "direct":
+            width, values = unet.config.cross_attention_dim, {}
+            tokens = _affine_map(AUEncoder(num_aus, width, "res_mlp64", 1, hidden_dim, au_names))
+            for name, module in text_layers.items():
+                to_v = module.to_v if kv_init == "text" else nn.Linear(width, layers[name], bias=False)
+                scale = 0.0 if kv_init == "zero" else 1.0
+                values[f"{name}.processor.to_v_au.weight"] = scale * (to_v.weight.detach().double() @ tokens)
+            adapter.load_attn_processors_state_dict(values)
+        elif kv_init == "text":
             adapter.load_attn_processors_state_dict(
                 {f"{name}.processor.to_k_au.weight": module.to_k.weight for name, module in text_layers.items()}
                 | {f"{name}.processor.to_v_au.weight": module.to_v.weight for name, module in text_layers.items()}
@@ -261,12 +297,43 @@ class AUAdapter(ModelMixin, ConfigMixin):
             by side, in the order of their names.
         """
         au_hidden_states = self.encoder(au_intensities).to(self.to_v_au.weight.dtype)
-        return self.to_k_au(au_hidden_states), self.to_v_au(au_hidden_states)
+        au_values = self.to_v_au(au_hidden_states)
+        return torch.zeros_like(au_values) if self.to_k_au is None else self.to_k_au(au_hidden_states), au_values
+
+    @torch.no_grad()
+    def fold(self) -> "AUAdapter":
+        r"""
+        This adapter with the encoder type `"direct"`, on the CPU, in its dtype.
+
+        A token that is affine in the intensities, A·au + c, has the values W_v·(A·au + c) = (W_v·A)·au + W_v·c, and
+        its keys have no influence. So W_v·A and W_v·c say all: the sums are formed in double precision here, and then
+        rounded once.
+
+        Raises:
+            ValueError: if the values are not affine in the intensities: other encoders, or several tokens.
+        """
+        encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
+        if encoder_type not in AFFINE_ENCODER_TYPES or num_tokens != 1:
+            what = f"{num_tokens} tokens" if num_tokens != 1 else f"the encoder {encoder_type!r}"
+            raise ValueError(
+                f"This adapter has {what}, so what it adds is no affine map of the AU intensities, as folding and"
+                " IP-Adapters need it. Train one with one token of"
+                f" {', '.join(map(repr, AFFINE_ENCODER_TYPES))}, or use this adapter with FineFacePipeline."
+            )
+        tokens = _affine_map(self.encoder)
+        config = {name: self.config[name] for name in ("cross_attention_dim", "num_aus", "hidden_dim", "au_names")}
+        folded = nn.Module.to(type(self)(self.layers, encoder_type="direct", **config), self.dtype).eval()
+        weights = self.to_v_au.weight.cpu().split(list(self.layers.values()))
+        for target, weight in zip(folded.to_v_au.weight.split(list(self.layers.values())), weights, strict=True):
+            target.copy_(weight.double() @ tokens)
+        return folded
 
     def attn_processors_state_dict(self) -> dict[str, torch.Tensor]:
         """The keys and values of each layer by the names they have in a file, as views: nothing is copied."""
         state_dict = {}
         for name, proj in (("to_k_au", self.to_k_au), ("to_v_au", self.to_v_au)):
+            if proj is None:
+                continue
             weights = proj.weight.detach().split(list(self.layers.values()))
             state_dict |= {
                 f"{layer}.processor.{name}.weight": w for layer, w in zip(self.layers, weights, strict=True)
@@ -291,6 +358,15 @@ class AUAdapter(ModelMixin, ConfigMixin):
             _check_finite(key, target, source)
 
 
+@torch.no_grad()
+def _affine_map(encoder: AUEncoder) -> torch.Tensor:
+    """(A | c) of the one token A·au + c of an affine encoder, `(token_dim, num_aus + 1)`, in double precision."""
+    encoder = copy.deepcopy(encoder).cpu().double()
+    num_aus = encoder.config.num_aus
+    tokens = encoder(torch.cat([torch.eye(num_aus), torch.zeros(1, num_aus)]))[:, 0]  # those of each AU alone, of none
+    return torch.cat([tokens[:-1] - tokens[-1], tokens[-1:]]).T
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------------------------
@@ -298,12 +374,23 @@ class AUAdapter(ModelMixin, ConfigMixin):
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The files of one adapter. `encoder_config` is None in the published original layout, `lora` without a LoRA."""
+    """
+    The files of one adapter. The published original has no `encoder_config`. In the layout of an IP-Adapter, all but
+    the LoRA is in `attn_processors`. `lora` is None without a LoRA.
+    """
 
     attn_processors: Path
-    encoder: Path
+    encoder: Path | None
     encoder_config: Path | None
     lora: Path | None
+
+    @property
+    def is_ip_adapter(self) -> bool:
+        return self.encoder is None
+
+    @property
+    def is_original(self) -> bool:
+        return self.encoder is not None and self.encoder_config is None
 
 
 def find_adapter_files(
@@ -319,11 +406,12 @@ def find_adapter_files(
     optional: bool = False,
 ) -> AdapterFiles | None:
     r"""
-    Find an adapter in a folder or a Hub repository, in our layout or in that of the published original.
+    Find an adapter in a folder or a Hub repository, in our layout, in that of the published original, or in that of an
+    IP-Adapter. If there are several, the first of these is taken.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`):
-            A folder, or the id of a Hub repository.
+            A folder, the id of a Hub repository, or a file `au_ip_adapter.safetensors`, by whatever name.
         variant (`str`, *optional*):
             Of the original layout, take the files whose names begin with it: `"sd15"` for `sd15_au_encoder.ckpt`.
         subfolder, revision, token, cache_dir, force_download, local_files_only:
@@ -337,6 +425,9 @@ def find_adapter_files(
     """
     folder, given = Path(pretrained_model_name_or_path), os.fspath(pretrained_model_name_or_path)
     unreached: list[LocalEntryNotFoundError] = []
+    if folder.is_file() and folder.suffix == ".safetensors" and not variant:
+        lora = folder.with_name(LORA_WEIGHTS_NAME)
+        return AdapterFiles(folder, None, None, lora if lora.is_file() and lora != folder else None)
 
     def find(name: str) -> Path | None:
         if folder.is_dir():
@@ -365,7 +456,7 @@ def find_adapter_files(
     prefix = f"{variant}_" if variant else ""
     ours = (ATTN_PROCESSORS_NAME, ENCODER_WEIGHTS_NAME, ENCODER_CONFIG_NAME)
     original = (prefix + ORIGINAL_ATTN_PROCESSORS_NAME, prefix + ORIGINAL_ENCODER_NAME)
-    for names in (original,) if variant else (ours, original):
+    for names in (original,) if variant else (ours, original, (IP_ADAPTER_NAME,)):
         found = {name: find(name) for name in names}
         absent = [name for name, path in found.items() if path is None]
         if len(absent) == len(names):
@@ -376,10 +467,8 @@ def find_adapter_files(
                 f"The AU adapter in {given!r} is not complete: there is {', '.join(present)}, but no"
                 f" {', '.join(absent)}."
             )
-        paths = [found[name] for name in names]
-        return AdapterFiles(
-            *paths[:2], paths[2] if names == ours else None, None if variant else find(LORA_WEIGHTS_NAME)
-        )
+        paths = [*(found[name] for name in names), None, None][:3]
+        return AdapterFiles(*paths, None if variant else find(LORA_WEIGHTS_NAME))
     if optional:
         return None
     what = f"AU adapter{f' of the variant {variant!r}' if variant else ''}"
@@ -391,53 +480,173 @@ def find_adapter_files(
     raise OSError(
         f"There is no {what} in the {'folder' if folder.is_dir() else 'Hub repository (no folder)'} {given!r}: neither"
         f" {ATTN_PROCESSORS_NAME} and the folder {ENCODER_FOLDER}, nor {ORIGINAL_ATTN_PROCESSORS_NAME} and"
-        f" {ORIGINAL_ENCODER_NAME} as the paper's authors published them."
+        f" {ORIGINAL_ENCODER_NAME} as the paper's authors published them, nor {IP_ADAPTER_NAME}."
     )
 
 
-def read_au_adapter(files: AdapterFiles, unet: nn.Module, layers: dict[str, int]) -> AUAdapter:
+def read_au_adapter(
+    files: AdapterFiles, unet: nn.Module | None = None, layers: dict[str, int] | None = None
+) -> AUAdapter:
     r"""
-    Read an adapter onto the CPU, in the dtype of `unet`, and check everything about it.
+    Read an adapter onto the CPU and check everything about it.
 
     Args:
         files (`AdapterFiles`):
             From `find_adapter_files`.
-        unet (`UNet2DConditionModel`):
-            The base it has to fit. It is only looked at.
-        layers (`dict[str, int]`):
+        unet (`UNet2DConditionModel`, *optional*):
+            The base it has to fit, and whose dtype it takes. It is only looked at. Without one, the adapter is in
+            `float32`, for a base of whatever layers its files have.
+        layers (`dict[str, int]`, *optional*):
             Inner width of each cross-attention layer of `unet` by its name.
 
     Raises:
         ValueError: if a file is broken, carries code, does not fit the base, or holds a wrong tensor. It names the
             file.
     """
-    cross_attention_dim = unet.config.cross_attention_dim
-    attn_processors, encoder_weights = read_tensors(files.attn_processors), read_tensors(files.encoder)
-    for tensor in attn_processors.values():
-        _check_base(tensor.shape[-1] if tensor.ndim else 0, cross_attention_dim, files.attn_processors)
-    if files.encoder_config is None:
-        attn_processors = {
-            re.sub(r"\.au_to_([kv])\.", r".to_\1_au.", key): tensor for key, tensor in attn_processors.items()
-        }
-        encoder_config = _original_encoder_config(encoder_weights, cross_attention_dim, files.encoder)
+    values = read_tensors(files.attn_processors)
+    source, encoder_weights = files.encoder_config or files.encoder or files.attn_processors, {}
+    if files.is_ip_adapter:
+        if unet is None:
+            raise ValueError(
+                f"{str(source)!r} numbers the layers that it is for and does not name them. Load it with"
+                " `FineFacePipeline.load_au_adapter` onto its base, and `save_au_adapter` writes it with their names."
+            )
+        values, config = _read_ip_adapter(files.attn_processors, layers, unet.config.cross_attention_dim)
+        width = unet.config.cross_attention_dim
+    elif files.is_original:
+        values = {re.sub(r"\.au_to_([kv])\.", r".to_\1_au.", key): tensor for key, tensor in values.items()}
+        encoder_weights = read_tensors(files.encoder)
+        width = next(iter(values.values())).shape[-1] if values else 0
+        config = _original_encoder_config(encoder_weights, width, files.encoder)
         encoder_weights = {key.replace("au_encoder.", "intensity_proj."): t for key, t in encoder_weights.items()}
     else:
-        encoder_config = _read_encoder_config(files.encoder_config)
-        _check_base(encoder_config.pop("cross_attention_dim"), cross_attention_dim, files.encoder_config)
+        config = _read_encoder_config(files.encoder_config)
+        width, encoder_weights = config.pop("cross_attention_dim"), read_tensors(files.encoder)
+    if unet is not None:
+        _check_base(width, unet.config.cross_attention_dim, source)
+    if config["encoder_type"] != "direct":
+        for tensor in values.values():
+            _check_base(tensor.shape[-1] if tensor.ndim else 0, width, files.attn_processors)
+    if layers is None:
+        suffix = ".processor.to_v_au.weight"
+        layers = {key.removesuffix(suffix): len(t) for key, t in values.items() if key.endswith(suffix) and t.ndim}
     try:
         with torch.device("meta"):
-            adapter = AUAdapter(layers, cross_attention_dim, **encoder_config)
+            adapter = AUAdapter(layers, width, **config)
     except ValueError as error:
-        raise ValueError(f"{str(files.encoder_config or files.encoder)!r}: {error}") from error
+        raise ValueError(f"{str(source)!r}: {error}") from error
     # Each tensor is read from the mapped file into its final place: there is never a second copy in memory.
-    adapter = nn.Module.to(adapter, unet.dtype).to_empty(device="cpu").eval()
-    adapter.load_attn_processors_state_dict(attn_processors, files.attn_processors)
+    dtype = torch.float32 if unet is None else unet.dtype
+    adapter = nn.Module.to(adapter, dtype).to_empty(device="cpu").eval()
+    adapter.load_attn_processors_state_dict(values, files.attn_processors)
+    if files.is_ip_adapter:
+        nn.init.ones_(adapter.encoder.intensity_scale)
+        return adapter
     expected = {key: tuple(tensor.shape) for key, tensor in adapter.encoder.state_dict().items()}
     check_tensors(encoder_weights, expected, files.encoder)
     adapter.encoder.load_state_dict(encoder_weights)
     for key, tensor in adapter.encoder.state_dict().items():
         _check_finite(key, tensor, files.encoder)
     return adapter
+
+
+def ip_adapter_numbers(layers: Iterable[str]) -> dict[str, int]:
+    r"""
+    The number by which an IP-Adapter calls each cross-attention layer: its place among all attention layers of the
+    UNet, where every cross-attention layer follows its self-attention.
+
+    Args:
+        layers (`Iterable[str]`):
+            Names of all cross-attention layers of a UNet.
+
+    Raises:
+        ValueError: if a name is not that of a layer of a `UNet2DConditionModel`.
+    """
+    stages = ("down_blocks", "up_blocks", "mid_block")  # in the order in which a UNet has them as attributes
+
+    def place(name: str) -> tuple[int, ...]:
+        stage, *parts = name.split(".")
+        if stage not in stages:
+            raise ValueError(f"An IP-Adapter has layers of {', '.join(stages)} only, and none called {name!r}.")
+        return stages.index(stage), *(int(part) for part in parts if part.isdecimal())
+
+    return {name: 2 * index + 1 for index, name in enumerate(sorted(layers, key=place))}
+
+
+def _read_ip_adapter(path: Path, layers: dict[str, int], width: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """
+    Of a file that `hub.ip_adapter` has written, the values of a `"direct"` adapter by their names in our layout, and
+    the config of its encoder.
+    """
+    tensors = read_tensors(path)
+    projection, attention = (
+        {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        for prefix in ("image_proj.", "ip_adapter.")
+    )
+    found = ", ".join(sorted(projection)[:3]) or ", ".join(sorted(tensors)[:3])
+    shapes = {key: tensor.shape for key, tensor in projection.items()}
+    if (
+        set(shapes) != set(IP_ADAPTER_PROJECTION_KEYS)
+        or len(shapes["proj.0.weight"]) != 2
+        or not shapes["norm.weight"]
+    ):
+        raise ValueError(
+            f"{str(path)!r} is no AU adapter: as the way in of AUs, it needs image_proj with"
+            f" {', '.join(IP_ADAPTER_PROJECTION_KEYS)}, but holds {found}. If it is an adapter for images, load it"
+            " with `load_ip_adapter`, beside the AU adapter."
+        )
+    num_aus = shapes["proj.0.weight"][1]
+    if num_aus == FACE_ID_DIM:
+        raise ValueError(
+            f"{str(path)!r} is no AU adapter, but an IP-Adapter-FaceID: it takes the {FACE_ID_DIM} numbers of a face"
+            " recognition model. Load it with `load_ip_adapter`, beside the AU adapter. One for AUs has an input for"
+            f" each AU; `python -m hub.export ADAPTER FOLDER --format ip-adapter` writes it as {IP_ADAPTER_NAME}."
+        )
+    _check_base(shapes["norm.weight"][0], width, path)
+    shapes = {"proj.0.weight": (2 * num_aus, num_aus), "proj.0.bias": (2 * num_aus,)}
+    shapes |= {"proj.2.weight": (width, 2 * num_aus)} | dict.fromkeys(
+        ("proj.2.bias", "norm.weight", "norm.bias"), (width,)
+    )
+    shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()}
+    for name, number in ip_adapter_numbers(layers).items():
+        shapes |= {f"ip_adapter.{number}.to_{kind}_ip.weight": (layers[name], width) for kind in "kv"}
+    check_tensors(tensors, shapes, path)
+    # A token has to be the AUs, a 1, and zeros, whatever the AUs.
+    probes = torch.randn(8, num_aus, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3)
+    tokens = _project_image(projection, probes)
+    one = 2 * num_aus
+    expected = nn.functional.pad(probes, (0, width - num_aus))
+    if one < width:
+        expected[:, one] = 1
+    if one >= width or not torch.allclose(tokens, expected, atol=1e-2):
+        raise ValueError(
+            f"{str(path)!r} is no AU adapter: what its image_proj makes of {num_aus} inputs is not a token with the"
+            " intensities of as many AUs in it. If it is an adapter for images, load it with `load_ip_adapter`, beside"
+            " the AU adapter."
+        )
+    columns = [*range(num_aus), one]
+    values = {
+        f"{name}.processor.to_v_au.weight": attention[f"{number}.to_v_ip.weight"][:, columns]
+        for name, number in ip_adapter_numbers(layers).items()
+    }
+    return values, {"encoder_type": "direct", "num_aus": num_aus, "au_names": _read_au_names(path)}
+
+
+def _project_image(projection: dict[str, torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
+    """What diffusers' `IPAdapterFaceIDImageProjection` does, in double precision."""
+    weights = {key: tensor.double() for key, tensor in projection.items()}
+    hidden = nn.functional.gelu(nn.functional.linear(embeds, weights["proj.0.weight"], weights["proj.0.bias"]))
+    tokens = nn.functional.linear(hidden, weights["proj.2.weight"], weights["proj.2.bias"])
+    return nn.functional.layer_norm(tokens, tokens.shape[-1:], weights["norm.weight"], weights["norm.bias"])
+
+
+def _read_au_names(path: Path) -> list[str] | None:
+    with safe_open(path, framework="pt") as file:
+        names = (file.metadata() or {}).get("au_names")
+    try:
+        return None if names is None else json.loads(names)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} has broken metadata: au_names is {names!r}.") from error
 
 
 def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict | None]:
@@ -537,7 +746,9 @@ def _check_base(found_dim: int, cross_attention_dim: int, source: Path) -> None:
 
 
 def _name_base(cross_attention_dim: int) -> str:
-    name = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}.get(cross_attention_dim, "another model")
+    name = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}.get(
+        cross_attention_dim, "another model"
+    )
     return f"{name} (text embeddings of width {cross_attention_dim})"
 
 
@@ -593,9 +804,7 @@ def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet
     save_directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".au_adapter_", dir=save_directory.parent) as temporary:
         temporary = Path(temporary)
-        adapter.encoder.save_pretrained(temporary / ENCODER_FOLDER)
-        state_dict = {key: tensor.cpu().clone() for key, tensor in adapter.attn_processors_state_dict().items()}
-        save_file(state_dict, temporary / ATTN_PROCESSORS_NAME, metadata={"format": "pt"})
+        write_adapter_weights(temporary, adapter)
         has_lora = lora_name in getattr(unet, "peft_config", {})
         if has_lora:
             suffix = f".{lora_name}.weight"
@@ -614,6 +823,13 @@ def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet
         names = [ENCODER_CONFIG_NAME, ENCODER_WEIGHTS_NAME, *([LORA_WEIGHTS_NAME] if has_lora else [])]
         for name in (*names, ATTN_PROCESSORS_NAME):
             os.replace(temporary / name, save_directory / name)
+
+
+def write_adapter_weights(folder: Path, adapter: AUAdapter) -> None:
+    """Write the files of `adapter`, without a LoRA, one after the other into `folder`."""
+    adapter.encoder.save_pretrained(folder / ENCODER_FOLDER)
+    state_dict = {key: tensor.cpu().clone() for key, tensor in adapter.attn_processors_state_dict().items()}
+    save_file(state_dict, folder / ATTN_PROCESSORS_NAME, metadata={"format": "pt"})
 
 
 def base_unet(unet: nn.Module) -> nn.Module:

@@ -120,7 +120,7 @@ def make_model(
         kv_init=config.au_kv_init,
         au_names=au_names,
     )
-    if config.num_au_tokens == 1:
+    if config.num_au_tokens == 1 and au_adapter.to_k_au is not None:
         # A softmax over one key is 1 whatever the key: it would get no gradient.
         au_adapter.to_k_au.requires_grad_(False)
     lora = LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)

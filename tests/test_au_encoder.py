@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import make_adapter
+from conftest import make_adapter, make_components
 from torch import nn
 
-from au_encoder import ENCODER_TYPES, AUAdapter, AUEncoder
+from au_encoder import ENCODER_TYPES, KV_INITS, AUAdapter, AUEncoder
 
 
 LAYERS = {"up_blocks.1.attn2": 4, "mid_block.attn2": 6, "down_blocks.0.attn2": 2}
@@ -17,8 +17,41 @@ def some_aus(batch: int = 3, num_aus: int = 12) -> torch.Tensor:
 @pytest.mark.parametrize("num_aus", [5, 12])
 @pytest.mark.parametrize("encoder_type", ENCODER_TYPES)
 def test_tokens_are_as_wide_as_the_text(encoder_type, num_aus, num_tokens):
+    if encoder_type == "direct":
+        pytest.skip("has a token of its own width")
     encoder = AUEncoder(num_aus, 40, encoder_type, num_tokens, hidden_dim=16)
     assert encoder(some_aus(3, num_aus)).shape == (3, num_tokens, 40)
+
+
+def test_a_direct_token_is_the_intensities_and_a_one():
+    encoder = AUEncoder(5, 40, "direct")
+    tokens = encoder(some_aus(3, 5))
+    assert not list(encoder.parameters()) and encoder.token_dim == 6
+    assert torch.equal(tokens, torch.cat([some_aus(3, 5), torch.ones(3, 1)], dim=1)[:, None])
+    with pytest.raises(ValueError, match="'direct' has one token"):
+        AUEncoder(5, 40, "direct", num_tokens=2)
+
+
+@pytest.mark.parametrize("kv_init", KV_INITS)
+def test_a_direct_adapter_starts_where_the_paper_s_does(kv_init):
+    """As the fold of a new adapter with the same random numbers."""
+    unet, aus = make_components()["unet"], some_aus()
+    torch.manual_seed(0)
+    direct = AUAdapter.from_unet(unet, encoder_type="direct", hidden_dim=8, kv_init=kv_init)
+    assert direct.to_k_au is None and sum(p.numel() for p in direct.parameters()) == 13 * sum(direct.layers.values())
+    keys, values = direct(aus)
+    assert keys.shape == values.shape == (3, 1, sum(direct.layers.values())) and not keys.any()
+    if kv_init == "zero":
+        assert not values.any()
+        return
+    assert (values[0] - values[1]).abs().max() > 0.01
+    if kv_init == "text":
+        torch.manual_seed(0)
+        AUAdapter(direct.layers, unet.config.cross_attention_dim, encoder_type="direct")
+        encoder = AUEncoder(12, unet.config.cross_attention_dim, "res_mlp64", hidden_dim=8)
+        layer = next(iter(direct.layers))
+        expected = unet.get_submodule(layer).to_v(encoder(aus))
+        torch.testing.assert_close(values[..., : direct.layers[layer]], expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("encoder_type", ["none", "res_mlp", "res_mlp64", "res_3mlp"])
@@ -77,7 +110,7 @@ def test_the_encoder_takes_float32_aus_in_any_dtype(dtype):
         ({"encoder_type": "res_mlp", "cross_attention_dim": 12}, "12 AU intensities and at least 1 features"),
         ({"encoder_type": "res_mlp64", "cross_attention_dim": 75}, "at least 64 features"),
         ({"encoder_type": "none", "cross_attention_dim": 11}, "`cross_attention_dim` is 11"),
-        ({"encoder_type": "mlp64"}, "none, mlp, res_mlp, res_mlp64, res_3mlp, individual, but is 'mlp64'"),
+        ({"encoder_type": "mlp64"}, "none, mlp, res_mlp, res_mlp64, res_3mlp, individual, direct, but is 'mlp64'"),
         ({"num_tokens": 0}, "`num_tokens` has to be a positive integer, but is 0"),
         ({"hidden_dim": 1.5}, "`hidden_dim` has to be a positive integer, but is 1.5"),
     ],
@@ -114,7 +147,7 @@ def test_names_that_do_not_fit_are_errors(options, message):
 
 @pytest.mark.parametrize("encoder_type", ENCODER_TYPES)
 def test_a_saved_encoder_comes_back(encoder_type, tmp_path):
-    encoder = AUEncoder(12, 40, encoder_type, num_tokens=2, hidden_dim=16).eval()
+    encoder = AUEncoder(12, 40, encoder_type, num_tokens=1 if encoder_type == "direct" else 2, hidden_dim=16).eval()
     encoder.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "diffusion_pytorch_model.safetensors"}
     assert torch.equal(AUEncoder.from_pretrained(tmp_path)(some_aus()), encoder(some_aus()))
