@@ -8,8 +8,11 @@ Pictures with captions from a data set on the Hub, row by row, into a folder whe
     FOLDER/.hub                   what each part of the rows became, and where the stream goes on
 """
 
+import functools
 import importlib
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -22,7 +25,6 @@ from face_data.captions import take_emotion_words
 from face_data.pictures import PICTURE_ERRORS, place_picture
 from face_data.report import Report
 from face_data.store import (
-    FINISHED,
     Part,
     check_folder,
     check_source,
@@ -37,7 +39,7 @@ from face_data.table_index import CAPTION_COLUMNS, FACE_BOX, FaceBox
 from face_data.tabled import NO_FACE, SEVERAL_FACES, TOO_SMALL, UNREADABLE
 
 
-STATE, METADATA = "state.json", "metadata.jsonl"
+WORK, STATE, METADATA = ".hub", "state.json", "metadata.jsonl"
 NO_TEXT = "no caption, or nothing left of it"
 BOX_FORMATS = ("xyxy", "xywh")
 FaceDetector = Callable[[Image.Image], list[tuple[float, float, float, float]]]
@@ -110,22 +112,35 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     Raises:
         ValueError: if a column is missing, the folder was begun with other settings, or the Hub does not answer.
     """
-    work = folder / ".hub"
+    work = folder / WORK
     if not work.is_dir():
         check_folder(folder)
     find_faces = load_detector(pictures.detector) if pictures.detector else None
-    claim_folder(work, vars(pictures))
-    if not (work / FINISHED).is_file():
-        _fetch(pictures, folder, work, find_faces, on_error)
+    claim_folder(work, {name: value for name, value in vars(pictures).items() if name != "max_pictures"})
+    state = read_state(work)
+    if not state["is_at_end"] and state["kept"] < (pictures.max_pictures or math.inf):
+        _fetch(pictures, folder, work, state, find_faces, on_error)
         rows = chain.from_iterable(read_rows(work / "rows" / f"{part}.jsonl") for part in list_parts(work))
-        known = ("file_name", "text", "removed_words", *FACE_BOX)
-        write_lines(folder / METADATA, ({name: row[name] for name in known if name in row} for row in rows))
-        replace_file(work / FINISHED, Path.touch)
+        write_lines(folder / METADATA, map(_metadata, rows))
     report = Report()
     for part in list_parts(work):
         for line in read_lines(work / "rows" / f"{part}.jsonl"):
             report.add(pictures.source, line)
     return report
+
+
+def _metadata(row: dict) -> dict:
+    known = {name: row[name] for name in ("file_name", "text", *FACE_BOX) if name in row}
+    # A list, because tables take the entries of an object for columns.
+    words = list(Counter(row.get("removed_words")).elements())
+    return known | ({"removed_words": words} if words else {})
+
+
+def read_state(work: Path) -> dict:
+    """How far the stream was read, and how many pictures were kept."""
+    path = work / STATE
+    start = {"part": 0, "kept": 0, "is_at_end": False, "stream": None}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else start
 
 
 def load_detector(name: str) -> FaceDetector:
@@ -136,40 +151,41 @@ def load_detector(name: str) -> FaceDetector:
         raise ValueError(f"`--detector` is {name!r}, but has to be MODULE:FUNCTION: {error}.") from error
 
 
-def _fetch(pictures: HubPictures, folder: Path, work: Path, find_faces: FaceDetector | None, on_error: str) -> None:
+def _fetch(
+    pictures: HubPictures, folder: Path, work: Path, state: dict, find_faces: FaceDetector | None, on_error: str
+) -> None:
     import httpx
     from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         stream, columns = _open_stream(pictures)
-        state = json.loads((work / STATE).read_text()) if (work / STATE).is_file() else {"part": 0, "kept": 0}
-        if "stream" in state:
+        if state["stream"] is not None:
             stream.load_state_dict(state["stream"])
         rows = iter(tqdm(stream, pictures.dataset, unit="row"))
-        while state["kept"] < (pictures.max_pictures or float("inf")):
-            part, name = Part(on_error), f"{state['part']:07d}"
-            most = float("inf") if pictures.max_pictures is None else pictures.max_pictures - state["kept"]
-            num_rows = 0
+        most = math.inf if pictures.max_pictures is None else pictures.max_pictures
+        while not state["is_at_end"] and state["kept"] < most:
+            part, name, num_rows = Part(on_error), f"{state['part']:07d}", 0
             for number, row in enumerate(islice(rows, pictures.rows_per_part)):
                 num_rows += 1
                 _keep(row, columns, f"{name}/{number:05d}", pictures, folder, find_faces, part)
-                if len(part.rows) >= most:
+                if state["kept"] + len(part.rows) >= most:
                     break
-            if not num_rows:
-                break
-            part.write(work / "rows" / f"{name}.jsonl")
-            state = {"part": state["part"] + 1, "kept": state["kept"] + len(part.rows), "stream": stream.state_dict()}
-            _write_state(work / STATE, state)
-    except (httpx.HTTPError, HfHubHTTPError, DatasetsError) as error:
+            if num_rows:
+                part.write(work / "rows" / f"{name}.jsonl")
+            state = {
+                "part": state["part"] + bool(num_rows),
+                "kept": state["kept"] + len(part.rows),
+                "is_at_end": not num_rows,
+                "stream": stream.state_dict(),
+            }
+            text = json.dumps(state)
+            # After the part: what is killed between the two makes the part again, which gives the same files.
+            replace_file(work / STATE, functools.partial(Path.write_text, data=text))
+    except (httpx.HTTPError, DatasetsError) as error:
         raise ValueError(
             f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"
             " here."
         ) from error
-
-
-def _write_state(path: Path, state: dict) -> None:
-    replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(state)))
 
 
 @dataclass(frozen=True)

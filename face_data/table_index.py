@@ -317,7 +317,7 @@ def _read_about(
             column = find_name_column(list(record), image_column)
             name = _check_name("" if column is None else str(record[column]), label)
             removed = by_key.get("removed_words")
-            removed = json.dumps(removed) if isinstance(removed, dict) else None
+            removed = json.dumps(Counter(map(str, removed))) if isinstance(removed, list) else None
             yield find_key(name), _first_text(by_key, captions, label), _read_box(by_key, label), removed
         except ValueError as error:
             on_error(error)

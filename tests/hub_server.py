@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,15 +35,16 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.uploads: dict[str, bytes] = {}
         self.not_understood: list[str] = []
+        self.requests_of_files: list[tuple[str, int]] = []
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def add_folder(self, repo_id: str, folder: str | Path) -> None:
+    def add_folder(self, repo_id: str, folder: str | Path, repo_type: str = "model") -> None:
         paths = [path for path in Path(folder).rglob("*") if path.is_file()]
         files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-        self.repositories["model", repo_id] = Repository(files)
+        self.repositories[repo_type, repo_id] = Repository(files)
 
 
 @contextmanager
@@ -76,7 +78,9 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             case ["api", repo_types, user, name, *rest]:
                 self.get_info(repo_types.removesuffix("s"), f"{user}/{name}", rest)
             case [user, name, "resolve", revision, *path]:
-                self.get_file(f"{user}/{name}", revision, "/".join(path))
+                self.get_file("model", f"{user}/{name}", revision, "/".join(path))
+            case ["datasets", user, name, "resolve", revision, *path]:
+                self.get_file("dataset", f"{user}/{name}", revision, "/".join(path))
             case ["api", "agent-harnesses"]:
                 # Statistics of huggingface_hub, which it can do without.
                 self.send_error_code("EntryNotFound")
@@ -132,16 +136,29 @@ class HubRequestHandler(BaseHTTPRequestHandler):
         elif rest[0] == "revision":
             self.send_error_code("RevisionNotFound")
         elif rest[0] == "tree":
-            entries = [
-                {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
-                for path, data in repository.files.items()
-            ]
-            self.send_json(entries)
+            self.send_tree(repository, "/".join(rest[2:]))
         else:
             self.refuse()
 
-    def get_file(self, repo_id: str, revision: str, path: str) -> None:
-        repository = self.server.repositories.get(("model", repo_id))
+    def send_tree(self, repository: Repository, folder: str) -> None:
+        prefix = f"{folder}/" if folder else ""
+        is_deep = "recursive=true" in self.path.lower()
+        files = {path: data for path, data in repository.files.items() if path.startswith(prefix)}
+        below = {path: path.removeprefix(prefix).split("/")[:-1] for path in files}
+        entries = [
+            {"type": "file", "path": path, "size": len(data), "oid": git_id(data)}
+            for path, data in files.items()
+            if is_deep or not below[path]
+        ]
+        folders = {prefix + parts[0] for parts in below.values() if parts}
+        entries += [{"type": "directory", "path": path, "size": 0, "oid": git_id(b"")} for path in sorted(folders)]
+        if files or not folder:
+            self.send_json(entries)
+        else:
+            self.send_error_code("EntryNotFound")
+
+    def get_file(self, repo_type: str, repo_id: str, revision: str, path: str) -> None:
+        repository = self.server.repositories.get((repo_type, repo_id))
         if repository is None:
             self.send_error_code("RepoNotFound")
         elif revision not in ("main", repository.commit):
@@ -150,7 +167,16 @@ class HubRequestHandler(BaseHTTPRequestHandler):
             self.send_error_code("EntryNotFound", {"X-Repo-Commit": repository.commit})
         else:
             data = repository.files[path]
-            self.send(200, data, {"ETag": f'"{git_id(data)}"', "X-Repo-Commit": repository.commit})
+            headers = {"ETag": f'"{git_id(data)}"', "X-Repo-Commit": repository.commit, "Accept-Ranges": "bytes"}
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if match:
+                start, end = int(match[1]), min(int(match[2] or len(data)) + 1, len(data))
+                headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+                self.server.requests_of_files.append((path, start))
+                self.send(206, data[start:end], headers)
+            else:
+                self.server.requests_of_files.append((path, 0))
+                self.send(200, data, headers)
 
     def create_repository(self, request: dict) -> None:
         repo_type, repo_id = (
