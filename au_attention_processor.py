@@ -6,20 +6,20 @@ AU attention (Eq. 2): beside the text, every cross-attention layer of a UNet att
     Z = Attention(Q, K_text, V_text) + λ_AU · Attention(Q, K_AU, V_AU)
 
 The layer then applies its output projection `to_out`, which is affine, so the second term can be added after it, as
-λ_AU · (to_out(Attention(Q, K_AU, V_AU)) - bias). That is what lets `AUAttnProcessor` wrap any processor a layer has.
+λ_AU · (to_out(Attention(Q, K_AU, V_AU)) - bias). Because of this, `AUAttnProcessor` can extend any processor.
 
 With one AU token, which is what the paper uses, a softmax over one key is 1 whatever the query: the attention is V_AU,
 the same at every position and every denoising step. So its whole term is one vector for each layer and image, which
-`au_cross_attention_kwargs` computes once, before the first step. K_AU has no influence then.
+`pack_au_tensors` computes once, before the first step. K_AU has no influence then.
 
 Several people in a picture have AUs of their own, each in the region of a mask: then the second term is the sum over
-the people, weighed at each position by their masks.
+the people, weighted at each position by their masks.
 """
 
+import functools
 import inspect
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -36,89 +36,98 @@ from torch import nn
 MAX_MASK_DISTORTION = 0.05
 
 
-class AUAttnProcessor(nn.Module):
+class AUAttnProcessor:
     r"""
-    Wrap the processor of an attention layer and add the AU attention to what it returns. It owns no weights.
+    Marks the attention processors that take AUs, and add the AU attention to what they return.
 
-    Self-attention layers get one too: the UNet hands its `cross_attention_kwargs` to every layer, and there they are
-    only dropped.
+    `attach_au_processors` changes the class of each processor in a UNet to one that extends this class and the class
+    that it had. A processor with AUs is still an instance of that class, with its attributes, weights and constructor.
+    It gets no state: where a layer finds its part of the AU tensors is an attribute of the layer, `au_channels`.
+
+    Its call takes, beside the arguments of the extended processor:
 
     Args:
-        processor:
-            The processor that the layer has.
-        channels (`slice`, *optional*):
-            Where this layer stands in the packed AU tensors. None for self-attention.
+        au_residual (`torch.Tensor` of shape `(batch, sum of all widths)`, *optional*):
+            What one AU token adds to each layer's output.
+        au_keys, au_values (`torch.Tensor` of shape `(batch, num_tokens, sum of all widths)`, *optional*):
+            Keys and values for the attention to any number of AU tokens.
+        au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
+            Where each person is, in the size of the latents. The tensors above then have a dimension of people after
+            that of the batch.
+
+    Raises:
+        ValueError: if the AU tensors were made for another batch or another size of latents.
     """
 
-    def __init__(self, processor, channels: slice | None = None):
+
+class _Signature(inspect.Signature):
+    """A signature with its parameters in a plain dict: torch.compile cannot trace the read-only view of `inspect`."""
+
+    def __init__(self, parameters: Iterable[inspect.Parameter] = ()):
         super().__init__()
-        self.processor = processor
-        self.channels = channels
-        accepted = inspect.signature(processor.__call__).parameters
-        self.takes_ip_adapter_masks = "ip_adapter_masks" in accepted
-
-    # diffusers reads this signature, and passes on the `cross_attention_kwargs` that it names.
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        ip_adapter_masks: list[torch.Tensor] | torch.Tensor | None = None,
-        au_residual: torch.Tensor | None = None,
-        au_keys: torch.Tensor | None = None,
-        au_values: torch.Tensor | None = None,
-        au_masks: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        r"""
-        Args:
-            attn, hidden_states, encoder_hidden_states, attention_mask, ip_adapter_masks:
-                As for the processors of diffusers.
-            au_residual (`torch.Tensor` of shape `(batch, sum of all widths)`, *optional*):
-                What one AU token adds to each layer's output.
-            au_keys, au_values (`torch.Tensor` of shape `(batch, num_tokens, sum of all widths)`, *optional*):
-                Keys and values for the attention to any number of AU tokens.
-            au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
-                Where each person is, in the size of the latents. The tensors above then have a dimension of people
-                after that of the batch.
-        """
-        masks = {"ip_adapter_masks": ip_adapter_masks} if self.takes_ip_adapter_masks else {}
-        output = self.processor(attn, hidden_states, encoder_hidden_states, attention_mask, **masks)
-        if self.channels is None:
-            return output
-        weights = None if au_masks is None else _query_weights(au_masks, output.shape[1]).to(output.dtype)
-        if au_residual is not None:
-            au_residual = au_residual[..., self.channels].to(output.dtype)
-            output = output + (au_residual[:, None] if weights is None else weights @ au_residual)
-        if au_keys is not None:
-            au_keys, au_values = (tensor[..., self.channels].to(output.dtype) for tensor in (au_keys, au_values))
-            output = output + _au_attention(attn, hidden_states, au_keys, au_values, weights)
-        return output
-
-
-class _KnownSignature(inspect.Signature):
-    """
-    The signature of a method, worked out once. diffusers has `inspect` work out that of each layer's processor at each
-    step, which takes longer than to add the AUs: where Python holds a step up, AUs make it no slower.
-    """
-
-    def __init__(self, parameters: list[inspect.Parameter], without_self: inspect.Signature | None = None):
-        super().__init__(parameters)
-        # A dict, because torch.compile cannot look into the proxy that this would be.
         self._by_name = {parameter.name: parameter for parameter in parameters}
-        self._without_self = without_self
 
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         return self._by_name
 
-    def replace(self, **changes) -> inspect.Signature:
-        """What `inspect` calls to leave out `self`."""
-        return self._without_self
+    def replace(self, *, parameters: Iterable[inspect.Parameter]) -> inspect.Signature:
+        return _Signature(parameters)
 
 
-_call_parameters = list(inspect.signature(AUAttnProcessor.__call__).parameters.values())
-AUAttnProcessor.__call__.__signature__ = _KnownSignature(_call_parameters, _KnownSignature(_call_parameters[1:]))
+@functools.cache
+def _with_aus(processor_class: type) -> type:
+    """The subclass of `AUAttnProcessor` and `processor_class`."""
+
+    def __call__(
+        self, attn, hidden_states, *args, au_residual=None, au_keys=None, au_values=None, au_masks=None, **kwargs
+    ):
+        output = processor_class.__call__(self, attn, hidden_states, *args, **kwargs)
+        if au_residual is None and au_keys is None:
+            return output
+        # The UNet hands its `cross_attention_kwargs` to every layer. Self-attention has no use for the AUs.
+        channels = getattr(attn, "au_channels", None)
+        if channels is None:
+            return output
+        num_rows = (au_values if au_residual is None else au_residual).shape[0]
+        if num_rows != output.shape[0]:
+            raise ValueError(
+                f"The AU tensors in `cross_attention_kwargs` have {num_rows} rows, but this call of the UNet has"
+                f" {output.shape[0]}. Make them for the call they go into: with its number of prompts as `batch_size`,"
+                " its `num_images_per_prompt`, its `guidance_scale` (above 1 it has twice the rows) and its"
+                " `pag_scale`."
+            )
+        weights = None if au_masks is None else _query_weights(au_masks, output.shape[1]).to(output.dtype)
+        if au_residual is not None:
+            if weights is None:
+                output = output + au_residual[:, None, channels].to(output.dtype)
+            else:
+                output = output + weights @ au_residual[..., channels].to(output.dtype)
+        if au_keys is not None:
+            au_keys, au_values = (tensor[..., channels].to(output.dtype) for tensor in (au_keys, au_values))
+            output = output + _au_attention(attn, hidden_states, au_keys, au_values, weights)
+        return output
+
+    # diffusers reads the signature of a layer's processor at each step, and passes on what it names.
+    parameters = [
+        *inspect.signature(processor_class.__call__).parameters.values(),
+        *(p for p in inspect.signature(__call__).parameters.values() if p.kind is p.KEYWORD_ONLY),
+    ]
+    __call__.__signature__ = _Signature(sorted(parameters, key=lambda parameter: parameter.kind))
+    name = f"{processor_class.__name__}WithAUs"
+    return type(name, (AUAttnProcessor, processor_class), {"__call__": __call__, "__module__": __name__})
+
+
+class _KeepAUProcessors:
+    """A pre-forward hook for a UNet: whoever replaces its processors, on whatever pipeline, the AUs are not lost."""
+
+    def __init__(self, layers: list[Attention]):
+        self.layers = layers
+
+    def __call__(self, unet: nn.Module, args: tuple) -> None:
+        for attn in self.layers:
+            if not isinstance(attn.processor, AUAttnProcessor):
+                _extend_processor(attn)
 
 
 def au_layers(unet: nn.Module) -> dict[str, int]:
@@ -130,48 +139,62 @@ def au_layers(unet: nn.Module) -> dict[str, int]:
 
 
 def attach_au_processors(unet: nn.Module) -> None:
-    """Wrap the attention processors of `unet`, where they are not wrapped yet."""
-    unwrapped = {n: attn for n, attn in _attention_layers(unet) if not isinstance(attn.processor, AUAttnProcessor)}
-    if unwrapped:
-        widths = au_layers(unet)
-        ends = dict(zip(widths, itertools.accumulate(widths.values()), strict=True))
-        channels = {name: slice(ends[name] - width, ends[name]) for name, width in widths.items()}
-        for name, attn in unwrapped.items():
-            attn.set_processor(AUAttnProcessor(attn.processor, channels.get(name)))
+    r"""
+    Make the attention processors of `unet` take AUs, now and whenever others are set later.
+
+    Raises:
+        TypeError: if a processor is no instance of an ordinary Python class, which could be extended.
+    """
+    unet = getattr(unet, "_orig_mod", unet)
+    layers = dict(_attention_layers(unet))
+    widths = au_layers(unet)
+    ends = dict(zip(widths, itertools.accumulate(widths.values()), strict=True))
+    for name, attn in layers.items():
+        attn.au_channels = slice(ends[name] - widths[name], ends[name]) if name in widths else None
+        if not isinstance(attn.processor, AUAttnProcessor):
+            _extend_processor(attn)
+    if not any(isinstance(hook, _KeepAUProcessors) for hook in unet._forward_pre_hooks.values()):
+        unet.register_forward_pre_hook(_KeepAUProcessors(list(layers.values())))
 
 
 def detach_au_processors(unet: nn.Module) -> None:
-    """Give every attention layer of `unet` back the processor that it had."""
+    """Give every attention processor of `unet` back the class that it had."""
+    unet = getattr(unet, "_orig_mod", unet)
+    for key, hook in list(unet._forward_pre_hooks.items()):
+        if isinstance(hook, _KeepAUProcessors):
+            del unet._forward_pre_hooks[key]
     for _, attn in _attention_layers(unet):
+        attn.__dict__.pop("au_channels", None)
         if isinstance(attn.processor, AUAttnProcessor):
-            attn.set_processor(attn.processor.processor)
+            attn.processor.__class__ = type(attn.processor).__bases__[1]
 
 
-@contextmanager
-def au_processors_detached(unet: nn.Module) -> Iterator[None]:
-    """Detach the AU processors, if there are any, while something else looks at or changes the processors."""
-    attached = any(isinstance(attn.processor, AUAttnProcessor) for _, attn in _attention_layers(unet))
-    detach_au_processors(unet)
+def _extend_processor(attn: Attention) -> None:
+    # In place: a pipeline may keep the processor that it has set, to read from it or to compare its class.
     try:
-        yield
-    finally:
-        if attached:
-            attach_au_processors(unet)
+        attn.processor.__class__ = _with_aus(type(attn.processor))
+    except TypeError as error:
+        raise TypeError(
+            f"AUs cannot be added to an attention processor of the type {type(attn.processor).__name__}: {error}. Set"
+            " an instance of an ordinary Python class, such as `AttnProcessor2_0()`."
+        ) from error
 
 
 # Under CPU offloading the UNet's weights are elsewhere until its hook runs.
 @apply_forward_hook
-def au_cross_attention_kwargs(
+def pack_au_tensors(
     unet: nn.Module,
     au_keys: torch.Tensor,
     au_values: torch.Tensor,
+    *,
     au_scale: float | torch.Tensor = 1.0,
     lora_scale: float = 1.0,
     general: bool = False,
     au_masks: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     r"""
-    The `cross_attention_kwargs` that make `unet`, with its processors attached, attend to the AUs. Differentiable.
+    Pack the AU keys and values of all layers into the `cross_attention_kwargs` with which `unet` attends to the AUs.
+    Its AU processors have to be attached. Differentiable.
 
     They are tensors only, and the scale is inside them, so a compiled UNet is not compiled again when AUs or scales
     change.
@@ -195,7 +218,7 @@ def au_cross_attention_kwargs(
         `{"au_residual": tensor}` for one token, `{"au_keys": tensor, "au_values": tensor}` otherwise, and `"au_masks"`
         if there are masks.
     """
-    # That of the UNet, which would walk through all of its modules for it.
+    # Same as `unet.dtype`, without walking all modules.
     dtype = get_parameter_dtype(unet.conv_in)
     au_scale = torch.as_tensor(au_scale, device=au_values.device).to(dtype).reshape(-1, 1, 1)
     au_keys, au_values = au_keys.to(dtype), au_values.to(dtype)

@@ -24,10 +24,9 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES, au_columns, extract_au_tags, parse_aus_per_prompt
     from .au_attention_processor import (
         attach_au_processors,
-        au_cross_attention_kwargs,
         au_layers,
-        au_processors_detached,
         detach_au_processors,
+        pack_au_tensors,
         read_au_masks,
     )
     from .au_encoder import AdapterFiles, base_unet, find_adapter_files, read_au_adapter, read_lora, write_au_adapter
@@ -42,10 +41,9 @@ else:  # a clone: the files are top-level modules
     extract_au_tags = _action_units.extract_au_tags
     parse_aus_per_prompt = _action_units.parse_aus_per_prompt
     attach_au_processors = _au_attention_processor.attach_au_processors
-    au_cross_attention_kwargs = _au_attention_processor.au_cross_attention_kwargs
     au_layers = _au_attention_processor.au_layers
-    au_processors_detached = _au_attention_processor.au_processors_detached
     detach_au_processors = _au_attention_processor.detach_au_processors
+    pack_au_tensors = _au_attention_processor.pack_au_tensors
     read_au_masks = _au_attention_processor.read_au_masks
     AdapterFiles = _au_encoder.AdapterFiles
     base_unet = _au_encoder.base_unet
@@ -287,34 +285,15 @@ class FineFacePipeline(StableDiffusionPipeline):
         active = self.unet.active_adapters() if getattr(self.unet, "peft_config", None) else []
         return [active] if isinstance(active, str) else list(active or [])
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Neighbours. What diffusers does by looking at the processors, it does without the AU processors around them.
-    # ----------------------------------------------------------------------------------------------------------------
-
     def load_lora_weights(self, *args, **kwargs) -> None:
         """As [`~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`], with the adapter's LoRA on beside it."""
         with self._loras_kept_active(LORA_NAME):
             super().load_lora_weights(*args, **kwargs)
 
     def load_ip_adapter(self, *args, **kwargs) -> None:
-        """As [`~loaders.IPAdapterMixin.load_ip_adapter`], before or after `load_au_adapter` (paper Eq. 5)."""
-        with au_processors_detached(self.unet), self._loras_kept_active(LORA_NAME):
+        """As [`~loaders.IPAdapterMixin.load_ip_adapter`], with the adapter's LoRA on beside that of the IP-Adapter."""
+        with self._loras_kept_active(LORA_NAME):
             super().load_ip_adapter(*args, **kwargs)
-
-    def set_ip_adapter_scale(self, scale: float | dict | list) -> None:
-        """As [`~loaders.IPAdapterMixin.set_ip_adapter_scale`]."""
-        with au_processors_detached(self.unet):
-            super().set_ip_adapter_scale(scale)
-
-    def unload_ip_adapter(self) -> None:
-        """As [`~loaders.IPAdapterMixin.unload_ip_adapter`]."""
-        with au_processors_detached(self.unet):
-            super().unload_ip_adapter()
-
-    def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: Callable | None = None) -> None:
-        """As [`DiffusionPipeline.set_use_memory_efficient_attention_xformers`]."""
-        with au_processors_detached(self.unet):
-            super().set_use_memory_efficient_attention_xformers(valid, attention_op)
 
     # ----------------------------------------------------------------------------------------------------------------
     # Generation
@@ -438,7 +417,8 @@ class FineFacePipeline(StableDiffusionPipeline):
         """
         if self.au_adapter is None:
             return {}, {}
-        attach_au_processors(self.unet)  # where `set_attn_processor` or attention slicing has replaced them
+        # The hook on the UNet would do it too, but not inside a graph that `torch.compile` has to take whole.
+        attach_au_processors(self.unet)
         num_people = None
         if au_masks is not None:
             au_masks = read_au_masks(au_masks, batch_size, self._latent_size(height, width))
@@ -450,8 +430,13 @@ class FineFacePipeline(StableDiffusionPipeline):
         intensities = torch.cat([positive, negative]).repeat_interleave(num_images_per_prompt, dim=0)
         scales = au_scale * torch.cat([has_aus, has_aus]).repeat_interleave(num_images_per_prompt, dim=0).flatten()
         au_keys, au_values = self.au_adapter(intensities.reshape(-1, len(self.au_names)).to(device))
-        kwargs = au_cross_attention_kwargs(
-            self.unet, au_keys, au_values, scales.to(device), lora_scale, au_masks=au_masks
+        kwargs = pack_au_tensors(
+            self.unet,
+            au_keys,
+            au_values,
+            au_scale=scales.to(device),
+            lora_scale=lora_scale,
+            au_masks=au_masks,
         )
         half = batch_size * num_images_per_prompt
         return {k: tensor[:half] for k, tensor in kwargs.items()}, {k: tensor[half:] for k, tensor in kwargs.items()}
@@ -469,6 +454,7 @@ class FineFacePipeline(StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         cross_attention_kwargs: dict[str, Any] | None = None,
+        pag_scale: float = 0.0,
     ) -> dict[str, Any]:
         r"""
         AU control for another Stable Diffusion pipeline that shares this one's UNet:
@@ -487,6 +473,9 @@ class FineFacePipeline(StableDiffusionPipeline):
                 for, but AUs are the same at every step.
             cross_attention_kwargs (`dict`, *optional*):
                 What else the other call should get, such as `{"scale": 0.7}` for the LoRA.
+            pag_scale (`float`, defaults to 0.0):
+                As in the call of a pipeline with perturbed-attention guidance (PAG), whose default is 3.0. Above 0,
+                such a pipeline makes a prediction more for each picture, with the same AUs.
 
         Returns:
             The `cross_attention_kwargs` of the other call.
@@ -514,8 +503,9 @@ class FineFacePipeline(StableDiffusionPipeline):
             height,
             width,
         )
-        if guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None:
-            au_kwargs = {k: torch.cat([negative_au_kwargs[k], tensor]) for k, tensor in au_kwargs.items()}
+        is_guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        branches = [negative_au_kwargs] * is_guided + [au_kwargs] * (2 if pag_scale > 0 else 1)
+        au_kwargs = {name: torch.cat([branch[name] for branch in branches]) for name in au_kwargs}
         return {**(cross_attention_kwargs or {}), **au_kwargs}
 
     def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:

@@ -44,7 +44,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
-from au_attention_processor import attach_au_processors, au_cross_attention_kwargs
+from au_attention_processor import attach_au_processors, pack_au_tensors
 from au_encoder import AUAdapter
 from pipeline_fineface import LORA_NAME
 from program import run_program
@@ -97,7 +97,7 @@ class FineFaceModel(nn.Module):
             prompt_embeds.to(self.unet.dtype),
             added_cond_kwargs=added_cond_kwargs,
             # λ_AU is 1 in training (supplement, "Experimental Settings").
-            cross_attention_kwargs=au_cross_attention_kwargs(self.unet, au_keys, au_values),
+            cross_attention_kwargs=pack_au_tensors(self.unet, au_keys, au_values),
         ).sample
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:

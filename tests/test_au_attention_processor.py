@@ -1,3 +1,4 @@
+import copy
 import inspect
 import logging
 from collections import Counter
@@ -8,16 +9,15 @@ import torch
 import torch.nn.functional as F
 from conftest import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
 from PIL import Image
 
 from au_attention_processor import (
     AUAttnProcessor,
     attach_au_processors,
-    au_cross_attention_kwargs,
     au_layers,
-    au_processors_detached,
     detach_au_processors,
+    pack_au_tensors,
     read_au_masks,
 )
 from au_encoder import AUAdapter
@@ -54,7 +54,8 @@ def call_unet(unet, au_kwargs=None, batch: int = 2, **kwargs) -> torch.Tensor:
 @torch.no_grad()
 def predict(unet, adapter, au_scale=1.0, general=False, **kwargs) -> torch.Tensor:
     lora_scale = kwargs.pop("lora_scale", 1.0)
-    au_kwargs = au_cross_attention_kwargs(unet, *adapter(some_aus()), au_scale, lora_scale, general)
+    options = {"au_scale": au_scale, "lora_scale": lora_scale, "general": general}
+    au_kwargs = pack_au_tensors(unet, *adapter(some_aus()), **options)
     assert set(au_kwargs) == ({"au_keys", "au_values"} if general else {"au_residual"})
     return call_unet(unet, {**au_kwargs, "scale": lora_scale}, **kwargs)
 
@@ -102,14 +103,14 @@ def test_a_layer_computes_equation_2(unet, num_tokens):
             F.linear(tokens, weights[f"{name}.processor.to_k_au.weight"]),
             F.linear(tokens, weights[f"{name}.processor.to_v_au.weight"]),
         )
-        au_kwargs = au_cross_attention_kwargs(unet, *adapter(some_aus()), au_scale)
+        au_kwargs = pack_au_tensors(unet, *adapter(some_aus()), au_scale=au_scale)
         torch.testing.assert_close(attn(hidden_states, text, **au_kwargs), attn.to_out[0](z), atol=1e-5, rtol=1e-5)
 
 
 def test_doubling_the_scale_doubles_the_au_term(unet):
     au_keys, au_values = make_adapter(unet)(some_aus())
-    once = au_cross_attention_kwargs(unet, au_keys, au_values, 1.0)["au_residual"]
-    torch.testing.assert_close(au_cross_attention_kwargs(unet, au_keys, au_values, 2.0)["au_residual"], 2 * once)
+    once = pack_au_tensors(unet, au_keys, au_values, au_scale=1.0)["au_residual"]
+    torch.testing.assert_close(pack_au_tensors(unet, au_keys, au_values, au_scale=2.0)["au_residual"], 2 * once)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
@@ -117,8 +118,8 @@ def test_zero_scale_adds_exactly_nothing(unet, num_tokens):
     adapter = make_adapter(unet, num_tokens=num_tokens)
     with torch.no_grad():
         plain = call_unet(unet)
-        zero = call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()), 0.0))
-        half = call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()), torch.tensor([0.0, 1.0])))
+        zero = call_unet(unet, pack_au_tensors(unet, *adapter(some_aus()), au_scale=0.0))
+        half = call_unet(unet, pack_au_tensors(unet, *adapter(some_aus()), au_scale=torch.tensor([0.0, 1.0])))
     assert torch.equal(zero, plain)
     assert torch.equal(half[0], plain[0]) and not torch.equal(half[1], plain[1])
 
@@ -126,31 +127,90 @@ def test_zero_scale_adds_exactly_nothing(unet, num_tokens):
 def test_processors_go_on_and_off_without_a_trace():
     unet = make_components()["unet"]
     before, keys, plain = unet.attn_processors, list(unet.state_dict()), call_unet(unet)
-    names = [name for name, _ in unet.named_modules()]
+    attributes = {name: set(vars(module)) for name, module in unet.named_modules()}
     attach_au_processors(unet)
     assert all(isinstance(processor, AUAttnProcessor) for processor in unet.attn_processors.values())
     assert list(unet.state_dict()) == keys and torch.equal(call_unet(unet), plain)
     detach_au_processors(unet)
-    assert all(processor is before[name] for name, processor in unet.attn_processors.items())
-    assert [name for name, _ in unet.named_modules()] == names
+    for name, processor in unet.attn_processors.items():
+        assert processor is before[name] and type(processor) is AttnProcessor2_0
+    assert {name: set(vars(module)) for name, module in unet.named_modules()} == attributes
+    assert not unet._forward_pre_hooks
 
 
-def test_attaching_wraps_each_layer_once_and_only_where_needed(unet):
+def test_a_processor_with_aus_is_what_it_extends(unet):
+    for processor in unet.attn_processors.values():
+        assert isinstance(processor, AttnProcessor2_0) and not isinstance(processor, torch.nn.Module)
+        assert type(processor).__name__ == "AttnProcessor2_0WithAUs" and isinstance(
+            type(processor)(), AttnProcessor2_0
+        )
+    unet.set_attention_slice(2)
+    attach_au_processors(unet)
+    processor = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2").processor
+    assert isinstance(processor, SlicedAttnProcessor) and processor.slice_size == 2
+    assert isinstance(type(processor)(1), SlicedAttnProcessor)
+    ip_adapter = IPAdapterAttnProcessor2_0(16, 32, num_tokens=(4,), scale=0.3)
+    weights = ip_adapter.state_dict()
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(ip_adapter)
+    attach_au_processors(unet)
+    processor = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.processor")
+    assert processor is ip_adapter and isinstance(processor, torch.nn.Module) and processor.scale == [0.3]
+    assert processor.state_dict().keys() == weights.keys()
+    remade = type(processor)(hidden_size=16, cross_attention_dim=32, num_tokens=(4,), scale=0.5)
+    assert isinstance(remade, IPAdapterAttnProcessor2_0) and remade.scale == [0.5]
+
+
+def test_each_class_is_extended_once(unet):
+    assert len({type(processor) for processor in unet.attn_processors.values()}) == 1
     first = unet.attn_processors
     attach_au_processors(unet)
     assert all(processor is first[name] for name, processor in unet.attn_processors.items())
-    unet.set_attention_slice("max")
+    assert len(unet._forward_pre_hooks) == 1
+
+
+def test_processors_that_are_set_later_take_aus_too(unet):
+    """One object for all layers, as `set_attn_processor` allows."""
+    adapter = make_adapter(unet)
+    expected = predict(unet, adapter)
+    shared = AttnProcessor2_0()
+    unet.set_attn_processor(shared)
+    assert torch.equal(predict(unet, adapter), expected)
+    assert set(unet.attn_processors.values()) == {shared} and isinstance(shared, AUAttnProcessor)
+
+
+def test_a_copied_unet_keeps_its_own_processors(unet):
+    adapter, other = make_adapter(unet), copy.deepcopy(unet)
+    other.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(predict(other, adapter), predict(unet, adapter))
+    assert all(isinstance(processor, AUAttnProcessor) for processor in other.attn_processors.values())
+
+
+def test_what_no_class_can_extend_is_an_error(unet):
+    with pytest.raises(TypeError, match="of the type function"):
+        unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor = lambda *args: None
+        attach_au_processors(unet)
+
+
+def test_the_arguments_of_a_processor_stay_its_own(unet):
+    class Tinted(AttnProcessor2_0):
+        def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, tint=0.0):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask) + tint
+
+    unet.set_attn_processor(Tinted())
     attach_au_processors(unet)
-    assert all(isinstance(processor.processor, SlicedAttnProcessor) for processor in unet.attn_processors.values())
+    processor = unet.mid_block.attentions[0].transformer_blocks[0].attn2.processor
+    names = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask", "tint"]
+    found = list(inspect.signature(processor.__call__).parameters)
+    assert found == [*names, "au_residual", "au_keys", "au_values", "au_masks"]
+    assert not torch.allclose(call_unet(unet, {"tint": 1.0}), call_unet(unet), atol=1e-3)
 
 
-@pytest.mark.parametrize("attached", [False, True])
-def test_detaching_for_a_while_restores_what_was(unet, attached):
-    if not attached:
-        detach_au_processors(unet)
-    with au_processors_detached(unet):
-        assert all(type(processor) is AttnProcessor2_0 for processor in unet.attn_processors.values())
-    assert all(isinstance(p, AUAttnProcessor) == attached for p in unet.attn_processors.values())
+@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_aus_for_another_batch_are_an_error(unet, rows, general):
+    au_kwargs = pack_au_tensors(unet, *make_adapter(unet)(some_aus(rows)), general=general)
+    with pytest.raises(ValueError, match=f"have {rows} rows, but this call of the UNet has 2.*`guidance_scale`"):
+        call_unet(unet, au_kwargs)
 
 
 def test_diffusers_has_nothing_to_warn_of(unet, caplog):
@@ -178,7 +238,7 @@ def test_only_encoder_values_and_lora_receive_gradients(unet, checkpointing):
     if checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
-    call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()))).square().mean().backward()
+    call_unet(unet, pack_au_tensors(unet, *adapter(some_aus()))).square().mean().backward()
     with_gradient = {name for name, p in unet.named_parameters() if p.grad is not None and p.grad.any()}
     assert with_gradient == {name for name in unet.state_dict() if ".lora_" in name}
     assert adapter.to_v_au.weight.grad.any() and adapter.encoder.intensity_proj.weight.grad.any()
@@ -187,20 +247,20 @@ def test_only_encoder_values_and_lora_receive_gradients(unet, checkpointing):
 
 def test_keys_learn_with_more_than_one_token(unet):
     adapter = make_adapter(unet, num_tokens=3)
-    call_unet(unet, au_cross_attention_kwargs(unet, *adapter(some_aus()))).square().mean().backward()
+    call_unet(unet, pack_au_tensors(unet, *adapter(some_aus()))).square().mean().backward()
     assert adapter.to_k_au.weight.grad.any() and adapter.to_v_au.weight.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_float32_adapter_drives_a_half_precision_unet(unet, dtype):
     adapter = make_adapter(unet)
-    au_kwargs = au_cross_attention_kwargs(unet.to(dtype=dtype), *adapter(some_aus()))
+    au_kwargs = pack_au_tensors(unet.to(dtype=dtype), *adapter(some_aus()))
     assert au_kwargs["au_residual"].dtype == dtype
 
 
 def test_weights_elsewhere_are_left_to_the_unet(unet):
     au_keys, au_values = (tensor.to("meta") for tensor in make_adapter(unet)(some_aus()))
-    assert set(au_cross_attention_kwargs(unet, au_keys, au_values)) == {"au_keys", "au_values"}
+    assert set(pack_au_tensors(unet, au_keys, au_values)) == {"au_keys", "au_values"}
 
 
 @pytest.mark.parametrize("config", [SD21_UNET, SD15_UNET], ids=["sd21", "sd15"])
@@ -213,10 +273,10 @@ def test_all_sixteen_layers_of_the_real_unets_get_their_width(config):
     weights = adapter.attn_processors_state_dict()
     for name, width in au_layers(unet).items():
         assert weights[f"{name}.processor.to_v_au.weight"].shape == (width, config["cross_attention_dim"])
-        channels = unet.get_submodule(name).processor.channels
+        channels = unet.get_submodule(name).au_channels
         assert channels.stop - channels.start == width
     with torch.device("meta"):
-        au_kwargs = au_cross_attention_kwargs(unet, *adapter(torch.zeros(2, 12)))
+        au_kwargs = pack_au_tensors(unet, *adapter(torch.zeros(2, 12)))
         sample, text = torch.zeros(2, 4, 64, 64), torch.zeros(2, 77, config["cross_attention_dim"])
         assert unet(sample, torch.tensor(1), text, cross_attention_kwargs=au_kwargs).sample.shape == sample.shape
 
@@ -254,22 +314,12 @@ def test_one_token_costs_one_addition_a_layer():
     plain = traced_calls(unet)
     attach_au_processors(unet)
     with torch.no_grad():
-        au_kwargs = au_cross_attention_kwargs(unet, *make_adapter(unet)(some_aus()))
+        au_kwargs = pack_au_tensors(unet, *make_adapter(unet)(some_aus()))
     # Of the vector that holds those of all layers, each takes its own; the cast does nothing.
     num_layers = len(au_layers(unet))
     added = traced_calls(unet, au_kwargs) - plain
     assert added.pop("add") == num_layers and added["scaled_dot_product_attention"] == added["linear"] == 0
     assert set(added) <= {"getitem", "to"}, added
-
-
-def test_the_signature_that_each_step_asks_for_is_known_and_right():
-    processor = AUAttnProcessor(Attention(8).processor)
-    known = inspect.signature(processor.__call__)
-    assert inspect.signature(processor.__call__) is known
-    names = ["attn", "hidden_states", "encoder_hidden_states", "attention_mask", "ip_adapter_masks"]
-    assert list(known.parameters) == [*names, "au_residual", "au_keys", "au_values", "au_masks"]
-    code = AUAttnProcessor.__call__.__code__
-    assert ("self", *known.parameters) == code.co_varnames[: code.co_argcount]
 
 
 # Masks: several people in one picture
@@ -283,7 +333,8 @@ def some_masks(batch: int = 2, people: int = 2, size: tuple[int, int] = (16, 16)
 @torch.no_grad()
 def predict_people(unet, adapter, au_masks, general=False, au_scale=1.0) -> torch.Tensor:
     rows = some_aus(au_masks.shape[0] * au_masks.shape[1])
-    au_kwargs = au_cross_attention_kwargs(unet, *adapter(rows), au_scale, general=general, au_masks=au_masks)
+    options = {"au_scale": au_scale, "general": general, "au_masks": au_masks}
+    au_kwargs = pack_au_tensors(unet, *adapter(rows), **options)
     return call_unet(unet, au_kwargs)
 
 
@@ -317,11 +368,11 @@ def test_a_layer_adds_up_the_people_where_they_are(unet, num_tokens):
     weights = F.adaptive_avg_pool2d(masks, (3, 5)).flatten(2)  # (1, people, queries)
     with torch.no_grad():
         plain = attn(hidden_states, text)
-        au_kwargs = au_cross_attention_kwargs(unet, *adapter(rows), au_masks=masks)
+        au_kwargs = pack_au_tensors(unet, *adapter(rows), au_masks=masks)
         found = attn(hidden_states, text, **au_kwargs) - plain
         expected = torch.zeros_like(plain)
         for person in range(2):
-            alone = au_cross_attention_kwargs(unet, *adapter(rows[person : person + 1]))
+            alone = pack_au_tensors(unet, *adapter(rows[person : person + 1]))
             expected += weights[:, person, :, None] * (attn(hidden_states, text, **alone) - plain)
     assert 0 < weights[0, 0].sum() < 15
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

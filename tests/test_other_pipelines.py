@@ -10,8 +10,11 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
+    StableDiffusionSAGPipeline,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 from action_units import AU_NAMES, parse_aus
@@ -49,6 +52,11 @@ def make_other(pipeline_class, pipe: FineFacePipeline):
 
 def latents_for(count: int) -> torch.Tensor:
     return torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def plain_sd() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
 
 
 # Calls that make of each pipeline text-to-image: all is masked, and the ControlNet says nothing.
@@ -153,6 +161,89 @@ def test_image_to_image(tiny_pipe):
     plain = draw(PROMPTS[:1], None, [0])
     assert not torch.allclose(both[:1], plain, atol=1e-3)
     assert torch.equal(draw(PROMPTS[:1], SMILE, [0], au_scale=0.0), plain)
+
+
+def test_aus_computed_before_the_processors_are_replaced_still_count(tiny_pipe):
+    other = make_other(StableDiffusionImg2ImgPipeline, tiny_pipe)
+
+    def draw(aus) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"strength": 0.7, "num_inference_steps": 4, "output_type": "latent", "generator": generator}
+        return other(PROMPTS[0], some_picture(), cross_attention_kwargs=au_kwargs[aus], **options).images
+
+    au_kwargs = {aus: tiny_pipe.au_cross_attention_kwargs(aus) for aus in ("6C+12E", "1+4")}
+    expected = {aus: draw(aus) for aus in au_kwargs}
+    for replace in (
+        other.enable_attention_slicing,
+        other.disable_attention_slicing,
+        lambda: other.unet.set_attn_processor(AttnProcessor()),
+    ):
+        replace()
+        for aus, picture in expected.items():
+            torch.testing.assert_close(draw(aus), picture, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(expected["6C+12E"], expected["1+4"], atol=1e-3)
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_perturbed_attention_guidance(tiny_pipe, plain_sd, guidance_scale):
+    """PAG sets processors of its own, and adds a branch to those of guidance."""
+
+    def draw(pipe, pag_scale, aus=None, **au_options) -> torch.Tensor:
+        other = StableDiffusionPAGPipeline.from_pipe(pipe, pag_applied_layers=["mid"], dtype=pipe.dtype)
+        other.set_progress_bar_config(disable=True)
+        options = {"guidance_scale": guidance_scale, "num_inference_steps": 2, "output_type": "latent"}
+        if aus is not None:
+            au_options = {"guidance_scale": guidance_scale, "pag_scale": pag_scale, **au_options}
+            options["cross_attention_kwargs"] = tiny_pipe.au_cross_attention_kwargs(aus, **au_options)
+        return other(PROMPTS[0], pag_scale=pag_scale, latents=latents_for(1), **options).images
+
+    without_pag = draw(tiny_pipe, 0.0, SMILE)
+    expected = tiny_pipe(
+        PROMPTS[0],
+        aus=SMILE,
+        guidance_scale=guidance_scale,
+        latents=latents_for(1),
+        num_inference_steps=2,
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(without_pag, expected, atol=1e-5, rtol=1e-5)
+    smile = draw(tiny_pipe, 3.0, SMILE)
+    # A tiny scale is a third branch that changes next to nothing, if its AUs are those of the second.
+    torch.testing.assert_close(draw(tiny_pipe, 1e-6, SMILE), without_pag, atol=1e-4, rtol=1e-4)
+    for other in (without_pag, draw(tiny_pipe, 3.0, "1+4"), draw(tiny_pipe, 3.0)):
+        assert not torch.allclose(smile, other, atol=1e-3)
+    assert torch.equal(draw(tiny_pipe, 3.0, SMILE, au_scale=0.0), draw(tiny_pipe, 3.0))
+    with pytest.raises(ValueError, match="`pag_scale`"):
+        draw(tiny_pipe, 3.0, SMILE, batch_size=2)
+    tiny_pipe.unload_au_adapter()
+    assert torch.equal(draw(tiny_pipe, 3.0), draw(plain_sd, 3.0))
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+def test_self_attention_guidance(tiny_pipe, plain_sd, guidance_scale):
+    """SAG sets a processor that it reads from after the call, and calls the UNet once more without AUs."""
+
+    def draw(pipe, aus=None) -> torch.Tensor:
+        other = StableDiffusionSAGPipeline.from_pipe(pipe, dtype=pipe.dtype)
+        other.set_progress_bar_config(disable=True)
+        options = {"guidance_scale": guidance_scale, "num_inference_steps": 2, "output_type": "latent"}
+        if aus is not None:
+            au_kwargs = tiny_pipe.au_cross_attention_kwargs(aus, guidance_scale=guidance_scale)
+            options["cross_attention_kwargs"] = au_kwargs
+        return other(PROMPTS[0], sag_scale=0.75, latents=latents_for(1), **options).images
+
+    smile, frown, plain = draw(tiny_pipe, SMILE), draw(tiny_pipe, "1+4"), draw(tiny_pipe)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in ((smile, frown), (smile, plain), (frown, plain)))
+    tiny_pipe.unload_au_adapter()
+    assert torch.equal(draw(tiny_pipe), draw(plain_sd))
+
+
+@pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"batch_size": 2}, {"num_images_per_prompt": 3}])
+def test_aus_for_another_call_name_the_cause(tiny_pipe, change):
+    other = make_other(StableDiffusionImg2ImgPipeline, tiny_pipe)
+    au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE, **change)
+    with pytest.raises(ValueError, match="this call of the UNet has 2. Make them for the call they go into"):
+        other(PROMPTS[0], some_picture(), num_inference_steps=2, cross_attention_kwargs=au_kwargs)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from action_units import AU_NAMES, parse_aus
-from au_attention_processor import au_cross_attention_kwargs
+from au_attention_processor import pack_au_tensors
 from pipeline_fineface import FineFacePipeline
 
 
@@ -108,7 +108,7 @@ def by_hand(pipe, prompt, aus, combine, negative_aus=None, steps=2) -> torch.Ten
         for t in pipe.scheduler.timesteps:
 
             def predict(embeds, aus, t=t, latents=latents):
-                au_kwargs = au_cross_attention_kwargs(pipe.unet, *pipe.au_adapter(parse_aus(aus)))
+                au_kwargs = pack_au_tensors(pipe.unet, *pipe.au_adapter(parse_aus(aus)))
                 return pipe.unet(latents, t, embeds, cross_attention_kwargs=au_kwargs).sample
 
             neutral = {} if negative_aus is None else negative_aus
