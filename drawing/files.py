@@ -91,7 +91,7 @@ def describe(weights: Weights, dtype: str) -> dict:
 
 @functools.cache
 def _library_versions() -> dict[str, str]:
-    # Looked up anew for every picture, they would cost a twentieth of drawing one with the embedded model.
+    # Looked up anew for every picture, they would cost a twentieth of drawing one with the toy model.
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 

@@ -36,7 +36,7 @@ def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
     """
     Args:
         spec (`str`):
-            `"toy"` for that of the embedded model, `"toy:FOLDER"` for that of another model of the embedded world, or
+            `"toy"` for that of the toy model, `"toy:FOLDER"` for that of another model of the toy world, or
             the folder or Hub id of a CLIP model of transformers.
     """
     kind, _, where = spec.partition(":")
@@ -46,14 +46,14 @@ def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
 
 
 class ToyImageEncoder:
-    """The embedded world's CLIP image encoder, and its attribute reader for what the prompt names."""
+    """The toy world's CLIP image encoder, and its attribute reader for what the prompt names."""
 
     agreement_name = "attributes as prompted"
 
     def __init__(self, model: Path, device: torch.device):
         for name in ("image_encoder", "attribute_reader"):
             if not (model / name / "config.json").is_file():
-                raise FileNotFoundError(f"`--image-encoder`: {str(model)!r} holds no {name}/ of the embedded world.")
+                raise FileNotFoundError(f"`--image-encoder`: {str(model)!r} holds no {name}/ of the toy world.")
         self.model, self.device, self.networks = model, device, None
         self.settings = {name: folder_digest(model / name) for name in ("image_encoder", "attribute_reader")}
 

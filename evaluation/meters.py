@@ -1,7 +1,7 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What reads AU intensities from pictures: the embedded world's own meter, and LibreFace, py-feat 2 and OpenFace 2, which
+What reads AU intensities from pictures: the toy world's own meter, and LibreFace, py-feat 2 and OpenFace 2, which
 run in environments of their own and hand over tables.
 """
 
@@ -86,13 +86,13 @@ def make_meter(spec: str, device: torch.device) -> Meter:
 
 
 class ToyMeter:
-    """The network that reads the AUs of the embedded world's portraits. It takes every picture for a face."""
+    """The network that reads the AUs of the toy world's portraits. It takes every picture for a face."""
 
     name = "toy"
 
     def __init__(self, folder: Path, device: torch.device):
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the embedded world.")
+            raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the toy world.")
         self.folder, self.device, self.network = folder, device, None
         self.settings = {"folder": folder_digest(folder)}
 
@@ -113,7 +113,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def toy_pixel_values(image: Image.Image) -> torch.Tensor:
-    """`(1, 3, 128, 128)` in [-1, 1], as the networks of the embedded world take pictures."""
+    """`(1, 3, 128, 128)` in [-1, 1], as the networks of the toy world take pictures."""
     from toy_faces.pictures import to_pixel_values
     from toy_faces.renderer import SIZE
 

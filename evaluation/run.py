@@ -3,7 +3,7 @@
 """
 Does a model do what its AUs say? The paper's test set, made and measured (paper §5):
 
-  python -m evaluation.run --output out                                   # the embedded model, its own meter
+  python -m evaluation.run --output out                                   # the toy model, its own meter
   python -m evaluation.run --output out --model BASE --adapter ADAPTER --only generate
   python -m evaluation.run --output out --model BASE --adapter ADAPTER --only measure \\
       --meter libreface:libreface.csv --meter pyfeat:/envs/pyfeat/bin/python \\
@@ -17,11 +17,10 @@ meter, summary.csv, and drawings in OUTPUT/figures. A run that was stopped goes 
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -39,12 +38,12 @@ from evaluation import figures, report
 from evaluation.image_encoders import ImageEncoder, make_image_encoder
 from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
-from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_embedded_world
+from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_toy_model
 from evaluation.testset import (
     COMBINATIONS,
-    EMBEDDED_PROMPTS,
     PARTS,
     PROMPTS,
+    TOY_PROMPTS,
     Item,
     make_items,
     read_combinations,
@@ -57,6 +56,7 @@ from program import (
     check_output,
     file_digest,
     folder_digest,
+    is_real,
     number_or_none,
     replacing,
     run_program,
@@ -65,24 +65,73 @@ from program import (
 )
 
 
-EMBEDDED_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
-"""Where the embedded world's portraits have their face."""
+TOY_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
+"""Where the toy world's portraits have their face."""
 PAPER_PARTS = ("single", "combination")
-SAMPLING_NAMES = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale", "height", "width")
+SAMPLING_NAMES = tuple(field.name for field in fields(Sampling))
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments. Those of `Sampling` are there only if they were given."""
-    parser = Parser("evaluation.run", __doc__)
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """
+    What is evaluated and how. Building one checks values and touches no disk.
+
+    Args:
+        sampling (`dict`):
+            Arguments of `Sampling`, in place of what the `fineface.json` of the model says.
+        meters (`tuple` of `str`), image_encoder (`str`, *optional*):
+            As `make_meter` and `make_image_encoder` take them. By default those of the toy world, for its models.
+        only (`str`, *optional*):
+            `"generate"` or `"measure"`; by default both.
+    """
+
+    output: Path
+    model: str = str(TOY_MODEL)
+    adapter: str | None = None
+    adapter_variant: str | None = None
+    system: str = "fineface"
+    ip_adapter: Path | None = None
+    reference_images: Path | None = None
+    prompts: Path | None = None
+    combinations: Path = COMBINATIONS
+    parts: tuple[str, ...] = PAPER_PARTS
+    limit: int | None = None
+    limit_combinations: int | None = None
+    sampling: Mapping[str, object] = field(default_factory=dict)
+    batch_size: int = 8
+    device: str | None = None
+    dtype: str | None = None
+    meters: tuple[str, ...] = ()
+    image_encoder: str | None = None
+    face_box: tuple[float, float, float, float] | None = None
+    bootstrap_draws: int = 1000
+    only: str | None = None
+
+    def __post_init__(self):
+        for name in ("batch_size", "limit", "limit_combinations", "bootstrap_draws"):
+            if getattr(self, name) is not None:
+                check_integer(spell_option(name), getattr(self, name), 1)
+        if self.face_box is not None:
+            left, top, right, bottom = self.face_box
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise ValueError(
+                    f"`--face-box` is {list(self.face_box)}, but needs 0 ≤ left < right ≤ 1 and the same downwards."
+                )
+        if self.ip_adapter is not None and self.reference_images is None:
+            raise ValueError("`--ip-adapter` needs `--reference-images`, the folder of its image prompts.")
+
+
+def parse_args(argv: list[str] | None) -> EvaluationConfig:
+    parser = Parser("evaluation.run", __doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("--output", required=True, type=Path, help="folder for all that is made")
     parser.add_argument("--only", choices=("generate", "measure"), help="one of the two steps (default: both)")
 
     model = parser.add_argument_group("what is evaluated")
-    model.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the embedded model)")
+    model.add_argument("--model", help="folder or Hub id (default: the toy model)")
     model.add_argument("--adapter", help="folder or Hub id (default: the AU adapter beside the model)")
     model.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
     systems = "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items())
-    model.add_argument("--system", choices=SYSTEMS, default="fineface", help=f"{systems} (default: fineface)")
+    model.add_argument("--system", choices=SYSTEMS, help=f"{systems} (default: fineface)")
     model.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter weights, for an image prompt")
     model.add_argument(
         "--reference-images", type=Path, metavar="DIR", help="its pictures, one for each prompt in turn"
@@ -92,17 +141,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     tests.add_argument(
         "--prompts", type=Path, help="CSV, or text with a prompt a line (default: 15 that suit the model)"
     )
-    tests.add_argument(
-        "--combinations", type=Path, default=COMBINATIONS, help="CSV (default: the 50 of this repository)"
-    )
-    tests.add_argument("--parts", nargs="+", choices=PARTS[1:], default=PAPER_PARTS, help="(default: the paper's two)")
+    tests.add_argument("--combinations", type=Path, help="CSV (default: the 50 of this repository)")
+    tests.add_argument("--parts", nargs="+", choices=PARTS[1:], help="(default: the paper's two)")
     tests.add_argument("--limit", type=int, help="only so many prompts, the first ones")
     tests.add_argument("--limit-combinations", type=int, help="only so many combinations, the first ones")
 
     sampling = parser.add_argument_group(
-        "sampling",
-        "Default: what the fineface.json of the model says, or that of Stable Diffusion.",
-        argument_default=argparse.SUPPRESS,
+        "sampling", "Default: what the fineface.json of the model says, or that of Stable Diffusion."
     )
     sampling.add_argument("--num-inference-steps", type=int)
     sampling.add_argument("--guidance-scale", type=float)
@@ -110,7 +155,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sampling.add_argument("--au-scale", type=float)
     sampling.add_argument("--height", type=int)
     sampling.add_argument("--width", type=int)
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures at once (default: 8)")
+    parser.add_argument("--batch-size", type=int, help="pictures at once (default: 8)")
     parser.add_argument("--device", choices=("cpu",), help="(default: the accelerator, if there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)"
@@ -120,11 +165,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument(
         "--meter",
         action="append",
+        dest="meters",
         help="toy, or TOOL:WHERE with the tool libreface, pyfeat, openface or table; repeatable (default: toy, for a"
-        " model of the embedded world)",
+        " model of the toy world)",
     )
     measuring.add_argument(
-        "--image-encoder", help="toy, or folder or Hub id of a CLIP (default: toy, for a model of the embedded world)"
+        "--image-encoder", help="toy, or folder or Hub id of a CLIP (default: toy, for a model of the toy world)"
     )
     measuring.add_argument(
         "--face-box",
@@ -133,35 +179,28 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
         help="where the face is, in parts of the picture, to measure what changes around it",
     )
-    measuring.add_argument("--bootstrap-draws", type=int, default=1000, help="for the intervals (default: 1000)")
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "limit", "limit_combinations", "bootstrap_draws"):
-        if getattr(args, name) is not None:
-            check_integer(spell_option(name), getattr(args, name), 1)
-    if args.face_box is not None:
-        left, top, right, bottom = args.face_box
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError(
-                f"`--face-box` is {args.face_box}, but needs 0 ≤ left < right ≤ 1 and the same downwards."
-            )
-    return args
+    measuring.add_argument("--bootstrap-draws", type=int, help="for the intervals (default: 1000)")
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(argv)).items()
+    }
+    given["sampling"] = {name: given.pop(name) for name in SAMPLING_NAMES if name in given}
+    return EvaluationConfig(**given)
 
 
-def make_sampling(args: argparse.Namespace) -> Sampling:
-    defaults = read_model_defaults(args.model)
-    given = {name: value for name, value in vars(args).items() if name in SAMPLING_NAMES}
-    if args.system != "fineface":
-        not_for_it = [name for name in ("au_guidance_scale", "au_scale") if given.get(name) is not None]
+def make_sampling(config: EvaluationConfig) -> Sampling:
+    defaults = read_model_defaults(config.model)
+    if config.system != "fineface":
+        not_for_it = [name for name in ("au_guidance_scale", "au_scale") if config.sampling.get(name) is not None]
         if not_for_it:
-            raise ValueError(f"`--{not_for_it[0].replace('_', '-')}` needs the AU adapter: it is for fineface only.")
+            raise ValueError(f"`{spell_option(not_for_it[0])}` needs the AU adapter: it is for fineface only.")
         defaults.pop("au_guidance_scale", None)
-    sampling = Sampling(**(defaults | given))
-    if sampling.num_inference_steps < 1:
-        raise ValueError(f"`--num-inference-steps` has to be from 1 on, but is {sampling.num_inference_steps}.")
+    sampling = Sampling(**(defaults | dict(config.sampling)))
+    check_integer("--num-inference-steps", sampling.num_inference_steps, 1)
     for name in ("guidance_scale", "au_guidance_scale", "au_scale"):
         value = getattr(sampling, name)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"`--{name.replace('_', '-')}` has to be a finite number, but is {value}.")
+        if value is not None and not is_real(value):
+            raise ValueError(f"`{spell_option(name)}` has to be a finite number, but is {value}.")
     return sampling
 
 
@@ -204,43 +243,41 @@ class Task:
         return groups
 
 
-def make_task(args: argparse.Namespace, device: torch.device) -> Task:
-    weights = Weights(args.model, args.adapter, args.adapter_variant)
+def make_task(config: EvaluationConfig, device: torch.device) -> Task:
+    weights = Weights(config.model, config.adapter, config.adapter_variant)
     check_weights(weights)
-    check_system(args.system, weights)
-    check_output(args.output, is_folder=True)
-    sampling = make_sampling(args)
-    embedded = is_embedded_world(args.model)
-    prompts = read_prompts(args.prompts or (EMBEDDED_PROMPTS if embedded else PROMPTS))
-    combinations = read_combinations(args.combinations, args.limit_combinations)
-    if args.ip_adapter is not None and not args.ip_adapter.is_file():
-        raise FileNotFoundError(f"`--ip-adapter` is {str(args.ip_adapter)!r}, which is no file.")
-    if args.ip_adapter is not None and args.reference_images is None:
-        raise ValueError("`--ip-adapter` needs `--reference-images`, the folder of its image prompts.")
-    references = find_references(args.reference_images) if args.reference_images is not None else []
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "float16")
+    check_system(config.system, weights)
+    check_output(config.output, is_folder=True)
+    sampling = make_sampling(config)
+    is_toy = is_toy_model(config.model)
+    prompts = read_prompts(config.prompts or (TOY_PROMPTS if is_toy else PROMPTS))
+    combinations = read_combinations(config.combinations, config.limit_combinations)
+    if config.ip_adapter is not None and not config.ip_adapter.is_file():
+        raise FileNotFoundError(f"`--ip-adapter` is {str(config.ip_adapter)!r}, which is no file.")
+    references = find_references(config.reference_images) if config.reference_images is not None else []
+    dtype = config.dtype or ("float32" if device.type == "cpu" else "float16")
     settings = {
-        "system": args.system,
-        "model": "toy_faces/weights" if Path(args.model).resolve() == TOY_MODEL else args.model,
-        "model_files": digest_if_folder(args.model),
-        "adapter": args.adapter,
-        "adapter_files": digest_if_folder(args.adapter),
-        "adapter_variant": args.adapter_variant,
-        "ip_adapter_file": file_digest(args.ip_adapter) if args.ip_adapter else None,
+        "system": config.system,
+        "model": "toy_faces/weights" if Path(config.model).resolve() == TOY_MODEL else config.model,
+        "model_files": digest_if_folder(config.model),
+        "adapter": config.adapter,
+        "adapter_files": digest_if_folder(config.adapter),
+        "adapter_variant": config.adapter_variant,
+        "ip_adapter_file": file_digest(config.ip_adapter) if config.ip_adapter else None,
         "reference_images": {path.name: file_digest(path) for path in references},
         **asdict(sampling),
         "dtype": dtype,
         "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
     }
     return Task(
-        output=args.output,
-        system=args.system,
+        output=config.output,
+        system=config.system,
         weights=weights,
         sampling=sampling,
         dtype=dtype,
-        batch_size=args.batch_size,
-        items=make_items(prompts[: args.limit], combinations, args.parts),
-        ip_adapter=args.ip_adapter,
+        batch_size=config.batch_size,
+        items=make_items(prompts[: config.limit], combinations, config.parts),
+        ip_adapter=config.ip_adapter,
         references=references,
         settings=settings,
     )
@@ -451,34 +488,33 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def run(argv: list[str] | None = None) -> Path | None:
+def run(config: EvaluationConfig) -> Path | None:
     """Check all that is asked for, do it, and return the report, if there is one."""
-    args = parse_args(argv)
-    state = PartialState(cpu=args.device == "cpu")
-    task = make_task(args, state.device)
-    is_embedded = is_embedded_world(args.model)
+    state = PartialState(cpu=config.device == "cpu")
+    task = make_task(config, state.device)
+    is_toy = is_toy_model(config.model)
     meters, encoder = [], None
-    if args.only != "generate":
-        specs = args.meter or ([f"toy:{Path(args.model) / 'meter'}"] if is_embedded else [])
+    if config.only != "generate":
+        specs = config.meters or ([f"toy:{Path(config.model) / 'meter'}"] if is_toy else [])
         meters = [make_meter(spec, state.device) for spec in specs]
         names = [meter.name for meter in meters]
         if len(set(names)) < len(names):
             raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
-        encoder_spec = args.image_encoder or (f"toy:{args.model}" if is_embedded else None)
+        encoder_spec = config.image_encoder or (f"toy:{config.model}" if is_toy else None)
         encoder = make_image_encoder(encoder_spec, state.device) if encoder_spec else None
         if not meters and encoder is None:
             raise ValueError("There is nothing to measure with: name a `--meter`, an `--image-encoder`, or both.")
-    face_box = tuple(args.face_box) if args.face_box else (EMBEDDED_FACE_BOX if is_embedded else None)
+    face_box = config.face_box or (TOY_FACE_BOX if is_toy else None)
     has_settings = check_settings(task.output / "settings.json", task.settings, "pictures")
-    if args.only == "measure":
+    if config.only == "measure":
         check_pictures(task)
     # Every process has looked before the first one writes.
     state.wait_for_everyone()
     if not has_settings and state.is_main_process:
         write_settings(task.output / "settings.json", task.settings)
-    if args.only != "measure":
+    if config.only != "measure":
         generate(task, state)
-    if args.only == "generate":
+    if config.only == "generate":
         return None
     for meter in meters:
         measure(meter.name, task, meter.settings, lambda items, meter=meter: read_aus(task, meter, items), state)
@@ -491,7 +527,7 @@ def run(argv: list[str] | None = None) -> Path | None:
     if not state.is_main_process:
         return None
     results = collect(task, [meter.name for meter in meters])
-    return write_results(task, results, encoder.agreement_name if encoder else "", args.bootstrap_draws)
+    return write_results(task, results, encoder.agreement_name if encoder else "", config.bootstrap_draws)
 
 
 def write_results(task: Task, results: pd.DataFrame, agreement_name: str, bootstrap_draws: int) -> Path:
@@ -511,7 +547,7 @@ def write_results(task: Task, results: pd.DataFrame, agreement_name: str, bootst
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status of `run_program`; 1 also if a tool has failed."""
     return run_program(
-        lambda: run(argv),
+        lambda: run(parse_args(argv)),
         interrupted="the same command goes on from here",
         out_of_memory="Try a smaller `--batch-size`, or `--dtype float16`.",
         failures=(ToolError,),

@@ -36,14 +36,14 @@ class Sampling:
     width: int | None = None
 
 
-def is_embedded_world(model: str) -> bool:
+def is_toy_model(model: str) -> bool:
     """Whether a model is one of the toy world: its folder has that world's attribute reader."""
     return (Path(model) / "attribute_reader" / "config.json").is_file()
 
 
-def au_words(embedded: bool) -> tuple[str, ...]:
-    """What each AU is called in a prompt: in the words of the embedded world's captions, or by its FACS name."""
-    if embedded:
+def au_words(is_toy: bool) -> tuple[str, ...]:
+    """What each AU is called in a prompt: in the words of the toy world's captions, or by its FACS name."""
+    if is_toy:
         from toy_faces.renderer import EXPRESSION_WORDS
 
         return EXPRESSION_WORDS
@@ -88,7 +88,7 @@ class System:
 
     def __init__(self, system: str, weights: Weights, device: torch.device, dtype: torch.dtype, sampling: Sampling):
         self.system, self.device, self.sampling = system, device, sampling
-        self.words = au_words(is_embedded_world(weights.model))
+        self.words = au_words(is_toy_model(weights.model))
         self.token_encoder = None
         if system == "fineface":
             self.pipeline = load_pipeline(weights, device, dtype)

@@ -14,9 +14,9 @@ from action_units import AU_NAMES, format_aus, parse_aus
 
 
 DATA = Path(__file__).parent / "data"
-PROMPTS, EMBEDDED_PROMPTS, COMBINATIONS = (
+PROMPTS, TOY_PROMPTS, COMBINATIONS = (
     DATA / "prompts.csv",
-    DATA / "prompts_embedded.csv",
+    DATA / "prompts_toy.csv",
     DATA / "combinations.csv",
 )
 INTENSITIES = (1, 2, 3, 4, 5)

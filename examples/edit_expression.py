@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Give the face of a picture another expression: the region of the face is drawn anew with AUs (inpainting), and every
-pixel outside it stays as it is. Without --model, the embedded model draws.
+pixel outside it stays as it is. Without --model, the toy model draws.
 
   python -m examples.edit_expression portrait.png --box 24,24,104,116 --aus "6C+12E" --output smiling.png
       --prompt "a closeup of a woman with long brown hair and tan skin in a park"
@@ -125,7 +125,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--au-guidance-scale", type=float, help="of the AUs (default: the model's, else the prompt's)")
     parser.add_argument("--num-inference-steps", type=int, help="denoising steps (default: the model's, else 50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the embedded model)")
+    parser.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the toy model)")
     parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
     parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
     return parser.parse_args(argv)

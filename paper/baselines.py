@@ -45,7 +45,7 @@ from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
 from drawing.files import write_png
 from drawing.jobs import read_model_defaults
 from evaluation.run import check_settings, write_settings
-from evaluation.systems import UNET_FOLDER, append_tokens, au_words, aus_in_words, is_embedded_world
+from evaluation.systems import UNET_FOLDER, append_tokens, au_words, aus_in_words, is_toy_model
 from pipeline_fineface import LORA_NAME
 from program import Parser, run_program, write_atomically
 from train_fineface import (
@@ -372,7 +372,7 @@ def run(system: str, config: TrainConfig) -> None:
     noise_scheduler = load_noise_scheduler(config)
     plain_captions = data.captions.to_pylist()
     if system in ("dreambooth", "lora_t"):
-        word_captions(data, au_words(is_embedded_world(config.pretrained_model_name_or_path)))
+        word_captions(data, au_words(is_toy_model(config.pretrained_model_name_or_path)))
     image_embeds = embed_pictures(data, config, device) if system == "ip_adapter" else None
     set_seed(config.seed)
     width = 0 if image_embeds is None else image_embeds.shape[1]

@@ -1,17 +1,16 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The paper's Tables 1–3 and Fig. 7 on the embedded world, beside the paper's own numbers:
+The paper's Tables 1–3 and Fig. 7 on the toy world, beside the paper's own numbers:
 
   python -m paper.tables --quick      # two cores, within an hour
   python -m paper.tables --full       # a GPU; accelerate launch splits it over several
 
 It trains what is missing, evaluates each system by `evaluation.run`, and writes docs/results.md. Stopped, it goes on
-where it was when the same command runs again. Trials (`python -m paper.trials`) of the same folder are in it too.
+where it was when the same command runs again. The section on trials of docs/results.md stays as it is.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import sys
@@ -35,21 +34,20 @@ from evaluation.metrics import Figure, au_mse, bootstrap
 from evaluation.report import MEASURED, find_figure, markdown_table
 from evaluation.testset import (
     COMBINATIONS,
-    EMBEDDED_PROMPTS,
     INTENSITIES,
+    TOY_PROMPTS,
     Item,
     Prompt,
     read_combinations,
     read_prompts,
 )
-from paper.laboratory import SIZES, Laboratory, default_processes, run_jobs
+from paper.experiment import BUDGETS, Experiment, default_processes, run_jobs
 from program import TOY_MODEL, Parser, check_integer, check_output, run_program, write_atomically
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 METER = "toy"
-TRIALS_NAME, VERDICT_NAME = "trials.csv", "trials.txt"
-"""What `paper.trials` writes into the working folder."""
+TRIALS_HEADING = "\n## Trials\n"
 
 
 @dataclass(frozen=True)
@@ -113,17 +111,17 @@ COLUMNS = (
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def make(laboratory: Laboratory, method: Method) -> None:
+def make(experiment: Experiment, method: Method) -> None:
     """Train a method, if it is not trained, and evaluate it."""
     changes = dict(method.changes)
     adapter = None
     if method.system == "fineface":
-        adapter = laboratory.train_fineface(method.name, **changes)
+        adapter = experiment.train_fineface(method.name, **changes)
     elif method.system != "sd":
-        adapter = laboratory.train_baseline(method.name, method.system, **changes)
+        adapter = experiment.train_baseline(method.name, method.system, **changes)
     # Of the paper's design also what lies beyond [0, 5], its Fig. 8.
-    options = ["--parts", "single", "combination", "extrapolation"] if method == OURS else []
-    laboratory.evaluate(method.name, adapter, method.system, options)
+    parts = {"parts": ("single", "combination", "extrapolation")} if method == OURS else {}
+    experiment.evaluate(method.name, adapter, method.system, **parts)
 
 
 FACES = 4
@@ -131,12 +129,12 @@ FACES = 4
 FIGURE7_RUNS = {"image_prompt": "with the IP-Adapter", "no_image_prompt": "without"}
 
 
-def make_image_prompts(laboratory: Laboratory) -> tuple[Path, Path, list[str]]:
+def make_image_prompts(experiment: Experiment) -> tuple[Path, Path, list[str]]:
     """Portraits of people nobody was trained on, the prompts that go with them, and captions of all that they show."""
     from toy_faces.pictures import UNSEEN
     from toy_faces.renderer import caption, render, sample_portrait
 
-    folder = laboratory.folder / "image_prompts"
+    folder = experiment.folder / "image_prompts"
     prompts = folder / "prompts.csv"
     portraits = [sample_portrait(UNSEEN + 7_000 + number) for number in range(FACES)]
     with PartialState().main_process_first():
@@ -150,36 +148,34 @@ def make_image_prompts(laboratory: Laboratory) -> tuple[Path, Path, list[str]]:
     return folder, prompts, [caption(portrait) for portrait in portraits]
 
 
-def make_ip_adapter(laboratory: Laboratory) -> None:
-    laboratory.train_baseline("ip_adapter", "ip_adapter")
+def make_ip_adapter(experiment: Experiment) -> None:
+    experiment.train_baseline("ip_adapter", "ip_adapter")
 
 
-def make_figure7(laboratory: Laboratory, name: str) -> None:
+def make_figure7(experiment: Experiment, name: str) -> None:
     """FineFace beside the IP-Adapter that was trained apart from it (Eq. 5), or without it."""
-    adapter = laboratory.train_fineface(OURS.name)
-    references, prompts, _ = make_image_prompts(laboratory)
-    options = [f"--prompts={prompts}", f"--reference-images={references}"]
-    if name == "image_prompt":
-        options.append(f"--ip-adapter={laboratory.train_baseline('ip_adapter', 'ip_adapter')}")
-    laboratory.evaluate(name, adapter, options=options)
+    adapter = experiment.train_fineface(OURS.name)
+    references, prompts, _ = make_image_prompts(experiment)
+    ip_adapter = experiment.train_baseline("ip_adapter", "ip_adapter") if name == "image_prompt" else None
+    experiment.evaluate(name, adapter, prompts=prompts, reference_images=references, ip_adapter=ip_adapter)
 
 
-def make_all(laboratory: Laboratory, processes: int) -> None:
+def make_all(experiment: Experiment, processes: int) -> None:
     """All that `write_results` writes of, what is missing of it."""
-    laboratory.prepare()
-    make_image_prompts(laboratory)
-    methods = [functools.partial(make, laboratory, method) for method in all_methods()]
-    run_jobs([*methods, functools.partial(make_ip_adapter, laboratory)], processes)
-    run_jobs([functools.partial(make_figure7, laboratory, name) for name in FIGURE7_RUNS], processes)
+    experiment.prepare()
+    make_image_prompts(experiment)
+    methods = [functools.partial(make, experiment, method) for method in all_methods()]
+    run_jobs([*methods, functools.partial(make_ip_adapter, experiment)], processes)
+    run_jobs([functools.partial(make_figure7, experiment, name) for name in FIGURE7_RUNS], processes)
 
 
-def identity_kept(laboratory: Laboratory, run: str, draws: int) -> Figure:
+def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
     """The share of the image prompt's attributes that the pictures of a run show."""
-    _, prompts, captions = make_image_prompts(laboratory)
-    encoder = make_image_encoder(f"toy:{laboratory.model}", torch.device("cpu"))
+    _, prompts, captions = make_image_prompts(experiment)
+    encoder = make_image_encoder(f"toy:{experiment.model}", torch.device("cpu"))
     shares, owners = [], []
-    for prompt in read_prompts(prompts, laboratory.size.prompts):
-        paths = sorted(laboratory.pictures(run).glob(f"p{prompt.index:02d}_*.png"))
+    for prompt in read_prompts(prompts, experiment.budget.prompts):
+        paths = sorted(experiment.pictures(run).glob(f"p{prompt.index:02d}_*.png"))
         for start in range(0, len(paths), 32):
             images = [read_picture(path) for path in paths[start : start + 32]]
             shares.append(encoder.agreement(images, [captions[prompt.index]] * len(images)))
@@ -192,28 +188,28 @@ def identity_kept(laboratory: Laboratory, run: str, draws: int) -> Figure:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def figure_of(laboratory: Laboratory, run: str, metric: str, part: str) -> Figure:
+def figure_of(experiment: Experiment, run: str, metric: str, part: str) -> Figure:
     meter = "" if metric in ("clip_i", "agreement", "outside", "reference_similarity", "seconds") else METER
-    return find_figure(laboratory.summary(run), metric, part, meter)
+    return find_figure(experiment.summary(run), metric, part, meter)
 
 
-def picture_values(laboratory: Laboratory, run: str, metric: str, part: str) -> pd.DataFrame:
+def picture_values(experiment: Experiment, run: str, metric: str, part: str) -> pd.DataFrame:
     """AU MSE or CLIP-I of each picture of a run, by its name; pictures without a face are NaN."""
-    results = laboratory.results(run)
+    results = experiment.results(run)
     rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index("name")
     values = rows[metric] if metric in rows else au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy())
     return pd.DataFrame({"value": values, "prompt": rows["prompt_index"]}, index=rows.index)
 
 
-def paired_difference(laboratory: Laboratory, runs: tuple[str, str], metric: str, part: str) -> Figure:
+def paired_difference(experiment: Experiment, runs: tuple[str, str], metric: str, part: str) -> Figure:
     """
     How much higher the first of two runs is than the second, picture by picture: the same prompts, AUs and seeds. What
     is hard for both does not widen the interval.
     """
-    first, second = (picture_values(laboratory, run, metric, part) for run in runs)
+    first, second = (picture_values(experiment, run, metric, part) for run in runs)
     both = first.join(second["value"].rename("other"), how="inner")
     difference = (both["value"] - both["other"]).to_numpy()
-    return bootstrap(np.mean, difference, prompts=both["prompt"].to_numpy(), draws=laboratory.size.bootstrap_draws)
+    return bootstrap(np.mean, difference, prompts=both["prompt"].to_numpy(), draws=experiment.budget.bootstrap_draws)
 
 
 Pairs = dict[str, list[tuple[int, int]]]
@@ -254,7 +250,7 @@ def order_in_words(
     return " ".join(words)
 
 
-def format_paper_table(laboratory: Laboratory, title: str, methods: Sequence[Method]) -> list[str]:
+def format_paper_table(experiment: Experiment, title: str, methods: Sequence[Method]) -> list[str]:
     header = ["Method"]
     for heading, *_ in COLUMNS:
         header += [f"{heading}: paper", "ours"]
@@ -263,31 +259,31 @@ def format_paper_table(laboratory: Laboratory, title: str, methods: Sequence[Met
     for method in methods:
         row = [method.label]
         for (heading, metric, part, _), paper in zip(COLUMNS, method.paper, strict=True):
-            figure = figure_of(laboratory, method.name, metric, part)
+            figure = figure_of(experiment, method.name, metric, part)
             ours[heading].append(figure)
             row += [f"{paper:.2f}", f"{figure:.3f}"]
-        agreement = figure_of(laboratory, method.name, "agreement", "combination")
-        single = figure_of(laboratory, method.name, "slope", "single")
-        count = single.num_pictures + figure_of(laboratory, method.name, "au_mse", "combination").num_pictures
+        agreement = figure_of(experiment, method.name, "agreement", "combination")
+        single = figure_of(experiment, method.name, "slope", "single")
+        count = single.num_pictures + figure_of(experiment, method.name, "au_mse", "combination").num_pictures
         rows.append([*row, f"{agreement:.3f}", f"{single}", str(count)])
     lines = ["", f"## {title}", "", *markdown_table(header, rows), ""]
     labels = [method.label for method in methods]
     for column, (heading, metric, part, more_is_better) in enumerate(COLUMNS):
 
         def difference(first: int, second: int, metric: str = metric, part: str = part) -> Figure:
-            return paired_difference(laboratory, (methods[first].name, methods[second].name), metric, part)
+            return paired_difference(experiment, (methods[first].name, methods[second].name), metric, part)
 
         pairs = compare_orders([method.paper[column] for method in methods], difference, more_is_better)
         lines += [f"- {order_in_words(f'{heading}.', labels, ours[heading], pairs, more_is_better)}"]
     return lines
 
 
-def format_figure7(laboratory: Laboratory) -> list[str]:
+def format_figure7(experiment: Experiment) -> list[str]:
     rows = []
     for run, label in FIGURE7_RUNS.items():
-        kept = identity_kept(laboratory, run, laboratory.size.bootstrap_draws)
+        kept = identity_kept(experiment, run, experiment.budget.bootstrap_draws)
         figures_of_run = [
-            figure_of(laboratory, run, metric, part)
+            figure_of(experiment, run, metric, part)
             for metric, part in (
                 ("reference_similarity", "combination"),
                 ("au_mse", "single"),
@@ -305,63 +301,54 @@ def format_figure7(laboratory: Laboratory) -> list[str]:
     return ["", "## Fig. 7: with an image prompt", "", words, "", *markdown_table(header, rows)]
 
 
-def format_trials(laboratory: Laboratory) -> list[str]:
-    """The trials' table, if there were any."""
-    table, verdict = laboratory.folder / TRIALS_NAME, laboratory.folder / VERDICT_NAME
-    if not table.exists():
-        return []
-    with table.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    words = (
-        "Each is trained with the same data, steps and batch size as the paper's design, or is the paper's design with"
-        " other sampling. *Against the paper's* is its AU MSE of combinations relative to the first row."
-    )
-    found = verdict.read_text(encoding="utf-8").strip()
-    return ["", "## Trials", "", words, "", found, "", *markdown_table(rows[0], rows[1:])]
+def read_trials(document: Path) -> str:
+    """The section on trials of an older `document`, which is written by hand and stays; "" if there is none."""
+    text = document.read_text(encoding="utf-8") if document.is_file() else ""
+    return text[text.index(TRIALS_HEADING) :] if TRIALS_HEADING in text else ""
 
 
-def draw_figures(laboratory: Laboratory) -> dict[str, Image.Image]:
+def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
     """
     The paper's Figs. 4 to 8, the systems of Table 1 below each other where it compares them, and what the paper's
     design was measured to do.
     """
     methods = TABLES["Table 1: other systems"]
-    folders = {_row_label(method): laboratory.pictures(method.name) for method in methods}
-    prompt = read_prompts(EMBEDDED_PROMPTS)[0]
+    folders = {_row_label(method): experiment.pictures(method.name) for method in methods}
+    prompt = read_prompts(TOY_PROMPTS)[0]
     title = f"{prompt.text} · seed {prompt.seed}"
     singles = {"neutral": Item("neutral", prompt, "")}
     singles |= {aus.removesuffix("=5"): Item("single", prompt, aus) for aus in _singles_at_5()}
     combinations = {"neutral": Item("neutral", prompt, "")}
-    count = min(10, laboratory.size.combinations or 10)
+    count = min(10, experiment.budget.combinations or 10)
     for number, aus in enumerate(read_combinations(COMBINATIONS, count)):
         combinations[aus.replace("AU", "")] = Item("combination", prompt, aus, number)
     sheets = {
         "results_figure4": figures.draw_comparison(folders, _names(singles), title),
         "results_figure5": figures.draw_comparison(folders, _names(combinations), title),
-        "results_figure6": draw_intensities(laboratory, prompt),
+        "results_figure6": draw_intensities(experiment, prompt),
     }
-    references, prompts, _ = make_image_prompts(laboratory)
-    shown = read_prompts(prompts, laboratory.size.prompts)
+    references, prompts, _ = make_image_prompts(experiment)
+    shown = read_prompts(prompts, experiment.budget.prompts)
     rows = []
     for prompt in shown:
         items = [Item("neutral", prompt, ""), *(Item("single", prompt, aus) for aus in ("AU12=5", "AU4=5", "AU26=5"))]
-        pictures = [read_picture(laboratory.pictures("image_prompt") / item.name) for item in items]
+        pictures = [read_picture(experiment.pictures("image_prompt") / item.name) for item in items]
         rows.append([read_picture(references / f"{prompt.index}.png"), *pictures])
     labels = ["image prompt", "neutral", "AU12=5", "AU4=5", "AU26=5"]
     table = Table(rows, [prompt.text.removeprefix("a portrait of ") for prompt in shown], labels)
     sheets["results_figure7"] = draw_sheet([[table]], "text, image and AUs together")
     for name in (f"heat_map_{METER}", f"dose_response_{METER}", "figure8_extrapolation"):
-        sheets[f"results_{name}"] = read_picture(laboratory.folder / "runs" / OURS.name / "figures" / f"{name}.png")
+        sheets[f"results_{name}"] = read_picture(experiment.folder / "runs" / OURS.name / "figures" / f"{name}.png")
     return sheets
 
 
-def draw_intensities(laboratory: Laboratory, prompt: Prompt) -> Image.Image:
+def draw_intensities(experiment: Experiment, prompt: Prompt) -> Image.Image:
     """The paper's Fig. 6: one AU after the other from 0 to 5, by LoRA-T and by FineFace."""
     rows, labels = [], []
     for au in ("AU12", "AU4", "AU26"):
         for method in (LORA_T, OURS):
             items = [Item("neutral", prompt, ""), *(Item("single", prompt, f"{au}={value}") for value in INTENSITIES)]
-            rows.append([read_picture(laboratory.pictures(method.name) / item.name) for item in items])
+            rows.append([read_picture(experiment.pictures(method.name) / item.name) for item in items])
             labels.append(f"{au}\n{_row_label(method).splitlines()[0]}")
     table = Table(rows, labels, ["0", *map(str, INTENSITIES)])
     return draw_sheet([[table]], f"{prompt.text} · seed {prompt.seed}")
@@ -379,17 +366,17 @@ def _names(items: dict[str, Item]) -> dict[str, str]:
     return {label: item.name for label, item in items.items()}
 
 
-def write_results(laboratory: Laboratory, output: Path) -> None:
+def write_results(experiment: Experiment, output: Path) -> None:
     """`output` and the sheets beside it."""
-    size = laboratory.size
-    sampling = ", ".join(f"`{name}={value}`" for name, value in laboratory.sampling.items())
+    budget = experiment.budget
+    sampling = ", ".join(f"`{name}={value}`" for name, value in experiment.sampling.items())
     lines = [
-        "# The paper's tables, on the embedded world",
+        "# The paper's tables, on the toy world",
         "",
-        f"By `python -m paper.tables --{size.name}`: every system trained for {size.steps} steps of"
-        f" {size.batch_size} samples on the same {size.pictures} pictures, from the same base, with the same seeds,"
-        f" and sampled with {sampling} and AUs guided together with the text, as in the paper. The loss and the label"
-        " smoothing are the paper's. Otherwise than there, the learning rate is 1e-3 (of DB 1e-4) and falls as a"
+        f"By `python -m paper.tables --{budget.name}`: every system trained for {budget.steps} steps of"
+        f" {budget.batch_size} samples on the same {budget.pictures} pictures, from the same base, with the same"
+        f" seeds, and sampled with {sampling} and AUs guided together with the text, as in the paper. The loss and the"
+        " label smoothing are the paper's. Otherwise than there, the learning rate is 1e-3 (of DB 1e-4) and falls as a"
         " cosine, a tenth of the captions is empty, and what is evaluated is a running average of the weights.",
         "",
         "A figure of ours is followed by the interval that holds 95 % of its bootstrap over prompts and pictures. Ours"
@@ -401,79 +388,77 @@ def write_results(laboratory: Laboratory, output: Path) -> None:
         "Half of the captions that the base was trained with name the expression, in the very words that *SD*, *DB*"
         " and *LoRA-T* are given: more than Stable Diffusion was told of AUs.",
     ]
-    if size.name == "quick":
+    if budget.name == "quick":
         lines += [
             "",
-            "This is a small budget, so the faces of all systems under-shoot: the adapter of the embedded model, in"
+            "This is a small budget, so the faces of all systems under-shoot: the adapter of the toy model, in"
             " [its report](../toy_faces/weights/REPORT.md), has seen thirty times as many samples.",
         ]
     for title, methods in TABLES.items():
-        lines += format_paper_table(laboratory, title, methods)
-    lines += format_figure7(laboratory)
-    sheets = draw_figures(laboratory)
+        lines += format_paper_table(experiment, title, methods)
+    lines += format_figure7(experiment)
+    sheets = draw_figures(experiment)
     lines += ["", "## Pictures", "", "The last three are of the paper's design.", ""]
     lines += [f"![{name.removeprefix('results_').replace('_', ' ')}]({name}.png)\n" for name in sheets]
-    lines += format_trials(laboratory)
     for name, sheet in sheets.items():
         write_png(sheet, output.parent / f"{name}.png")
-    write_atomically(output, "\n".join(lines).rstrip() + "\n")
+    write_atomically(output, "\n".join(lines).rstrip() + "\n" + read_trials(output))
 
 
 def all_methods() -> list[Method]:
     return list(dict.fromkeys(method for methods in TABLES.values() for method in methods))
 
 
-def is_complete(laboratory: Laboratory) -> bool:
-    """Whether `write_results` has all that it writes of."""
-    runs = [*(method.name for method in all_methods()), *FIGURE7_RUNS]
-    return all(laboratory.summary(run) is not None for run in runs)
-
-
-def add_laboratory_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     for name in ("quick", "full"):
         words = "two cores, an hour" if name == "quick" else "a GPU"
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=words)
-    size.add_argument("--size", choices=SIZES, help=argparse.SUPPRESS)
+    size.add_argument("--size", choices=BUDGETS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--processes", type=int, default=default_processes(), help="systems at once (default: %(default)s, here)"
     )
-    parser.add_argument("--work", type=Path, help="folder of all that is made (default: runs/laboratory-SIZE)")
-    parser.add_argument("--model", default=str(TOY_MODEL), help="of the embedded world (default: its own)")
+    parser.add_argument("--work", type=Path, help="folder of all that is made (default: runs/experiment-SIZE)")
+    parser.add_argument("--model", default=str(TOY_MODEL), help="of the toy world (default: its own)")
     parser.add_argument("--num-inference-steps", type=int, help="(default: the model's)")
     parser.add_argument("--guidance-scale", type=float, help="(default: the model's)")
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="(default: docs/results.md)")
 
 
-def make_laboratory(arguments: argparse.Namespace) -> Laboratory:
+def make_experiment(arguments: argparse.Namespace) -> Experiment:
     check_integer("--processes", arguments.processes, 1)
     check_output(arguments.output, suffixes=(arguments.output.suffix.lower(),))
     names = ("num_inference_steps", "guidance_scale")
     sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    work = arguments.work or Path("runs") / f"laboratory-{arguments.size}"
-    return Laboratory(work, SIZES[arguments.size], arguments.model, sampling)
+    work = arguments.work or Path("runs") / f"experiment-{arguments.size}"
+    return Experiment(work, BUDGETS[arguments.size], arguments.model, sampling)
 
 
-def report(work: Callable[[], Path | None]) -> int:
+def report(work: Callable[[], object]) -> int:
     """The exit status of `run_program`; 1 also if a tool or a training has failed."""
     return run_program(
         work, interrupted="the same command goes on from here", failures=(ToolError, FloatingPointError)
     )
 
 
-def run(arguments: argparse.Namespace) -> Path | None:
-    laboratory = make_laboratory(arguments)
-    make_all(laboratory, arguments.processes)
+def run(experiment: Experiment, output: Path, processes: int) -> Path | None:
+    """Make what is missing and write `output`, which is returned on the main process."""
+    make_all(experiment, processes)
     if not PartialState().is_main_process:
         return None
-    write_results(laboratory, arguments.output)
-    return arguments.output
+    write_results(experiment, output)
+    return output
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("paper.tables", __doc__)
-    add_laboratory_arguments(parser)
-    return report(lambda: run(parser.parse_args(argv)))
+    add_arguments(parser)
+
+    def work() -> Path | None:
+        arguments = parser.parse_args(argv)
+        return run(make_experiment(arguments), arguments.output, arguments.processes)
+
+    return report(work)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The laboratory: variants of the paper's design under equal budgets, on the embedded world.
+Trials: variants of the paper's design, trained and evaluated under one budget on the toy world.
 
   python -m paper.trials --quick                       # all of them
-  python -m paper.trials --full --only tokens_4 face_loss
+  python -m paper.trials --full --only tokens_4 au_drop
   python -m paper.trials --list
 
-Each variant changes flags of train_fineface.py, or of sampling, or both. The table of all trials, the failures too, is
-kept in trials.csv of the working folder, the same folder as that of `paper.tables`, and goes into
-docs/results.md.
+A trial changes settings of train_fineface.py, of sampling, or both. The table goes to trials.csv of the working
+folder, which is that of `paper.tables`, with the trials that diverged. docs/results.md has the table of all that were
+run; here are the paper's design, what did well, and one of each kind that did not.
 """
 
-import argparse
 import csv
 import dataclasses
 import functools
@@ -25,20 +24,16 @@ from pathlib import Path
 from accelerate import PartialState
 
 from evaluation.metrics import Figure
-from paper.laboratory import Laboratory, run_jobs
+from paper.experiment import Experiment, run_jobs
 from paper.tables import (
     OURS,
-    TRIALS_NAME,
-    VERDICT_NAME,
-    add_laboratory_arguments,
+    add_arguments,
     all_methods,
     figure_of,
-    is_complete,
     make,
-    make_laboratory,
+    make_experiment,
     paired_difference,
     report,
-    write_results,
 )
 from program import Parser, write_atomically
 from training.config import PRESETS, TrainConfig
@@ -61,6 +56,7 @@ class Trial:
     sampling: dict = field(default_factory=dict)
 
 
+TRIALS_NAME = "trials.csv"
 GOAL = -0.25
 """AU MSE of combinations against the paper's design."""
 SLOPES = (0.85, 1.15)
@@ -71,58 +67,22 @@ WEIGHTED = {
     "timestep_bias_begin": 400,
     "timestep_bias_multiplier": 4.0,
 }
-"""What the embedded model's own adapter is trained with."""
-TOGETHER = {**PRESETS["best"], "au_learning_rate": 3e-3}
-FASTER = {**PRESETS["best"], "au_learning_rate": 1e-2}
+"""With these the adapter of the toy model is trained."""
+BEST = {**PRESETS["best"], "au_learning_rate": 1e-2}
 """`--preset best`: ten times the learning rate of the LoRA, which is 1e-3 here."""
 TRIALS = {
     "paper": Trial("the paper's design: Res + MLP64, one token, joint guidance"),
-    # Sampling alone: these share the paper's adapter.
-    "au_guidance_1.5": Trial("AUs guided apart from the text", sampling={"au_guidance_scale": 1.5}),
-    "au_guidance_3": Trial("… MagicFace's optimum", sampling=GUIDED),
-    "au_guidance_5": Trial("…", sampling={"au_guidance_scale": 5.0}),
-    "au_guidance_8": Trial("…", sampling={"au_guidance_scale": 8.0}),
+    "au_guidance_3": Trial("AUs guided apart from the text, by MagicFace's optimum", sampling=GUIDED),
     "au_scale_1.5": Trial("a larger λ_AU", sampling={"au_scale": 1.5}),
-    "au_scale_2": Trial("…", sampling={"au_scale": 2.0}),
-    "commands_beyond": Trial("both", sampling={"au_guidance_scale": 3.0, "au_scale": 1.5}),
-    # Training, each under joint and under separate guidance.
-    "au_drop": Trial("AU dropout, as in MagicFace, for guidance", {"au_drop_prob": 0.1}),
-    "au_drop_guided": Trial("…", {"au_drop_prob": 0.1}, GUIDED),
+    "au_drop_guided": Trial("AU dropout, as in MagicFace, for guidance", {"au_drop_prob": 0.1}, GUIDED),
     "tokens_4": Trial("four tokens: attention can look at different places", {"num_au_tokens": 4}),
-    "tokens_4_guided": Trial("…", {"num_au_tokens": 4}, GUIDED),
-    "tokens_12": Trial("a token for each AU, of an encoder that sees all", {"num_au_tokens": 12}),
-    "individual_12": Trial(
-        "a token for each AU, encoded one by one", {"encoder_type": "individual", "num_au_tokens": 12}
-    ),
-    "res_3mlp": Trial("an encoder with layers, for interactions", {"encoder_type": "res_3mlp"}),
-    "au_learning_rate_3x": Trial("encoder, keys and values learn faster than the LoRA", {"au_learning_rate": 3e-3}),
-    "au_learning_rate_10x": Trial("… and faster", {"au_learning_rate": 1e-2}),
-    "au_learning_rate_10x_guided": Trial("…", {"au_learning_rate": 1e-2}, GUIDED),
-    "kv_random": Trial("keys and values from noise instead of the text's", {"au_kv_init": "random"}),
+    "au_learning_rate_10x": Trial("encoder, keys and values learn faster than the LoRA", {"au_learning_rate": 1e-2}),
     "kv_zero": Trial("values from zero: at first the AUs add nothing", {"au_kv_init": "zero"}),
-    "rank_4": Trial("a small LoRA: what it takes over, the AUs do not have to", {"rank": 4}),
     "rank_64": Trial("a large LoRA", {"rank": 64}),
-    "face_loss": Trial("the loss counts in the face, where AUs are", {"face_loss_weight": 4.0}),
-    "face_loss_guided": Trial("…", {"face_loss_weight": 4.0}, GUIDED),
-    "face_loss_and_timesteps": Trial("… and with it more of the noisy timesteps", WEIGHTED),
-    "face_loss_and_timesteps_guided": Trial("…", WEIGHTED, GUIDED),
-    "face_loss_and_timesteps_guided_5": Trial("…", WEIGHTED, {"au_guidance_scale": 5.0}),
-    "min_snr": Trial("timesteps weighted by min-SNR", {"snr_gamma": 5.0}),
-    "later_timesteps": Trial(
-        "more of the noisy timesteps, where a face gets its shape",
-        {"timestep_bias_strategy": "later", "timestep_bias_portion": 0.5, "timestep_bias_multiplier": 2.0},
-    ),
+    "face_loss_and_timesteps": Trial("the loss counts in the face, and noisy timesteps come more often", WEIGHTED),
     "stratified": Trial("timesteps spread evenly over a step's samples", {"timestep_sampling": "stratified"}),
-    "no_smoothing": Trial("labels as they are: here they are exact", {"au_noise_variance": 0.0}),
-    "all_together": Trial("what has been promising, at once", TOGETHER),
-    "all_together_guided": Trial("…", TOGETHER, GUIDED),
-    "all_together_guided_5": Trial("…", TOGETHER, {"au_guidance_scale": 5.0}),
-    "all_together_guided_8": Trial("…", TOGETHER, {"au_guidance_scale": 8.0}),
-    "all_together_faster": Trial("… and encoder, keys and values faster still", FASTER),
-    "all_together_faster_guided": Trial("…", FASTER, GUIDED),
-    "all_together_faster_guided_5": Trial("…", FASTER, {"au_guidance_scale": 5.0}),
-    "all_together_faster_scale_1.5": Trial("… and a larger λ_AU", FASTER, {"au_scale": 1.5}),
-    "all_together_faster_guided_scale_1.5": Trial("…", FASTER, {**GUIDED, "au_scale": 1.5}),
+    "best": Trial("what has been promising, at once", BEST),
+    "best_guided": Trial("the same, with AUs guided apart", BEST, GUIDED),
 }
 HEADER = (
     *(
@@ -147,7 +107,7 @@ def adapter_name(trial: Trial) -> str:
     return "trial_" + "_".join(f"{flag}-{value}" for flag, value in sorted(trial.train.items()))
 
 
-def check_trials(names: list[str]) -> None:
+def check_trials(names: Sequence[str]) -> None:
     known = {field.name for field in dataclasses.fields(TrainConfig)}
     for name in names:
         if name not in TRIALS:
@@ -157,23 +117,23 @@ def check_trials(names: list[str]) -> None:
             raise ValueError(f"The trial {name!r} needs flags that train_fineface.py has not: {', '.join(unknown)}.")
 
 
-def make_trials(laboratory: Laboratory, names: Sequence[str]) -> None:
+def make_trials(experiment: Experiment, names: Sequence[str]) -> None:
     """Trials that share an adapter. One that diverges is a result, too: it is kept, and the others go on."""
-    if has_diverged(laboratory, names[0]):
+    if has_diverged(experiment, names[0]):
         return
     try:
-        adapter = laboratory.train_fineface(adapter_name(TRIALS[names[0]]), **TRIALS[names[0]].train)
+        adapter = experiment.train_fineface(adapter_name(TRIALS[names[0]]), **TRIALS[names[0]].train)
     except FloatingPointError as error:
         # Without it there is nothing to compare with.
         if "paper" in names:
             raise
-        write_atomically(_divergence(laboratory, names[0]), f"{error}\n")
+        write_atomically(_divergence(experiment, names[0]), f"{error}\n")
         return
     for name in names:
         if name == "paper":
-            make(laboratory, OURS)
+            make(experiment, OURS)
         else:
-            laboratory.evaluate(run_name(name), adapter, **TRIALS[name].sampling)
+            experiment.evaluate(run_name(name), adapter, sampling=TRIALS[name].sampling)
 
 
 def group_by_adapter(names: Iterable[str]) -> list[list[str]]:
@@ -183,30 +143,30 @@ def group_by_adapter(names: Iterable[str]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _divergence(laboratory: Laboratory, name: str) -> Path:
-    return laboratory.folder / "systems" / adapter_name(TRIALS[name]) / "diverged.txt"
+def _divergence(experiment: Experiment, name: str) -> Path:
+    return experiment.folder / "systems" / adapter_name(TRIALS[name]) / "diverged.txt"
 
 
-def has_diverged(laboratory: Laboratory, name: str) -> bool:
+def has_diverged(experiment: Experiment, name: str) -> bool:
     """Whether the training of a trial has ended with a loss that is not finite."""
-    return _divergence(laboratory, name).exists()
+    return _divergence(experiment, name).exists()
 
 
 def run_name(name: str) -> str:
     return OURS.name if name == "paper" else f"trial_{name}"
 
 
-def format_row(laboratory: Laboratory, name: str) -> list[str]:
+def format_row(experiment: Experiment, name: str) -> list[str]:
     trial, run = TRIALS[name], run_name(name)
     settings = [" ".join(f"{key}={value}" for key, value in part.items()) for part in (trial.train, trial.sampling)]
-    if has_diverged(laboratory, name):
+    if has_diverged(experiment, name):
         return [name, trial.why, *settings, "diverged", *["–"] * (len(HEADER) - 5)]
 
     def figure(metric: str, part: str):
-        return figure_of(laboratory, run, metric, part)
+        return figure_of(experiment, run, metric, part)
 
-    error, papers = figure("au_mse", "combination"), figure_of(laboratory, OURS.name, "au_mse", "combination")
-    change = paired_difference(laboratory, (run, OURS.name), "au_mse", "combination")
+    error, papers = figure("au_mse", "combination"), figure_of(experiment, OURS.name, "au_mse", "combination")
+    change = paired_difference(experiment, (run, OURS.name), "au_mse", "combination")
     relative = [100 * value / papers.value for value in (change.value, change.low, change.high)]
     single = figure("au_mse", "single")
     return [
@@ -225,46 +185,44 @@ def format_row(laboratory: Laboratory, name: str) -> list[str]:
     ]
 
 
-def finished_trials(laboratory: Laboratory) -> list[str]:
+def finished_trials(experiment: Experiment) -> list[str]:
     """All that have been evaluated in this folder, or have diverged, in the order of `TRIALS`."""
     return [
-        name for name in TRIALS if laboratory.summary(run_name(name)) is not None or has_diverged(laboratory, name)
+        name for name in TRIALS if experiment.summary(run_name(name)) is not None or has_diverged(experiment, name)
     ]
 
 
-def write_table(laboratory: Laboratory) -> None:
-    """trials.csv, and in words which is the best, trials.txt."""
-    names = finished_trials(laboratory)
+def write_table(experiment: Experiment) -> Path:
+    rows = [HEADER, *(format_row(experiment, name) for name in finished_trials(experiment))]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([HEADER, *(format_row(laboratory, name) for name in names)])
-    write_atomically(laboratory.folder / TRIALS_NAME, text.getvalue())
-    run = f"Of the {len(TRIALS)} trials that `python -m paper.trials --list` shows, {len(names)} were run."
-    write_atomically(laboratory.folder / VERDICT_NAME, f"{run} {describe_best(laboratory)}\n")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(experiment.folder / TRIALS_NAME, text.getvalue())
+    return experiment.folder / TRIALS_NAME
 
 
-def best_trial(laboratory: Laboratory) -> str | None:
+def best_trial(experiment: Experiment) -> str | None:
     """
     The trial with the lowest AU MSE of combinations, of those whose CLIP-I and agreement with the prompt are not
     clearly below those of the paper's design: the interval reaches up to its figure. None if there is none.
     """
 
     def figure(name: str, metric: str) -> Figure:
-        return figure_of(laboratory, run_name(name), metric, "combination")
+        return figure_of(experiment, run_name(name), metric, "combination")
 
     def keeps(name: str, metric: str) -> bool:
         return figure(name, metric).high >= figure("paper", metric).value
 
-    names = [n for n in finished_trials(laboratory) if n != "paper" and not has_diverged(laboratory, n)]
+    names = [n for n in finished_trials(experiment) if n != "paper" and not has_diverged(experiment, n)]
     kept = [name for name in names if keeps(name, "clip_i") and keeps(name, "agreement")]
     return min(kept, key=lambda name: figure(name, "au_mse").value, default=None)
 
 
-def describe_best(laboratory: Laboratory) -> str:
-    name = best_trial(laboratory)
+def describe_best(experiment: Experiment) -> str:
+    name = best_trial(experiment)
     if name is None:
         return "No trial keeps the CLIP-I and the agreement with the prompt of the paper's design."
-    error, papers = (figure_of(laboratory, run_name(n), "au_mse", "combination").value for n in (name, "paper"))
-    single = figure_of(laboratory, run_name(name), "slope", "single").value
+    error, papers = (figure_of(experiment, run_name(n), "au_mse", "combination").value for n in (name, "paper"))
+    single = figure_of(experiment, run_name(name), "slope", "single").value
     change = error / papers - 1
     return (
         "Of the trials whose CLIP-I and agreement with the prompt are not clearly below those of the paper's design,"
@@ -275,19 +233,16 @@ def describe_best(laboratory: Laboratory) -> str:
     )
 
 
-def run(arguments: argparse.Namespace) -> Path | None:
-    check_trials(arguments.only)
-    laboratory = make_laboratory(arguments)
-    laboratory.prepare()
+def run(names: Sequence[str], experiment: Experiment, processes: int) -> str | None:
+    """Make trials, and say where their table is and which is the best, on the main process."""
+    check_trials(names)
+    experiment.prepare()
     # The paper's design is what the others are compared with.
-    groups = group_by_adapter(dict.fromkeys(["paper", *arguments.only]))
-    run_jobs([functools.partial(make_trials, laboratory, group) for group in groups], arguments.processes)
+    groups = group_by_adapter(dict.fromkeys(["paper", *names]))
+    run_jobs([functools.partial(make_trials, experiment, group) for group in groups], processes)
     if not PartialState().is_main_process:
         return None
-    write_table(laboratory)
-    if is_complete(laboratory):
-        write_results(laboratory, arguments.output)
-    return laboratory.folder / TRIALS_NAME
+    return f"{write_table(experiment)}: {describe_best(experiment)}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,8 +253,14 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:30}{trial.why}: {trial.train | trial.sampling}")
         return 0
     parser.add_argument("--list", action="store_true", help="show the trials and stop")
-    add_laboratory_arguments(parser)
-    return report(lambda: run(parser.parse_args(argv)))
+    add_arguments(parser)
+
+    def work() -> str | None:
+        arguments = parser.parse_args(argv)
+        check_trials(arguments.only)
+        return run(arguments.only, make_experiment(arguments), arguments.processes)
+
+    return report(work)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ from evaluation.meters import ToolError, make_meter
 from evaluation.systems import Sampling, System, au_words, aus_in_words
 from evaluation.testset import (
     COMBINATIONS,
-    EMBEDDED_PROMPTS,
     PROMPTS,
+    TOY_PROMPTS,
     Item,
     Prompt,
     make_items,
@@ -42,12 +42,12 @@ from evaluation.testset import (
 )
 from paper import baselines, trials
 from paper import tables as paper_tables
-from paper.laboratory import SIZES, Laboratory, run_jobs
+from paper.experiment import BUDGETS, Experiment, run_jobs
 from program import write_atomically
 from toy_faces import networks
 from toy_faces.pictures import captions_of
 from toy_faces.renderer import attributes_in
-from training.config import parse_args as parse_training_args
+from training.config import TrainConfig
 
 
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_bootstrap_draws_prompts_first_and_leaves_out_nan():
 # ---- the test set --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [PROMPTS, EMBEDDED_PROMPTS])
+@pytest.mark.parametrize("path", [PROMPTS, TOY_PROMPTS])
 def test_the_test_set_is_the_papers(path):
     prompts, combinations = read_prompts(path), read_combinations(COMBINATIONS)
     items = make_items(prompts, combinations, ("single", "combination"))
@@ -121,8 +121,8 @@ def test_the_test_set_is_the_papers(path):
     assert all(sum(map(bool, Item("combination", prompts[0], aus).intensities)) >= 2 for aus in combinations)
 
 
-def test_the_embedded_worlds_prompts_name_what_its_reader_can_check():
-    assert all(attributes_in(prompt.text) for prompt in read_prompts(EMBEDDED_PROMPTS))
+def test_the_toy_worlds_prompts_name_what_its_reader_can_check():
+    assert all(attributes_in(prompt.text) for prompt in read_prompts(TOY_PROMPTS))
 
 
 def test_a_name_tells_prompt_aus_and_seed():
@@ -539,12 +539,12 @@ def test_sampling_defaults_are_those_of_the_pipeline():
     assert os.path.exists(COMBINATIONS)
 
 
-# ---- baselines and the laboratory ----------------------------------------------------------------------------------
+# ---- baselines and the experiment ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> str:
-    """An embedded world whose networks are as small as they get, and untrained."""
+    """An toy world whose networks are as small as they get, and untrained."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     tokenizer = networks.make_tokenizer(captions_of(range(20), 0))
@@ -565,22 +565,21 @@ def world(tmp_path_factory) -> str:
     return str(folder)
 
 
-TINY = SIZES["tiny"]
+TINY = BUDGETS["tiny"]
 
 
 @pytest.fixture(scope="session")
-def prepared(world, tmp_path_factory) -> Laboratory:
-    laboratory = Laboratory(tmp_path_factory.mktemp("laboratory"), TINY, world)
-    laboratory.prepare()
-    return laboratory
+def prepared(world, tmp_path_factory) -> Experiment:
+    experiment = Experiment(tmp_path_factory.mktemp("experiment"), TINY, world)
+    experiment.prepare()
+    return experiment
 
 
-def train_baseline(laboratory: Laboratory, system: str, output: str, steps: int, **changes) -> Path:
+def train_baseline(experiment: Experiment, system: str, output: str, steps: int, **changes) -> Path:
     # A schedule that does not depend on where the run ends.
     constant = {"lr_scheduler": "constant_with_warmup", "learning_rate": 0.02, "checkpointing_steps": 1}
-    flags = laboratory.flags(output, **(constant | {"max_train_steps": steps} | changes))
-    baselines.run(system, parse_training_args(flags))
-    return laboratory.folder / "systems" / output
+    baselines.run(system, experiment.config(output, **(constant | {"max_train_steps": steps} | changes)))
+    return experiment.folder / "systems" / output
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -673,30 +672,30 @@ def test_a_baseline_trains_in_bfloat16_from_a_cache_in_half_precision(prepared, 
 
 def test_flags_that_a_baseline_cannot_follow_are_refused(prepared):
     with pytest.raises(ValueError, match="`--streaming` is for train_fineface.py alone"):
-        train_baseline(prepared, "lora_t", "streamed", 1, streaming=True, cache_latents=None)
+        train_baseline(prepared, "lora_t", "streamed", 1, streaming=True, cache_latents=False)
     assert not (prepared.folder / "systems" / "streamed").exists()
 
 
-def test_a_laboratory_is_refused_with_other_settings(prepared, world):
+def test_a_experiment_is_refused_with_other_settings(prepared, world):
     with pytest.raises(ValueError, match="`guidance_scale` was 2.0 and is now 3.0"):
-        Laboratory(prepared.folder, TINY, world, {"guidance_scale": 3.0})
+        Experiment(prepared.folder, TINY, world, {"guidance_scale": 3.0})
     with pytest.raises(ValueError, match="`steps` was 2 and is now 3"):
-        Laboratory(prepared.folder, replace(TINY, steps=3), world)
+        Experiment(prepared.folder, replace(TINY, steps=3), world)
     prepared.train_fineface("refused", rank=2)
-    with pytest.raises(ValueError, match='`rank` was "2" and is now "4"'):
+    with pytest.raises(ValueError, match="`rank` was 2 and is now 4"):
         prepared.train_fineface("refused")
 
 
-def test_a_model_that_is_no_embedded_world_is_refused(tiny_sd_dir, tmp_path):
+def test_a_model_that_is_no_toy_world_is_refused(tiny_sd_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="no meter/"):
-        Laboratory(tmp_path / "new", TINY, tiny_sd_dir)
+        Experiment(tmp_path / "new", TINY, tiny_sd_dir)
     assert not (tmp_path / "new").exists()
 
 
 # ---- the paper's tables and the trials -----------------------------------------------------------------------------
 
 
-def write_run(laboratory: Laboratory, name: str, error: float, clip_i: float = 0.9, slope: float = 1.0) -> None:
+def write_run(experiment: Experiment, name: str, error: float, clip_i: float = 0.9, slope: float = 1.0) -> None:
     """What `evaluation.run` leaves of a system that is off by `error` in every AU, more or less."""
     items = make_items([Prompt(0, "a boy", "in", 1), Prompt(1, "a girl", "out", 2)], ["1+4", "6+12"], ("combination",))
     results = pd.DataFrame({"name": [item.name for item in items], "part": [item.part for item in items]})
@@ -705,7 +704,7 @@ def write_run(laboratory: Laboratory, name: str, error: float, clip_i: float = 0
     # Some pictures are harder than others, for all systems.
     hardness = np.linspace(0, 2, len(items))[:, None]
     results[report.MEASURED] = results[list(AU_NAMES)].to_numpy() + error + hardness
-    folder = laboratory.folder / "runs" / name
+    folder = experiment.folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     results.assign(meter="toy", num_faces=1, clip_i=clip_i).to_csv(folder / "results.csv", index=False)
     combinations = (results["part"] == "combination").to_numpy()
@@ -719,14 +718,14 @@ def write_run(laboratory: Laboratory, name: str, error: float, clip_i: float = 0
 
 
 @pytest.fixture
-def laboratory(world, tmp_path) -> Laboratory:
-    return Laboratory(tmp_path / "laboratory", TINY, world)
+def experiment(world, tmp_path) -> Experiment:
+    return Experiment(tmp_path / "experiment", TINY, world)
 
 
-def test_a_difference_of_two_systems_is_that_of_the_same_pictures(laboratory):
-    write_run(laboratory, "good", 0.5)
-    write_run(laboratory, "bad", 0.7)
-    figure = paper_tables.paired_difference(laboratory, ("bad", "good"), "au_mse", "combination")
+def test_a_difference_of_two_systems_is_that_of_the_same_pictures(experiment):
+    write_run(experiment, "good", 0.5)
+    write_run(experiment, "bad", 0.7)
+    figure = paper_tables.paired_difference(experiment, ("bad", "good"), "au_mse", "combination")
     # (0.7 + h)² − (0.5 + h)² = 0.24 + 0.4 h, whatever else makes a picture hard.
     hardness = np.linspace(0, 2, 6)[[1, 2, 4, 5]]
     assert figure.value == pytest.approx(0.24 + 0.4 * hardness.mean()) and figure.low > 0
@@ -745,31 +744,30 @@ def test_the_order_of_methods_is_compared_pair_by_pair():
     assert "from best to worst: a, b, c" in words and "order: 1 of 3" in words and "here: c before b" in words
 
 
-def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(laboratory):
-    write_run(laboratory, trials.run_name("paper"), 1.0)
-    assert "No trial keeps" in trials.describe_best(laboratory)
-    write_run(laboratory, trials.run_name("face_loss"), 0.3, slope=0.9)
-    write_run(laboratory, trials.run_name("au_guidance_8"), 0.1, clip_i=0.5)
-    assert trials.best_trial(laboratory) == "face_loss"
-    words = trials.describe_best(laboratory)
-    assert "`face_loss`" in words and "-49 %" in words and words.count("reached") == 2 and "not reached" not in words
+def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
+    write_run(experiment, trials.run_name("paper"), 1.0)
+    assert "No trial keeps" in trials.describe_best(experiment)
+    write_run(experiment, trials.run_name("stratified"), 0.3, slope=0.9)
+    write_run(experiment, trials.run_name("au_guidance_3"), 0.1, clip_i=0.5)
+    assert trials.best_trial(experiment) == "stratified"
+    words = trials.describe_best(experiment)
+    assert "`stratified`" in words and "-49 %" in words and words.count("reached") == 2 and "not reached" not in words
     write_atomically(
-        laboratory.folder / "systems" / trials.adapter_name(trials.TRIALS["rank_64"]) / "diverged.txt", "inf"
+        experiment.folder / "systems" / trials.adapter_name(trials.TRIALS["rank_64"]) / "diverged.txt", "inf"
     )
-    trials.write_table(laboratory)
-    table = pd.read_csv(laboratory.folder / "trials.csv")
-    assert table["Trial"].tolist() == ["paper", "au_guidance_8", "rank_64", "face_loss"]
+    trials.write_table(experiment)
+    table = pd.read_csv(experiment.folder / "trials.csv")
+    assert table["Trial"].tolist() == ["paper", "au_guidance_3", "rank_64", "stratified"]
     assert table.iloc[2, 4] == "diverged" and table.iloc[3, 5].startswith("-49 %")
 
 
 def test_trials_are_flags_of_the_trainer_and_share_adapters(tmp_path):
     trials.check_trials(list(trials.TRIALS))
     for name, trial in trials.TRIALS.items():
-        flags = [f"--{flag}={value}" for flag, value in trial.train.items()]
-        base = ["--pretrained_model_name_or_path=base", f"--train_data_dir={tmp_path}", "--output_dir=out"]
-        assert parse_training_args([*base, *flags]), name
-    groups = trials.group_by_adapter(["paper", "au_drop", "au_guidance_3", "au_drop_guided"])
-    assert groups == [["paper", "au_guidance_3"], ["au_drop", "au_drop_guided"]]
+        base = TrainConfig(pretrained_model_name_or_path="base", train_data_dir=tmp_path, output_dir=tmp_path)
+        assert replace(base, **trial.train), name
+    groups = trials.group_by_adapter(["paper", "best", "au_guidance_3", "best_guided"])
+    assert groups == [["paper", "au_guidance_3"], ["best", "best_guided"]]
     with pytest.raises(ValueError, match="no trial 'magic'"):
         trials.check_trials(["magic"])
 
@@ -816,7 +814,11 @@ def test_one_command_trains_evaluates_and_writes_the_papers_tables(world, tmp_pa
     assert paper_tables.main([*arguments, "--processes=1"]) == 0
     assert before == read_files_in(tmp_path / "work" / "systems") | read_files_in(tmp_path / "work" / "runs")
     assert trials.main([*arguments, "--processes=1", "--only", "au_guidance_3", "tokens_4"]) == 0
-    assert "| tokens_4 |" in (tmp_path / "r.md").read_text()
+    assert "\ntokens_4," in (tmp_path / "work" / "trials.csv").read_text()
+    # The table of all trials that were ever run is not lost when the others are written again.
+    (tmp_path / "r.md").write_text("old\n\n## Trials\n\n| by hand |\n")
+    assert paper_tables.main([*arguments, "--processes=1"]) == 0
+    assert (tmp_path / "r.md").read_text() == text + "\n## Trials\n\n| by hand |\n"
     assert paper_tables.main([*arguments, "--guidance-scale=5"]) == 2
     assert "`guidance_scale` was 2.0 and is now 5.0" in capsys.readouterr().err
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded world beside its renderer: the loop that trains it, the recipe, the weights, the report."""
+"""The toy world beside its renderer: the loop that trains it, the recipe, the weights, the report."""
 
 import json
 import os

@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What the paper's tables and the trials share: a data set of the embedded world, systems that are trained on it under
-equal budgets, and their evaluation. All of it is kept in one folder, and what is there is not made again.
+An experiment: a data set of the toy world, systems that are trained on it under one budget, and their evaluations.
+All of it is kept in one folder, and what is there is not made again. The paper's tables and the trials share one.
 """
 
 import importlib.util
@@ -14,9 +14,9 @@ import shutil
 import signal
 import sysconfig
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -30,26 +30,24 @@ from action_units import AU_NAMES
 from au_encoder import ATTN_PROCESSORS_NAME
 from drawing.jobs import read_model_defaults
 from evaluation import run
-from evaluation.run import EMBEDDED_FACE_BOX
+from evaluation.run import TOY_FACE_BOX, EvaluationConfig
 from evaluation.systems import au_words
 from paper import baselines
 from paper.baselines import IP_ADAPTER_NAME
 from program import TOY_MODEL, write_atomically
-from training.config import parse_args
+from training.config import TrainConfig, default_settings
 from training.data import FACE_BOX, load_training_data
 from training.encoders import load_encoders
 
 
-SETTINGS_NAME = "laboratory.json"
-PATH_FLAGS = ("pretrained_model_name_or_path", "train_data_dir", "output_dir", "cache_dir")
-COST_FLAGS = ("checkpointing_steps", "dataloader_num_workers", "torch_compile")
+SETTINGS_NAME = "experiment.json"
 
 
 @dataclass(frozen=True)
-class Size:
+class Budget:
     """
-    A budget. `pictures` are rendered to train on; `steps` optimizer steps of `batch_size` samples are each system's,
-    and the rest is how much is evaluated. None is everything.
+    How much is spent on a system: it is trained on `pictures` for `steps` optimizer steps of `batch_size` samples. The
+    rest says how much is evaluated; None is everything.
     """
 
     name: str
@@ -72,8 +70,8 @@ class Size:
         return {name: value for name, value in asdict(self).items() if name in names}
 
 
-SIZES = {
-    "quick": Size(
+BUDGETS = {
+    "quick": Budget(
         name="quick",
         pictures=4_000,
         steps=1_000,
@@ -87,7 +85,7 @@ SIZES = {
         combinations=12,
         evaluation_batch=16,
     ),
-    "full": Size(
+    "full": Budget(
         name="full",
         pictures=60_000,
         steps=5_000,
@@ -100,7 +98,7 @@ SIZES = {
         combinations=None,
         evaluation_batch=110,
     ),
-    "tiny": Size(
+    "tiny": Budget(
         name="tiny",
         pictures=12,
         steps=2,
@@ -118,33 +116,33 @@ SIZES = {
 """`quick` finishes on two cores within an hour, `full` is for a GPU, `tiny` shows that every line runs."""
 
 
-class Laboratory:
+class Experiment:
     """
     Args:
         folder (`Path`):
             For the data, the trained systems and their evaluations.
-        size (`Size`):
-            The budget of everything in it.
+        budget (`Budget`):
+            Of everything in it.
         model (`str`):
-            The frozen base, of the embedded world.
+            The frozen base: a model of the toy world.
         sampling (`dict`, *optional*):
             In place of what the model's `fineface.json` says, but for `au_guidance_scale`: in the paper AUs and text
             are guided together.
 
     Raises:
-        ValueError: if the folder was made with another size, model or sampling.
-        FileNotFoundError: if the model is none of the embedded world.
+        ValueError: if the folder was made with another budget, model or sampling.
+        FileNotFoundError: if the model is not one of the toy world.
     """
 
-    def __init__(self, folder: Path, size: Size, model: str = str(TOY_MODEL), sampling: dict | None = None):
+    def __init__(self, folder: Path, budget: Budget, model: str = str(TOY_MODEL), sampling: dict | None = None):
         for part in ("meter", "image_encoder", "attribute_reader"):
             if not (Path(model) / part / "config.json").is_file():
-                raise FileNotFoundError(f"`--model` is {model!r}, which has no {part}/ of the embedded world.")
-        self.folder, self.size, self.model = folder, size, model
+                raise FileNotFoundError(f"`--model` is {model!r}, which has no {part}/ of the toy world.")
+        self.folder, self.budget, self.model = folder, budget, model
         defaults = read_model_defaults(model)
         names = ("num_inference_steps", "guidance_scale")
         self.sampling = {name: defaults[name] for name in names if name in defaults} | (sampling or {})
-        settings = {**size.training, "model_files": run.digest_if_folder(model), **self.sampling}
+        settings = {**budget.training, "model_files": run.digest_if_folder(model), **self.sampling}
         with PartialState().main_process_first():
             if not run.check_settings(folder / SETTINGS_NAME, settings, "systems"):
                 run.write_settings(folder / SETTINGS_NAME, settings)
@@ -159,14 +157,14 @@ class Laboratory:
         """The data, and the caches that all systems share, before processes train beside each other."""
         with PartialState().main_process_first():
             self.render()
-        config = parse_args(self.flags("prepared"))
+        config = self.config("prepared")
         accelerator = train_fineface.make_accelerator(config)
         encoders = load_encoders(config, accelerator.device, train_fineface.frozen_dtype(accelerator))
         unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet")
         with accelerator.main_process_first():
             data = load_training_data(config)
         baselines.encode_data(data, config, accelerator, encoders, unet)
-        baselines.word_captions(data, au_words(embedded=True))
+        baselines.word_captions(data, au_words(is_toy=True))
         baselines.encode_data(data, config, accelerator, encoders, unet)
 
     def render(self) -> None:
@@ -177,9 +175,9 @@ class Laboratory:
         if metadata.exists():
             return
         self.data.mkdir(parents=True, exist_ok=True)
-        seeds = range(self.size.pictures)
-        rendered = render_pictures(self.data.parent / "pictures.npy", self.size.pictures)
-        face_box = dict(zip(FACE_BOX, EMBEDDED_FACE_BOX, strict=True))
+        seeds = range(self.budget.pictures)
+        rendered = render_pictures(self.data.parent / "pictures.npy", self.budget.pictures)
+        face_box = dict(zip(FACE_BOX, TOY_FACE_BOX, strict=True))
         lines = []
         for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
             Image.fromarray(rendered[seed]).save(self.data / f"{seed:06}.png", compress_level=1)
@@ -189,94 +187,91 @@ class Laboratory:
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def flags(self, name: str, **changes) -> list[str]:
-        """The training flags of a system: the budget's, and `changes` of them. True is a flag alone, None is none."""
-        size = self.size
-        flags = {
-            "pretrained_model_name_or_path": self.model,
-            "train_data_dir": self.data,
-            "output_dir": self.folder / "systems" / name,
-            "cache_latents": True,
-            "cache_dir": self.folder / "cache",
-            "max_train_steps": size.steps,
-            "train_batch_size": size.batch_size,
-            "rank": size.rank,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "cosine",
-            "lr_warmup_steps": min(100, size.steps // 10),
-            "use_ema": True,
+    def config(self, name: str, **changes) -> TrainConfig:
+        """The training settings of a system: those of the budget, and `changes` of them."""
+        budget = self.budget
+        config = TrainConfig(
+            pretrained_model_name_or_path=self.model,
+            train_data_dir=self.data,
+            output_dir=self.folder / "systems" / name,
+            cache_latents=True,
+            cache_dir=self.folder / "cache",
+            max_train_steps=budget.steps,
+            train_batch_size=budget.batch_size,
+            rank=budget.rank,
+            learning_rate=1e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=min(100, budget.steps // 10),
+            use_ema=True,
             # An average over a tenth of the run.
-            "ema_decay": max(0.9, 1 - 10 / size.steps),
+            ema_decay=max(0.9, 1 - 10 / budget.steps),
             # The unconditional branch has to stay what it was under the LoRA.
-            "caption_drop_prob": 0.1,
-            "dataloader_num_workers": size.workers,
-            "mixed_precision": size.mixed_precision,
-            "torch_compile": True if size.torch_compile and can_compile() else None,
-            "checkpointing_steps": max(1, size.steps // 10),
-            "checkpoints_total_limit": 1,
-            "resume_from_checkpoint": "latest",
-            "report_to": "none",
-            "seed": 0,
-            **changes,
-        }
-        given = {flag: value for flag, value in flags.items() if value is not None}
-        return [f"--{flag}" if value is True else f"--{flag}={value}" for flag, value in given.items()]
+            caption_drop_prob=0.1,
+            dataloader_num_workers=budget.workers,
+            mixed_precision=budget.mixed_precision,
+            torch_compile=budget.torch_compile and can_compile(),
+            checkpointing_steps=max(1, budget.steps // 10),
+            checkpoints_total_limit=1,
+            resume_from_checkpoint="latest",
+            report_to="none",
+        )
+        return replace(config, **changes)
 
     def train_fineface(self, name: str, **changes) -> Path:
         """An adapter, by the script that users run."""
         folder = self._system_folder(name, changes)
         if not (folder / ATTN_PROCESSORS_NAME).exists():
             torch.compiler.reset()
-            train_fineface.main(self.flags(name, **changes))
+            train_fineface.run(self.config(name, **changes))
         return folder
 
     def train_baseline(self, name: str, system: str, **changes) -> Path:
         folder = self._system_folder(name, changes)
-        if baselines.steps_trained(folder) < self.size.steps:
+        if baselines.steps_trained(folder) < self.budget.steps:
             torch.compiler.reset()
-            baselines.run(system, parse_args(self.flags(name, **changes)))
+            baselines.run(system, self.config(name, **changes))
         return folder / IP_ADAPTER_NAME if system == "ip_adapter" else folder
 
     def _system_folder(self, name: str, changes: dict) -> Path:
-        """The folder of a system, whose flags are those that it is, or will be, trained with."""
+        """The folder of a system, which holds the settings that it is, or will be, trained with."""
         folder = self.folder / "systems" / name
-        flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in self.flags(name, **changes))
-        settings = {flag: value for flag, value in flags.items() if flag not in (*PATH_FLAGS, *COST_FLAGS)}
+        settings = self.config(name, **changes).fixed_settings()
         with PartialState().main_process_first():
-            if not run.check_settings(folder / SETTINGS_NAME, settings, "a system"):
+            if not run.check_settings(folder / SETTINGS_NAME, settings, "a system", default_settings()):
                 run.write_settings(folder / SETTINGS_NAME, settings)
         return folder
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
-    def evaluate(
-        self, name: str, adapter: Path | None, system: str = "fineface", options: Sequence[str] = (), **sampling
-    ) -> None:
-        """A run, with more `options` of it, and `sampling` in place of the laboratory's own."""
-        output = self.folder / "runs" / name
-        limits = {"limit": self.size.prompts, "limit-combinations": self.size.combinations}
-        settings = {**self.sampling, **sampling}
-        arguments = [
-            *(f"--output={output}", f"--model={self.model}", f"--system={system}"),
-            *([f"--adapter={adapter}"] if adapter is not None else []),
-            *(f"--batch-size={self.size.evaluation_batch}", f"--bootstrap-draws={self.size.bootstrap_draws}"),
-            *(f"--{limit}={value}" for limit, value in limits.items() if value is not None),
-            *(f"--{key.replace('_', '-')}={'none' if value is None else value}" for key, value in settings.items()),
-            *(["--au-guidance-scale=none"] if system == "fineface" and "au_guidance_scale" not in settings else []),
-            *options,
-        ]
-        finished = output / "finished.json"
-        asked = json.dumps(arguments)
+    def evaluate(self, name: str, adapter: Path | None, system: str = "fineface", sampling=None, **changes) -> None:
+        """Evaluate a system, with `sampling` in place of the experiment's own, and `changes` of the other settings."""
+        sampling = {**self.sampling, **(sampling or {})}
+        if system == "fineface":
+            sampling.setdefault("au_guidance_scale", None)
+        config = EvaluationConfig(
+            output=self.folder / "runs" / name,
+            model=self.model,
+            adapter=None if adapter is None else str(adapter),
+            system=system,
+            sampling=sampling,
+            limit=self.budget.prompts,
+            limit_combinations=self.budget.combinations,
+            batch_size=self.budget.evaluation_batch,
+            bootstrap_draws=self.budget.bootstrap_draws,
+        )
+        config = replace(config, **changes)
+        finished = config.output / "finished.json"
+        asked = json.dumps(asdict(config), default=str)
         if finished.exists() and finished.read_text(encoding="utf-8") == asked:
             return
-        run.run(arguments)
+        run.run(config)
         if torch.accelerator.is_available():
             torch.accelerator.memory.empty_cache()
         if PartialState().is_main_process:
             write_atomically(finished, asked)
 
     def summary(self, name: str) -> pd.DataFrame | None:
-        """Of a run that has been evaluated; None if it has not."""
+        """The summary of an evaluated run, or None."""
         path = self.folder / "runs" / name / "summary.csv"
         return pd.read_csv(path) if path.exists() else None
 
