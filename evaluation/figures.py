@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
-from action_units import AU_NAMES
 from drawing.contact_sheet import GREY, INK, Table, draw_sheet
 from evaluation.meters import read_picture
-from evaluation.report import MEASURED, with_neutral
+from evaluation.report import commanded_aus, with_neutral, without_unmeasured
 
 
 PICTURE_SIDE = 128
@@ -36,7 +35,7 @@ def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
     for meter, table in results.groupby("meter", sort=False):
         if not meter or table["num_faces"].max() == 0:
             continue
-        measured = with_neutral(table)
+        measured = with_neutral(without_unmeasured(table))
         if (measured["part"] == "single").any():
             drawings[f"dose_response_{meter}"] = draw_dose_response(measured, meter)
             drawings[f"heat_map_{meter}"] = draw_heat_map(measured, meter)
@@ -62,8 +61,8 @@ def _neutral_name(rows: pd.DataFrame) -> str:
 
 
 def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """All 12 AUs alone at 5, and the neutral face."""
-    names = {au: _name_at(rows, "single", au, 5) for au in AU_NAMES}
+    """All AUs alone at 5, and the neutral face."""
+    names = {au: _name_at(rows, "single", au, 5) for au in commanded_aus(rows)}
     if None in names.values():
         return None
     return _in_bands({"neutral": _neutral_name(rows), **names}, pictures, _title(rows))
@@ -76,7 +75,7 @@ def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image 
         return None
     names = {"neutral": _neutral_name(rows)}
     for _, row in chosen.iterrows():
-        names[" ".join(f"{au[2:]}={row[au]:g}" for au in AU_NAMES if row[au])] = row["name"]
+        names[" ".join(f"{au[2:]}={row[au]:g}" for au in commanded_aus(rows) if row[au])] = row["name"]
     return _in_bands(names, pictures, _title(rows))
 
 
@@ -96,8 +95,8 @@ def _name_at(rows: pd.DataFrame, part: str, au: str, value: float) -> str | None
 
 
 def _intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
-    table = []
-    for au in AU_NAMES:
+    table, au_names = [], commanded_aus(rows)
+    for au in au_names:
         names = [
             _neutral_name(rows)
             if value == 0
@@ -107,7 +106,7 @@ def _intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]
         if None in names:
             return None
         table.append([_open(pictures, name) for name in names])
-    return draw_sheet([[Table(table, list(AU_NAMES), [f"{value}" for value in values])]], _title(rows))
+    return draw_sheet([[Table(table, au_names, [f"{value}" for value in values])]], _title(rows))
 
 
 def _in_bands(names: dict[str, str], pictures: Path, title: str) -> Image.Image:
@@ -133,15 +132,17 @@ def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str)
 def draw_dose_response(measured: pd.DataFrame, meter: str, side: int = 220) -> Image.Image:
     """A panel for each AU: measured against commanded intensity, each prompt in pale, their mean in blue."""
     columns, gap, top = 4, 34, 54
-    image = Image.new("RGB", (columns * (side + gap) + gap, top + 3 * (side + gap)), "white")
+    au_names = commanded_aus(measured)
+    height = top + -(-len(au_names) // columns) * (side + gap)
+    image = Image.new("RGB", (columns * (side + gap) + gap, height), "white")
     draw = ImageDraw.Draw(image)
     draw.text(
         (gap, 14), f"Measured by {meter} against commanded; dashed: as commanded", INK, ImageFont.load_default(18)
     )
     alone = measured[measured["part"].isin(("neutral", "single", "extrapolation"))]
-    values = alone[list(AU_NAMES)].to_numpy()
+    values = alone[au_names].to_numpy()
     low, high = min(0.0, values.min()), max(5.0, values.max())
-    for number, au in enumerate(AU_NAMES):
+    for number, au in enumerate(au_names):
         left = gap + number % columns * (side + gap)
         panel = (left, top + number // columns * (side + gap), side, low, high)
         chosen = alone[(alone[au] != 0) | (alone["part"] == "neutral")]
@@ -186,7 +187,8 @@ def draw_heat_map(measured: pd.DataFrame, meter: str, cell: int = 46) -> Image.I
     of ones.
     """
     left, top = 84, 96
-    size = (left + len(AU_NAMES) * cell + 20, top + len(AU_NAMES) * cell + 20)
+    side = len(commanded_aus(measured)) * cell + 20
+    size = (left + side, top + side)
     image = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(image)
     draw.text((14, 14), f"Movement by {meter}, per commanded grade", INK, ImageFont.load_default(18))
@@ -209,13 +211,14 @@ def draw_heat_map(measured: pd.DataFrame, meter: str, cell: int = 46) -> Image.I
 def movement_matrix(measured: pd.DataFrame) -> pd.DataFrame:
     """Of one meter's `with_neutral` table: commanded AU by measured AU, 1 where a command is obeyed to the grade."""
     single = measured[measured["part"] == "single"]
-    matrix = []
-    for au in AU_NAMES:
+    matrix, au_names = [], commanded_aus(measured)
+    for au in au_names:
         rows = single[single[au] != 0]
-        moved = rows[MEASURED].to_numpy() - rows[[f"neutral_{name}" for name in AU_NAMES]].to_numpy()
+        moved = rows[[f"measured_{name}" for name in au_names]].to_numpy()
+        moved = moved - rows[[f"neutral_{name}" for name in au_names]].to_numpy()
         command = rows[au].mean()
-        matrix.append(np.nanmean(moved, axis=0) / command if len(rows) else np.full(len(AU_NAMES), np.nan))
-    return pd.DataFrame(matrix, index=list(AU_NAMES), columns=list(AU_NAMES))
+        matrix.append(np.nanmean(moved, axis=0) / command if len(rows) else np.full(len(au_names), np.nan))
+    return pd.DataFrame(matrix, index=au_names, columns=au_names)
 
 
 def _heat_color(value: float) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, au_columns, whole_au
 from face_data.au_tables import AU_TABLE_TOOLS, AURow, read_au_table
 from program import TOY_MODEL, file_digest, folder_digest
 
@@ -39,7 +39,10 @@ class ToolError(RuntimeError):
 
 @dataclass(frozen=True)
 class Reading:
-    """`aus`, `(12,)` float32, is NaN without a face. Of several faces, the one the tool is surest of."""
+    """
+    `aus`, float32, one for each AU that was asked for, is NaN without a face, and for AUs that the meter does not
+    read. Of several faces, the one the tool is surest of.
+    """
 
     aus: np.ndarray
     num_faces: int
@@ -47,9 +50,6 @@ class Reading:
     @property
     def face_found(self) -> bool:
         return self.num_faces > 0
-
-
-NO_FACE = Reading(np.full(len(AU_NAMES), np.nan, np.float32), 0)
 
 
 class Meter(Protocol):
@@ -60,11 +60,13 @@ class Meter(Protocol):
     def measure(self, paths: list[Path]) -> list[Reading]: ...
 
 
-def make_meter(spec: str, device: torch.device) -> Meter:
+def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAMES) -> Meter:
     """
     Args:
         spec (`str`):
             `"toy"`, or a tool and where it is: see `WAYS_TO_NAME_A_METER`.
+        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
+            The AUs to read.
 
     Raises:
         FileNotFoundError: if there is no such table, folder or program.
@@ -72,17 +74,17 @@ def make_meter(spec: str, device: torch.device) -> Meter:
     """
     tool, _, where = spec.partition(":")
     if tool == "toy":
-        return ToyMeter(Path(where) if where else TOY_MODEL / "meter", device)
+        return ToyMeter(Path(where) if where else TOY_MODEL / "meter", device, au_names)
     if tool not in TOOLS or not where:
         raise ValueError(f"`--meter` is {spec!r}. {WAYS_TO_NAME_A_METER}.")
     if tool == "table" or Path(where).suffix.lower() in TABLE_SUFFIXES:
-        return TableMeter(tool, Path(where))
+        return TableMeter(tool, Path(where), au_names)
     if tool not in ("libreface", "pyfeat", "openface"):
         raise FileNotFoundError(f"`--meter` is {spec!r}, but {where!r} is no table ({', '.join(TABLE_SUFFIXES)}).")
     command = shlex.split(where)
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"`--meter` is {spec!r}, but there is no program {command[0]!r}.")
-    return OpenFaceMeter(command) if tool == "openface" else ScriptMeter(tool, command)
+    return OpenFaceMeter(command, au_names) if tool == "openface" else ScriptMeter(tool, command, au_names)
 
 
 class ToyMeter:
@@ -90,10 +92,10 @@ class ToyMeter:
 
     name = "toy"
 
-    def __init__(self, folder: Path, device: torch.device):
+    def __init__(self, folder: Path, device: torch.device, au_names: Sequence[str]):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the toy world.")
-        self.folder, self.device, self.network = folder, device, None
+        self.folder, self.device, self.network, self.au_names = folder, device, None, au_names
         self.settings = {"folder": folder_digest(folder)}
 
     @torch.no_grad()
@@ -104,7 +106,22 @@ class ToyMeter:
             self.network = PictureReader.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
         pixel_values = torch.cat([toy_pixel_values(read_picture(path)) for path in paths])
         measured = [self.network(part.to(self.device)).cpu().numpy() for part in pixel_values.split(64)]
-        return [Reading(aus, 1) for aus in np.concatenate(measured)]
+        names = self.network.config.get("au_names") or AU_NAMES
+        return [Reading(aus, 1) for aus in _choose_aus(np.concatenate(measured), names, self.au_names)]
+
+
+def _choose_aus(measured: np.ndarray, names: Sequence[str], au_names: Sequence[str]) -> np.ndarray:
+    """
+    From readings of the AUs `names`, `(pictures, n)`, to those of `au_names`: of an AU that is read as a whole, for
+    each side, and of one that is read for each side, the mean. NaN for others.
+    """
+    columns = au_columns(names)
+    chosen = np.full((len(measured), len(au_names)), np.nan, np.float32)
+    for index, name in enumerate(au_names):
+        found = columns.get(name) or columns.get(whole_au(name))
+        if found is not None:
+            chosen[:, index] = measured[:, list(found)].mean(axis=1)
+    return chosen
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -125,28 +142,32 @@ def toy_pixel_values(image: Image.Image) -> torch.Tensor:
 class TableMeter:
     """A table that a tool has written in its own environment, one row for each face."""
 
-    def __init__(self, tool: str, path: Path):
+    def __init__(self, tool: str, path: Path, au_names: Sequence[str]):
         if not path.is_file():
             raise FileNotFoundError(f"`--meter`: there is no table {str(path)!r}.")
-        self.name, self.path = tool, path
+        self.name, self.path, self.au_names = tool, path, au_names
         self.tool = None if tool == "table" else tool
         # The columns of another tool are an error before anything is drawn. What there is to say of the table is said
         # when it is read.
-        if next(read_au_table(path, self.tool, say=lambda sentence: None), None) is None:
+        if next(read_au_table(path, self.tool, say=lambda sentence: None, au_names=au_names), None) is None:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
         self.settings = {"table": file_digest(path)}
         self.rows: dict[str, list[AURow]] | None = None
 
     def measure(self, paths: list[Path]) -> list[Reading]:
         if self.rows is None:
-            self.rows = rows_by_picture(read_au_table(self.path, self.tool))
+            self.rows = rows_by_picture(_read_table(self.path, self.tool, self.au_names))
         missing = [path.name for path in paths if path.name not in self.rows]
         if missing:
             raise ValueError(
                 f"{self.path} has no row for {len(missing)} of {len(paths)} pictures, the first of them"
                 f" {missing[0]!r}. Measure them too: a picture without a face needs a row that says so."
             )
-        return [surest_face(self.rows[path.name]) for path in paths]
+        return [surest_face(self.rows[path.name], len(self.au_names)) for path in paths]
+
+
+def _read_table(path: Path, tool: str | None, au_names: Sequence[str]) -> Iterator[AURow]:
+    return read_au_table(path, tool, au_names=au_names, unmeasured=float("nan"))
 
 
 def rows_by_picture(rows: Iterable[AURow]) -> dict[str, list[AURow]]:
@@ -158,10 +179,10 @@ def rows_by_picture(rows: Iterable[AURow]) -> dict[str, list[AURow]]:
     return by_name
 
 
-def surest_face(rows: list[AURow]) -> Reading:
+def surest_face(rows: Iterable[AURow], num_aus: int) -> Reading:
     faces = [row for row in rows if row.face_found]
     if not faces:
-        return NO_FACE
+        return Reading(np.full(num_aus, np.nan, np.float32), 0)
     return Reading(max(faces, key=lambda row: row.confidence).aus, len(faces))
 
 
@@ -170,7 +191,8 @@ class OpenFaceMeter:
 
     name = "openface"
 
-    def __init__(self, command: list[str]):
+    def __init__(self, command: list[str], au_names: Sequence[str]):
+        self.au_names = au_names
         self.command, self.settings = command, {"command": shlex.join(command)}
 
     def measure(self, paths: list[Path]) -> list[Reading]:
@@ -185,13 +207,15 @@ class OpenFaceMeter:
             if not any(path.exists() for path in found):
                 raise ToolError(f"{self.settings['command']} measured none of {len(paths)} pictures.")
             # It writes no table where it finds no face.
-            return [surest_face(list(read_au_table(p, "openface"))) if p.exists() else NO_FACE for p in found]
+            tables = (_read_table(path, "openface", self.au_names) if path.exists() else () for path in found)
+            return [surest_face(rows, len(self.au_names)) for rows in tables]
 
 
 class ScriptMeter:
     """LibreFace or py-feat: a script of ours, run by the Python that has the tool, which writes the tool's table."""
 
-    def __init__(self, tool: str, command: list[str]):
+    def __init__(self, tool: str, command: list[str], au_names: Sequence[str]):
+        self.au_names = au_names
         self.name, self.command, self.settings = tool, command, {"command": shlex.join(command)}
 
     def measure(self, paths: list[Path]) -> list[Reading]:
@@ -201,7 +225,7 @@ class ScriptMeter:
             run_tool([*self.command, str(TOOL_SCRIPTS / f"{self.name}_table.py"), str(listing), str(table)])
             if not table.is_file():
                 raise ToolError(f"{self.settings['command']} has written no table.")
-            return TableMeter(self.name, table).measure(paths)
+            return TableMeter(self.name, table, self.au_names).measure(paths)
 
 
 def run_tool(command: list[str]) -> None:

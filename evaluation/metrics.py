@@ -2,33 +2,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """The numbers, each as a small function of arrays: the paper's two (Eq. 3 and 4), and what they leave out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, whole_au
 
 
 HARD_AUS = ("AU15", "AU17", "AU20")
 """No detector reads these from photographs with any reliability."""
-IS_HARD = np.array([name in HARD_AUS for name in AU_NAMES])
 
 
-def au_mse(commanded: np.ndarray, measured: np.ndarray, with_hard_aus: bool = True) -> np.ndarray:
+def is_hard(au_names: Sequence[str]) -> np.ndarray:
+    """Which of them no detector reads with any reliability."""
+    return np.array([whole_au(name) in HARD_AUS for name in au_names])
+
+
+def au_mse(
+    commanded: np.ndarray, measured: np.ndarray, with_hard_aus: bool = True, au_names: Sequence[str] = AU_NAMES
+) -> np.ndarray:
     """
     Eq. 3 for each picture: the squared difference between commanded and measured intensity, averaged over the AUs.
 
     Args:
-        commanded, measured (`np.ndarray` of shape `(pictures, 12)`):
-            FACS intensities.
+        commanded, measured (`np.ndarray` of shape `(pictures, n)`):
+            FACS intensities of `au_names`.
         with_hard_aus (`bool`, defaults to `True`):
             False leaves out AU15, AU17 and AU20.
 
     Returns:
         `np.ndarray` of shape `(pictures,)`, in squared FACS intensities.
     """
-    chosen = slice(None) if with_hard_aus else ~IS_HARD
+    chosen = slice(None) if with_hard_aus else ~is_hard(au_names)
     return np.square(measured - commanded)[:, chosen].mean(axis=1)
 
 
@@ -55,7 +61,7 @@ def slope(x: np.ndarray, y: np.ndarray) -> float:
 def unrequested_movement(commanded: np.ndarray, measured: np.ndarray, neutral: np.ndarray) -> np.ndarray:
     """
     How far the AUs that were not asked for move from the neutral face of the same prompt and seed: the mean absolute
-    change for each picture, in FACS intensities. All `(pictures, 12)`. NaN if every AU was asked for.
+    change for each picture, in FACS intensities. All `(pictures, n)`. NaN if every AU was asked for.
     """
     unrequested = commanded == 0
     moved = np.where(unrequested, np.abs(measured - neutral), 0).sum(axis=1)

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a row for each picture to figures with intervals, and from figures to Markdown."""
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -10,11 +12,11 @@ import pandas as pd
 from action_units import AU_NAMES
 from evaluation.metrics import (
     HARD_AUS,
-    IS_HARD,
     NO_FIGURE,
     Figure,
     au_mse,
     bootstrap,
+    is_hard,
     pearson,
     slope,
     unrequested_movement,
@@ -22,6 +24,7 @@ from evaluation.metrics import (
 
 
 MEASURED = [f"measured_{name}" for name in AU_NAMES]
+"""Of the paper's twelve AUs."""
 PICTURE_METRICS = ("clip_i", "agreement", "outside", "reference_similarity", "seconds")
 WITHOUT_HARD = " without " + ", ".join(HARD_AUS)
 METRIC_NAMES = {
@@ -72,7 +75,7 @@ def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
         for part, group in table.groupby("part", sort=False):
             missing = int((group["num_faces"] == 0).sum())
             rows.append(_row(meter, part, "", "no_face", Figure(missing, missing, missing, len(group), 0)))
-        for (part, au, metric), figure in _meter_figures(with_neutral(table), draws):
+        for (part, au, metric), figure in _meter_figures(with_neutral(without_unmeasured(table)), draws):
             rows.append(_row(meter, part, au, metric, figure))
     return pd.DataFrame(rows)
 
@@ -83,11 +86,31 @@ def _row(meter: str, part: str, au: str, metric: str, figure: Figure) -> dict:
     return {"meter": meter, "part": part, "au": au, "metric": metric, **numbers, **counts}
 
 
+def commanded_aus(table: pd.DataFrame) -> list[str]:
+    """The AUs of a table of results: the names of its columns of commands."""
+    return [name for name in table.columns if re.fullmatch(r"AU[0-9]+[LR]?", name)]
+
+
+def unmeasured_aus(table: pd.DataFrame) -> list[str]:
+    """Those that the meter of a table does not read: not one picture has a number."""
+    found = table[table["num_faces"] > 0]
+    return [name for name in commanded_aus(table) if len(found) and found[f"measured_{name}"].isna().all()]
+
+
+def without_unmeasured(table: pd.DataFrame) -> pd.DataFrame:
+    """The pictures of one meter without AUs that it does not read, and without pictures that command one of them."""
+    unmeasured = unmeasured_aus(table)
+    kept = table[(table[unmeasured] == 0).all(axis=1)]
+    return kept.drop(columns=[*unmeasured, *(f"measured_{name}" for name in unmeasured)])
+
+
 def with_neutral(table: pd.DataFrame) -> pd.DataFrame:
     """The pictures of one meter where it has found a face, with `neutral_…` columns: the neutral face beside each."""
     found = table[table["num_faces"] > 0]
-    neutral = found[found["part"] == "neutral"].set_index("prompt_index")[MEASURED]
-    neutral.columns = [f"neutral_{name}" for name in AU_NAMES]
+    au_names = commanded_aus(table)
+    measured = [f"measured_{name}" for name in au_names]
+    neutral = found[found["part"] == "neutral"].set_index("prompt_index")[measured]
+    neutral.columns = [f"neutral_{name}" for name in au_names]
     return found.join(neutral, on="prompt_index")
 
 
@@ -107,8 +130,10 @@ def _prompts(group: pd.DataFrame) -> np.ndarray:
 
 
 def _arrays(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    neutral = [f"neutral_{name}" for name in AU_NAMES]
-    return tuple(group[columns].to_numpy(float) for columns in (list(AU_NAMES), MEASURED, neutral))
+    au_names = commanded_aus(group)
+    return tuple(
+        group[[f"{kind}{name}" for name in au_names]].to_numpy(float) for kind in ("", "measured_", "neutral_")
+    )
 
 
 def _meter_figures(table: pd.DataFrame, draws: int) -> Iterator[tuple[tuple[str, str, str], Figure]]:
@@ -117,20 +142,21 @@ def _meter_figures(table: pd.DataFrame, draws: int) -> Iterator[tuple[tuple[str,
         if group.empty:
             continue
         yield from (((part, "", metric), figure) for metric, figure in _overall_figures(group, part, draws))
-        for column, au in enumerate(AU_NAMES):
+        for column, au in enumerate(commanded_aus(table)):
             chosen = group if part == "combination" else group[group[au] != 0]
             yield from (((part, au, metric), f) for metric, f in _au_figures(chosen, column, part, draws))
     beyond = table[table["part"] == "extrapolation"]
     if not beyond.empty:
         whole = table[table["part"].isin(("single", "extrapolation"))]
-        for column, au in enumerate(AU_NAMES):
+        for column, au in enumerate(commanded_aus(table)):
             for metric, figure in _extrapolation_figures(whole[whole[au] != 0], column, draws):
                 yield ("extrapolation", au, metric), figure
 
 
 def _overall_figures(group: pd.DataFrame, part: str, draws: int) -> Iterator[tuple[str, Figure]]:
     commanded, measured, neutral = _arrays(group)
-    prompts = _prompts(group)
+    prompts, au_names = _prompts(group), commanded_aus(group)
+    hard = is_hard(au_names)
 
     def mean(values: np.ndarray, rows=slice(None)) -> Figure:
         return bootstrap(np.mean, values[rows], prompts=prompts[rows], draws=draws)
@@ -138,8 +164,8 @@ def _overall_figures(group: pd.DataFrame, part: str, draws: int) -> Iterator[tup
     errors = au_mse(commanded, measured)
     yield "au_mse", mean(errors)
     # Alone, a hard AU is a picture to leave out; among others, a column.
-    easy = ~(commanded[:, IS_HARD] != 0).any(axis=1) if part == "single" else np.ones(len(group), dtype=bool)
-    yield "au_mse_easy", mean(au_mse(commanded, measured, with_hard_aus=False), easy)
+    easy = ~(commanded[:, hard] != 0).any(axis=1) if part == "single" else np.ones(len(group), dtype=bool)
+    yield "au_mse_easy", mean(au_mse(commanded, measured, with_hard_aus=False, au_names=au_names), easy)
     for domain in ("in", "out"):
         of_domain = (group["domain"] == domain).to_numpy()
         if of_domain.any():
@@ -147,7 +173,7 @@ def _overall_figures(group: pd.DataFrame, part: str, draws: int) -> Iterator[tup
     yield "au_mse_neutral", mean(au_mse(commanded, neutral))
     yield "unrequested", mean(unrequested_movement(commanded, measured, neutral))
     for metric, function in (("r", pearson), ("slope", slope)):
-        for name, columns in ((metric, range(len(AU_NAMES))), (f"{metric}_easy", np.flatnonzero(~IS_HARD))):
+        for name, columns in ((metric, range(len(au_names))), (f"{metric}_easy", np.flatnonzero(~hard))):
             statistic = _mean_over_aus(function, columns, only_where_commanded=part == "single")
             yield name, bootstrap(statistic, commanded, measured, prompts=prompts, draws=draws)
 
@@ -215,7 +241,14 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
-def format_report(summary: pd.DataFrame, settings: dict, agreement_name: str, pictures: list[str]) -> str:
+def format_report(
+    summary: pd.DataFrame,
+    settings: dict,
+    agreement_name: str,
+    pictures: list[str],
+    unmeasured: Mapping[str, Sequence[str]] = MappingProxyType({}),
+) -> str:
+    """`unmeasured` has, for meters that do not read all AUs, those that they do not."""
     names = ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
     chosen = ", ".join(f"`{name}={settings[name]}`" for name in names)
     lines = ["# Does it obey?", "", f"{chosen}.", ""]
@@ -229,6 +262,9 @@ def format_report(summary: pd.DataFrame, settings: dict, agreement_name: str, pi
     for meter in meters:
         lines += ["", f"## Measured by {meter}", ""]
         lines += _face_sentence(summary, meter)
+        if unmeasured.get(meter):
+            names = ", ".join(unmeasured[meter])
+            lines += [f"It does not read {names}. Pictures that command these are in none of its figures.", ""]
         overall = [name for name in METRIC_NAMES if name not in PICTURE_METRICS]
         lines += _metric_table(summary, overall, [p for p in parts if p in ("single", "combination")], meter)
         for part in parts:
@@ -270,7 +306,7 @@ def _au_table(summary: pd.DataFrame, part: str, meter: str) -> list[str]:
     names = {"r": "r", "slope": "slope", "au_mse": "MSE", "unrequested": "other AUs move by"}
     header = [names.get(metric, metric.replace("_", " ")) for metric in metrics]
     body = []
-    for au in AU_NAMES:
+    for au in rows["au"].unique():
         figures = [find_figure(summary, metric, part, meter, au) for metric in metrics]
         body.append([au, *(f"{figure}" for figure in figures), str(figures[0].num_pictures)])
     return ["", f"### Each AU: {PART_NAMES[part]}", "", *markdown_table(["AU", *header, "pictures"], body)]

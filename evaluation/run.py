@@ -30,10 +30,10 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
 from drawing.jobs import read_model_defaults
-from drawing.model import Weights, check_weights, quiet
+from drawing.model import Weights, check_weights, quiet, read_au_names
 from evaluation import figures, report
 from evaluation.image_encoders import ImageEncoder, make_image_encoder
 from evaluation.meters import Meter, ToolError, make_meter, read_picture
@@ -220,6 +220,8 @@ class Task:
     dtype: str
     batch_size: int
     items: list[Item]
+    au_names: tuple[str, ...]
+    """The AUs of what is evaluated."""
     ip_adapter: Path | None
     references: list[Path]
     settings: dict
@@ -251,7 +253,10 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
     sampling = make_sampling(config)
     is_toy = is_toy_model(config.model)
     prompts = read_prompts(config.prompts or (TOY_PROMPTS if is_toy else PROMPTS))
-    combinations = read_combinations(config.combinations, config.limit_combinations)
+    au_names = read_au_names(weights) if config.system == "fineface" else AU_NAMES
+    combinations = []
+    if "combination" in config.parts:
+        combinations = read_combinations(config.combinations, config.limit_combinations, au_names)
     if config.ip_adapter is not None and not config.ip_adapter.is_file():
         raise FileNotFoundError(f"`--ip-adapter` is {str(config.ip_adapter)!r}, which is no file.")
     references = find_references(config.reference_images) if config.reference_images is not None else []
@@ -276,7 +281,8 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
         sampling=sampling,
         dtype=dtype,
         batch_size=config.batch_size,
-        items=make_items(prompts[: config.limit], combinations, config.parts),
+        items=make_items(prompts[: config.limit], combinations, config.parts, au_names),
+        au_names=au_names,
         ip_adapter=config.ip_adapter,
         references=references,
         settings=settings,
@@ -425,10 +431,10 @@ def is_measured(path: Path, items: list[Item]) -> bool:
     return path.exists() and {item.name for item in items} <= set(pd.read_csv(path)["name"])
 
 
-def read_aus(task: Task, meter: Meter, items: list[Item]) -> pd.DataFrame:
+def measure_aus(task: Task, meter: Meter, items: list[Item]) -> pd.DataFrame:
     readings = meter.measure([task.path(item) for item in items])
     table = pd.DataFrame({"name": [item.name for item in items], "num_faces": [r.num_faces for r in readings]})
-    table[[f"measured_{name}" for name in AU_NAMES]] = np.stack([reading.aus for reading in readings])
+    table[[f"measured_{name}" for name in task.au_names]] = np.stack([reading.aus for reading in readings])
     return table
 
 
@@ -472,7 +478,7 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
             "number": [item.number for item in task.items],
         }
     )
-    commands[list(AU_NAMES)] = np.array([item.intensities for item in task.items])
+    commands[list(task.au_names)] = read_aus([item.aus for item in task.items], au_names=task.au_names)
 
     def read(name: str) -> pd.DataFrame:
         folder = task.output / "measurements" / name
@@ -496,7 +502,7 @@ def run(config: EvaluationConfig) -> Path | None:
     meters, encoder = [], None
     if config.only != "generate":
         specs = config.meters or ([f"toy:{Path(config.model) / 'meter'}"] if is_toy else [])
-        meters = [make_meter(spec, state.device) for spec in specs]
+        meters = [make_meter(spec, state.device, task.au_names) for spec in specs]
         names = [meter.name for meter in meters]
         if len(set(names)) < len(names):
             raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
@@ -517,7 +523,7 @@ def run(config: EvaluationConfig) -> Path | None:
     if config.only == "generate":
         return None
     for meter in meters:
-        measure(meter.name, task, meter.settings, lambda items, meter=meter: read_aus(task, meter, items), state)
+        measure(meter.name, task, meter.settings, lambda items, meter=meter: measure_aus(task, meter, items), state)
     picture_settings = {
         "image_encoder": encoder.settings if encoder else None,
         "face_box": face_box,
@@ -539,7 +545,11 @@ def write_results(task: Task, results: pd.DataFrame, agreement_name: str, bootst
     drawings = figures.draw_all(results, task.pictures)
     for name, image in drawings.items():
         write_png(image, task.output / "figures" / f"{name}.png")
-    text = report.format_report(summary, task.settings, agreement_name, [f"figures/{name}.png" for name in drawings])
+    by_meter = results[results["meter"] != ""].groupby("meter", sort=False)
+    unmeasured = {meter: report.unmeasured_aus(table) for meter, table in by_meter}
+    text = report.format_report(
+        summary, task.settings, agreement_name, [f"figures/{name}.png" for name in drawings], unmeasured
+    )
     write_atomically(task.output / "report.md", text)
     return task.output / "report.md"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from action_units import action_units_of, parse_aus
+from action_units import AU_NAMES, action_units_of, parse_aus
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
 from drawing.model import Weights, load_pipeline
 
@@ -99,6 +99,7 @@ class System:
         if system == "lora_au":
             encoder = AUEncoder.from_pretrained(weights.adapter, subfolder=ENCODER_FOLDER, dtype=dtype)
             self.token_encoder = encoder.to(device).eval()
+        self.au_names = self.pipeline.au_names if system == "fineface" else AU_NAMES
         self.pipeline.set_progress_bar_config(disable=True)
         self.has_image_prompt = False
 
@@ -125,7 +126,7 @@ class System:
         settings["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self.has_image_prompt:
             settings["ip_adapter_image_embeds"] = self._embed_references(references)
-        intensities = parse_aus(aus)
+        intensities = parse_aus(aus, au_names=self.au_names)
         if self.system == "fineface":
             return self.pipeline(prompts, aus=intensities, **settings).images
         if self.system in TEXT_SYSTEMS:

@@ -3,14 +3,13 @@
 """The paper's test set (§5.1): which pictures are made, and what their files are called."""
 
 import csv
-import functools
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from action_units import AU_NAMES, format_aus, parse_aus
+from action_units import AU_NAMES, format_aus, read_aus
 
 
 DATA = Path(__file__).parent / "data"
@@ -47,19 +46,10 @@ class Item:
     """Which combination it is."""
 
     @property
-    def intensities(self) -> tuple[float, ...]:
-        return _intensities(self.aus)
-
-    @property
     def name(self) -> str:
         number = f"{self.number:02d}" if self.part == "combination" else ""
         aus = f"_{self.aus.replace(' ', '+')}" if self.aus else ""
         return f"p{self.prompt.index:02d}_{self.part}{number}{aus}_seed{self.prompt.seed}.png"
-
-
-@functools.lru_cache(maxsize=4096)
-def _intensities(aus: str) -> tuple[float, ...]:
-    return tuple(parse_aus(aus)[0].tolist())
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
@@ -95,13 +85,13 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     return prompts[:limit]
 
 
-def read_combinations(path: Path, limit: int | None = None) -> list[str]:
+def read_combinations(path: Path, limit: int | None = None, au_names: Sequence[str] = AU_NAMES) -> list[str]:
     """The AU combinations of a `.csv` with the column `aus`, as `format_aus` writes them."""
     if not path.is_file():
         raise FileNotFoundError(f"`--combinations` is {str(path)!r}, which is no file.")
     combinations = []
     for line, row in _read_csv(path, required=("aus",), allowed=("aus", "source")):
-        aus = format_aus(parse_aus(row["aus"], f"{path}, line {line}: aus"))
+        aus = format_aus(read_aus(row["aus"], f"{path}, line {line}: aus", au_names), au_names)
         if not aus:
             raise ValueError(f"{path}, line {line}: `aus` is {row['aus']!r}, which is a neutral face.")
         combinations.append(aus)
@@ -126,7 +116,9 @@ def _read_csv(path: Path, required: tuple[str, ...], allowed: tuple[str, ...]) -
         return rows
 
 
-def make_items(prompts: Iterable[Prompt], combinations: list[str], parts: Iterable[str]) -> list[Item]:
+def make_items(
+    prompts: Iterable[Prompt], combinations: list[str], parts: Iterable[str], au_names: Sequence[str] = AU_NAMES
+) -> list[Item]:
     """The pictures of `parts`, and always the neutral ones, to which the others are compared."""
     singles = {"single": INTENSITIES, "extrapolation": BEYOND}
     items = []
@@ -134,7 +126,7 @@ def make_items(prompts: Iterable[Prompt], combinations: list[str], parts: Iterab
         items.append(Item("neutral", prompt, ""))
         for part in PARTS:
             if part in singles and part in parts:
-                items += [Item(part, prompt, f"{au}={value}") for au in AU_NAMES for value in singles[part]]
+                items += [Item(part, prompt, f"{au}={value}") for au in au_names for value in singles[part]]
             if part == "combination" and part in parts:
                 items += [Item(part, prompt, aus, number) for number, aus in enumerate(combinations)]
     return items

@@ -185,6 +185,7 @@ def read_au_table(
     on_error: Callable[[ValueError], None] | None = None,
     say: Callable[[str], None] = _logger.warning,
     au_names: Sequence[str] = AU_NAMES,
+    unmeasured: float = 0.0,
 ) -> Iterator[AURow]:
     """
     Read the AUs of a table row by row.
@@ -212,6 +213,8 @@ def read_au_table(
             log has it.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The AUs to read.
+        unmeasured (`float`, defaults to 0.0):
+            What AUs are that the table does not have; NaN to tell them from a face at rest.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -252,26 +255,34 @@ def read_au_table(
                     raise placed from error
                 on_error(placed)
                 continue
-            if aus is None or np.isnan(aus).any():
+            if aus is not None and unmeasured != 0:
+                aus[[index for index, name in enumerate(au_names) if counts[name]]] = unmeasured
+            if aus is None or np.isnan(aus).all():
                 face_found, aus = False, np.full(len(au_names), np.nan, np.float32)
             else:
                 num_faces += 1
-                largest = max(largest, float(aus.max()))
+                largest = max(largest, float(np.nanmax(aus)))
             name = _name(record[name_column]) if name_column else ""
             face, confidence = _face(record, face_columns), _confidence(record, confidences)
             yield AURow(name, aus, face_found, line, record, face, confidence)
-    for sentence in _notes(counts, used_tool, largest, num_faces, au_names):
+    for sentence in _notes(counts, used_tool, largest, num_faces, au_names, unmeasured):
         say(f"{path}: {sentence}")
 
 
 def _notes(
-    counts: Counter, tool: str | None, largest: float, num_faces: int, au_names: Sequence[str]
+    counts: Counter,
+    tool: str | None,
+    largest: float,
+    num_faces: int,
+    au_names: Sequence[str],
+    unmeasured: float,
 ) -> Iterator[str]:
     """What there is to say of a table that was read to its end."""
     missing = [name for name in au_names if counts[name]]
     if missing:
+        taken = "taken as 0" if unmeasured == 0 else "left out"
         what = "blendshape or column" if tool == "arkit" else "column"
-        yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): taken as 0."
+        yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): {taken}."
     present = [name for name in au_names if counts[name, "presence"]]
     if present:
         yield f"{tool} says of {', '.join(present)} only whether they are there: present is taken as {GRADES['C']}."

@@ -21,6 +21,7 @@ read, and a card, with pictures if there is a base to draw them with. With `--fo
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib.util
 import json
@@ -42,7 +43,7 @@ from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from tqdm import tqdm
 
-from action_units import AU_NAMES, action_units_of
+from action_units import AU_NAMES, ActionUnit, action_units_of, au_columns, extract_au_tags
 from au_encoder import (
     IP_ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
@@ -53,7 +54,7 @@ from au_encoder import (
 )
 from drawing.files import write_picture
 from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
-from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet
+from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet, read_au_names
 from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
 from hub.convert_original import write_unscaled_lora
 from hub.ip_adapter import write_ip_adapter
@@ -363,17 +364,20 @@ def picture_jobs(defaults: dict, au_names: Sequence[str] = AU_NAMES) -> dict[str
     """What the card shows: the neutral face, every AU at its strongest, and the examples of the widget."""
     prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
     prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of(au_names)}
-    prompts |= {name: prompt for name, prompt in _widget_pictures()}
-    return {name: make_job({**defaults, "prompt": prompt}) for name, prompt in prompts.items()}
+    prompts |= {name: prompt for name, prompt in _widget_pictures(au_names)}
+    return {name: make_job({**defaults, "prompt": prompt}, au_names=au_names) for name, prompt in prompts.items()}
 
 
 def _au_picture(unit) -> str:
     return f"images/{unit.name}.png"
 
 
-def _widget_pictures() -> Iterator[tuple[str, str]]:
+def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Those of `WIDGET_PROMPTS` whose AUs the adapter has."""
     for number, prompt in enumerate(WIDGET_PROMPTS, start=1):
-        yield f"images/example_{number}.png", prompt
+        with contextlib.suppress(ValueError):
+            extract_au_tags(prompt, au_names=au_names)
+            yield f"images/example_{number}.png", prompt
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -381,7 +385,9 @@ def _widget_pictures() -> Iterator[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def fill_card(facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool) -> str:
+def fill_card(
+    facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool, au_names: Sequence[str] = AU_NAMES
+) -> str:
     """The text of README.md: `model_card.md` with its values filled in."""
     template = ModelCard.load(CARD_TEMPLATE)
     data = template.data
@@ -391,7 +397,8 @@ def fill_card(facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool
     data.base_model = facts.base_model
     data.base_model_relation = "adapter" if facts.base_model else None
     data.widget = [
-        {"text": prompt} | ({"output": {"url": name}} if has_pictures else {}) for name, prompt in _widget_pictures()
+        {"text": prompt} | ({"output": {"url": name}} if has_pictures else {})
+        for name, prompt in _widget_pictures(au_names)
     ]
     data.inference = {"parameters": defaults} if defaults else None
     text = string.Template(template.text).substitute(
@@ -399,7 +406,8 @@ def fill_card(facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool
         base=facts.base_model or "BASE_MODEL",
         base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
         options="".join(f", {name}={value}" for name, value in defaults.items()),
-        au_table=_au_table(has_pictures),
+        num_aus=_count_aus(au_names),
+        au_table=_au_table(has_pictures, au_names),
         training=facts.training,
         evaluation=facts.evaluation,
         license=facts.license,
@@ -431,6 +439,7 @@ def fill_ip_adapter_card(
         load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
         pipeline_class="StableDiffusionPipeline",
         au_names=" ".join(au_names),
+        num_aus=_count_aus(au_names),
         options="".join(f", {name}={value}" for name, value in defaults.items()),
         au_table=_au_table(has_pictures, au_names),
         training=facts.training,
@@ -440,11 +449,22 @@ def fill_ip_adapter_card(
     return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
 
 
+def _count_aus(au_names: Sequence[str]) -> str:
+    count = len(action_units_of(au_names))
+    return "twelve" if count == 12 else str(count)
+
+
 def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
-    """The AUs of the model."""
+    """The AUs of the adapter, a row for each; what moves each side by itself is said there."""
+    columns_of = au_columns(au_names)
+
+    def hint(unit: ActionUnit) -> str:
+        has_sides = len(columns_of[unit.name]) > 1
+        return f"{unit.hint}; {unit.name}L and {unit.name}R move one side" if has_sides else unit.hint
+
     columns = ["AU", "FACS name", "muscles", "what it does", *(["at 5"] if has_pictures else [])]
     rows = [
-        [unit.name, unit.facs_name, unit.muscles, unit.hint]
+        [unit.name, unit.facs_name, unit.muscles, hint(unit)]
         + ([f'<img src="{_au_picture(unit)}" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
         for unit in action_units_of(au_names)
     ]
@@ -615,7 +635,8 @@ def run(args: argparse.Namespace) -> str:
     _check_private(args)
     defaults = read_model_defaults(weights.model)
     options = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps is not None else {}
-    jobs = picture_jobs(defaults | options | {"seed": args.seed})
+    au_names = read_au_names(weights)
+    jobs = picture_jobs(defaults | options | {"seed": args.seed}, au_names)
     api = check_push(args.push) if args.push is not None else None
     files = find_adapter_files(args.source, variant=args.adapter_variant)
     facts = gather_facts(args, weights, files.is_original)
@@ -634,7 +655,7 @@ def run(args: argparse.Namespace) -> str:
             add_remote_code(folder)
             if defaults_file.is_file():
                 shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
-            card = fill_card(facts, repo_id, defaults, has_pictures=not args.no_pictures)
+            card = fill_card(facts, repo_id, defaults, has_pictures=not args.no_pictures, au_names=au_names)
             (folder / "README.md").write_text(card, encoding="utf-8")
             if not args.no_pictures:
                 cast(exported, torch.float32 if args.device.type == "cpu" else dtype, args.device)

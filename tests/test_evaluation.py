@@ -24,7 +24,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, read_aus
 from drawing.model import Weights
 from evaluation import figures, metrics, report, run, training_picture
 from evaluation.image_encoders import make_image_encoder
@@ -118,7 +118,7 @@ def test_the_test_set_is_the_papers(path):
     assert len([item for item in items if item.part != "neutral"]) == 1650
     assert len({item.name for item in items}) == len(items)
     assert {prompt.domain for prompt in prompts} == {"in", "out"}
-    assert all(sum(map(bool, Item("combination", prompts[0], aus).intensities)) >= 2 for aus in combinations)
+    assert all(sum(map(bool, read_aus(aus)[0])) >= 2 for aus in combinations)
 
 
 def test_the_toy_worlds_prompts_name_what_its_reader_can_check():
@@ -197,6 +197,15 @@ def test_a_table_in_any_order_with_a_picture_without_a_face_and_one_with_two(tmp
     assert first.aus[0] == 1 and first.num_faces == 2
     assert not second.face_found and np.isnan(second.aus).all()
     assert third.aus[0] == 3
+
+
+def test_a_meter_reads_the_aus_of_the_adapter(tmp_path, pictures):
+    path = write_table(tmp_path / "t.csv", [path.name for path in pictures], [1, 2, 3], AU45_r=4.0)
+    (first, *_) = make_meter(f"openface:{path}", CPU, ("AU12L", "AU12R", "AU24", "AU43")).measure(pictures)
+    assert first.face_found and np.array_equal(first.aus, [1, 1, np.nan, 4], equal_nan=True)
+    twelve = make_meter("toy", CPU).measure(pictures)[0].aus
+    aus = make_meter("toy", CPU, ("AU12L", "AU12R", "AU30")).measure(pictures)[0].aus
+    assert np.isnan(aus[2]) and aus[:2].mean() == pytest.approx(twelve[6], abs=1e-5)
 
 
 def test_a_table_that_lacks_pictures_is_refused(tmp_path, pictures):
@@ -502,14 +511,15 @@ def test_the_text_system_hears_of_aus_in_its_prompt_alone(arguments, tmp_path, t
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def results_of_a_perfect_model() -> pd.DataFrame:
-    items = make_items([Prompt(0, "a boy", "in", 1), Prompt(1, "a girl", "out", 2)], ["AU6=3 AU12=4"], ("single",))
-    commands = np.array([item.intensities for item in items])
+def results_of_a_perfect_model(au_names=AU_NAMES) -> pd.DataFrame:
+    prompts = [Prompt(0, "a boy", "in", 1), Prompt(1, "a girl", "out", 2)]
+    items = make_items(prompts, ["AU6=3 AU12=4"], ("single",), au_names)
+    commands = np.array(read_aus([item.aus for item in items], au_names=au_names))
     table = pd.DataFrame({"name": [item.name for item in items], "part": [item.part for item in items]})
     table["prompt_index"] = [item.prompt.index for item in items]
     table["domain"] = [item.prompt.domain for item in items]
-    table[list(AU_NAMES)] = commands
-    table[report.MEASURED] = commands + 0.25
+    table[list(au_names)] = commands
+    table[[f"measured_{name}" for name in au_names]] = commands + 0.25
     return table.assign(meter="perfect", num_faces=1)
 
 
@@ -518,6 +528,33 @@ def test_the_heat_map_of_a_perfect_model_is_a_diagonal():
     assert np.allclose(figures.movement_matrix(measured), np.eye(12))
     assert figures.draw_heat_map(measured, "perfect").width > 500
     assert figures.draw_dose_response(measured, "perfect").width > 500
+
+
+SIDED = ("AU4", "AU12L", "AU12R", "AU15", "AU43L", "AU43R")
+
+
+def test_figures_are_of_the_aus_of_the_adapter_that_the_meter_reads():
+    results = results_of_a_perfect_model(SIDED)
+    assert (results["part"] == "single").sum() == 2 * 5 * len(SIDED)
+    results[["measured_AU43L", "measured_AU43R"]] = np.nan
+    summary = report.summarize(results, draws=20)
+    assert set(summary["au"]) == {"", *SIDED[:4]}
+    figure = report.find_figure(summary, "au_mse", "single", "perfect")
+    # The pictures that command AU43 are in no figure.
+    assert figure.value == pytest.approx(0.25**2) and figure.num_pictures == 2 * 5 * 4
+    assert report.find_figure(summary, "au_mse_easy", "single", "perfect").num_pictures == 2 * 5 * 3
+    settings = dict.fromkeys(
+        ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
+    )
+    unmeasured = {"perfect": report.unmeasured_aus(results)}
+    text = report.format_report(summary, settings, "", [], unmeasured)
+    assert "It does not read AU43L, AU43R. Pictures that command these are in none" in text
+    assert "| AU12L |" in text and "| AU43L |" not in text
+    measured = report.with_neutral(report.without_unmeasured(results))
+    assert list(figures.movement_matrix(measured)) == list(SIDED[:4])
+    assert np.allclose(figures.movement_matrix(measured), np.eye(4))
+    sizes = [draw(measured, "perfect").size for draw in (figures.draw_heat_map, figures.draw_dose_response)]
+    assert sizes[0][0] < 300 and sizes[1][1] < 320
 
 
 def test_the_summary_of_a_perfect_model():
@@ -700,7 +737,7 @@ def write_run(experiment: Experiment, name: str, error: float, clip_i: float = 0
     items = make_items([Prompt(0, "a boy", "in", 1), Prompt(1, "a girl", "out", 2)], ["1+4", "6+12"], ("combination",))
     results = pd.DataFrame({"name": [item.name for item in items], "part": [item.part for item in items]})
     results["prompt_index"] = [item.prompt.index for item in items]
-    results[list(AU_NAMES)] = np.array([item.intensities for item in items])
+    results[list(AU_NAMES)] = np.array(read_aus([item.aus for item in items]))
     # Some pictures are harder than others, for all systems.
     hardness = np.linspace(0, 2, len(items))[:, None]
     results[report.MEASURED] = results[list(AU_NAMES)].to_numpy() + error + hardness

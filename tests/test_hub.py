@@ -244,6 +244,21 @@ def test_the_card_shows_every_au(exported):
         assert read_metadata(exported / re.search('src="([^"]+)"', row)[1])["aus"] == f"{unit.name}=5"
 
 
+def test_the_card_has_the_aus_of_the_adapter():
+    au_names = ["AU4", "AU6", "AU12L", "AU12R"]
+    jobs = export.picture_jobs({"num_inference_steps": 1}, au_names)
+    assert {name: job.aus for name, job in jobs.items()} == {
+        "images/neutral.png": "neutral",
+        "images/AU4.png": "AU4=5",
+        "images/AU6.png": "AU6=5",
+        "images/AU12.png": "AU12=5",
+        "images/example_1.png": "AU6=3 AU12=4",
+    }
+    text = export.fill_card(export.CardFacts("mit", None, None, "a", "b"), "me/mine", {}, True, au_names)
+    assert "# FineFace: a prompt and 3 facial muscles" in text and "| AU1 |" not in text
+    assert 'a smile; AU12L and AU12R move one side | <img src="images/AU12.png"' in text
+
+
 def test_the_code_of_the_card_is_python(exported):
     for block in re.findall("```python\n(.*?)```", (exported / "README.md").read_text(), flags=re.DOTALL):
         ast.parse(block)
