@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Give the face of a picture another expression: the region of the face is drawn anew with AUs (inpainting), and every
-pixel outside it stays as it is. Without --model, the toy model draws.
+pixel outside it stays as it is. Without --model, the toy model draws. Without --box and --mask, OpenCV looks for
+the face, if it is installed.
 
   python -m examples.edit_expression portrait.png --box 24,24,104,116 --aus "6C+12E" --output smiling.png
       --prompt "a closeup of a woman with long brown hair and tan skin in a park"
@@ -12,95 +13,17 @@ The more of --strength, the more the region may change: at 1 nothing but its sur
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image
 
-from au_attention_processor import read_au_masks
 from drawing.files import write_picture
 from drawing.jobs import make_job, read_model_defaults
 from drawing.model import Weights, check_weights, load_pipeline, quiet
-from pipeline_fineface import FineFacePipeline
+from drawing.photo import SAMPLING, Box, check_box, edit_photo, face_mask, find_faces, open_photo
 from program import TOY_MODEL, Parser, check_output, pick_device, run_program, spell_option
-
-
-SAMPLING = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
-
-
-def face_mask(size: tuple[int, int], box: tuple[int, int, int, int], feather: float = 0.04) -> Image.Image:
-    """
-    A white ellipse in `box` on black, `"L"`. Its edge, as wide as `feather` times the box, fades inwards, so that
-    nothing outside the box is white.
-    """
-    left, top, right, bottom = box
-    edge = feather * min(right - left, bottom - top)
-    mask = Image.new("L", size)
-    ImageDraw.Draw(mask).ellipse((left + 2 * edge, top + 2 * edge, right - 2 * edge, bottom - 2 * edge), fill=255)
-    inside = Image.new("L", size)
-    ImageDraw.Draw(inside).rectangle(box, fill=255)
-    return Image.composite(mask.filter(ImageFilter.GaussianBlur(edge)), Image.new("L", size), inside)
-
-
-@torch.no_grad()
-def edit_expression(
-    pipe: FineFacePipeline,
-    picture: Image.Image,
-    mask: Image.Image,
-    prompt: str,
-    aus,
-    strength: float = 0.8,
-    seed: int = 0,
-    num_inference_steps: int = 50,
-    **call_kwargs,
-) -> Image.Image:
-    """
-    `picture` with the expression `aus` where `mask` is white; where it is black, equal to `picture` in every pixel.
-
-    Args:
-        picture, mask (`Image.Image`):
-            Of one size, with sides that are multiples of 8.
-        strength (`float`, defaults to 0.8):
-            Share of the denoising steps in which the face may leave the old one, in (0, 1].
-        prompt, aus, num_inference_steps, call_kwargs:
-            See [`FineFacePipeline.__call__`]. With `aus=None` the region is only drawn anew.
-    """
-    picture = picture.convert("RGB")
-    pixel_values = pipe.image_processor.preprocess(picture).to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixel_values).latent_dist.mode() * pipe.vae.config.scaling_factor
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    inside = read_au_masks(mask, 1, tuple(latents.shape[-2:])).to(latents)
-    first_step = num_inference_steps - max(1, round(num_inference_steps * strength))
-    edited = pipe(
-        prompt,
-        aus=aus,
-        height=picture.height,
-        width=picture.width,
-        num_inference_steps=num_inference_steps,
-        latents=noise,
-        generator=generator,
-        callback_on_step_end=keep_picture(latents, noise, inside, first_step),
-        **call_kwargs,
-    ).images[0]
-    return Image.composite(edited, picture, mask)
-
-
-def keep_picture(latents: torch.Tensor, noise: torch.Tensor, inside: torch.Tensor, first_step: int) -> Callable:
-    """
-    A callback that puts `latents`, as noisy as those of the step, in the place of what is drawn: where `inside` is 0,
-    so that the face fits in, and before `first_step` everywhere. The noise is that from which the drawing begins, so
-    the two belong together at every step.
-    """
-
-    def callback(pipe: FineFacePipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        next_timestep = pipe.scheduler.timesteps[step + 1 : step + 2]
-        kept = pipe.scheduler.add_noise(latents, noise, next_timestep) if len(next_timestep) else latents
-        return {"latents": kept if step < first_step else kept + inside * (tensors["latents"] - kept)}
-
-    return callback
 
 
 def read_box(text: str) -> tuple[int, ...]:
@@ -115,7 +38,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--aus", required=True, help='the new expression: "AU6=2.5 AU12=5", "6C+12D", a preset')
     parser.add_argument("--prompt", required=True, help="what the picture shows, apart from the expression")
-    region = parser.add_mutually_exclusive_group(required=True)
+    region = parser.add_mutually_exclusive_group()
     region.add_argument("--box", type=read_box, metavar="LEFT,TOP,RIGHT,BOTTOM", help="around the face, in pixels")
     region.add_argument("--mask", type=Path, help="a picture of the same size, white where the face is")
     parser.add_argument("--output", required=True, type=Path, help="PNG file")
@@ -131,20 +54,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def find_face(picture: Image.Image, path: Path) -> Box:
+    faces = find_faces(picture)
+    if len(faces) != 1:
+        found = "; ".join(",".join(map(str, box)) for box in faces)
+        raise ValueError(f"{path} shows {f'several faces: {found}' if faces else 'no face'}. Say where with `--box`.")
+    return faces[0]
+
+
 def read_picture_and_mask(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
-    with Image.open(args.picture) as file:
-        picture = ImageOps.exif_transpose(file).convert("RGB")
-    if picture.width % 8 or picture.height % 8:
-        raise ValueError(f"{str(args.picture)!r} has {picture.size} pixels. Crop it: sides have to be multiples of 8.")
+    picture = open_photo(args.picture)
     if args.mask is None:
-        mask = face_mask(picture.size, args.box)
-    else:
-        with Image.open(args.mask) as file:
-            mask = file.convert("L")
+        box = find_face(picture, args.picture) if args.box is None else check_box(args.box, picture.size, "--box")
+        return picture, face_mask(picture.size, box)
+    with Image.open(args.mask) as file:
+        mask = file.convert("L")
     if mask.size != picture.size:
         raise ValueError(f"The mask has {mask.size} pixels, but the picture has {picture.size}.")
     if not mask.getextrema()[1]:
-        raise ValueError(f"Nothing is to be drawn: the {'mask is black' if args.mask else 'box lies outside'}.")
+        raise ValueError("Nothing is to be drawn: the mask is black.")
     return picture, mask
 
 
@@ -157,11 +85,14 @@ def run(args: argparse.Namespace) -> Path:
     device = pick_device(args.device)
     picture, mask = read_picture_and_mask(args)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    options = {name: value for name, value in read_model_defaults(args.model).items() if name in SAMPLING} | given
-    job = make_job({"prompt": args.prompt, "aus": args.aus, "seed": args.seed, **options}, spell_option)
+    values = read_model_defaults(args.model) | given
+    job = make_job({"prompt": args.prompt, "aus": args.aus, "seed": args.seed, **values}, spell_option)
+    options = {name: getattr(job, name) for name in SAMPLING}
     with quiet():
         pipe = load_pipeline(weights, device, torch.float32 if device.type == "cpu" else torch.float16)
-    edited = edit_expression(pipe, picture, mask, job.prompt, job.aus, args.strength, args.seed, **options)
+    edited = edit_photo(
+        pipe, picture, mask, job.prompt, job.aus, job.height, strength=args.strength, seed=args.seed, **options
+    )
     about = {"picture": args.picture.name, "strength": args.strength}
     write_picture(edited, args.output, asdict(job) | about)
     return args.output

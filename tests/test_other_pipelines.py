@@ -19,7 +19,7 @@ from PIL import Image
 
 from action_units import AU_NAMES, parse_aus
 from drawing.files import read_metadata
-from examples.edit_expression import edit_expression, face_mask
+from drawing.photo import edit_expression, face_mask
 from examples.edit_expression import main as edit_main
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL

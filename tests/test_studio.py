@@ -17,7 +17,16 @@ from action_units import AU_NAMES
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
-from drawing.studio import MAX_ROWS, Studio, Sweep, read_expressions, write_gif, write_zip
+from drawing.studio import (
+    MAX_COLUMNS,
+    MAX_ROWS,
+    MAX_TABLE_BYTES,
+    Studio,
+    Sweep,
+    read_expressions,
+    write_gif,
+    write_zip,
+)
 from program import TOY_MODEL
 
 
@@ -80,7 +89,8 @@ def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp
     sweep = Sweep(JOBS[0], "AU12", -1.0, 5.0, 3)
     counts = []
     pictures, strip, values = tiny_studio.sweep(sweep, counts.append)
-    assert counts == [1, 2, 3] and values["rows"] == [["AU6=3 AU12=-1", "AU6=3 AU12=2", "AU6=3 AU12=5"]]
+    assert list(dict.fromkeys(counts)) == [0, 1, 2, 3]
+    assert values["rows"] == [["AU6=3 AU12=-1", "AU6=3 AU12=2", "AU6=3 AU12=5"]]
     assert np.array_equal(pixels(pictures[1]), pixels(tiny_studio.draw(replace(JOBS[0], aus="AU6=3 AU12=2"))))
     tiny_studio.write(strip, tmp_path / "screen.png", values)
     again = run_command(tiny_studio.sweep_command(sweep), "sweep.png", tmp_path / "sweep.png")
@@ -91,7 +101,7 @@ def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp
 def test_progress_counts_the_steps(tiny_studio):
     steps = []
     tiny_studio.draw(Job("a boy", aus="happy", num_inference_steps=3), steps.append)
-    assert steps == [1, 2, 3]
+    assert steps == [0, 1, 2, 3]
 
 
 def test_a_model_without_an_adapter_is_an_error(tiny_sd_dir):
@@ -116,8 +126,8 @@ def test_the_animation_goes_there_and_back(tmp_path):
 def test_a_table_becomes_the_jobs_of_its_command(tiny_studio, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("faces.csv").write_text("file_name,aus\nann/1.jpg,6C+12D\n,happy@0.5\n")
-    jobs, num_skipped = read_expressions(Path("faces.csv"), replace(JOBS[0], aus="AU4=5"))
-    assert [job.aus for job in jobs.values()] == ["AU6=3 AU12=4", "AU6=2 AU12=2"] and num_skipped == 0
+    jobs, remarks = read_expressions(Path("faces.csv"), replace(JOBS[0], aus="AU4=5"))
+    assert [job.aus for job in jobs.values()] == ["AU6=3 AU12=4", "AU6=2 AU12=2"] and remarks == []
     assert all(replace(job, aus=None) == replace(JOBS[0], aus=None) for job in jobs.values())
 
     command = shlex.split(tiny_studio.table_command("faces.csv", JOBS[0]).replace("\\\n", " "))
@@ -132,8 +142,10 @@ def test_rows_without_a_face_are_counted_and_left_out(tmp_path):
     table = tmp_path / "faces.jsonl"
     rows = [{"file_name": "a.jpg", **dict.fromkeys(AU_NAMES, 1)}, {"file_name": "b.jpg", **dict.fromkeys(AU_NAMES)}]
     table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    jobs, num_skipped = read_expressions(table, JOBS[0])
-    assert [job.aus.split()[0] for job in jobs.values()] == ["AU1=1"] and num_skipped == 1
+    jobs, remarks = read_expressions(table, JOBS[0])
+    assert [job.aus.split()[0] for job in jobs.values()] == ["AU1=1"] and remarks == [
+        "1 rows without a face are left out."
+    ]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +156,8 @@ def test_rows_without_a_face_are_counted_and_left_out(tmp_path):
         ("aus\n", "holds no row with a face"),
         ("", "faces.csv: the file is empty"),
         ("aus\n" + "happy\n" * (MAX_ROWS + 1), f"{MAX_ROWS} are allowed"),
+        (",".join(map(str, range(MAX_COLUMNS + 1))), "2,000 are allowed"),
+        ("a" * (MAX_TABLE_BYTES + 1), "5,000,000 are allowed"),
     ],
 )
 def test_a_wrong_table_is_an_error_that_names_no_folder(text, part, tmp_path):
