@@ -291,7 +291,7 @@ def read_expressions(path: Path, job: Job, au_names: Sequence[str] = AU_NAMES) -
         # Where the server keeps uploads is nothing for the screen.
         raise ValueError(str(error).replace(str(path), path.name)) from error
     if num_skipped:
-        remarks.append(f"{num_skipped} rows without a face are left out.")
+        remarks.append(f"Rows without a face, which are left out: {num_skipped}.")
     return jobs, [remark.replace(str(path), path.name) for remark in remarks]
 
 

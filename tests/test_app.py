@@ -651,6 +651,7 @@ def test_the_controls_survive_a_reload_and_go_into_a_link(browser, url):
         link = page.evaluate("location.href")
         assert "seed=42" in link and "prompt" not in link
         page.goto(url)
+        page.wait_for_selector("#picture img")
         wait_for_said(page, format_aus("sad"))
         assert page.input_value(SEED) == "42"
     with opened(browser, link) as page:

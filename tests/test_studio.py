@@ -144,7 +144,7 @@ def test_rows_without_a_face_are_counted_and_left_out(tmp_path):
     table.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     jobs, remarks = read_expressions(table, JOBS[0])
     assert [job.aus.split()[0] for job in jobs.values()] == ["AU1=1"] and remarks == [
-        "1 rows without a face are left out."
+        "Rows without a face, which are left out: 1."
     ]
 
 
