@@ -140,7 +140,7 @@ class Studio:
 
     @property
     def is_quick(self) -> bool:
-        """Whether people will wait for a picture at every touch, as with any GPU, and a UNet like the embedded one."""
+        """Whether people will wait for a picture at every touch, as with any GPU, and a UNet like the toy one."""
         num_weights = sum(weight.numel() for weight in self.pipeline.unet.parameters())
         return self.device.type != "cpu" or num_weights <= MAX_QUICK_WEIGHTS
 

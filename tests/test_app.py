@@ -439,9 +439,9 @@ def wait_for_message(page, text: str) -> None:
 
 
 def close_message(page, text: str) -> None:
-    toast = page.locator(".toast-body", has_text=text).first
-    toast.locator("button").first.click()
-    toast.wait_for(state="detached")
+    # It may have gone by itself meanwhile.
+    page.evaluate("document.querySelectorAll('.toast-body button').forEach((button) => button.click())")
+    page.locator(".toast-body", has_text=text).first.wait_for(state="detached")
 
 
 def choose_preset(page, name: str) -> None:
