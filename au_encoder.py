@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -795,14 +796,17 @@ def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet
     r"""
     Write the adapter, and the LoRA `lora_name` of `unet` if it has one, as a folder that `load_au_adapter` reads.
 
-    All files are first written beside `save_directory` and then renamed into place, `au_attn_processors.safetensors`
-    last. Whatever fails on the way, the folder never holds a mixture of two adapters that could be loaded.
+    All files are first written into a hidden folder in `save_directory`, which may be a volume of its own, and then
+    renamed into place, `au_attn_processors.safetensors` last. Whatever fails on the way, the folder never holds a
+    mixture of two adapters that could be loaded.
     """
     save_directory = Path(save_directory)
     if save_directory.is_file():
         raise NotADirectoryError(f"`save_directory` has to be a folder, but {str(save_directory)!r} is a file.")
     save_directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".au_adapter_", dir=save_directory.parent) as temporary:
+    for left_by_a_kill in save_directory.glob(".au_adapter_*"):
+        shutil.rmtree(left_by_a_kill)
+    with tempfile.TemporaryDirectory(prefix=".au_adapter_", dir=save_directory) as temporary:
         temporary = Path(temporary)
         write_adapter_weights(temporary, adapter)
         has_lora = lora_name in getattr(unet, "peft_config", {})

@@ -315,6 +315,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_NAME, timeout=0)
     try:
@@ -330,6 +331,10 @@ def only_run_in(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (folder / LOCK_NAME).unlink(missing_ok=True)
         lock.release()
+        # A run that was refused leaves no empty folders.
+        with contextlib.suppress(OSError):
+            for path in new_folders:
+                path.rmdir()
 
 
 def folder_digest(folder: Path) -> str:

@@ -22,13 +22,13 @@ its label smoothing. So a resumed run sees what the uninterrupted run would have
 processes nor that of accumulated batches nor caching changes it.
 """
 
-import dataclasses
 import functools
 import json
 import math
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -47,10 +47,10 @@ from action_units import AU_NAMES
 from au_attention_processor import attach_au_processors, pack_au_tensors
 from au_encoder import AUAdapter
 from pipeline_fineface import LORA_NAME
-from program import run_program
+from program import only_run_in, run_program
 from training.checkpoints import (
     TrainingState,
-    check_same_aus,
+    check_same_data,
     check_samples_per_step,
     disk_errors_explained,
     find_checkpoint,
@@ -60,7 +60,16 @@ from training.checkpoints import (
     write_config,
 )
 from training.config import TrainConfig, parse_args
-from training.data import PixelInputs, TrainingSamples, cache_inputs, load_training_data, make_dataloader
+from training.data import (
+    PixelInputs,
+    TrainingSamples,
+    cache_inputs,
+    check_pictures,
+    count_cut_captions,
+    load_training_data,
+    make_dataloader,
+    read_batches,
+)
 from training.encoders import StableDiffusionEncoders, load_encoders
 from training.validation import choose_validation_aus, validate
 
@@ -297,7 +306,7 @@ def train(
     step_loss, rows = torch.zeros((), device=accelerator.device), []
     bar = {"total": config.max_train_steps, "initial": state.step, "disable": not accelerator.is_main_process}
     with tqdm(**bar) as progress:
-        for batch in dataloader:
+        for batch in read_batches(dataloader):
             rows += batch["row"].tolist()
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
@@ -376,6 +385,7 @@ def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState
         f"optimizer steps           {config.max_train_steps:,}, from step {state.step:,} on",
         f"trained parameters        {sum(counts.values()):,}"
         f" (LoRA {counts['unet']:,}, AU encoder with keys and values {counts['au_adapter']:,})",
+        *samples.inputs.data.notes,
         sep="\n  ",
     )
 
@@ -439,20 +449,31 @@ def run(config: TrainConfig) -> None:
     if config.dry_run:
         print(config.to_json(), end="")
         return
+    if config.dataset_name is not None and Path(config.dataset_name).is_dir():
+        # No Hub id: it is read as a folder, and model cards do not name it.
+        config = replace(config, train_data_dir=Path(config.dataset_name), dataset_name=None)
+    accelerator = make_accelerator(config)
+    with only_run_in(config.output_dir) if accelerator.is_main_process else nullcontext():
+        _run(config, accelerator)
+    accelerator.end_training()
+
+
+def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(config)
     repo_id = check_hub(config) if config.push_to_hub else None
     if config.allow_tf32:
         torch.set_float32_matmul_precision("high")
-    accelerator = make_accelerator(config)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
         check_samples_per_step(checkpoint, samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
-    if checkpoint is not None:
-        check_same_aus(checkpoint, data.au_names)
+        if checkpoint is not None:
+            check_same_data(checkpoint, len(data), data.au_names)
+        if accelerator.is_main_process and not config.streaming:
+            check_pictures(data)
     if config.validation_prompt:
-        config = dataclasses.replace(config, validation_aus=choose_validation_aus(config, data.au_names))
+        config = replace(config, validation_aus=choose_validation_aus(config, data.au_names))
     init_trackers(accelerator, config)
     dtype = frozen_dtype(accelerator)
 
@@ -463,6 +484,8 @@ def run(config: TrainConfig) -> None:
     set_seed(config.seed)
     model = make_model(unet, config, dtype, data.au_names).to(accelerator.device)
     encoders = load_encoders(config, accelerator.device, dtype)
+    if accelerator.is_main_process and not config.streaming:
+        count_cut_captions(data, encoders)
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     if accelerator.is_main_process:
         write_config(config)
@@ -471,18 +494,17 @@ def run(config: TrainConfig) -> None:
         encoders.unload()
 
     ema = EMAModel(model.trained_parameters().values(), config.ema_decay) if config.use_ema else None
-    state = TrainingState(model, ema, samples_per_step)
+    state = TrainingState(model, ema, samples_per_step, len(data))
     samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
     show = functools.partial(validate, accelerator, state, config, encoders) if config.validation_prompt else None
     with attention_for_training(accelerator.device, dtype):
         train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint, show)
 
     if accelerator.is_main_process:
-        with disk_errors_explained("The adapter", config.output_dir / ".adapter"):
+        with disk_errors_explained("The adapter", config.output_dir):
             state.save_adapter(config.output_dir)
         if repo_id is not None:
             push_to_hub(config, repo_id)
-    accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> None:

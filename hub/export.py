@@ -63,10 +63,12 @@ from program import (
     Parser,
     check_folder_or_hub_id,
     check_new_folder,
+    is_hub_id,
     new_folder,
     pick_device,
     run_program,
 )
+from training.config import published_settings
 
 
 COMPONENT = "au_adapter"
@@ -234,12 +236,14 @@ def gather_facts(args: argparse.Namespace, weights: Weights | None, is_original:
     folder = Path(args.source)
     config_file = folder / TRAIN_CONFIG_NAME
     config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    bases = (args.base_model, weights and weights.model, config.get("pretrained_model_name_or_path"))
+    bases = [args.base_model, weights and weights.model]
+    # A folder may be gone since, or be on another computer.
+    bases += filter(is_hub_id, [str(config.get("pretrained_model_name_or_path"))])
     base_model = next((name for name in bases if name is not None and not Path(name).exists()), None)
     if base_model is not None:
         validate_repo_id(base_model)
     datasets = args.datasets
-    if datasets is None and config.get("dataset_name"):
+    if datasets is None and is_hub_id(str(config.get("dataset_name"))):
         datasets = [config["dataset_name"]]
     # Nobody but the paper's authors uses their layout, and what they trained on is in the template.
     datasets = [] if datasets is None and not is_original else datasets
@@ -262,9 +266,7 @@ def _training_text(path: Path | None, config: dict, notes: Path) -> str:
         # With metadata, it is the card of another repository, such as that of the base.
         is_ours = notes.is_file() and not notes.read_text(encoding="utf-8").startswith("---")
         return _section(notes) if is_ours else NOT_RECORDED
-    # Folders on somebody's disk are nobody's business.
-    settings = {k: v for k, v in config.items() if v is not None and not k.endswith("_dir") and "/" not in str(v)}
-    rows = "\n".join(f"| `{name}` | {value} |" for name, value in settings.items())
+    rows = "\n".join(f"| `{name}` | {value} |" for name, value in published_settings(config).items())
     return f"`train_fineface.py` wrote these settings beside the weights:\n\n| setting | value |\n|---|---|\n{rows}"
 
 

@@ -339,7 +339,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, arguments, run_pro
     moments = [
         ["", "save_file", "checkpoint-2.part/trained_parameters"],
         ["os", "replace", "run/checkpoint-2"],
-        ["shutil", "rmtree", "run/checkpoint-1"],
+        ["shutil", "rmtree", "run/.checkpoint-1.old"],
         ["os", "replace", "run/au_attn_processors"],
     ]
     left = []
@@ -349,7 +349,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, arguments, run_pro
         assert answer["status"] == -signal.SIGKILL, answer["messages"]
         left.append(sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")))
     unfinished = [".checkpoint-2.part", "checkpoint-1"]
-    assert left == [unfinished, unfinished, ["checkpoint-1", "checkpoint-2"], ["checkpoint-4"]]
+    assert left == [unfinished, unfinished, [".checkpoint-1.old", "checkpoint-2"], ["checkpoint-4"]]
     assert_equal(train("run", f"{options} --resume_from_checkpoint latest"), whole)
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-4"]
 

@@ -1,6 +1,7 @@
 """From a data set to samples: what is read, what is refused, and what a sample is made of."""
 
 import io
+import json
 import shutil
 from pathlib import Path
 
@@ -28,8 +29,11 @@ from training.data import (
     PixelInputs,
     TrainingData,
     TrainingSamples,
+    check_pictures,
+    count_cut_captions,
     face_weights,
     load_training_data,
+    read_batches,
     smooth_au_intensities,
 )
 from training.encoders import load_encoders
@@ -268,11 +272,140 @@ def test_a_run_that_cannot_be_mirrored_is_an_error(arguments, tmp_path):
         load_training_data(parse_args(arguments("run", f"--train_data_dir {folder} --random_flip")))
 
 
-def test_a_broken_picture_is_named(arguments, tmp_path):
+def change_picture(folder, change):
+    path = folder / "2.png"
+    if change == "missing":
+        path.unlink()
+    elif change == "empty":
+        path.write_bytes(b"")
+    elif change == "no picture":
+        path.write_text("<html>404 not found</html>")
+    elif change == "JPEG cut off":
+        Image.open(path).resize((200, 200)).save(path, "JPEG")
+        path.write_bytes(path.read_bytes()[:-500])
+    else:
+        path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("change", ["missing", "empty", "no picture", "PNG cut off", "JPEG cut off"])
+def test_a_broken_picture_is_named_before_any_model_is_loaded(arguments, tmp_path, change):
     folder = write_faces(tmp_path / "broken")
-    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:200])
+    change_picture(folder, change)
+    missing_model = ["--pretrained_model_name_or_path", str(tmp_path / "no model")]
     with pytest.raises(ValueError, match=r"Row 2: the picture '.*2\.png' cannot be read"):
-        main(arguments("run", f"--train_data_dir {folder} --train_batch_size 5"))
+        main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_in_a_worker_is_one_line(arguments, tmp_path):
+    folder = write_faces(tmp_path / "broken")
+    samples, _ = make_samples(arguments, f"--train_data_dir {folder}")
+    change_picture(folder, "PNG cut off")
+    batches = torch.utils.data.DataLoader(samples, batch_sampler=[range(5)], num_workers=1)
+    with pytest.raises(ValueError, match=r"\ARow 2: the picture '[^\n]*2\.png' cannot be read[^\n]*\Z"):
+        list(read_batches(batches))
+
+
+def test_a_jpeg_with_more_behind_its_end_is_whole(arguments, tmp_path):
+    folder = write_faces(tmp_path / "camera")
+    Image.open(folder / "2.png").save(folder / "2.png", "JPEG")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes() + bytes(1000))
+    check_pictures(load_training_data(parse_args(arguments("run", f"--train_data_dir {folder}"))))
+
+
+@pytest.mark.parametrize("names", [("holiday", "train_journey", "home"), ("train", "test", "validation-2")])
+def test_folders_that_are_called_like_splits_lose_no_row(arguments, tmp_path, capsys, names):
+    for name in names:
+        write_faces(tmp_path / "data" / name)
+    # A hidden folder is none of the data.
+    write_faces(tmp_path / "data" / ".trash")
+    main(arguments("run", f"--train_data_dir {tmp_path / 'data'} --max_train_steps 1"))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "samples 15 epochs" in said
+    counts = [f"5 of {name}/metadata.jsonl" for name in sorted(names)]
+    assert f"The rows are {', '.join(counts)}." in said
+
+
+def test_parquet_files_that_are_called_like_splits_lose_no_row(arguments, shards_dir):
+    (shards_dir / "0.parquet").rename(shards_dir / "train.parquet")
+    (shards_dir / "1.parquet").rename(shards_dir / "test.parquet")
+    for options in ("", " --streaming"):
+        assert len(load_training_data(parse_args(arguments("run", f"--train_data_dir {shards_dir}{options}")))) == 20
+
+
+def test_what_is_left_out_is_said(arguments, faces_dir, tmp_path):
+    data = load_training_data(parse_args(arguments("run", "--max_train_samples 3")))
+    assert len(data) == 3 and data.notes == ["2 rows after `--max_train_samples` are left out."]
+    folder = write_faces(tmp_path / "both")
+    pq.write_table(pa.table({"text": ["a face"]}), folder / "more.parquet")
+    with pytest.raises(ValueError, match="holds metadata.jsonl, and 1 Parquet files, such as more.parquet"):
+        load_training_data(parse_args(arguments("run", f"--train_data_dir {folder}")))
+    (folder / "more.parquet").unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a face\n")
+    with pytest.raises(ValueError, match="holds metadata.csv and metadata.jsonl. Keep one of them"):
+        load_training_data(parse_args(arguments("run", f"--train_data_dir {folder}")))
+
+
+def test_file_names_may_be_absolute_paths(arguments, faces_dir, tmp_path):
+    rows = [json.loads(line) for line in (faces_dir / "metadata.jsonl").read_text().splitlines()]
+    (tmp_path / "list").mkdir()
+    lines = [json.dumps(row | {"file_name": str(faces_dir / row["file_name"])}) for row in rows]
+    (tmp_path / "list/metadata.jsonl").write_text("\n".join(lines))
+    absolute, _ = make_samples(arguments, f"--train_data_dir {tmp_path / 'list'}")
+    expected, _ = make_samples(arguments, "")
+    assert all(torch.equal(absolute[3][name], expected[3][name]) for name in expected[3])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("metadata.jsonl", '{"file_name": "0.png"', "metadata.jsonl' cannot be read: JSON parse error"),
+        ("metadata.jsonl", '{"text": "a face"}', "metadata.jsonl' has no column file_name. It has text"),
+        ("metadata.jsonl", '{"file_name": 7, "text": "a face"}', "row 0: file_name has to name a picture, but is 7"),
+        ("metadata.csv", "file_name,text\n0.png", "metadata.csv' cannot be read: CSV parse error: Expected 2 columns"),
+        ("data.parquet", "no Parquet", "data.parquet' cannot be read: Parquet magic bytes not found"),
+        ("notes.txt", "", "has no metadata.jsonl, metadata.csv, metadata.parquet, and no Parquet file"),
+    ],
+)
+def test_data_that_cannot_be_read_is_named(arguments, tmp_path, name, content, message):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_training_data(parse_args(arguments("run", f"--train_data_dir {tmp_path / 'data'}")))
+
+
+def test_numbers_that_are_text_are_called_so(arguments, tmp_path):
+    folder = write_faces(tmp_path / "text", {(row, "AU12"): "0.5" for row in range(5)})
+    with pytest.raises(ValueError, match="AU12 is '0.5'. It has to be a number, not text"):
+        load_training_data(parse_args(arguments("run", f"--train_data_dir {folder}")))
+
+
+def test_repeated_and_contradictory_rows_are_counted(arguments, tmp_path):
+    folder = write_faces(tmp_path / "repeated")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    shutil.copy(folder / "1.png", folder / "copy.png")
+    rows += [rows[0], rows[1] | {"file_name": "copy.png", "AU12": 4.9}, rows[2] | {"text": "another caption"}]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = load_training_data(parse_args(arguments("run", f"--train_data_dir {folder}")))
+    check_pictures(data)
+    assert data.notes == [
+        "WARNING: 1 rows have the picture of an earlier row, but other AUs: Row 6 ('copy.png') contradicts"
+        " Row 1 ('1.png').",
+        "1 rows repeat picture, caption and AUs of an earlier row, as Row 5 ('0.png') does those of Row 0 ('0.png')."
+        " They count each time.",
+    ]
+
+
+def test_captions_that_the_base_cuts_are_counted(arguments, tmp_path):
+    # The tiny tokenizer reads 14 letters.
+    captions = {(row, "text"): "a short one" if row < 3 else "a caption that is too long" for row in range(5)}
+    folder = write_faces(tmp_path / "long", captions)
+    samples, data = make_samples(arguments, f"--train_data_dir {folder}")
+    count_cut_captions(data, samples.inputs.encoders)
+    assert data.notes == [
+        "2 of 5 captions are longer than the 16 tokens that the base reads, and are cut, such as"
+        " 'a caption that is too long'."
+    ]
 
 
 @pytest.fixture

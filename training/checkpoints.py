@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import nn
 from action_units import AU_NAMES
 from au_encoder import ENCODER_CONFIG_NAME, check_tensors, read_tensors, write_au_adapter
 from pipeline_fineface import LORA_NAME
+from program import is_integer, show_value, write_atomically
 from training.config import TrainConfig, default_settings
 
 
@@ -43,6 +44,8 @@ class TrainingState:
             The moving average of what is trained.
         samples_per_step (`int`):
             Over all processes and accumulated batches.
+        num_samples (`int`):
+            The number of rows of the data set.
         step (`int`):
             How many optimizer steps are done.
     """
@@ -50,6 +53,7 @@ class TrainingState:
     model: nn.Module
     ema: EMAModel | None
     samples_per_step: int = 1
+    num_samples: int = 0
     step: int = 0
 
     @contextmanager
@@ -75,7 +79,7 @@ class TrainingState:
         if self.ema is not None:
             averages = {n: p.cpu() for n, p in zip(parameters, self.ema.shadow_params, strict=True)}
             save_file(averages, folder / EMA_PARAMETERS_NAME)
-        progress = {"step": self.step, "samples_per_step": self.samples_per_step}
+        progress = {"step": self.step, "samples_per_step": self.samples_per_step, "num_samples": self.num_samples}
         (folder / STATE_NAME).write_text(json.dumps(progress))
         self.save_adapter(folder)
 
@@ -90,7 +94,7 @@ class TrainingState:
             check_tensors(saved, {key: tuple(p.shape) for key, p in parameters.items()}, folder / name)
             for key, target in zip(parameters, targets, strict=True):
                 target.copy_(saved[key])
-        self.step = json.loads((folder / STATE_NAME).read_text())["step"]
+        self.step = _read_json(folder, STATE_NAME)["step"]
         if self.ema is not None:
             self.ema.optimization_step = self.step
 
@@ -123,16 +127,16 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: TrainConfig) -> None:
-    """Write `checkpoint-<step>` under another name, rename it, and only then remove old ones."""
+    """Write `checkpoint-<step>` under another name, rename it, and only then remove old ones, renamed as well."""
     folder = config.output_dir / f"checkpoint-{state.step}"
     unfinished = config.output_dir / f".{folder.name}.part"
     if accelerator.is_main_process:
-        # A process that was killed may have left some too.
-        for path in config.output_dir.glob(".checkpoint-*.part"):
+        # A process that was killed while it wrote or removed one has left it.
+        for path in config.output_dir.glob(".checkpoint-*"):
             shutil.rmtree(path)
         unfinished.mkdir()
     accelerator.wait_for_everyone()
-    with disk_errors_explained(folder.name, unfinished):
+    with disk_errors_explained(folder.name, config.output_dir):
         try:
             if accelerator.is_main_process:
                 (unfinished / CONFIG_NAME).write_text(config.to_json())
@@ -146,17 +150,58 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
         os.replace(unfinished, folder)
         limit = config.checkpoints_total_limit
         for old in list_checkpoints(config.output_dir)[:-limit] if limit else []:
-            shutil.rmtree(old)
+            removed = old.with_name(f".{old.name}.old")
+            os.replace(old, removed)
+            shutil.rmtree(removed)
 
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
-    """Read weights, optimizer, schedule and random state back; `register_state` comes before."""
-    # DeepSpeed has not written the base.
-    accelerator.load_state(checkpoint, **if_deepspeed(accelerator, load_module_strict=False))
+    """
+    Read weights, optimizer, schedule and random state back; `register_state` comes before.
+
+    Raises:
+        ValueError: if one of its files is missing or broken.
+    """
+    try:
+        # DeepSpeed has not written the base.
+        accelerator.load_state(checkpoint, **if_deepspeed(accelerator, load_module_strict=False))
+    # torch, pickle and accelerate have errors of many kinds for a file that is cut off.
+    except Exception as error:
+        broken = [f"{path.name} is broken" for path in sorted(checkpoint.glob("*.bin")) if not _is_loadable(path)]
+        raise _broken(checkpoint, ", ".join(broken) or str(error) or type(error).__name__) from error
+
+
+def _is_loadable(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return True
+
+
+def _broken(checkpoint: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"The checkpoint {str(checkpoint)!r} cannot be read: {reason}. Delete it to go on from the one before."
+    )
+
+
+def _read_json(checkpoint: Path, name: str) -> dict:
+    try:
+        values = json.loads((checkpoint / name).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise _broken(checkpoint, f"{name}: {error}") from error
+    if not isinstance(values, dict) or (name == STATE_NAME and not is_integer(values.get("step"))):
+        raise _broken(checkpoint, f"{name} holds {show_value(values)}")
+    return values
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, or None for a new run."""
+    """
+    The checkpoint to resume from, or None for a new run.
+
+    Raises:
+        ValueError: if `--output_dir` holds another run, or the checkpoint is broken or of a run with other settings.
+    """
     present = list_checkpoints(config.output_dir)
     if config.resume_from_checkpoint is None:
         if present:
@@ -169,27 +214,32 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         checkpoint = present[-1] if present else None
     else:
         checkpoint = Path(config.resume_from_checkpoint)
+        # A bare name means the one in `--output_dir`, as in the scripts of diffusers.
+        if checkpoint.name in [path.name for path in present] and len(checkpoint.parts) == 1:
+            checkpoint = config.output_dir / checkpoint
         if not (checkpoint / STATE_NAME).is_file():
-            raise FileNotFoundError(f"`--resume_from_checkpoint`: {str(checkpoint)!r} is no checkpoint.")
+            there = f" {str(config.output_dir)!r} holds {', '.join(p.name for p in present) or 'none'}."
+            raise FileNotFoundError(f"`--resume_from_checkpoint`: {str(checkpoint)!r} is no checkpoint.{there}")
         if present and checkpoint.resolve() != present[-1].resolve():
             raise ValueError(
                 f"{str(config.output_dir)!r} holds {present[-1].name}, which is not {str(checkpoint)!r}. Delete later"
                 " checkpoints to go on from an earlier one, or set another `--output_dir`."
             )
     if checkpoint is not None:
-        saved = default_settings() | json.loads((checkpoint / CONFIG_NAME).read_text())
+        _read_json(checkpoint, STATE_NAME)
+        saved = default_settings() | _read_json(checkpoint, CONFIG_NAME)
         for name, value in config.fixed_settings().items():
             if saved[name] != value:
                 raise ValueError(
-                    f"`--{name}` is {value!r}, but {str(checkpoint)!r} was trained with {saved[name]!r}. A run"
-                    " continues with the settings it began with."
+                    f"`--{name}` is {value!r}, but {str(checkpoint)!r} was trained with {show_value(saved[name])}. A"
+                    " run continues with the settings it began with."
                 )
     return checkpoint
 
 
 def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
     """Raise a ValueError if a step had another number of samples: they are counted through, on any processes."""
-    saved = json.loads((checkpoint / STATE_NAME).read_text()).get("samples_per_step", samples_per_step)
+    saved = _read_json(checkpoint, STATE_NAME).get("samples_per_step", samples_per_step)
     if saved != samples_per_step:
         raise ValueError(
             f"A step has {samples_per_step} samples, but had {saved} in {str(checkpoint)!r}. They are the product of"
@@ -197,32 +247,35 @@ def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
         )
 
 
-def check_same_aus(checkpoint: Path, au_names: tuple[str, ...]) -> None:
-    """Raise a ValueError if the adapter of `checkpoint` was trained for other AUs."""
-    saved = json.loads((checkpoint / ENCODER_CONFIG_NAME).read_text()).get("au_names") or AU_NAMES
-    if tuple(saved) != au_names:
+def check_same_data(checkpoint: Path, num_samples: int, au_names: Sequence[str]) -> None:
+    """Raise a ValueError if the data set of `checkpoint` had another size, or its adapter other AUs."""
+    saved = _read_json(checkpoint, ENCODER_CONFIG_NAME).get("au_names") or AU_NAMES
+    if list(saved) != list(au_names):
         raise ValueError(
             f"The AUs to train are {', '.join(au_names)}, but {str(checkpoint)!r} was trained with {', '.join(saved)}."
             " Name these by `--aus`, or begin a new run."
         )
+    # With another number of rows, the samples of the steps to come would be others.
+    saved = _read_json(checkpoint, STATE_NAME).get("num_samples") or num_samples
+    if saved != num_samples:
+        raise ValueError(
+            f"The data set has {num_samples} rows, but had {saved} in {str(checkpoint)!r}. A run continues with the"
+            " data it began with: restore them, or begin a new run in another `--output_dir`."
+        )
 
 
 def write_config(config: TrainConfig) -> None:
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = config.output_dir / f".{CONFIG_NAME}.part"
-    with disk_errors_explained(CONFIG_NAME, unfinished):
-        unfinished.write_text(config.to_json())
-    os.replace(unfinished, config.output_dir / CONFIG_NAME)
+    with disk_errors_explained(CONFIG_NAME, config.output_dir):
+        write_atomically(config.output_dir / CONFIG_NAME, config.to_json())
 
 
 @contextmanager
-def disk_errors_explained(what: str, unfinished: Path) -> Iterator[None]:
-    """Report what fails to be written inside as an OSError with the space that is left."""
+def disk_errors_explained(what: str, folder: Path) -> Iterator[None]:
+    """Report what fails to be written into `folder` inside as an OSError with the space that is left."""
     try:
         yield
     # The writers of torch and safetensors raise errors of their own for a full disk.
     except (OSError, RuntimeError, SafetensorError) as error:
-        folder = unfinished.parent
         free = shutil.disk_usage(folder).free / 2**20
         raise OSError(
             f"{what} cannot be written to {str(folder)!r}, where {free:.0f} MiB are free: {error}. What was written"

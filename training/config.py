@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import math
+import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,6 +278,17 @@ class TrainConfig:
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
+
+
+def published_settings(settings: dict) -> dict:
+    """
+    What a model card may show of the settings in a `train_config.json`: what decides the weights, and neither paths
+    nor prompts, which are the business of whoever trained.
+    """
+    more = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision")
+    names = [f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["resumable"] or f.name in more]
+    shown = {name: settings[name] for name in names if settings.get(name) is not None}
+    return {name: value for name, value in shown.items() if not re.search(r"[/\\|\n]", str(value))}
 
 
 def default_settings() -> dict:

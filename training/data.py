@@ -11,25 +11,30 @@ arrays, everything else stays in files that are mapped or read piece by piece.
 import dataclasses
 import functools
 import hashlib
-import io
+import itertools
 import math
 import os
 import re
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.json
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from datasets import Image as ImageFeature
 from datasets import load_dataset, load_dataset_builder
+from datasets.exceptions import DatasetsError
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -37,12 +42,14 @@ from tqdm.auto import tqdm
 from action_units import au_columns, mirrored_columns, whole_au
 from au_encoder import read_tensors
 from face_data.pictures import to_rgb
+from program import replacing, show_value
 from training.checkpoints import disk_errors_explained
 from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders
 
 
 FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 ROWS_PER_SHARD = 1024
 CACHE_FORMAT = 2
 """Part of the name of a cache: another number leaves the caches of older versions alone."""
@@ -65,6 +72,10 @@ class TrainingData:
         first_row (`int`, defaults to 0):
             Number of the first row, for messages.
 
+    Attributes:
+        notes (`list[str]`):
+            Sentences about what is left out or doubtful, for the user to read once.
+
     Raises:
         ValueError: if a column is missing, or a value is not what it has to be. It names the row.
     """
@@ -73,6 +84,8 @@ class TrainingData:
         self.au_names = choose_aus(table.column_names, config)
         _check_columns(table.column_names, config)
         self.first_row = first_row
+        self.folder = config.train_data_dir
+        self.notes: list[str] = []
         self.pictures = table.column(config.image_column)
         self.captions = table.column(config.caption_column)
         self._check_captions(config.caption_column)
@@ -107,11 +120,21 @@ class TrainingData:
             return entry
         return {"path": entry, "bytes": None} if isinstance(entry, str) else {"path": None, "bytes": entry}
 
+    def open_picture(self, row: int) -> BinaryIO:
+        """The file of a picture. Bytes in the table are not copied."""
+        entry = self.pictures[row]
+        content, path = (entry["bytes"], entry["path"]) if isinstance(entry, pa.StructScalar) else (entry, entry)
+        is_bytes = pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
+        if is_bytes and content.is_valid:
+            return pa.BufferReader(content.as_buffer())
+        if not path.is_valid:
+            raise FileNotFoundError("there is none")
+        return open(path.as_py(), "rb")
+
     def picture_size(self, row: int) -> np.ndarray:
         """Width and height, for which only the head of the file is read, and only once."""
         if not self.picture_sizes[row].any():
-            entry = self.picture(row)
-            with Image.open(entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])) as picture:
+            with self.open_picture(row) as file, Image.open(file) as picture:
                 is_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 self.picture_sizes[row] = picture.size[::-1] if is_on_its_side else picture.size
         return self.picture_sizes[row]
@@ -119,7 +142,13 @@ class TrainingData:
     def name(self, row: int) -> str:
         """What messages call a row."""
         path = self.picture(row)["path"]
-        return f"Row {self.first_row + row}" + (f" ({Path(path).name!r})" if path else "")
+        if path and self.folder is not None and Path(path).is_relative_to(self.folder):
+            path = Path(path).relative_to(self.folder)
+        return f"Row {self.first_row + row}" + (f" ({str(path)!r})" if path else "")
+
+    def unreadable(self, row: int, error: Exception) -> ValueError:
+        path = self.picture(row)["path"]
+        return ValueError(f"Row {self.first_row + row}: the picture {path!r} cannot be read: {error}")
 
     def _check_captions(self, column: str) -> None:
         is_text = pa.types.is_string(self.captions.type) or pa.types.is_large_string(self.captions.type)
@@ -140,7 +169,9 @@ class TrainingData:
                 wrong = ~((numbers[:, index] >= 0) & (numbers[:, index] <= highest))
             if wrong.any():
                 row = int(wrong.argmax())
-                raise ValueError(f"{self.name(row)}: {name} is {column[row].as_py()!r}. {allowed}")
+                value = column[row].as_py()
+                allowed = "It has to be a number, not text." if isinstance(value, str) else allowed
+                raise ValueError(f"{self.name(row)}: {name} is {value!r}. {allowed}")
         return numbers
 
 
@@ -152,12 +183,12 @@ class StreamedData:
     as hold `shuffle_buffer_size` rows. About twice as many rows are in memory.
     """
 
-    def __init__(self, urls: list[str], config: TrainConfig):
+    def __init__(self, urls: list[str], config: TrainConfig, notes: list[str]):
         with ThreadPoolExecutor(16) as pool:
             footers = list(tqdm(pool.map(_read_footer, urls), "Parquet files", len(urls), leave=False))
         # Files with other columns than the first are an error.
         self.au_names = choose_aus(footers[0].schema.to_arrow_schema().names, config)
-        self.config = dataclasses.replace(config, aus=self.au_names)
+        self.config, self.notes = dataclasses.replace(config, aus=self.au_names), notes
         self.groups = [(url, f, i) for url, f in zip(urls, footers, strict=True) for i in range(f.num_row_groups)]
         sizes = [footer.row_group(index).num_rows for _, footer, index in self.groups]
         self.ends = np.cumsum(sizes)
@@ -196,30 +227,120 @@ class StreamedData:
 
 
 def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
-    """Load and check all labels and captions; those of a stream are checked when they are read."""
+    """
+    Load and check all labels and captions; those of a stream are checked when they are read.
+
+    Raises:
+        ValueError: if the data cannot be read, or a label is wrong. It names the file or the row.
+    """
+    folder, notes = config.train_data_dir or Path(config.dataset_name), []
     if config.streaming:
-        return StreamedData(_find_parquet_files(config), config)
-    if config.dataset_name is not None:
-        dataset = load_dataset(config.dataset_name, split="train")
+        return StreamedData(_find_parquet_files(config, folder, notes), config, notes)
+    metadata_files = sorted(path for path in _files_in(folder) if path.name in METADATA_NAMES)
+    parquet_files = _find_parquet_in(folder)
+    if metadata_files and parquet_files:
+        raise ValueError(
+            f"{str(folder)!r} holds {metadata_files[0].relative_to(folder)}, and {len(parquet_files)} Parquet files,"
+            f" such as {parquet_files[0].relative_to(folder)}. Training reads either pictures with metadata or Parquet"
+            " files: move one of the kinds away."
+        )
+    if metadata_files:
+        table = _read_metadata_files(folder, metadata_files, config, notes)
+    elif parquet_files:
+        for path in parquet_files:
+            _read_footer(str(path))
+        table = _load_table("parquet", data_files=list(map(str, parquet_files)))
+    elif folder.is_dir():
+        raise ValueError(f"{str(folder)!r} has no {', '.join(METADATA_NAMES)}, and no Parquet file.")
     else:
-        parquet_files = sorted(map(str, config.train_data_dir.rglob("*.parquet")))
-        if parquet_files and not list(config.train_data_dir.rglob("metadata.*")):
-            dataset = load_dataset("parquet", data_files=parquet_files, split="train")
-        else:
-            dataset = load_dataset("imagefolder", data_dir=str(config.train_data_dir), split="train")
-    if config.max_train_samples is not None:
-        dataset = dataset.select(range(min(config.max_train_samples, len(dataset))))
-    if len(dataset) == 0:
+        table = _load_table(config.dataset_name, notes=notes)
+    if config.max_train_samples is not None and config.max_train_samples < len(table):
+        notes.append(f"{len(table) - config.max_train_samples:,} rows after `--max_train_samples` are left out.")
+        table = table.slice(0, config.max_train_samples)
+    if len(table) == 0:
         raise ValueError("The data set is empty.")
-    # As a table it stays mapped from its files.
-    return TrainingData(dataset.with_format("arrow")[:], config)
+    data = TrainingData(table, config)
+    data.notes = notes
+    return data
 
 
-def _find_parquet_files(config: TrainConfig) -> list[str]:
-    if config.dataset_name is not None:
-        urls = list(load_dataset_builder(config.dataset_name).config.data_files["train"])
+def _load_table(source: str, notes: list[str] | None = None, **options) -> pa.Table:
+    """A data set of the `datasets` library as a table, which stays mapped from its files."""
+    try:
+        dataset = load_dataset(source, split="train", **options)
+    except DatasetsError as error:
+        if isinstance(error, OSError):
+            raise
+        raise ValueError(f"The data set {source!r} cannot be read: {error.__cause__ or error}") from error
+    left_out = [name for name in dataset.info.splits or () if name != "train"]
+    if notes is not None and left_out:
+        notes.append(f"Only the split train of {source!r} is used, not {', '.join(left_out)}.")
+    return dataset.with_format("arrow")[:]
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """All files in a folder and its folders, but for hidden ones."""
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _find_parquet_in(folder: Path) -> list[Path]:
+    return [path for path in _files_in(folder) if path.suffix == ".parquet" and path.name not in METADATA_NAMES]
+
+
+def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, notes: list[str]) -> pa.Table:
+    """The rows of all metadata files of a folder, with the pictures' paths in the column `--image_column`."""
+    tables = []
+    for path in paths:
+        same_folder = [other.name for other in paths if other.parent == path.parent]
+        if len(same_folder) > 1:
+            raise ValueError(f"{str(path.parent)!r} holds {' and '.join(same_folder)}. Keep one of them.")
+        try:
+            table = _read_metadata(path)
+        except pa.ArrowException as error:
+            raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+        names = [f"{config.image_column}_file_name", "file_name"]
+        column = next((name for name in names if name in table.column_names), None)
+        if column is None:
+            raise ValueError(f"{str(path)!r} has no column file_name. It has {', '.join(table.column_names)}.")
+        files = table.column(column).to_pylist()
+        wrong = next((row for row, file in enumerate(files) if not isinstance(file, str) or not file), None)
+        if wrong is not None:
+            raise ValueError(f"{str(path)!r}, row {wrong}: {column} has to name a picture, but is {files[wrong]!r}.")
+        pictures = pa.array([str(path.parent / file) for file in files], pa.large_string())
+        if config.image_column in table.column_names:
+            table = table.drop_columns(config.image_column)
+        tables.append(table.drop_columns(column).append_column(config.image_column, pictures))
+    if len(paths) > 1:
+        counts = [f"{len(table):,} of {path.relative_to(folder)}" for path, table in zip(paths, tables, strict=True)]
+        notes.append(f"The rows are {', '.join(counts)}.")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise ValueError(f"The metadata files in {str(folder)!r} do not fit together: {error}") from error
+
+
+def _read_metadata(path: Path) -> pa.Table:
+    if path.suffix == ".parquet":
+        return pq.read_table(path)
+    # As one block, whose column types follow from all rows.
+    block_size = min(path.stat().st_size + 1, 2**31 - 1)
+    if path.suffix == ".csv":
+        options = pa.csv.ReadOptions(block_size=block_size)
+        return pa.csv.read_csv(path, options, pa.csv.ParseOptions(newlines_in_values=True))
+    return pa.json.read_json(path, pa.json.ReadOptions(block_size=block_size))
+
+
+def _find_parquet_files(config: TrainConfig, folder: Path, notes: list[str]) -> list[str]:
+    if folder.is_dir():
+        urls = list(map(str, _find_parquet_in(folder)))
     else:
-        urls = sorted(map(str, config.train_data_dir.rglob("*.parquet")))
+        splits = load_dataset_builder(config.dataset_name).config.data_files
+        urls = list(splits["train"])
+        left_out = [name for name in splits if name != "train"]
+        if left_out:
+            notes.append(f"Only the split train of {config.dataset_name!r} is used, not {', '.join(left_out)}.")
     if not urls or not all(url.endswith(".parquet") for url in urls):
         source = config.dataset_name or config.train_data_dir
         raise ValueError(f"`--streaming` reads Parquet files, but {str(source)!r} has others, or none. Leave it out.")
@@ -227,8 +348,77 @@ def _find_parquet_files(config: TrainConfig) -> list[str]:
 
 
 def _read_footer(url: str) -> pq.FileMetaData:
-    with fsspec.open(url) as file:
-        return pq.read_metadata(file)
+    try:
+        with fsspec.open(url) as file:
+            return pq.read_metadata(file)
+    except pa.ArrowException as error:
+        raise ValueError(f"{url!r} cannot be read: {error}") from error
+
+
+def check_pictures(data: TrainingData) -> None:
+    """
+    Open every picture, and add to `data.notes` which rows repeat one.
+
+    Raises:
+        ValueError: if a picture is missing, cut off or no picture. It names the row and the file.
+    """
+    rows = range(len(data))
+    parts = [rows[start : start + ROWS_PER_SHARD] for start in range(0, len(rows), ROWS_PER_SHARD)]
+    with ThreadPoolExecutor(16) as pool:
+        checked = pool.map(lambda part: [_check_picture(data, row) for row in part], parts)
+        digests = list(itertools.chain(*tqdm(checked, "pictures", len(parts), leave=False)))
+    first_rows: dict[bytes, int] = {}
+    likely = [(first_rows.setdefault(digest, row), row) for row, digest in zip(rows, digests, strict=True)]
+    repeated = [(first, row) for first, row in likely if first != row and _is_same_picture(data, first, row)]
+    aus, captions = data.au_intensities, data.captions
+    contradictory = [pair for pair in repeated if not np.array_equal(*aus[list(pair)])]
+    same = [pair for pair in repeated if pair not in set(contradictory) and captions[pair[0]] == captions[pair[1]]]
+    if contradictory:
+        first, row = contradictory[0]
+        data.notes.append(
+            f"WARNING: {len(contradictory):,} rows have the picture of an earlier row, but other AUs:"
+            f" {data.name(row)} contradicts {data.name(first)}."
+        )
+    if same:
+        first, row = same[0]
+        data.notes.append(
+            f"{len(same):,} rows repeat picture, caption and AUs of an earlier row, as {data.name(row)} does those of"
+            f" {data.name(first)}. They count each time."
+        )
+
+
+def _check_picture(data: TrainingData, row: int) -> bytes:
+    """Raise an error unless the file has a head that Pillow knows, and an end. Returns a digest of size and end."""
+    try:
+        with data.open_picture(row) as file, Image.open(file) as picture:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - 64))
+            end = file.read(64)
+            # To decode it is safe, and slow: a JPEG file may have more behind its end.
+            is_whole = {"PNG": b"IEND" in end, "JPEG": b"\xff\xd9" in end}.get(picture.format, False)
+            if not is_whole:
+                picture.load()
+    # Decoders have errors of many kinds.
+    except Exception as error:
+        raise data.unreadable(row, error) from error
+    return hashlib.blake2b(b"%d " % size + end, digest_size=16).digest()
+
+
+def _is_same_picture(data: TrainingData, first: int, row: int) -> bool:
+    with data.open_picture(first) as file, data.open_picture(row) as other:
+        return file.read() == other.read()
+
+
+def count_cut_captions(data: TrainingData, encoders: StableDiffusionEncoders) -> None:
+    """Add to `data.notes` how many captions are longer than what the base reads."""
+    counts = pc.value_counts(data.captions)
+    captions, times = counts.field("values"), counts.field("counts").to_numpy()
+    cut = [index for index, caption in enumerate(captions) if encoders.is_cut(caption.as_py())]
+    if cut:
+        data.notes.append(
+            f"{times[cut].sum():,} of {len(data):,} captions are longer than the {encoders.tokenizer.model_max_length}"
+            f" tokens that the base reads, and are cut, such as {show_value(captions[cut[0]].as_py())}."
+        )
 
 
 def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
@@ -294,9 +484,9 @@ class PixelInputs:
         data, index = self.data.locate(row)
         try:
             picture, _ = to_rgb(ImageFeature().decode_example(data.picture(index)))
-        except (OSError, SyntaxError, ValueError) as error:
-            path = data.picture(index)["path"]
-            raise ValueError(f"Row {row}: the picture {path!r} cannot be read: {error}") from error
+        # Decoders have errors of many kinds.
+        except Exception as error:
+            raise data.unreadable(index, error) from error
         # The shorter side is resized, the longer one cut.
         picture = ImageOps.fit(picture, (self.resolution, self.resolution))
         pixels = np.asarray(ImageOps.mirror(picture) if flip else picture)
@@ -307,7 +497,11 @@ class PixelInputs:
         if row is None:
             return {"input_ids": self.encoders.tokenize("")}
         data, index = self.data.locate(row)
-        return {"input_ids": self.encoders.tokenize(data.captions[index].as_py())}
+        caption = data.captions[index].as_py()
+        if isinstance(self.data, StreamedData) and self.encoders.is_cut(caption):
+            # Python shows the same warning once.
+            warnings.warn("There are captions longer than what the base reads. They are cut.", stacklevel=2)
+        return {"input_ids": self.encoders.tokenize(caption)}
 
 
 class LatentInputs:
@@ -422,14 +616,12 @@ def encode_rows(
             num_workers=config.dataloader_num_workers,
             generator=torch.Generator(),
         )
-        encoded = [encode(batch) for batch in batches]
+        encoded = [encode(batch) for batch in read_batches(batches)]
         tensors = {
             name: torch.cat([part[name].to("cpu", dtype) for part in encoded]).contiguous() for name in encoded[0]
         }
-        unfinished = path.with_suffix(".part")
-        with disk_errors_explained(f"{folder.name[:16]}/{path.name}", unfinished):
+        with disk_errors_explained(f"{folder.name[:16]}/{path.name}", folder), replacing(path) as unfinished:
             save_file(tensors, unfinished)
-        os.replace(unfinished, path)
     accelerator.wait_for_everyone()
     return CachedRows(paths)
 
@@ -564,6 +756,14 @@ class TrainingSamples(torch.utils.data.Dataset):
             fraction = (number % self.samples_per_step + fraction) / self.samples_per_step
         timestep = np.searchsorted(self.timestep_ends, fraction, side="right")
         return min(int(timestep), len(self.timestep_ends) - 1)
+
+
+def read_batches(dataloader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """The batches. An error in a worker process has the message that it has in the main process."""
+    try:
+        yield from dataloader
+    except ValueError as error:
+        raise ValueError(str(error).rpartition("ValueError: ")[2].strip()) from error
 
 
 def make_dataloader(

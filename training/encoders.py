@@ -65,6 +65,12 @@ class StableDiffusionEncoders:
         tokens = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         return tokens.input_ids[0]
 
+    def is_cut(self, caption: str) -> bool:
+        """Whether `tokenize` leaves out the end of a caption."""
+        length = self.tokenizer.model_max_length
+        # Each token has a byte or more, and two mark the start and the end.
+        return len(caption.encode()) > length - 2 and len(self.tokenizer(caption, verbose=False).input_ids) > length
+
     @torch.no_grad()
     def encode_captions(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """`(batch, tokens)` → `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`."""

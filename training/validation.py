@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation pictures: a sheet with a row for each prompt and seed and a column for each expression."""
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from action_units import read_aus
 from drawing.contact_sheet import Table, draw_sheet
+from program import replacing
 from training.checkpoints import TrainingState, disk_errors_explained
 from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders, load_encoders
@@ -85,11 +85,8 @@ def validate(
     if for_the_moment:
         encoders.unload()
     path = config.output_dir / "validation" / f"step-{state.step:06}.png"
-    unfinished = path.with_suffix(".part")
-    path.parent.mkdir(exist_ok=True)
-    with disk_errors_explained(path.name, unfinished):
+    with disk_errors_explained(path.name, config.output_dir), replacing(path) as unfinished:
         sheet.save(unfinished, "PNG")
-    os.replace(unfinished, path)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({"validation": np.asarray(sheet)[None]}, step=state.step, dataformats="NHWC")
