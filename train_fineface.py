@@ -430,10 +430,15 @@ def push_to_hub(config: TrainConfig, repo_id: str) -> None:
     """Upload a repository of the base and the adapter that loads in one line, with pictures in its card."""
     from hub import export
 
-    arguments = [str(config.output_dir), str(config.output_dir / "hub"), "--overwrite", "--push", repo_id]
-    arguments += ["--base", config.pretrained_model_name_or_path]
-    arguments += ["--num-inference-steps", str(config.validation_inference_steps)]
-    print(export.run(export.parse_args(arguments)))
+    repository = export.ExportConfig(
+        source=str(config.output_dir),
+        folder=config.output_dir / "hub",
+        overwrite=True,
+        push=repo_id,
+        base=config.pretrained_model_name_or_path,
+        num_inference_steps=config.validation_inference_steps,
+    )
+    print(export.run(repository))
 
 
 def run(config: TrainConfig) -> None:

@@ -19,7 +19,6 @@ read, and a card, with pictures if there is a base to draw them with. With `--fo
 `load_au_adapter` reads it, with a few vectors for each layer in place of its encoder, keys and values.
 """
 
-import argparse
 import ast
 import contextlib
 import copy
@@ -127,7 +126,40 @@ class CardFacts:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What is exported, and what its card says: the options of the program, with the same defaults."""
+
+    source: str
+    folder: Path
+    base: str | None = None
+    adapter_variant: str | None = None
+    format: str = FORMATS[0]
+    push: str | None = None
+    private: bool = False
+    space: bool = False
+    overwrite: bool = False
+    dtype: str = "float32"
+    no_pictures: bool = False
+    num_inference_steps: int | None = None
+    seed: int = 0
+    device: str | None = None
+    license: str = "apache-2.0"
+    base_model: str | None = None
+    datasets: list[str] | None = None
+    training: Path | None = None
+    evaluation: Path | None = None
+
+    def __post_init__(self):
+        if self.private and self.push is None:
+            raise ValueError("`--private` is about the repository of `--push`, but there is none.")
+        if self.space and self.format != "pipeline":
+            raise ValueError(
+                f"`--space` writes a pipeline with its weights, not `--format {self.format}`. Leave out one."
+            )
+
+
+def parse_args(argv: list[str] | None) -> ExportConfig:
     parser = Parser("hub.export", __doc__)
     parser.add_argument("source", metavar="ADAPTER_OR_PIPELINE", help="folder or Hub id")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="new folder")
@@ -164,12 +196,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     card.add_argument(
         "--evaluation", type=Path, metavar="MD", help=f"its results (default: {REPORT_NAME} of the model)"
     )
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    return args
+    return ExportConfig(**vars(parser.parse_args(argv)))
 
 
-def find_weights(args: argparse.Namespace) -> Weights | None:
+def find_weights(config: ExportConfig) -> Weights | None:
     """
     The model and the adapter that make the repository, or that draw its pictures. An adapter alone needs no model.
 
@@ -177,25 +207,25 @@ def find_weights(args: argparse.Namespace) -> Weights | None:
         OSError: if a folder is not there, or holds something else.
         ValueError: if the options do not fit together.
     """
-    for name in filter(None, (args.source, args.base)):
+    for name in filter(None, (config.source, config.base)):
         check_folder_or_hub_id(name, "The model or adapter")
-    if args.folder.resolve() in [Path(name).resolve() for name in filter(None, (args.source, args.base))]:
+    if config.folder.resolve() in [Path(name).resolve() for name in filter(None, (config.source, config.base))]:
         raise ValueError("FOLDER is what it is made from. Name another one.")
-    model = args.source if args.base is None else args.base
-    if args.format != "pipeline" and args.base is None and not _is_base(Path(model)):
+    model = config.source if config.base is None else config.base
+    if config.format != "pipeline" and config.base is None and not _is_base(Path(model)):
         return None
     if Path(model).is_dir():
         if not (Path(model) / "model_index.json").is_file():
-            what = "an adapter without a base model. Name its base" if args.base is None else "no model. Name one"
+            what = "an adapter without a base model. Name its base" if config.base is None else "no model. Name one"
             raise FileNotFoundError(f"{model!r} is {what} with `--base`: there is no model_index.json in it.")
         if isinstance(json.loads((Path(model) / "model_index.json").read_text())["_class_name"], list):
             raise ValueError(
                 f"{model!r} is an exported repository already: its LoRA is fused. Export from the base and the adapter"
                 " that it was made from."
             )
-    if args.adapter_variant and args.base is None:
+    if config.adapter_variant and config.base is None:
         raise ValueError("`--variant` chooses among the files of an adapter. Name its base with `--base`.")
-    return Weights(model, None if args.base is None else args.source, args.adapter_variant)
+    return Weights(model, None if config.base is None else config.source, config.adapter_variant)
 
 
 def _is_base(folder: Path) -> bool:
@@ -204,12 +234,12 @@ def _is_base(folder: Path) -> bool:
     return index.is_file() and not isinstance(json.loads(index.read_text(encoding="utf-8"))["_class_name"], list)
 
 
-def check_push(repo_id: str) -> HfApi:
+def check_push(repo_id: str, repo_type: str = "model", marker: str = REPOSITORY_MARKER) -> HfApi:
     """
-    The Hub, where somebody is logged in.
+    The Hub, where somebody is logged in. A repository that is there already has to hold the file `marker`.
 
     Raises:
-        ValueError: if `repo_id` is no name of a repository.
+        ValueError: if `repo_id` is no name of a repository, or one that somebody else has filled.
         OSError: if nobody is logged in, or the Hub cannot be reached.
     """
     try:
@@ -218,7 +248,15 @@ def check_push(repo_id: str) -> HfApi:
         raise ValueError(f"`--push` is {repo_id!r}, which is no repository id such as user/fineface.") from error
     api = HfApi()
     try:
-        api.whoami()
+        user = api.whoami()["name"]
+        whole_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
+        if api.repo_exists(whole_id, repo_type=repo_type):
+            found = set(api.list_repo_files(whole_id, repo_type=repo_type)) - {".gitattributes", "README.md"}
+            if found and marker not in found:
+                raise ValueError(
+                    f"`--push` is {repo_id!r}, which holds files that this program has not written, such as"
+                    f" {min(found)}. They would be deleted. Name another repository, or delete that one first."
+                )
     except LocalTokenNotFoundError as error:
         raise OSError("`--push` needs a token of the Hub. Log in with `hf auth login`, or set HF_TOKEN.") from error
     except HfHubHTTPError as error:
@@ -228,33 +266,32 @@ def check_push(repo_id: str) -> HfApi:
     return api
 
 
-def gather_facts(args: argparse.Namespace, weights: Weights | None, is_original: bool) -> CardFacts:
+def gather_facts(config: ExportConfig, weights: Weights | None, is_original: bool) -> CardFacts:
     """
     Raises:
         OSError: if a text that is named cannot be read.
     """
-    folder = Path(args.source)
+    folder = Path(config.source)
     config_file = folder / TRAIN_CONFIG_NAME
-    config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    bases = [args.base_model, weights and weights.model]
-    # A folder may be gone since, or be on another computer.
-    bases += filter(is_hub_id, [str(config.get("pretrained_model_name_or_path"))])
-    base_model = next((name for name in bases if name is not None and not Path(name).exists()), None)
-    if base_model is not None:
-        validate_repo_id(base_model)
-    datasets = args.datasets
-    if datasets is None and is_hub_id(str(config.get("dataset_name"))):
-        datasets = [config["dataset_name"]]
+    trained = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    bases = (config.base_model, weights and weights.model, trained.get("pretrained_model_name_or_path"))
+    if config.base_model is not None and not is_hub_id(config.base_model):
+        raise ValueError(f"`--base-model` is {config.base_model!r}, which is no id of a Hub repository.")
+    # A folder on somebody's disk, which may be gone by now, is no base for anybody else.
+    base_model = next((name for name in bases if name is not None and is_hub_id(name)), None)
+    datasets = config.datasets
+    if datasets is None and is_hub_id(trained.get("dataset_name") or ""):
+        datasets = [trained["dataset_name"]]
     # Nobody but the paper's authors uses their layout, and what they trained on is in the template.
     datasets = [] if datasets is None and not is_original else datasets
-    evaluation = args.evaluation
+    evaluation = config.evaluation
     if evaluation is None and (folder / REPORT_NAME).is_file():
         evaluation = folder / REPORT_NAME
     return CardFacts(
-        license=args.license,
+        license=config.license,
         base_model=base_model,
         datasets=datasets,
-        training=_training_text(args.training, config, folder / NOTES_NAME),
+        training=_training_text(config.training, trained, folder / NOTES_NAME),
         evaluation=NOT_MEASURED if evaluation is None else _section(evaluation),
     )
 
@@ -568,21 +605,21 @@ def push(api: HfApi, folder: Path, repo_id: str, is_space: bool, private: bool) 
         ) from error
 
 
-def run_adapter_format(args: argparse.Namespace) -> str:
+def run_adapter_format(config: ExportConfig) -> str:
     """Write the adapter alone, in one of the two formats without a base."""
-    weights = find_weights(args)
-    is_ip_adapter = args.format == "ip-adapter"
-    check_new_folder(args.folder, args.overwrite, IP_ADAPTER_NAME if is_ip_adapter else FOLDED_MARKER)
-    _check_private(args)
-    has_pictures = is_ip_adapter and weights is not None and not args.no_pictures
-    options = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps is not None else {}
+    weights, device = find_weights(config), pick_device(config.device)
+    is_ip_adapter = config.format == "ip-adapter"
+    marker = IP_ADAPTER_NAME if is_ip_adapter else FOLDED_MARKER
+    check_new_folder(config.folder, config.overwrite, marker)
+    has_pictures = is_ip_adapter and weights is not None and not config.no_pictures
+    options = {"num_inference_steps": config.num_inference_steps} if config.num_inference_steps is not None else {}
     defaults = {} if weights is None else read_model_defaults(weights.model)
-    make_job({**defaults, **options, "seed": args.seed, "prompt": DEMO_PROMPT})  # checks the options
-    api = check_push(args.push) if args.push is not None else None
-    files = find_adapter_files(args.source, variant=args.adapter_variant)
-    facts = gather_facts(args, weights, files.is_original)
-    repo_id = args.push or f"your-name/{args.folder.resolve().name}"
-    dtype = getattr(torch, args.dtype)
+    make_job({**defaults, **options, "seed": config.seed, "prompt": DEMO_PROMPT})  # checks the options
+    api = check_push(config.push, "model", marker) if config.push is not None else None
+    files = find_adapter_files(config.source, variant=config.adapter_variant)
+    facts = gather_facts(config, weights, files.is_original)
+    repo_id = config.push or f"your-name/{config.folder.resolve().name}"
+    dtype = getattr(torch, config.dtype)
     # A check of the whole adapter, before anything is written.
     adapter = read_au_adapter(files)
     try:
@@ -590,10 +627,12 @@ def run_adapter_format(args: argparse.Namespace) -> str:
     except ValueError as error:
         raise ValueError(f"{str(files.encoder_config)!r}: {error}") from error
     if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
-        raise ValueError(f"{args.source!r} holds values that `--dtype {args.dtype}` cannot hold. Take another one.")
+        raise ValueError(
+            f"{config.source!r} holds values that `--dtype {config.dtype}` cannot hold. Take another one."
+        )
     au_names = tuple(adapter.config.au_names or AU_NAMES)
 
-    with quiet(), new_folder(args.folder) as folder:
+    with quiet(), new_folder(config.folder) as folder:
         if is_ip_adapter:
             write_ip_adapter(folder, adapter)
             card = fill_ip_adapter_card(facts, repo_id, defaults, has_pictures, au_names, files.lora is not None)
@@ -606,51 +645,47 @@ def run_adapter_format(args: argparse.Namespace) -> str:
             write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME, None if dtype == torch.float32 else dtype)
         if has_pictures:
             # Read back from these files, which shows that they hold the adapter.
-            pipeline_dtype = torch.float32 if args.device.type == "cpu" else dtype
-            pipeline = load_pipeline(Weights(weights.model, str(folder)), args.device, pipeline_dtype)
+            pipeline_dtype = torch.float32 if device.type == "cpu" else dtype
+            pipeline = load_pipeline(Weights(weights.model, str(folder)), device, pipeline_dtype)
             pipeline.set_progress_bar_config(disable=True)
-            jobs = picture_jobs(defaults | options | {"seed": args.seed}, au_names)
+            jobs = picture_jobs(defaults | options | {"seed": config.seed}, au_names)
             draw_pictures(pipeline, folder, jobs, {"model": repo_id})
     note = ""
-    if is_ip_adapter and weights is None and not args.no_pictures:
+    if is_ip_adapter and weights is None and not config.no_pictures:
         note = " The card has no pictures, because there was no base to draw them with: `--base`."
     if api is not None:
-        return f"{args.folder}, and {push(api, args.folder, args.push, False, args.private)}{note and '.' + note}"
-    return f"{args.folder}{note and '.' + note}"
+        return (
+            f"{config.folder}, and {push(api, config.folder, config.push, False, config.private)}{note and '.' + note}"
+        )
+    return f"{config.folder}{note and '.' + note}"
 
 
-def _check_private(args: argparse.Namespace) -> None:
-    if args.private and args.push is None:
-        raise ValueError("`--private` is about the repository of `--push`, but there is none.")
-
-
-def run(args: argparse.Namespace) -> str:
-    if args.format != "pipeline":
-        if args.space:
-            raise ValueError(
-                f"`--space` writes a pipeline with its weights, not `--format {args.format}`. Leave out one."
-            )
-        return run_adapter_format(args)
-    weights = find_weights(args)
-    if args.space and not APP.is_file():
+def run(config: ExportConfig) -> str:
+    if config.format != "pipeline":
+        return run_adapter_format(config)
+    device = pick_device(config.device)
+    weights = find_weights(config)
+    if config.space and not APP.is_file():
         raise FileNotFoundError(f"`--space` needs {APP.name}, which is not beside this program.")
-    check_new_folder(args.folder, args.overwrite, SPACE_MARKER if args.space else REPOSITORY_MARKER)
-    _check_private(args)
+    marker = SPACE_MARKER if config.space else REPOSITORY_MARKER
+    check_new_folder(config.folder, config.overwrite, marker)
     defaults = read_model_defaults(weights.model)
-    options = {"num_inference_steps": args.num_inference_steps} if args.num_inference_steps is not None else {}
+    options = {"num_inference_steps": config.num_inference_steps} if config.num_inference_steps is not None else {}
     au_names = read_au_names(weights)
-    jobs = picture_jobs(defaults | options | {"seed": args.seed}, au_names)
-    api = check_push(args.push) if args.push is not None else None
-    files = find_adapter_files(args.source, variant=args.adapter_variant)
-    facts = gather_facts(args, weights, files.is_original)
+    jobs = picture_jobs(defaults | options | {"seed": config.seed}, au_names)
+    api = None
+    if config.push is not None:
+        api = check_push(config.push, "space" if config.space else "model", marker)
+    files = find_adapter_files(config.source, variant=config.adapter_variant)
+    facts = gather_facts(config, weights, files.is_original)
     defaults_file = Path(weights.model) / MODEL_DEFAULTS_NAME
-    repo_id = args.push or f"your-name/{args.folder.resolve().name}"
-    dtype = getattr(torch, args.dtype)
+    repo_id = config.push or f"your-name/{config.folder.resolve().name}"
+    dtype = getattr(torch, config.dtype)
 
-    with quiet(), new_folder(args.folder) as folder:
+    with quiet(), new_folder(config.folder) as folder:
         # In full precision: fusing rounds.
         pipeline = load_pipeline(weights, torch.device("cpu"), torch.float32)
-        if args.space:
+        if config.space:
             cast(pipeline, dtype)
             write_space(pipeline, folder, repo_id.split("/")[-1], facts, defaults_file)
         else:
@@ -658,15 +693,15 @@ def run(args: argparse.Namespace) -> str:
             add_remote_code(folder)
             if defaults_file.is_file():
                 shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
-            card = fill_card(facts, repo_id, defaults, has_pictures=not args.no_pictures, au_names=au_names)
+            card = fill_card(facts, repo_id, defaults, has_pictures=not config.no_pictures, au_names=au_names)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            if not args.no_pictures:
-                cast(exported, torch.float32 if args.device.type == "cpu" else dtype, args.device)
+            if not config.no_pictures:
+                cast(exported, torch.float32 if device.type == "cpu" else dtype, device)
                 exported.set_progress_bar_config(disable=True)
                 draw_pictures(exported, folder, jobs, {"model": repo_id})
     if api is None:
-        return str(args.folder)
-    return f"{args.folder}, and {push(api, args.folder, args.push, args.space, args.private)}"
+        return str(config.folder)
+    return f"{config.folder}, and {push(api, config.folder, config.push, config.space, config.private)}"
 
 
 def main(argv: list[str] | None = None) -> int:

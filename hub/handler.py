@@ -13,7 +13,6 @@ import json
 import math
 import re
 import threading
-from numbers import Real
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from PIL import Image
 
 
 MODEL_DEFAULTS_NAME = "fineface.json"
-MAX_PROMPT_LENGTH = 2000
+MAX_TEXT_LENGTH = 2000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100
 
@@ -45,7 +44,15 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "", max_steps: int = 100, max_pixels: int = 1024 * 1024):
-        self.max_steps, self.max_pixels = max_steps, max_pixels
+        # The lowest value, the highest one, and what it has to be a multiple of.
+        side = (8, max_pixels // 8, 8)
+        self.limits = {
+            "seed": (0, MAX_SEED, 1),
+            "num_inference_steps": (1, max_steps, 1),
+            "width": side,
+            "height": side,
+        }
+        self.max_pixels = max_pixels
         has_accelerator = torch.accelerator.is_available()
         device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
         self.pipeline = DiffusionPipeline.from_pretrained(
@@ -75,64 +82,51 @@ class EndpointHandler:
             with self.lock:
                 return self.pipeline(**arguments, generator=generator).images[0]
         except ValueError as error:
-            return {"error": str(error), "error_type": "invalid_request"}
+            return {"error": str(error)[:1000], "error_type": "invalid_request"}
         except torch.OutOfMemoryError:
             message = "There is not enough memory for this picture. Ask for fewer pixels."
             return {"error": message, "error_type": "out_of_memory"}
 
     def check(self, data: dict) -> dict:
-        """The arguments of the pipeline's call, and the seed. What AUs say is checked by the pipeline, before it runs.
+        """
+        The arguments of the pipeline's call, and the seed: known names, numbers and texts within their limits. The
+        pipeline checks the rest before it runs a model.
 
         Raises:
             ValueError: if the request has another form, or asks for too much.
         """
         if not isinstance(data, dict):
-            raise ValueError(f'The request has to be {{"inputs": prompt, "parameters": {{…}}}}, but is {_kind(data)}.')
+            raise ValueError('The request has to be an object: {"inputs": prompt, "parameters": {…}}.')
         _check_names(data, ("inputs", "parameters"), "the request")
         prompt = _check_text("inputs", data.get("inputs"))
         if not prompt.strip():
             raise ValueError("`inputs` is empty. Say what to draw, such as 'a girl in a park'.")
-        parameters = data.get("parameters")
-        parameters = {} if parameters is None else parameters
+        parameters = {} if data.get("parameters") is None else data["parameters"]
         if not isinstance(parameters, dict):
-            raise ValueError(f"`parameters` has to be an object, but is {_kind(parameters)}.")
+            raise ValueError("`parameters` has to be an object.")
         _check_names(parameters, PARAMETERS, "`parameters`")
         given = {name: value for name, value in parameters.items() if value is not None}
-
-        for name in TEXTS:
-            if name in given:
-                _check_text(name, given[name])
-        for name in NUMBERS:
-            value = given.get(name, 0)
-            is_number = isinstance(value, Real) and not isinstance(value, bool)
-            if not is_number or not abs(value) <= MAX_GUIDANCE:
-                raise ValueError(
-                    f"`{name}` has to be a number from {-MAX_GUIDANCE} to {MAX_GUIDANCE}, but is {_show(value)}."
-                )
-        for name, value in ((name, given[name]) for name in WHOLE_NUMBERS if name in given):
-            lowest, highest, step = self._limits(name)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if not is_whole or not lowest <= value <= highest or value % step:
-                what = "a whole number" if step == 1 else f"a multiple of {step}"
-                raise ValueError(f"`{name}` has to be {what} from {lowest} to {highest}, but is {_show(value)}.")
-        for name in EXPRESSIONS:
-            _check_expression(name, given.get(name))
-
+        for name, value in given.items():
+            if name in TEXTS:
+                _check_text(name, value)
+            elif name in EXPRESSIONS:
+                _check_expression(name, value)
+            elif name in NUMBERS:
+                if not _is_number(value) or not abs(value) <= MAX_GUIDANCE:
+                    allowed = f"a number from {-MAX_GUIDANCE} to {MAX_GUIDANCE}"
+                    raise ValueError(f"`{name}` has to be {allowed}, but is {_show(value)}.")
+            else:
+                lowest, highest, step = self.limits[name]
+                is_whole = isinstance(value, int) and not isinstance(value, bool)
+                if not is_whole or not lowest <= value <= highest or value % step:
+                    what = "a whole number" if step == 1 else f"a multiple of {step}"
+                    raise ValueError(f"`{name}` has to be {what} from {lowest} to {highest}, but is {_show(value)}.")
         arguments = {**self.defaults, **given, "prompt": prompt}
-        sizes = [arguments.get(name) for name in ("width", "height")]
-        if any(name in given for name in ("width", "height")):
-            width, height = (size or self._default_size() for size in sizes)
+        if "width" in given or "height" in given:
+            width, height = (arguments.get(name) or self._default_size() for name in ("width", "height"))
             if width * height > self.max_pixels:
                 raise ValueError(f"{width} x {height} pixels are more than the {self.max_pixels} that are allowed.")
         return arguments
-
-    def _limits(self, name: str) -> tuple[int, int, int]:
-        """The lowest value, the highest one, and what it has to be a multiple of."""
-        if name == "seed":
-            return 0, MAX_SEED, 1
-        if name == "num_inference_steps":
-            return 1, self.max_steps, 1
-        return 8, self.max_pixels // 8, 8
 
     def _default_size(self) -> int:
         sample_size = self.pipeline.unet.config.sample_size
@@ -156,9 +150,9 @@ def _check_names(values: dict, known: tuple[str, ...], where: str) -> None:
 
 def _check_text(name: str, value) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"`{name}` has to be one text, but is {_kind(value)}.")
-    if len(value) > MAX_PROMPT_LENGTH:
-        raise ValueError(f"`{name}` has {len(value)} characters, and may have {MAX_PROMPT_LENGTH}.")
+        raise ValueError(f"`{name}` has to be one text, but is {_show(value)}.")
+    if len(value) > MAX_TEXT_LENGTH:
+        raise ValueError(f"`{name}` has {len(value)} characters, and may have {MAX_TEXT_LENGTH}.")
     # JSON can carry halves of characters, which no tokenizer can.
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"`{name}` has to be Unicode text, but has a half of a character in it.")
@@ -166,34 +160,28 @@ def _check_text(name: str, value) -> str:
 
 
 def _check_expression(name: str, value) -> None:
-    """Forms only. Numbers in JSON may be endless, and lists as deep as they like."""
+    """Forms only: in JSON, numbers may be endless, and lists as deep as they like."""
     if isinstance(value, str):
         _check_text(name, value)
         return
-    items = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    is_flat = all(isinstance(item, (int, float)) and math.isfinite(_float(item)) for item in items)
-    if value is not None and not (isinstance(value, (dict, list)) and is_flat):
+    items = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(items, list) or not all(map(_is_number, items)):
         raise ValueError(
-            f"`{name}` has to be a text such as '6C+12D', an object such as {{\"AU6\": 2.5}}, or 12 numbers, but is"
-            f" {_show(value)}."
+            f"`{name}` has to be a text such as '6C+12D', an object such as {{\"AU6\": 2.5}}, or a list of numbers,"
+            f" but is {_show(value)}."
         )
 
 
-def _float(value) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
-
-
-def _kind(value) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "missing"}
-    return names.get(type(value), "a number" if isinstance(value, Real) else f"of type {type(value).__name__}")
+def _is_number(value) -> bool:
+    # A comparison, because a whole number of 400 digits becomes no float.
+    return isinstance(value, (int, float)) and -math.inf < value < math.inf
 
 
 def _show(value) -> str:
     """A short form of anything: error messages go back to the caller, who may have sent a lot."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
     # Python refuses to print whole numbers of more than some thousand digits.
     is_huge = isinstance(value, int) and abs(value) > 2**64
-    text = "a very large number" if is_huge else repr(value) if isinstance(value, (Real, str)) else _kind(value)
+    text = "a very large number" if is_huge else repr(value)
     return text if len(text) <= 60 else f"{text[:56]}…{text[-1]}"

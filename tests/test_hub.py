@@ -194,6 +194,14 @@ def test_pushing_again_replaces_what_was_there(hub, logged_in, tiny_sd_dir, tiny
     assert "old.bin" not in files and "model_index.json" in files
 
 
+def test_a_repository_of_somebody_else_is_left_alone(hub, logged_in, tiny_sd_dir, tiny_adapter_dir, tmp_path, capsys):
+    hub.add_folder("user/precious", tiny_adapter_dir)
+    before = dict(hub.repositories["model", "user/precious"].files)
+    arguments = [tiny_adapter_dir, str(tmp_path / "out"), "--base", tiny_sd_dir, "--push", "user/precious"]
+    fails_with(export, arguments, "holds files that this program has not written", capsys)
+    assert hub.repositories["model", "user/precious"].files == before and list(tmp_path.iterdir()) == []
+
+
 def test_half_precision_is_rounded_once(tiny_pipe, tmp_path):
     unet = make_components()["unet"]
     add_lora(unet, LORA_NAME)
@@ -283,6 +291,18 @@ def test_a_card_says_what_is_known(tiny_sd_dir, tiny_adapter_dir, tmp_path):
     assert "### My report" in card.text and "| `max_train_steps` | 7 |" in card.text and "secret" not in card.text
     assert "the card of the base" not in card.text
     assert all("output" not in example for example in card.data.widget) and "<img" not in card.text
+
+
+def test_a_card_says_nothing_that_is_private(tiny_sd_dir, tiny_adapter_dir, tmp_path):
+    """Also of a base that was a folder and is gone by now."""
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
+    private = {"pretrained_model_name_or_path": "/gone/secret/base", "dataset_name": "C:\\secret\\faces"}
+    private |= {"validation_prompt": ["my secret neighbour"], "train_data_dir": "secret", "cache_dir": "secret"}
+    (adapter / "train_config.json").write_text(json.dumps(private | {"max_train_steps": 7}))
+    assert export.main([str(adapter), str(tmp_path / "out"), "--base", tiny_sd_dir, "--no-pictures"]) == 0
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model is None and not card.data.datasets
+    assert "secret" not in card.content and "| `max_train_steps` | 7 |" in card.text
 
 
 def test_notes_beside_the_weights_become_the_text_on_the_training(tmp_path):
@@ -598,6 +618,7 @@ def fails_with(program, arguments: list[str], message: str, capsys) -> None:
         (["{adapter}", "{out}", "--base", "{base}", "--push", "a/b/c"], "no repository id"),
         (["{adapter}", "{out}", "--base", "{base}", "--push", "user/new"], "hf auth login"),
         (["{adapter}", "{out}", "--base", "{base}", "--private"], "`--push`"),
+        (["{adapter}", "{out}", "--base", "{base}", "--base-model", "../some/base"], "no id of a Hub repository"),
         (["{adapter}", "{out}", "--base", "{base}", "--num-inference-steps", "0"], "num_inference_steps"),
         (["{adapter}", "{out}", "--base", "{base}", "--seed", "-1"], "seed"),
         (["{adapter}", "{out}", "--base", "{base}", "--device", "abacus"], "abacus"),
