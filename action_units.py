@@ -23,7 +23,7 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Integral, Real
@@ -437,7 +437,11 @@ def format_aus(
 
 
 def extract_au_tags(
-    prompt: str, argument: str = "prompt", au_names: Sequence[str] = AU_NAMES
+    prompt: str,
+    argument: str = "prompt",
+    au_names: Sequence[str] = AU_NAMES,
+    words: Collection[str] = (),
+    with_presets: bool = True,
 ) -> tuple[str, str | None]:
     """
     Take the AU tag out of a prompt, for callers that can send only text.
@@ -445,7 +449,8 @@ def extract_au_tags(
     A tag is text in angle brackets that starts with an AU (`<AU6=3 AU12=5>`, `<AU12D>`), joins FACS items by plus
     (`<6C+12D>`, `<L12C+R4B>`), starts with a number and an equals sign (`<6=3 12L=5>`), or is a preset (`<doubtful>`),
     a name with a strength (`<doubtful@0.5>`), or a mixture that starts with one (`<happy@0.5 + AU4=2>`). All other
-    brackets stay: `<my-token>`, `<sks>`, `<2d>`, `<lora:x:1>`.
+    brackets stay: `<my-token>`, `<sks>`, `<2d>`, `<lora:x:1>`. So do those among `words`, the tokens that a tokenizer
+    was taught (`<happy>`), and without `with_presets` those that only the name of a preset makes a tag.
 
     Returns:
         The prompt without the tag, and the tag's text for `parse_aus`, or `None` without one.
@@ -462,7 +467,8 @@ def extract_au_tags(
     open_tag = re.search(r"<\s*AU ?[LR]?[0-9][^<>]*(?:<|\Z)", prompt, flags=re.ASCII | re.IGNORECASE)
     if open_tag:
         raise ValueError(f"`{argument}` opens an AU tag with {_show(open_tag[0])} and never closes it with '>'.")
-    tags = [match for match in re.finditer("<([^<>]*)>", prompt) if _is_au_tag(match[1])]
+    brackets = (match for match in re.finditer("<([^<>]*)>", prompt) if match[0] not in words)
+    tags = [match for match in brackets if _is_au_tag(match[1], with_presets)]
     if not tags:
         return prompt, None
     if len(tags) > 1:
@@ -857,11 +863,11 @@ def _unknown_preset_message(name: str, label: str, au_names: tuple[str, ...]) ->
     return f'`{label}` is {_show(name)}, which is no preset and no AUs such as "AU6=3 AU12=5" or "6C+12D". {way_out}'
 
 
-def _is_au_tag(content: str) -> bool:
+def _is_au_tag(content: str, with_presets: bool = True) -> bool:
     content = " ".join(content.split())
     au = r"(?:AU|[LR])? ?\d+[LR]?[A-Z]?"
     shapes = rf"AU ?[LR]?\d.*|{au}(?: ?\+ ?{au})+|[LR]?\d+[LR]? ?=.*|[A-Z _-]+@ ?[-+.\d]+"
-    is_preset = _find_preset(re.split(" ?[@+]", content)[0]) is not None
+    is_preset = with_presets and _find_preset(re.split(" ?[@+]", content)[0]) is not None
     return is_preset or re.fullmatch(shapes, content, flags=re.ASCII | re.IGNORECASE) is not None
 
 

@@ -8,6 +8,7 @@ layer gets from it (Eq. 2), and the files they are kept in.
 import copy
 import inspect
 import json
+import logging
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub import hf_hub_download
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -483,6 +484,46 @@ def find_adapter_files(
         f" {ATTN_PROCESSORS_NAME} and the folder {ENCODER_FOLDER}, nor {ORIGINAL_ATTN_PROCESSORS_NAME} and"
         f" {ORIGINAL_ENCODER_NAME} as the paper's authors published them, nor {IP_ADAPTER_NAME}."
     )
+
+
+def find_adapter_beside(base: str | os.PathLike, **hub_options) -> AdapterFiles | None:
+    r"""
+    Find the adapter that a pipeline saved beside its base model, or None. At a Hub repository without one, this asks
+    for a single file.
+
+    Args:
+        base (`str` or `os.PathLike`):
+            The folder or the Hub id of the base model.
+        hub_options:
+            As in `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, …
+    """
+    if not Path(base).is_dir():
+        try:
+            hf_hub_download(os.fspath(base), ATTN_PROCESSORS_NAME, **hub_options)
+        except LocalEntryNotFoundError:
+            where = {name: hub_options[name] for name in ("cache_dir", "revision") if name in hub_options}
+            if try_to_load_from_cache(os.fspath(base), ATTN_PROCESSORS_NAME, **where) is not _CACHED_NO_EXIST:
+                logging.getLogger(__name__).warning(
+                    "Whether there is an AU adapter beside %r is not known: the Hub was not reached, and the cache"
+                    " does not say. The pipeline has none. `load_au_adapter` loads one; pass `au_adapter=None` if none"
+                    " is wanted.",
+                    os.fspath(base),
+                )
+            return None
+        except (EntryNotFoundError, HFValidationError):
+            return None
+    return find_adapter_files(base, optional=True, **hub_options)
+
+
+def remove_au_adapter(folder: str | os.PathLike) -> None:
+    """Remove the files of an adapter that `write_au_adapter` wrote into `folder`, if there are any."""
+    folder = Path(folder)
+    if (folder / ATTN_PROCESSORS_NAME).is_file():
+        # Without this file a folder is no adapter.
+        for name in (ATTN_PROCESSORS_NAME, LORA_WEIGHTS_NAME, ENCODER_WEIGHTS_NAME, ENCODER_CONFIG_NAME):
+            (folder / name).unlink(missing_ok=True)
+        if not any((folder / ENCODER_FOLDER).iterdir()):
+            (folder / ENCODER_FOLDER).rmdir()
 
 
 def read_au_adapter(

@@ -17,6 +17,7 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "pipeline_fineface.py"
 LEAVES = {"action_units", "au_attention_processor", "au_encoder"}
+MIXIN = "au_pipeline_mixin"
 
 LOAD_AND_DRAW = """
 import sys
@@ -69,7 +70,8 @@ def assert_silent(stderr: str) -> None:
 
 
 def test_diffusers_copies_every_sibling():
-    assert set(get_relative_imports(PIPELINE)) == LEAVES
+    assert set(get_relative_imports(PIPELINE)) == LEAVES | {MIXIN}
+    assert set(get_relative_imports(ROOT / f"{MIXIN}.py")) == LEAVES
     for leaf in LEAVES:
         assert get_relative_imports(ROOT / f"{leaf}.py") == []
 
@@ -83,10 +85,11 @@ def test_the_leaves_import_no_sibling():
 
 
 def test_both_ways_of_importing_bring_the_same_names():
-    block = next(node for node in ast.parse(PIPELINE.read_text()).body if isinstance(node, ast.If))
-    in_package = {alias.name for node in block.body for alias in node.names}
-    in_clone = {node.targets[0].id for node in block.orelse if isinstance(node, ast.Assign)}
-    assert in_package == in_clone
+    for path in (PIPELINE, ROOT / f"{MIXIN}.py"):
+        block = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If))
+        in_package = {alias.name for node in block.body for alias in node.names}
+        in_clone = {node.targets[0].id for node in block.orelse if isinstance(node, ast.Assign)}
+        assert in_package == in_clone
 
 
 def test_there_is_one_pipeline_class():
@@ -117,7 +120,7 @@ def test_an_exported_folder_loads_in_one_line(elsewhere, tiny_components, tmp_pa
     """With the code beside the weights and the adapter as a component, nobody needs to know our class."""
     StableDiffusionPipeline(**tiny_components, requires_safety_checker=False).save_pretrained(tmp_path)
     make_adapter(tiny_components["unet"]).save_pretrained(tmp_path / "au_adapter")
-    for module in (PIPELINE.stem, *LEAVES):
+    for module in (PIPELINE.stem, MIXIN, *LEAVES):
         shutil.copy(ROOT / f"{module}.py", tmp_path)
     shutil.copy(ROOT / "au_encoder.py", tmp_path / "au_adapter")
     index = json.loads((tmp_path / "model_index.json").read_text())

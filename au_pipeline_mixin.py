@@ -1,0 +1,753 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""
+What every pipeline with Action Units (AUs) has, whatever its text encoders: loading and saving an adapter, reading the
+AUs of a call, encoding them, and the branches of guidance. Only the files of pipelines import this one.
+"""
+
+import functools
+import logging
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from transformers import PreTrainedModel
+
+
+if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
+    from .action_units import AU_NAMES, au_columns, extract_au_tags, parse_aus_per_prompt
+    from .au_attention_processor import (
+        attach_au_processors,
+        au_layers,
+        detach_au_processors,
+        pack_au_tensors,
+        read_au_masks,
+    )
+    from .au_encoder import (
+        AdapterFiles,
+        base_unet,
+        find_adapter_beside,
+        find_adapter_files,
+        read_au_adapter,
+        read_lora,
+        remove_au_adapter,
+        write_au_adapter,
+    )
+else:  # a clone: the files are top-level modules
+    # `import x as y`: diffusers reports any plainer form as a package to pip install.
+    import action_units as _action_units
+    import au_attention_processor as _au_attention_processor
+    import au_encoder as _au_encoder
+
+    AU_NAMES = _action_units.AU_NAMES
+    au_columns = _action_units.au_columns
+    extract_au_tags = _action_units.extract_au_tags
+    parse_aus_per_prompt = _action_units.parse_aus_per_prompt
+    attach_au_processors = _au_attention_processor.attach_au_processors
+    au_layers = _au_attention_processor.au_layers
+    detach_au_processors = _au_attention_processor.detach_au_processors
+    pack_au_tensors = _au_attention_processor.pack_au_tensors
+    read_au_masks = _au_attention_processor.read_au_masks
+    AdapterFiles = _au_encoder.AdapterFiles
+    base_unet = _au_encoder.base_unet
+    find_adapter_beside = _au_encoder.find_adapter_beside
+    find_adapter_files = _au_encoder.find_adapter_files
+    read_au_adapter = _au_encoder.read_au_adapter
+    read_lora = _au_encoder.read_lora
+    remove_au_adapter = _au_encoder.remove_au_adapter
+    write_au_adapter = _au_encoder.write_au_adapter
+
+
+logger = logging.getLogger(__name__)
+
+LORA_NAME = "fineface"
+
+# Beyond this size a scale is a slip, and half precision overflows.
+MAX_SCALE = 100
+
+
+@dataclass(frozen=True)
+class AUControls:
+    """
+    What a call says about AUs, checked and laid out in rows. With masks, all tensors have a dimension of people after
+    that of the batch.
+
+    Args:
+        intensities, negative_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
+            FACS intensities to guide to and away from.
+        scales (`torch.Tensor` of shape `(batch,)`):
+            λ_AU of each row. Rows without AUs have 0.
+        masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
+            Where each person is, in the size of the latents.
+        guidance_scale (`float`, *optional*):
+            The strength of guidance by AUs alone; None where prompt and AUs are guided together.
+    """
+
+    intensities: torch.Tensor
+    negative_intensities: torch.Tensor
+    scales: torch.Tensor
+    masks: torch.Tensor | None = None
+    guidance_scale: float | None = None
+
+    @classmethod
+    def read(
+        cls,
+        aus,
+        *,
+        negative_aus=None,
+        au_scale: float = 1.0,
+        au_guidance_scale: float | None = None,
+        au_masks=None,
+        batch_size: int,
+        latent_size: tuple[int, int],
+        au_names: tuple[str, ...],
+    ) -> "AUControls":
+        """
+        Read the arguments of a call, see `FineFacePipeline.__call__`, for `batch_size` prompts.
+
+        Raises:
+            ValueError: if one of them is wrong, or one is given without `aus`.
+        """
+        check_scale("au_scale", au_scale)
+        if au_guidance_scale is not None:
+            check_scale("au_guidance_scale", au_guidance_scale)
+        if aus is None and negative_aus is not None:
+            raise ValueError("`negative_aus` says what to guide away from, but there are no `aus` to guide to.")
+        if aus is None and au_masks is not None:
+            raise ValueError("`au_masks` says where each of the `aus` goes, but there are no `aus`.")
+        masks = None if au_masks is None else read_au_masks(au_masks, batch_size, latent_size)
+        num_people = None if masks is None else masks.shape[1]
+        negative_aus = {} if negative_aus is None else negative_aus
+        intensities, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people, au_names)
+        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, au_names)
+        # Without AUs, there is nothing to guide to on its own.
+        guidance_scale = None if aus is None or au_scale == 0 else au_guidance_scale
+        return cls(intensities, negative, au_scale * has_aus, masks, guidance_scale)
+
+
+def check_scale(name: str, scale: float) -> None:
+    """Raise a ValueError unless `scale` is a number within ±`MAX_SCALE`."""
+    if not isinstance(scale, Real) or not math.isfinite(scale):
+        raise ValueError(f"`{name}` has to be a finite number, but is {scale!r}.")
+    if abs(scale) > MAX_SCALE:
+        raise ValueError(f"`{name}` goes from -{MAX_SCALE} to {MAX_SCALE}, but is {scale:g}.")
+
+
+def check_count(name: str, count: int) -> None:
+    """Raise a ValueError unless `count` is a whole number from 1 on."""
+    if not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"`{name}` has to be a whole number from 1 on, but is {count!r}.")
+
+
+class _Turns:
+    """Lets one thread in at a time. A thread that is in cannot come in again."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def __enter__(self) -> None:
+        if self._owner == threading.get_ident():
+            raise RuntimeError(
+                "The pipeline was called by a callback of its own call. Its scheduler can follow one call at a time:"
+                " let the call end first, or use another pipeline with a scheduler of its own."
+            )
+        self._lock.acquire()
+        self._owner = threading.get_ident()
+
+    def __exit__(self, *exception) -> None:
+        self._owner = None
+        self._lock.release()
+
+
+# A scheduler keeps the state of a call, and pipelines that are made from each other share it.
+_turns: weakref.WeakKeyDictionary[Any, _Turns] = weakref.WeakKeyDictionary()
+_turns_lock = threading.Lock()
+
+
+def takes_turns(call: Callable) -> Callable:
+    """Make concurrent calls of pipelines with the same scheduler wait for each other."""
+
+    @functools.wraps(call)
+    def wrapper(self, *args, **kwargs):
+        with _turns_lock:
+            turns = _turns.setdefault(self.scheduler, _Turns())
+        with turns:
+            return call(self, *args, **kwargs)
+
+    return wrapper
+
+
+class AUPipelineMixin:
+    r"""
+    The part of a pipeline that is about AUs, to stand before a pipeline of diffusers with a `UNet2DConditionModel`
+    among the bases of a class. Its constructor takes a component `au_adapter` and calls `_attach_adapter` with it.
+    """
+
+    # The pipeline of diffusers that is extended. Its files are what `save_pretrained` writes.
+    base_class: type[DiffusionPipeline]
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Loading and saving
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "AUPipelineMixin":
+        r"""
+        As [`DiffusionPipeline.from_pretrained`]. If an AU adapter stands beside the base model, it is loaded as well;
+        `au_adapter=None` leaves it out. Without `dtype`, all models get that of the UNet.
+        """
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            pipeline._unify_dtypes()
+        if pipeline.au_adapter is None and "au_adapter" not in kwargs:
+            hub_options = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+            hub_kwargs = {name: kwargs[name] for name in hub_options if kwargs.get(name) is not None}
+            files = find_adapter_beside(pretrained_model_name_or_path, **hub_kwargs)
+            if files is not None:
+                pipeline._load_adapter_files(files)
+        return pipeline
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "AUPipelineMixin":
+        """As [`DiffusionPipeline.from_pipe`], with the AU adapter of `pipeline` if it has one."""
+        # A component that is passed is taken as it is. Otherwise diffusers would compare its class with the signature.
+        kwargs.setdefault("au_adapter", getattr(pipeline, "au_adapter", None))
+        new_pipeline = super().from_pipe(pipeline, **kwargs)
+        new_pipeline._merged_adapters = set(getattr(pipeline, "_merged_adapters", ()))
+        if new_pipeline.au_adapter is getattr(pipeline, "au_adapter", None):
+            new_pipeline._has_lora = getattr(pipeline, "_has_lora", False)
+        return new_pipeline
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        r"""
+        As [`DiffusionPipeline.save_pretrained`], with the AU adapter beside the base model: the folder loads as a
+        pipeline of this class with the adapter on, and as a plain pipeline of diffusers without. LoRAs and IP-Adapters
+        that are loaded are not part of the base model. Without an adapter, one that is in the folder is removed.
+        """
+        with self._offloading_paused():
+            base = {name: module for name, module in self.components.items() if name != "au_adapter"}
+            base["unet"] = base_unet(self.unet)
+            if self.au_adapter is not None:
+                self.save_au_adapter(save_directory)
+            else:
+                remove_au_adapter(save_directory)
+            self.base_class(**base, **self.parameters).save_pretrained(save_directory, *args, **kwargs)
+
+    def load_au_adapter(
+        self,
+        pretrained_model_name_or_path: str | os.PathLike,
+        variant: str | None = None,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+    ) -> None:
+        r"""
+        Load an AU adapter in place of the one there is. An IP-Adapter and other LoRAs stay on beside it, though LoRAs
+        that are fused are fused no longer. If loading fails, the pipeline is as it was before.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder, or the id of a Hub repository, as `save_au_adapter` writes it or as the paper's authors
+                published it: `"Tvaranka/fineface"`.
+            variant (`str`, *optional*):
+                Of the published weights, `"sd15"` takes those for Stable Diffusion 1.x; the default fits 2.x.
+            subfolder, revision, token, cache_dir, force_download, local_files_only:
+                As in [`DiffusionPipeline.from_pretrained`].
+
+        Raises:
+            OSError: if there is no adapter, or not all of it.
+            ValueError: if a file is broken, carries code, or does not fit the base model.
+        """
+        files = find_adapter_files(
+            pretrained_model_name_or_path,
+            variant=variant,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+        self._load_adapter_files(files)
+
+    def save_au_adapter(self, save_directory: str | os.PathLike) -> None:
+        """Write the AU adapter, with its LoRA, as a folder that `load_au_adapter` reads."""
+        if self.au_adapter is None:
+            raise ValueError("There is no AU adapter to save. Load one with `load_au_adapter`.")
+        if self._has_lora and LORA_NAME not in getattr(self.unet, "peft_config", {}):
+            raise ValueError(
+                f"The LoRA {LORA_NAME!r} of the AU adapter is no longer on the UNet, so it cannot be saved. Without"
+                " it, the adapter would be another one. Save before `unload_lora_weights`, or load the adapter again."
+            )
+        with self._offloading_paused():
+            write_au_adapter(save_directory, self.au_adapter, self.unet, LORA_NAME)
+
+    def unload_au_adapter(self) -> None:
+        """
+        Take the AU adapter and its LoRA off. The base model is again what it was, bit for bit; after `fuse_lora`, up
+        to rounding.
+        """
+        with self._offloading_paused():
+            self._remove_adapter()
+
+    def _load_adapter_files(self, files: AdapterFiles) -> None:
+        if LORA_NAME in self.fused_loras and LORA_NAME not in getattr(self.unet, "peft_config", {}):
+            raise ValueError(
+                f"The LoRA {LORA_NAME!r} of an AU adapter was fused into the UNet, and then unloaded. Another adapter"
+                " would come on top of it. Load the base model anew."
+            )
+        adapter = read_au_adapter(files, self.unet, au_layers(self.unet))
+        try:
+            _au_names_of(adapter)
+        except ValueError as error:
+            raise ValueError(f"{str(files.encoder_config or files.encoder)!r}: {error}") from error
+        lora = None if files.lora is None else read_lora(files.lora, self.unet)
+        # All is read and checked. Only now the pipeline changes.
+        with self._offloading_paused():
+            self._remove_adapter()
+            if lora is not None:
+                state_dict, metadata = lora
+                with self._loras_kept_active(*self._active_loras()):
+                    self.unet.load_lora_adapter(
+                        state_dict,
+                        prefix=None,
+                        adapter_name=LORA_NAME,
+                        metadata=metadata,
+                        low_cpu_mem_usage=True,
+                        _pipeline=self,
+                    )
+            self._attach_adapter(adapter.to(self._execution_device))
+
+    @property
+    def au_names(self) -> tuple[str, ...]:
+        """The AUs that the adapter knows, in the order of its intensities; without an adapter the paper's twelve."""
+        return AU_NAMES if self.au_adapter is None else _au_names_of(self.au_adapter)
+
+    def _remove_adapter(self) -> None:
+        if any(getattr(module, "merged", False) for module in self.unet.modules()):
+            self.unfuse_lora(components=["unet"])
+        loras = getattr(self.unet, "peft_config", {})
+        if set(loras) == {LORA_NAME}:
+            self.unet.unload_lora()
+        elif LORA_NAME in loras:
+            self.unet.delete_adapters(LORA_NAME)
+        elif LORA_NAME in self.fused_loras:
+            logger.warning("The LoRA %r was fused into the UNet and unloaded. It stays in the weights.", LORA_NAME)
+        detach_au_processors(self.unet)
+        self.register_modules(au_adapter=None)
+
+    def _attach_adapter(self, adapter: ModelMixin | None) -> None:
+        if adapter is not None:
+            layers = au_layers(self.unet)
+            if adapter.layers != layers or adapter.config.cross_attention_dim != self.unet.config.cross_attention_dim:
+                raise ValueError(
+                    f"`au_adapter` has {len(adapter.layers)} layers for text embeddings of width"
+                    f" {adapter.config.cross_attention_dim}. The UNet has {len(layers)} for"
+                    f" {self.unet.config.cross_attention_dim}, or layers of other names and widths. Use the adapter"
+                    " that was trained on this base model."
+                )
+            _au_names_of(adapter)
+            attach_au_processors(self.unet)
+        self._has_lora = adapter is not None and LORA_NAME in getattr(self.unet, "peft_config", {})
+        self._lora_warning = None
+        self.register_modules(au_adapter=adapter)
+
+    def _unify_dtypes(self) -> None:
+        """Models of transformers come in the dtype of their files, those of diffusers in float32."""
+        dtype = self.unet.dtype
+        for module in self.components.values():
+            is_quantized = getattr(module, "is_quantized", False)
+            if isinstance(module, PreTrainedModel) and module.dtype != dtype and not is_quantized:
+                module.to(dtype)
+
+    @contextmanager
+    def _offloading_paused(self) -> Iterator[None]:
+        """Weights are on their devices inside; then offloading is on again, for new components too."""
+        model_offload, sequential_offload, _ = self._optionally_disable_offloading(self)
+        try:
+            yield
+        finally:
+            if model_offload:
+                self.enable_model_cpu_offload(device=self._offload_device)
+            elif sequential_offload:
+                self.enable_sequential_cpu_offload(device=self._offload_device)
+
+    @contextmanager
+    def _loras_kept_active(self, *names: str) -> Iterator[None]:
+        """Loading a LoRA makes it the only active one. Here those of `names` that are active stay so beside it."""
+        kept = [name for name in self._active_loras() if name in names]
+        yield
+        active = self._active_loras()
+        if not set(kept) <= set(active):
+            self.unet.set_adapter(list(dict.fromkeys([*kept, *active])))
+
+    def _active_loras(self) -> list[str]:
+        active = self.unet.active_adapters() if getattr(self.unet, "peft_config", None) else []
+        return [active] if isinstance(active, str) else list(active or [])
+
+    def load_lora_weights(self, *args, **kwargs) -> None:
+        """As [`~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`], with the adapter's LoRA on beside it."""
+        with self._loras_kept_active(LORA_NAME):
+            super().load_lora_weights(*args, **kwargs)
+
+    def load_ip_adapter(self, *args, **kwargs) -> None:
+        """As [`~loaders.IPAdapterMixin.load_ip_adapter`], with the adapter's LoRA on beside that of the IP-Adapter."""
+        with self._loras_kept_active(LORA_NAME):
+            super().load_ip_adapter(*args, **kwargs)
+
+    def _check_lora(self) -> None:
+        """
+        See that the LoRA that the adapter was loaded with is on. It may be switched off, which is said once.
+
+        Raises:
+            ValueError: if others are fused and it is not, which switches it off unseen.
+        """
+        if not self._has_lora:
+            return
+        layer = next((module for module in self.unet.modules() if LORA_NAME in getattr(module, "lora_A", {})), None)
+        warning = None
+        if layer is None:
+            if LORA_NAME not in self.fused_loras:
+                warning = "is not on the UNet. `load_au_adapter` brings it back."
+        elif layer.merged:
+            if LORA_NAME not in layer.merged_adapters:
+                fused = ", ".join(layer.merged_adapters)
+                raise ValueError(
+                    f"{fused} is fused into the UNet, which switches the LoRA {LORA_NAME!r} of the AU adapter off."
+                    f" Call `unfuse_lora()`, then `fuse_lora()` with {LORA_NAME!r} among its `adapter_names`."
+                )
+        elif layer.disable_adapters or LORA_NAME not in layer.active_adapters:
+            warning = f"is switched off. `set_adapters` with {LORA_NAME!r} among the names switches it on."
+        if warning is not None and warning != self._lora_warning:
+            logger.warning("The LoRA %r, which belongs to the AU adapter, %s", LORA_NAME, warning)
+        self._lora_warning = warning
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The AUs of a call
+    # ----------------------------------------------------------------------------------------------------------------
+
+    def read_au_controls(
+        self,
+        aus,
+        *,
+        negative_aus=None,
+        au_scale: float = 1.0,
+        au_guidance_scale: float | None = None,
+        au_masks=None,
+        batch_size: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> AUControls:
+        """
+        Check what a call with `batch_size` prompts says about AUs.
+
+        Raises:
+            ValueError: if an argument is wrong, or there is no adapter for `aus`.
+        """
+        if aus is not None and self.au_adapter is None:
+            raise ValueError("`aus` need an AU adapter, and none is loaded. Load one with `load_au_adapter`.")
+        if aus is not None:
+            self._check_lora()
+        return AUControls.read(
+            aus,
+            negative_aus=negative_aus,
+            au_scale=au_scale,
+            au_guidance_scale=au_guidance_scale,
+            au_masks=au_masks,
+            batch_size=batch_size,
+            latent_size=self._latent_size(height, width),
+            au_names=self.au_names,
+        )
+
+    def take_au_tags(self, prompt, aus):
+        """
+        Move AU tags from the prompt, or prompts, to `aus`. What the tokenizer knows as a token of its own, such as a
+        textual inversion `<happy>`, stays; without an adapter, so does what only the name of a preset makes a tag.
+
+        Raises:
+            ValueError: if a tag cannot be read, or there are both tags and `aus`.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            return prompt, aus
+        labels = ["prompt"] if isinstance(prompt, str) else [f"prompt[{index}]" for index in range(len(prompts))]
+        options = {"words": self._added_tokens(), "with_presets": self.au_adapter is not None}
+        pairs = [
+            extract_au_tags(text, label, self.au_names, **options) for text, label in zip(prompts, labels, strict=True)
+        ]
+        if all(tag is None for _, tag in pairs):
+            return prompt, aus
+        if aus is not None:
+            raise ValueError("AUs stand in `prompt` and in `aus`. Write them in one of the two.")
+        return pairs[0] if isinstance(prompt, str) else ([text for text, _ in pairs], [tag for _, tag in pairs])
+
+    def _added_tokens(self) -> set[str]:
+        tokenizers = (getattr(self, name, None) for name in ("tokenizer", "tokenizer_2"))
+        return {token for tokenizer in tokenizers if tokenizer is not None for token in tokenizer.get_added_vocab()}
+
+    def encode_aus(
+        self,
+        aus,
+        device: torch.device,
+        num_images_per_prompt: int = 1,
+        batch_size: int = 1,
+        negative_aus=None,
+        au_scale: float = 1.0,
+        lora_scale: float = 1.0,
+        au_masks=None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        r"""
+        Encode AUs into what the UNet takes as `cross_attention_kwargs`. It is the same at every denoising step.
+
+        Args:
+            aus, negative_aus, au_scale, au_masks, height, width:
+                See `__call__`.
+            device (`torch.device`):
+                Where the tensors go.
+            num_images_per_prompt (`int`, defaults to 1):
+                How often each row is repeated.
+            batch_size (`int`, defaults to 1):
+                Number of prompts.
+            lora_scale (`float`, defaults to 1.0):
+                The `scale` in the call's `cross_attention_kwargs`.
+
+        Returns:
+            `cross_attention_kwargs` for the branch with `aus` and for the other branches, `batch_size *
+            num_images_per_prompt` rows each. Rows without AUs, which are all if `aus` is None, add exactly nothing.
+        """
+        controls = self.read_au_controls(
+            aus,
+            negative_aus=negative_aus,
+            au_scale=au_scale,
+            au_masks=au_masks,
+            batch_size=batch_size,
+            height=height,
+            width=width,
+        )
+        return self._encode_au_controls(controls, device, num_images_per_prompt, lora_scale)
+
+    def _encode_au_controls(
+        self, controls: AUControls, device: torch.device, num_images_per_prompt: int, lora_scale: float
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        if self.au_adapter is None:
+            return {}, {}
+        # The hook on the UNet would do it too, but not inside a graph that `torch.compile` has to take whole.
+        attach_au_processors(self.unet)
+
+        def for_each_image(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+            return torch.cat([positive, negative]).repeat_interleave(num_images_per_prompt, dim=0).to(device)
+
+        intensities = for_each_image(controls.intensities, controls.negative_intensities)
+        au_keys, au_values = self.au_adapter(intensities.flatten(0, -2))
+        kwargs = pack_au_tensors(
+            self.unet,
+            au_keys,
+            au_values,
+            au_scale=for_each_image(controls.scales, controls.scales).flatten(),
+            lora_scale=lora_scale,
+            au_masks=None if controls.masks is None else for_each_image(controls.masks, controls.masks),
+        )
+        half = len(intensities) // 2
+        return {k: tensor[:half] for k, tensor in kwargs.items()}, {k: tensor[half:] for k, tensor in kwargs.items()}
+
+    @torch.no_grad()
+    def au_cross_attention_kwargs(
+        self,
+        aus,
+        batch_size: int = 1,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float = 7.5,
+        negative_aus=None,
+        au_scale: float = 1.0,
+        au_masks=None,
+        height: int | None = None,
+        width: int | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        pag_scale: float = 0.0,
+    ) -> dict[str, Any]:
+        r"""
+        AU control for another Stable Diffusion pipeline that shares this one's UNet:
+
+            >>> inpaint = StableDiffusionInpaintPipeline.from_pipe(pipe, dtype=pipe.dtype)
+            >>> au_kwargs = pipe.au_cross_attention_kwargs("6C+12E")
+            >>> inpaint(prompt, image, mask_image, cross_attention_kwargs=au_kwargs)
+
+        Args:
+            aus, negative_aus, au_scale, au_masks, height, width:
+                See `__call__`. Height and width of the picture matter to masks only.
+            batch_size (`int`, defaults to 1):
+                Number of prompts of the other call.
+            num_images_per_prompt, guidance_scale:
+                As in the other call, whose defaults are the same. Image-to-image pipelines have fewer steps than asked
+                for, but AUs are the same at every step.
+            cross_attention_kwargs (`dict`, *optional*):
+                What else the other call should get, such as `{"scale": 0.7}` for the LoRA.
+            pag_scale (`float`, defaults to 0.0):
+                As in the call of a pipeline with perturbed-attention guidance (PAG), whose default is 3.0. Above 0,
+                such a pipeline makes a prediction more for each picture, with the same AUs.
+
+        Returns:
+            The `cross_attention_kwargs` of the other call.
+
+        Raises:
+            ValueError: if an argument is wrong.
+        """
+        check_count("batch_size", batch_size)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        if aus is None:
+            raise ValueError("`aus` is None. Without AUs, the other call needs no `cross_attention_kwargs`.")
+        controls = self.read_au_controls(
+            aus,
+            negative_aus=negative_aus,
+            au_scale=au_scale,
+            au_masks=au_masks,
+            batch_size=batch_size,
+            height=height,
+            width=width,
+        )
+        lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        au_kwargs, negative_au_kwargs = self._encode_au_controls(
+            controls, self._execution_device, num_images_per_prompt, lora_scale
+        )
+        is_guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
+        branches = [negative_au_kwargs] * is_guided + [au_kwargs] * (2 if pag_scale > 0 else 1)
+        au_kwargs = {name: torch.cat([branch[name] for branch in branches]) for name in au_kwargs}
+        return {**(cross_attention_kwargs or {}), **au_kwargs}
+
+    def _image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        sample_size = self.unet.config.sample_size
+        default_height, default_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        return height or default_height * self.vae_scale_factor, width or default_width * self.vae_scale_factor
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        height, width = self._image_size(height, width)
+        return height // self.vae_scale_factor, width // self.vae_scale_factor
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # Denoising
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def au_guidance_scale(self) -> float | None:
+        return self._au_guidance_scale
+
+    @property
+    def do_au_guidance(self) -> bool:
+        return self._au_guidance_scale is not None
+
+    def _predict_noise(
+        self,
+        latents: torch.Tensor,
+        t: torch.Tensor,
+        *,
+        prompt_embeds: torch.Tensor,
+        au_kwargs: dict[str, torch.Tensor],
+        negative_au_kwargs: dict[str, torch.Tensor],
+        added_cond: dict[str, torch.Tensor | list[torch.Tensor]],
+        timestep_cond: torch.Tensor | None,
+    ) -> torch.Tensor:
+        r"""
+        The guided prediction of one denoising step.
+
+        Args:
+            prompt_embeds (`torch.Tensor`), added_cond (`dict`):
+                Rows without the prompt, if there is guidance, then rows with it.
+            au_kwargs, negative_au_kwargs:
+                From `encode_aus`.
+        """
+        num_images = len(latents)
+        # One branch for each prediction: [without prompt and AUs,] [with the prompt alone,] with both.
+        num_branches = 1 + self.do_classifier_free_guidance + self.do_au_guidance
+        branch_kwargs = dict(self.cross_attention_kwargs or {})
+        for name, tensor in au_kwargs.items():
+            branch_kwargs[name] = torch.cat([negative_au_kwargs[name]] * (num_branches - 1) + [tensor])
+        added_cond_kwargs = {
+            name: [self._expand_to_branches(embeds, num_images) for embeds in value]
+            if isinstance(value, list)
+            else self._expand_to_branches(value, num_images)
+            for name, value in added_cond.items()
+        }
+        noise_pred = self.unet(
+            self.scheduler.scale_model_input(torch.cat([latents] * num_branches), t),
+            t,
+            encoder_hidden_states=self._expand_to_branches(prompt_embeds, num_images),
+            timestep_cond=timestep_cond,
+            cross_attention_kwargs=branch_kwargs or None,
+            added_cond_kwargs=added_cond_kwargs or None,
+            return_dict=False,
+        )[0]
+
+        # Guidance, by prompt and AUs together or by each on its own.
+        predictions = noise_pred.chunk(num_branches)
+        noise_pred_full = predictions[-1]
+        noise_pred_text = predictions[-2] if self.do_au_guidance else noise_pred_full
+        noise_pred = noise_pred_text
+        if self.do_classifier_free_guidance:
+            noise_pred = predictions[0] + self.guidance_scale * (noise_pred_text - predictions[0])
+        if self.do_au_guidance:
+            noise_pred = noise_pred + self.au_guidance_scale * (noise_pred_full - noise_pred_text)
+        if num_branches > 1 and self.guidance_rescale > 0.0:
+            noise_pred = rescale_noise_cfg(noise_pred, noise_pred_full, self.guidance_rescale)
+        return noise_pred
+
+    def _expand_to_branches(self, embeds: torch.Tensor, num_images: int) -> torch.Tensor:
+        """From [unconditional,] conditional rows to those of each branch: AU guidance has two conditional branches."""
+        conditional = embeds[-num_images:]
+        unconditional = [embeds[:-num_images]] if self.do_classifier_free_guidance else []
+        return torch.cat([*unconditional, *[conditional] * (1 + self.do_au_guidance)])
+
+    def _check_finite(
+        self,
+        image: torch.Tensor,
+        *,
+        prompt_embeds: torch.Tensor,
+        au_kwargs: dict[str, torch.Tensor],
+        latents: torch.Tensor,
+    ) -> None:
+        """Raise a ValueError that names the likely cause if `image` holds NaN or infinity."""
+        if image.isfinite().all():
+            return
+        if not prompt_embeds.isfinite().all():
+            cause = "They come from the text encoder, whose weights are damaged or overflow in half precision."
+        elif not all(tensor.isfinite().all() for tensor in au_kwargs.values()):
+            cause = "They come from the AU adapter, whose weights are damaged or overflow in half precision."
+        elif not latents.isfinite().all():
+            cause = (
+                "They come from denoising: `guidance_scale`, `au_guidance_scale` or `au_scale` is too high for"
+                f" {latents.dtype}, or the {type(self.scheduler).__name__} or the weights of the UNet are not right."
+            )
+        else:
+            cause = "They come from the VAE, whose weights are damaged or overflow in half precision."
+        raise ValueError(f"The picture holds numbers that are not finite. {cause} Load with `dtype=torch.float32`.")
+
+
+def _au_names_of(adapter: ModelMixin) -> tuple[str, ...]:
+    """
+    The AUs of an adapter; one without names has the paper's twelve.
+
+    Raises:
+        ValueError: if it has no names and not twelve AUs, or names that are not those of FACS, see `au_columns`.
+    """
+    names = tuple(adapter.config.au_names or AU_NAMES)
+    au_columns(names)
+    if adapter.config.num_aus != len(names):
+        raise ValueError(
+            f"The AU adapter was trained for {adapter.config.num_aus} AUs and does not name them in `au_names`. Only"
+            f" the twelve of the paper need no names: {', '.join(AU_NAMES)}."
+        )
+    return names
