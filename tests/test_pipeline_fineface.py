@@ -1,15 +1,19 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, make_adapter, make_components
-from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
+from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, add_lora, make_adapter, make_components
+from diffusers import EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from action_units import AU_NAMES, parse_aus
 from au_attention_processor import pack_au_tensors
-from pipeline_fineface import FineFacePipeline
+from au_encoder import ATTN_PROCESSORS_NAME, find_adapter_beside
+from pipeline_fineface import LORA_NAME, FineFacePipeline
 
 
 PROMPT = "a boy in a park"
@@ -396,6 +400,38 @@ def test_a_pipeline_made_from_another(plain_sd, tiny_adapter_dir, tiny_pipe):
     assert torch.equal(draw(pipe, aus=SMILE), draw(tiny_pipe, aus=SMILE))
 
 
+def test_a_pipeline_made_from_one_with_an_adapter_has_it_too(tiny_pipe, tmp_path, caplog):
+    expected = draw(tiny_pipe, aus=SMILE)
+    pipe = FineFacePipeline.from_pipe(tiny_pipe)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.au_adapter is tiny_pipe.au_adapter and "not switched over" not in caplog.text
+    assert torch.equal(draw(pipe, aus=SMILE), expected)
+    assert FineFacePipeline.from_pipe(tiny_pipe, au_adapter=None).au_adapter is None
+
+
+def test_saving_without_an_adapter_leaves_none_in_the_folder(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path)
+    assert FineFacePipeline.from_pretrained(tmp_path).au_adapter is not None
+    tiny_pipe.unload_au_adapter()
+    tiny_pipe.save_pretrained(tmp_path)
+    assert FineFacePipeline.from_pretrained(tmp_path).au_adapter is None
+    assert not (tmp_path / "au_encoder").exists() and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_hub_that_is_not_reached_is_said(tmp_path, caplog):
+    where = {"cache_dir": tmp_path, "local_files_only": True}
+    assert find_adapter_beside("someone/base", **where) is None
+    assert "Whether there is an AU adapter beside 'someone/base' is not known" in caplog.text
+    # What huggingface_hub leaves in its cache when it has asked for a file that is not there.
+    repository = tmp_path / "models--someone--base"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / ".no_exist" / ("0" * 40)).mkdir(parents=True)
+    (repository / ".no_exist" / ("0" * 40) / ATTN_PROCESSORS_NAME).touch()
+    caplog.clear()
+    assert find_adapter_beside("someone/base", **where) is None and not caplog.records
+
+
 def test_a_compiled_unet_is_compiled_once(tiny_pipe):
     calls = {
         "smile": {"aus": SMILE},
@@ -502,6 +538,186 @@ def test_bad_input_is_an_error_before_any_model_runs(still_pipe, options, messag
 def test_aus_without_an_adapter_are_an_error(tiny_base):
     with pytest.raises(ValueError, match="load_au_adapter"):
         draw(tiny_base, aus=SMILE)
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize(
+    ("component", "cause"),
+    [
+        ("text_encoder", "text encoder"),
+        ("au_adapter", "AU adapter"),
+        ("unet", "denoising: .* DDIMScheduler or the weights of the UNet"),
+        ("vae", "VAE"),
+    ],
+)
+def test_a_picture_that_is_not_finite_names_the_cause(tiny_pipe, component, cause):
+    model = getattr(tiny_pipe, component)
+    # The output projections of the UNet also make the AU tensors.
+    for parameter in (model.conv_in if component == "unet" else model).parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    with pytest.raises(ValueError, match=f"not finite. They come from (the )?{cause}"):
+        draw(tiny_pipe, aus=SMILE, output_type="pil")
+
+
+# Mixed precision
+
+
+def test_components_of_mixed_precision_draw(tiny_pipe):
+    options = {"aus": SMILE, "output_type": "pt", "guidance_scale": 2.0}
+    expected = draw(tiny_pipe, **options)
+    tiny_pipe.text_encoder.half()
+    tiny_pipe.vae.bfloat16()
+    torch.testing.assert_close(draw(tiny_pipe, **options).float(), expected, atol=0.05, rtol=0)
+
+
+def test_models_are_loaded_in_the_dtype_of_the_unet(tiny_components, tmp_path):
+    """transformers takes the dtype of a file, diffusers float32."""
+    tiny_components["text_encoder"].half()
+    StableDiffusionPipeline(**tiny_components, requires_safety_checker=False).save_pretrained(tmp_path)
+    pipe = FineFacePipeline.from_pretrained(tmp_path)
+    assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float32}
+    others = {name: component for name, component in pipe.components.items() if name != "au_adapter"}
+    neighbour = StableDiffusionPipeline(**others, requires_safety_checker=False)
+    neighbour.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(pipe, output_type="pt"), draw(neighbour, output_type="pt"))
+    assert FineFacePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
+
+
+# Prompts
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", ["a boy", ""]])
+def test_an_empty_prompt_is_a_prompt(tiny_pipe, plain_sd, prompt):
+    aus = draw(tiny_pipe, prompt, aus=SMILE, latents=torch.ones(1 if isinstance(prompt, str) else 2, 4, 16, 16))
+    tiny_pipe.unload_au_adapter()
+    assert torch.equal(draw(tiny_pipe, prompt), draw(plain_sd, prompt)) and aus.isfinite().all()
+
+
+def test_a_tag_alone_is_an_expression_without_words(tiny_pipe):
+    assert torch.equal(draw(tiny_pipe, "<AU6=2.5 AU12=5>"), draw(tiny_pipe, "", aus=SMILE))
+
+
+def test_a_token_that_the_tokenizer_was_taught_is_no_tag(tiny_pipe):
+    happy = draw(tiny_pipe, "a dog", aus="happy")
+    assert torch.equal(draw(tiny_pipe, "a <happy> dog"), happy)
+    tiny_pipe.load_textual_inversion({"<happy>": torch.ones(CROSS_ATTENTION_DIM)}, token="<happy>")
+    taught = draw(tiny_pipe, "a <happy> dog")
+    assert not torch.allclose(taught, happy, atol=1e-3)
+    assert not torch.allclose(draw(tiny_pipe, "a <happy> dog <AU12=5>"), taught, atol=1e-3)
+    assert torch.equal(draw(tiny_pipe, "a <happy> dog <AU12=5>"), draw(tiny_pipe, "a <happy> dog", aus="AU12=5"))
+
+
+def test_without_an_adapter_the_name_of_a_preset_is_a_word(tiny_base, plain_sd):
+    assert torch.equal(draw(tiny_base, "a <happy> dog"), draw(plain_sd, "a <happy> dog"))
+    with pytest.raises(ValueError, match="`aus` need an AU adapter"):
+        draw(tiny_base, "a dog <AU12>")
+
+
+# The LoRA of the adapter
+
+
+def load_style(pipe, folder) -> None:
+    unet = make_components()["unet"]
+    add_lora(unet, "style", seed=8)
+    layers = {name.replace(".style.", "."): weight for name, weight in unet.state_dict().items() if ".lora_" in name}
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    pipe.load_lora_weights(folder, adapter_name="style")
+
+
+def test_an_adapter_on_top_of_a_fused_one_is_refused(tiny_pipe, tiny_adapter_dir, tmp_path):
+    expected = draw(tiny_pipe, aus=SMILE)
+    tiny_pipe.fuse_lora()
+    tiny_pipe.unload_lora_weights()
+    assert_close(draw(tiny_pipe, aus=SMILE), expected)
+    for pipe in (tiny_pipe, FineFacePipeline.from_pipe(tiny_pipe)):
+        with pytest.raises(ValueError, match="Load the base model anew"):
+            pipe.load_au_adapter(tiny_adapter_dir)
+        with pytest.raises(ValueError, match="no longer on the UNet, so it cannot be saved"):
+            pipe.save_au_adapter(tmp_path)
+    assert_close(draw(tiny_pipe, aus=SMILE), expected)
+
+
+def test_another_lora_fused_alone_is_refused(tiny_pipe, tmp_path):
+    load_style(tiny_pipe, tmp_path)
+    expected = draw(tiny_pipe, aus=SMILE)
+    tiny_pipe.fuse_lora(adapter_names=["style"])
+    with pytest.raises(ValueError, match="style is fused into the UNet, which switches the LoRA 'fineface'"):
+        draw(tiny_pipe, aus=SMILE)
+    tiny_pipe.unfuse_lora()
+    tiny_pipe.fuse_lora(adapter_names=["style", LORA_NAME])
+    assert_close(draw(tiny_pipe, aus=SMILE), expected, 1e-3)
+
+
+def test_a_lora_that_is_off_is_said_once(tiny_pipe, tmp_path, caplog):
+    load_style(tiny_pipe, tmp_path)
+    others = StableDiffusionPipeline.from_pipe(tiny_pipe)
+
+    def warnings() -> list[str]:
+        caplog.clear()
+        for _ in range(2):
+            draw(tiny_pipe, aus=SMILE, num_inference_steps=1)
+        return [record.getMessage() for record in caplog.records if LORA_NAME in record.getMessage()]
+
+    assert not warnings()
+    tiny_pipe.set_adapters("style")
+    (message,) = warnings()
+    assert "is switched off. `set_adapters`" in message
+    tiny_pipe.set_adapters(["style", LORA_NAME])
+    assert not warnings()
+    others.set_adapters("style")
+    assert len(warnings()) == 1
+    tiny_pipe.unload_lora_weights()
+    (message,) = warnings()
+    assert "is not on the UNet" in message
+
+
+# Concurrent calls
+
+
+def test_concurrent_calls_take_turns(tiny_pipe):
+    """A scheduler with a memory of its steps would mix them up."""
+    tiny_pipe.scheduler = PNDMScheduler.from_config(tiny_pipe.scheduler.config)
+    sharing = FineFacePipeline.from_pipe(tiny_pipe)
+    sharing.set_progress_bar_config(disable=True)
+    calls = [(pipe, seed) for pipe in (tiny_pipe, sharing) for seed in range(3)]
+
+    def draw_one(call) -> torch.Tensor:
+        return draw(call[0], aus=SMILE, seed=call[1], num_inference_steps=4)
+
+    expected = [draw_one(call) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        found = list(threads.map(draw_one, calls))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_call_from_its_own_callback_is_refused(tiny_pipe):
+    def callback(pipe, step, timestep, tensors):
+        draw(pipe)
+
+    with pytest.raises(RuntimeError, match="called by a callback of its own call"):
+        draw(tiny_pipe, callback_on_step_end=callback)
+    assert draw(tiny_pipe).isfinite().all()
+
+
+def test_a_call_that_another_thread_interrupts_ends(tiny_pipe):
+    started, stopped, steps = threading.Event(), threading.Event(), []
+
+    def callback(pipe, step, timestep, tensors):
+        steps.append(step)
+        started.set()
+        stopped.wait(60)
+        return tensors
+
+    with ThreadPoolExecutor(2) as threads:
+        cancelled = threads.submit(draw, tiny_pipe, num_inference_steps=50, callback_on_step_end=callback)
+        assert started.wait(60)
+        tiny_pipe._interrupt = True
+        waiting = threads.submit(draw, tiny_pipe, seed=1, aus=SMILE)
+        stopped.set()
+        cancelled.result(), waiting.result()
+    assert steps == [0] and torch.equal(waiting.result(), draw(tiny_pipe, seed=1, aus=SMILE))
 
 
 def test_an_unknown_argument_is_an_error(tiny_pipe):
