@@ -18,8 +18,9 @@ demo: $(ENVIRONMENT)  ## draw outputs/demo.png with the toy model, on the CPU
 app: $(TOOLS)  ## open the page in the browser: sliders, presets, sweeps
 	$(BIN)/python app.py
 
+# Two workers with one thread each; a file stays in one worker, where its fixtures are made once.
 test: $(TOOLS)  ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(TOOLS)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -53,5 +54,5 @@ $(ENVIRONMENT): requirements.txt constraints.txt
 
 # What only tests, style and the page in the browser need.
 $(TOOLS): $(ENVIRONMENT)
-	$(BIN)/python -m pip install -c constraints.txt pytest hypothesis ruff tensorboard gradio playwright
+	$(BIN)/python -m pip install -c constraints.txt pytest pytest-xdist hypothesis ruff tensorboard gradio playwright
 	touch $@

@@ -7,15 +7,9 @@ All of it is kept in one folder, and what is there is not made again. The paper'
 
 import importlib.util
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import shutil
-import signal
 import sysconfig
-import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -290,54 +284,3 @@ def can_compile() -> bool:
     compilers = (os.environ.get("CXX"), "g++", "clang++")
     has_headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
     return has_headers and any(shutil.which(compiler) for compiler in compilers if compiler)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Several at once
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def num_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def default_processes() -> int:
-    """As many systems at once as there are cores: a small UNet gains little by a second one. On a GPU, one."""
-    if torch.accelerator.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return 1
-    return min(4, num_cores())
-
-
-def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
-    """Do `jobs`, which can be pickled, in this process or in several others. The first error ends all of them."""
-    jobs = list(jobs)
-    if processes == 1 or len(jobs) < 2:
-        for job in jobs:
-            job()
-        return
-    threads = max(1, num_cores() // processes)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=_begin_worker, initargs=(threads,)) as pool:
-        try:
-            for future in as_completed([pool.submit(job) for job in jobs]):
-                future.result()
-        except BaseException:
-            # Nothing is lost: what is written appears when it is complete.
-            for child in multiprocessing.active_children():
-                child.terminate()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _begin_worker(threads: int) -> None:
-    # Ctrl-C is for the process that has started this one.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-
-
-def _end_with_parent() -> None:
-    """Killed, it cannot end its workers, and when it is started again, two would train the same system."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)

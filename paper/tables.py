@@ -41,7 +41,8 @@ from evaluation.testset import (
     read_combinations,
     read_prompts,
 )
-from paper.experiment import BUDGETS, Experiment, default_processes, run_jobs
+from paper.experiment import BUDGETS, Experiment
+from paper.workers import default_processes, run_jobs
 from program import TOY_MODEL, Parser, check_integer, check_output, run_program, write_atomically
 
 

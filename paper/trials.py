@@ -24,7 +24,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from evaluation.metrics import Figure
-from paper.experiment import Experiment, run_jobs
+from paper.experiment import Experiment
 from paper.tables import (
     OURS,
     add_arguments,
@@ -35,6 +35,7 @@ from paper.tables import (
     paired_difference,
     report,
 )
+from paper.workers import run_jobs
 from program import Parser, write_atomically
 from training.config import PRESETS, TrainConfig
 
