@@ -518,7 +518,7 @@ def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
 
 
 def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_file: Path) -> None:
-    """Write `app.py`, the files that it needs, and the weights where it looks for the embedded ones."""
+    """Write `app.py`, the files that it needs, and the weights where it looks for those of the toy model."""
     styles_and_scripts = [path for path in (SOURCE_DIR / "page").iterdir() if path.suffix in (".css", ".js")]
     for path in [*imported_files(APP), *styles_and_scripts]:
         target = folder / path.relative_to(SOURCE_DIR)

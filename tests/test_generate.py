@@ -293,7 +293,7 @@ def test_seed_and_aus_decide_the_picture(model_args, tmp_path):
     assert (pictures["a"] != pictures["other_aus"]).any()
 
 
-def test_the_embedded_model_is_named_without_its_folder():
+def test_the_toy_model_is_named_without_its_folder():
     assert files._names(Weights(str(program.TOY_MODEL)))["model"] == "toy_faces/weights"
 
 

@@ -299,7 +299,7 @@ def test_the_surroundings_are_in_the_latents(tiny_pipe):
 
 
 @pytest.fixture(scope="module")
-def embedded() -> FineFacePipeline:
+def toy_pipeline() -> FineFacePipeline:
     pipe = FineFacePipeline.from_pretrained(TOY_MODEL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -316,7 +316,7 @@ def measure(meter: PictureReader, picture: Image.Image) -> torch.Tensor:
     return meter(pixels / 127.5 - 1)[0]
 
 
-def test_an_edited_face_shows_the_new_expression(embedded, meter):
+def test_an_edited_face_shows_the_new_expression(toy_pipeline, meter):
     mask = face_mask((128, 128), (24, 34, 104, 114))
     errors = {"source": [], "without AUs": [], "with AUs": []}
     for seed, aus in enumerate(("6D+12E", "1D+2D+5D+26E", "4E+17D")):
@@ -325,8 +325,8 @@ def test_an_edited_face_shows_the_new_expression(embedded, meter):
         options = {"num_inference_steps": 8, "guidance_scale": 2.5, "au_guidance_scale": 5.0, "seed": seed}
         pictures = {
             "source": source,
-            "without AUs": edit_expression(embedded, source, mask, caption(portrait), None, **options),
-            "with AUs": edit_expression(embedded, source, mask, caption(portrait), aus, **options),
+            "without AUs": edit_expression(toy_pipeline, source, mask, caption(portrait), None, **options),
+            "with AUs": edit_expression(toy_pipeline, source, mask, caption(portrait), aus, **options),
         }
         outside = np.asarray(mask) == 0
         assert (np.asarray(pictures["with AUs"])[outside] == np.asarray(source)[outside]).all()
@@ -336,7 +336,7 @@ def test_an_edited_face_shows_the_new_expression(embedded, meter):
     assert means["with AUs"] < 0.85 * means["without AUs"] and means["with AUs"] < 0.85 * means["source"], means
 
 
-def test_two_people_have_expressions_of_their_own(embedded, meter):
+def test_two_people_have_expressions_of_their_own(toy_pipeline, meter):
     """On a wide canvas the meter reads in each half that half's AUs, whatever the other half's are."""
     masks = torch.zeros(2, 128, 256)
     masks[0, :, :128] = masks[1, :, 128:] = 1
@@ -347,7 +347,7 @@ def test_two_people_have_expressions_of_their_own(embedded, meter):
     def read(*aus) -> torch.Tensor:
         """AU5 and AU26 of both halves, `(2, 2)`, as means over three pictures."""
         generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
-        images = embedded([prompt] * 3, aus=list(aus), au_masks=masks, generator=generators, **options).images
+        images = toy_pipeline([prompt] * 3, aus=list(aus), au_masks=masks, generator=generators, **options).images
         halves = torch.stack([images[..., :128], images[..., 128:]]) * 2 - 1
         return torch.stack([meter(half).mean(0)[[AU_NAMES.index("AU5"), AU_NAMES.index("AU26")]] for half in halves])
 

@@ -310,7 +310,7 @@ def test_each_frame_of_an_animation_is_the_picture_where_nothing_moves(exported,
         assert_same(frames[:, :, index], expected)
 
 
-# The embedded weights, by a process that has nothing but diffusers
+# The weights of the toy model, by a process that has nothing but diffusers
 
 STRANGER = """
 import importlib.util
@@ -332,7 +332,7 @@ torch.save(pipe(["a boy in a park"] * 2, ip_adapter_image_embeds=embeds, **optio
 """
 
 
-def test_a_stranger_draws_with_the_embedded_weights(tmp_path):
+def test_a_stranger_draws_with_the_weights_of_the_toy_model(tmp_path):
     folder, elsewhere = write_export(TOY_MODEL, tmp_path / "folder", "--no-pictures"), tmp_path / "elsewhere"
     elsewhere.mkdir()
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

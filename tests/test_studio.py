@@ -74,14 +74,14 @@ def test_the_code_on_the_screen_draws_the_same_picture_to_the_bit(tiny_studio, j
     assert read_metadata(tmp_path / "command.png") == read_metadata(tmp_path / "screen.png")
 
 
-def test_the_code_for_the_embedded_model_draws_the_same_picture_to_the_bit(tmp_path, monkeypatch):
+def test_the_code_for_the_toy_model_draws_the_same_picture_to_the_bit(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    embedded = Studio(Weights(str(TOY_MODEL)), CPU, "float32")
-    job = replace(embedded.defaults, aus="AU6=3 AU12=4", num_inference_steps=1, au_guidance_scale=4.0)
-    picture = pixels(embedded.draw(job))
-    assert "--model" not in embedded.command(job) and "'toy_faces/weights'" in embedded.python(job)
-    assert np.array_equal(run_snippet(embedded.python(job), tmp_path / "python.png"), picture)
-    assert np.array_equal(run_command(embedded.command(job), "face.png", tmp_path / "command.png"), picture)
+    studio = Studio(Weights(str(TOY_MODEL)), CPU, "float32")
+    job = replace(studio.defaults, aus="AU6=3 AU12=4", num_inference_steps=1, au_guidance_scale=4.0)
+    picture = pixels(studio.draw(job))
+    assert "--model" not in studio.command(job) and "'toy_faces/weights'" in studio.python(job)
+    assert np.array_equal(run_snippet(studio.python(job), tmp_path / "python.png"), picture)
+    assert np.array_equal(run_command(studio.command(job), "face.png", tmp_path / "command.png"), picture)
 
 
 def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp_path):

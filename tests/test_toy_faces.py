@@ -189,7 +189,7 @@ def test_the_meter_reads_renders_that_it_never_saw():
     assert (measured - aus_of(seeds)).square().mean() < 0.3
 
 
-def test_the_embedded_face_obeys_brows_lids_and_jaw():
+def test_the_toy_face_obeys_brows_lids_and_jaw():
     pipe = FineFacePipeline.from_pretrained(WEIGHTS, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     meter = PictureReader.from_pretrained(WEIGHTS / "meter", dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""One small training loop for every network of the embedded world: resumable at any step, a checkpoint a minute."""
+"""One small training loop for every network of the toy world: resumable at any step, a checkpoint a minute."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The networks of the embedded world: ordinary diffusers and transformers classes, and one small picture reader."""
+"""The networks of the toy world: ordinary diffusers and transformers classes, and one small picture reader."""
 
 import json
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The rendered training pictures of the embedded world: a file of pixels, and what each picture shows."""
+"""The rendered training pictures of the toy world: a file of pixels, and what each picture shows."""
 
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path

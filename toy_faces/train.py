@@ -1,5 +1,5 @@
 r"""
-Make the embedded model from nothing: `python -m toy_faces.train --preset cpu` (2 cores, under 3 hours) or
+Make the toy model from nothing: `python -m toy_faces.train --preset cpu` (2 cores, under 3 hours) or
 `--preset gpu` (one large card, under 25 minutes).
 
     pictures → VAE → latents → tokenizer, text encoder, UNet → image encoder → meter, attribute reader → AU adapter
