@@ -302,6 +302,11 @@ class AUAdapter(ModelMixin, ConfigMixin):
         au_values = self.to_v_au(au_hidden_states)
         return torch.zeros_like(au_values) if self.to_k_au is None else self.to_k_au(au_hidden_states), au_values
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether the values are an affine map of the intensities, which `fold` and IP-Adapters need."""
+        return self.config.encoder_type in AFFINE_ENCODER_TYPES and self.config.num_tokens == 1
+
     @torch.no_grad()
     def fold(self) -> "AUAdapter":
         r"""
@@ -314,8 +319,8 @@ class AUAdapter(ModelMixin, ConfigMixin):
         Raises:
             ValueError: if the values are not affine in the intensities: other encoders, or several tokens.
         """
-        encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
-        if encoder_type not in AFFINE_ENCODER_TYPES or num_tokens != 1:
+        if not self.is_affine:
+            encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
             what = f"{num_tokens} tokens" if num_tokens != 1 else f"the encoder {encoder_type!r}"
             raise ValueError(
                 f"This adapter has {what}, so what it adds is no affine map of the AU intensities, as folding and"

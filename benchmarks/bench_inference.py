@@ -36,11 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from action_units import parse_aus
+from action_units import au_image_embeds, parse_aus
 from au_attention_processor import au_layers
 from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, base_unet
 from benchmarks.tables import Report, count, markdown_table
 from drawing.model import quiet
+from hub.ip_adapter import ip_adapter_state_dict
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL, Parser, pick_device, run_program
 
@@ -231,6 +232,7 @@ ROWS = {
         "one token beside an IP-Adapter, to plain with it",
         {"tokens": 1, "ip_adapter": True, "baseline": "ip-plain"},
     ),
+    "plain-aus": ("plain with the AUs as an IP-Adapter, no LoRA", {"plain_aus": True}),
     "third-branch": ("one token, `au_guidance_scale`", {"tokens": 1, "kwargs": {"au_guidance_scale": 5}}),
     "textbook": ("textbook: bmm attention each step, LoRA not fused", {"tokens": 1, "lora": "on", "textbook": True}),
 }
@@ -250,6 +252,7 @@ def make_variant(
     lora: str | None = None,
     ip_adapter: bool = False,
     textbook: bool = False,
+    plain_aus: bool = False,
     kwargs: dict | None = None,
     baseline: str = "plain",
 ) -> Variant:
@@ -277,6 +280,11 @@ def make_variant(
                 projections = (weights[f"{name}.processor.{proj}.weight"] for proj in ("to_k_au", "to_v_au"))
                 processor = TextbookAUAttnProcessor(*projections)
             attn.set_processor(processor)
+    if plain_aus:
+        torch.manual_seed(1)
+        adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim)
+        _load_ip_adapter(pipeline, ip_adapter_state_dict(adapter))
+        kwargs["ip_adapter_image_embeds"] = [t.to(unet.device) for t in au_image_embeds(AUS, dtype=unet.dtype)]
     if ip_adapter:
         _add_ip_adapter(pipeline)
         embeds = torch.randn(2, 1, IP_IMAGE_DIM, device=unet.device, dtype=unet.dtype)
@@ -312,8 +320,16 @@ def _add_ip_adapter(pipeline: StableDiffusionPipeline) -> None:
         "norm.weight": torch.ones(width),
         "norm.bias": torch.zeros(width),
     }
-    state_dict = {"image_proj": image_proj, "ip_adapter": layers}
-    pipeline.load_ip_adapter(state_dict, subfolder="", weight_name="", image_encoder_folder=None)
+    parts = {"image_proj": image_proj, "ip_adapter": layers}
+    _load_ip_adapter(pipeline, {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()})
+
+
+def _load_ip_adapter(pipeline: StableDiffusionPipeline, tensors: dict[str, torch.Tensor]) -> None:
+    parts = {
+        part: {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
+        for part in ("image_proj", "ip_adapter")
+    }
+    pipeline.load_ip_adapter(parts, subfolder="", weight_name="", image_encoder_folder=None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -427,7 +443,9 @@ def step_flops(variant: Variant, batch_size: int, resolution: int | None = None)
     if "aus" in variant.kwargs and not is_textbook:
         kwargs["cross_attention_kwargs"] = pipeline.encode_aus(AUS, unet.device, batch_size=rows)[0]
     if "ip_adapter_image_embeds" in variant.kwargs:
-        kwargs["added_cond_kwargs"] = {"image_embeds": [empty(rows, 1, IP_IMAGE_DIM)]}
+        kwargs["added_cond_kwargs"] = {
+            "image_embeds": [empty(rows, *embeds.shape[1:]) for embeds in variant.kwargs["ip_adapter_image_embeds"]]
+        }
     num_tokens = pipeline.tokenizer.model_max_length + is_textbook
     with FlopCounterMode(display=False) as counter:
         unet(

@@ -4,13 +4,16 @@
 What loading costs: `python -m benchmarks.bench_loading`.
 
 An adapter of full size (Stable Diffusion 2.1, one token, LoRA of rank 32) with random weights is written to a
-temporary folder and loaded from there, first into a pipeline without an adapter, then in place of itself. The table
-has the time, the bytes that stay, and the most that were taken on the way.
+temporary folder and loaded from there, first into a pipeline without an adapter, then in place of itself: as trained,
+folded into a few vectors for each layer, and as an IP-Adapter for plain diffusers. The table has the size of the files
+without that of the LoRA, the time, the bytes that stay, and the most that were taken on the way.
 """
 
 import argparse
 import gc
+import itertools
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -26,10 +29,11 @@ from peft import LoraConfig
 from torch import nn
 
 from au_attention_processor import au_layers
-from au_encoder import AUAdapter, write_au_adapter
+from au_encoder import ATTN_PROCESSORS_NAME, ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUAdapter, write_au_adapter
 from benchmarks.bench_inference import DTYPES, LORA_RANK, LORA_TARGETS, SD21, synchronize
 from benchmarks.tables import Report, count, markdown_table
 from drawing.model import quiet
+from hub.ip_adapter import write_ip_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import Parser, pick_device, run_program
 
@@ -47,12 +51,21 @@ def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -
     return FineFacePipeline(unet=unet, scheduler=scheduler, **absent, requires_safety_checker=False)
 
 
-def write_adapter(folder: Path, unet_config: dict, dtype: torch.dtype) -> None:
-    """An adapter with a LoRA, random, in files of `dtype`."""
+FORMS = ("as trained", "folded", "as an IP-Adapter")
+
+
+def write_adapter(folder: Path, unet_config: dict, dtype: torch.dtype, form: str = FORMS[0]) -> int:
+    """An adapter with a LoRA, random, in files of `dtype`. Returns their bytes without the LoRA."""
     unet = make_pipeline(unet_config, torch.device("cpu"), dtype).unet
     adapter = nn.Module.to(AUAdapter(au_layers(unet), unet.config.cross_attention_dim), dtype)
     unet.add_adapter(LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS), LORA_NAME)
-    write_au_adapter(folder, adapter, unet, LORA_NAME)
+    write_au_adapter(folder, adapter if form == FORMS[0] else adapter.fold(), unet, LORA_NAME)
+    if form == FORMS[2]:
+        (folder / ATTN_PROCESSORS_NAME).unlink()
+        shutil.rmtree(folder / ENCODER_FOLDER)
+        write_ip_adapter(folder, adapter)
+    files = [path for path in folder.rglob("*.safetensors") if path.name != LORA_WEIGHTS_NAME]
+    return sum(path.stat().st_size for path in files)
 
 
 def adapter_bytes(pipeline: FineFacePipeline) -> int:
@@ -137,15 +150,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace, unet_config: dict) -> None:
     report, rows = Report(args.output, args.device), []
-    for dtype in args.dtypes:
+    for form, dtype in itertools.product(FORMS, args.dtypes):
         with tempfile.TemporaryDirectory() as folder:
-            write_adapter(Path(folder), unet_config, torch.float32)
+            size = write_adapter(Path(folder), unet_config, torch.float32, form)
             pipeline = make_pipeline(unet_config, args.device, DTYPES[dtype])
             first, later, peak = time_loading(pipeline, Path(folder), args.repeats)
-        stays, most = ("–" if size is None else f"{size / 2**20:.1f}" for size in (adapter_bytes(pipeline), peak))
-        rows.append([f"`load_au_adapter`, {dtype} UNet", f"{first:.2f}", f"{later:.2f}", stays, most])
+        sizes = (size, adapter_bytes(pipeline), peak)
+        file, stays, most = ("–" if size is None else f"{size / 2**20:.1f}" for size in sizes)
+        rows.append([f"{form}, {dtype} UNet", file, f"{first:.2f}", f"{later:.2f}", stays, most])
         del pipeline
-    report.add(markdown_table(["", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"], rows))
+    report.add(
+        markdown_table(["", "files, MiB", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"], rows)
+    )
 
 
 def main(argv: list[str] | None = None, unet_config: dict = SD21["unet"]) -> int:

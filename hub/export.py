@@ -56,7 +56,7 @@ from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_m
 from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet, read_au_names
 from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
 from hub.convert_original import write_unscaled_lora
-from hub.ip_adapter import write_ip_adapter
+from hub.ip_adapter import fits_ip_adapter, write_ip_adapter
 from program import (
     TOY_MODEL,
     Parser,
@@ -105,6 +105,23 @@ WIDGET_PROMPTS = (
 
 
 SPACE_TEXT = "A prompt, twelve sliders for the muscles of the face, and a picture. The code is in this Space."
+PLAIN_USE = """\
+Without any code but that of diffusers, on the plain base model:
+
+```python
+import torch
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained("$base", dtype=torch.float32)
+pipe.load_lora_weights("$repo_id")
+pipe.load_ip_adapter("$repo_id", subfolder="", weight_name="au_ip_adapter.safetensors", image_encoder_folder=None)
+
+au_names = "$au_names".split()
+aus = torch.tensor([{"AU6": 3, "AU12": 5}.get(name, 0.0) for name in au_names]).reshape(1, 1, -1)
+embeds = [torch.cat([torch.zeros_like(aus), aus])]
+image = pipe("a closeup of a boy in a park", ip_adapter_image_embeds=embeds$options).images[0]
+```"""
+NO_PLAIN_USE = "This adapter has no place in the layout of an IP-Adapter, so it needs the code of this repository."
 NOT_RECORDED = "Nothing about the training was recorded beside these weights."
 NOT_MEASURED = "Whoever exported these weights has given no measurements of them."
 
@@ -425,7 +442,12 @@ def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def fill_card(
-    facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool, au_names: Sequence[str] = AU_NAMES
+    facts: CardFacts,
+    repo_id: str,
+    defaults: dict,
+    has_pictures: bool,
+    has_ip_adapter: bool,
+    au_names: Sequence[str] = AU_NAMES,
 ) -> str:
     """The text of README.md: `model_card.md` with its values filled in."""
     template = ModelCard.load(CARD_TEMPLATE)
@@ -440,8 +462,10 @@ def fill_card(
         for name, prompt in _widget_pictures(au_names)
     ]
     data.inference = {"parameters": defaults} if defaults else None
-    text = string.Template(template.text).substitute(
+    plain_use = PLAIN_USE if has_ip_adapter else NO_PLAIN_USE
+    text = string.Template(template.text.replace("$plain_use", plain_use)).substitute(
         repo_id=repo_id,
+        au_names=" ".join(au_names),
         base=facts.base_model or "BASE_MODEL",
         base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
         options="".join(f", {name}={value}" for name, value in defaults.items()),
@@ -690,10 +714,13 @@ def run(config: ExportConfig) -> str:
             write_space(pipeline, folder, repo_id.split("/")[-1], facts, defaults_file)
         else:
             exported = write_weights(pipeline, folder, dtype)
+            has_ip_adapter = fits_ip_adapter(pipeline.au_adapter)
+            if has_ip_adapter:
+                write_ip_adapter(folder, pipeline.au_adapter)
             add_remote_code(folder)
             if defaults_file.is_file():
                 shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
-            card = fill_card(facts, repo_id, defaults, has_pictures=not config.no_pictures, au_names=au_names)
+            card = fill_card(facts, repo_id, defaults, not config.no_pictures, has_ip_adapter, au_names)
             (folder / "README.md").write_text(card, encoding="utf-8")
             if not config.no_pictures:
                 cast(exported, torch.float32 if device.type == "cpu" else dtype, device)

@@ -42,6 +42,11 @@ from au_encoder import IP_ADAPTER_NAME, AUAdapter, ip_adapter_numbers
 GELU_SCALE = 64.0
 
 
+def fits_ip_adapter(adapter: AUAdapter) -> bool:
+    """Whether `adapter` has a place in this layout: its values are affine, and a token has room for its AUs."""
+    return adapter.is_affine and 2 * adapter.config.num_aus + 2 <= adapter.config.cross_attention_dim
+
+
 def image_projection(num_aus: int, width: int) -> dict[str, torch.Tensor]:
     r"""
     The projection that turns `num_aus` intensities into a token of `width` numbers: the intensities, and a 1 at

@@ -101,7 +101,7 @@ def test_a_step_multiplies_nothing_more_than_plain():
     for row in ("one-token", "lora-baked", "lora-fused"):
         assert counts[row] == counts["plain"]
     assert counts["ip"] == counts["ip-plain"]
-    for row in ("lora", "attention-4", "textbook"):
+    for row in ("lora", "attention-4", "textbook", "plain-aus"):
         assert counts[row] > counts["plain"]
     assert counts["attention-16"] > counts["attention-4"]
     assert counts["third-branch"] == pytest.approx(1.5 * counts["plain"], rel=0.02)
@@ -317,13 +317,23 @@ def test_the_count_runs_on_no_device(monkeypatch, capsys):
     assert one[2][2] == one[4][2] == "1.00000"
 
 
+def test_a_folded_adapter_is_small(tmp_path):
+    unet_config = dict(make_components(cross_attention_dim=WIDTH)["unet"].config)
+    sizes = [
+        bench_loading.write_adapter(tmp_path / str(number), unet_config, torch.float32, form)
+        for number, form in enumerate(bench_loading.FORMS)
+    ]
+    assert sizes[1] < sizes[0] / 2 and sizes[2] > sizes[1]
+
+
 def test_the_table_of_loading(capsys):
     unet_config = dict(make_components(cross_attention_dim=WIDTH)["unet"].config)
     bench_loading.main(["--device", "cpu", "--repeats", "1"], unet_config)
     ((_, *rows),) = read_tables(capsys.readouterr().out)
-    assert [row[0] for row in rows] == ["`load_au_adapter`, float32 UNet", "`load_au_adapter`, float16 UNet"]
+    expected = [f"{form}, {dtype} UNet" for form in bench_loading.FORMS for dtype in ("float32", "float16")]
+    assert [row[0] for row in rows] == expected
     # As many numbers, half as many bytes.
-    assert float(rows[1][3]) == pytest.approx(float(rows[0][3]) / 2, abs=0.1)
+    assert float(rows[1][4]) == pytest.approx(float(rows[0][4]) / 2, abs=0.1)
 
 
 def test_markdown_and_an_unwritable_report(tmp_path):

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_files import ATTN_PROCESSORS, ENCODER, ENCODER_CONFIG, LORA, Exploit, draw, write_original
 from test_loading import assert_silent
 
-from action_units import action_units_of
+from action_units import action_units_of, au_image_embeds
 from au_attention_processor import au_layers
 from au_encoder import AUAdapter, write_au_adapter
 from drawing.files import read_metadata
@@ -169,6 +169,30 @@ def test_an_export_has_the_files_of_the_adapter_and_the_code(exported, tiny_adap
         ours, theirs = load_file(exported / name), load_file(Path(tiny_adapter_dir) / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert {p: (exported / p).read_bytes() for p in files} == hub.repositories["model", "user/fineface"].files
+
+
+def test_an_export_serves_plain_diffusers_too(exported, tiny_sd_dir, expected):
+    """On the plain base, with nothing of the code that lies beside it."""
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_sd_dir)
+    pipe.load_lora_weights(str(exported))
+    pipe.load_ip_adapter(
+        str(exported), subfolder="", weight_name="au_ip_adapter.safetensors", image_encoder_folder=None
+    )
+    pipe.set_progress_bar_config(disable=True)
+    embeds = au_image_embeds("12E")
+    generator, options = torch.Generator().manual_seed(0), {"num_inference_steps": 2, "output_type": "latent"}
+    found = pipe(PROMPT, ip_adapter_image_embeds=embeds, generator=generator, **options).images
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert 'load_ip_adapter("user/fineface"' in (exported / "README.md").read_text()
+
+
+def test_an_adapter_without_a_place_in_an_ip_adapter_says_so(tiny_sd_dir, tmp_path):
+    unet = make_components()["unet"]
+    write_au_adapter(tmp_path / "two", make_adapter(unet, num_tokens=2), unet, LORA_NAME)
+    options = ["--base", tiny_sd_dir, "--no-pictures"]
+    assert export.main([str(tmp_path / "two"), str(tmp_path / "out"), *options]) == 0
+    assert export.NO_PLAIN_USE in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "au_ip_adapter.safetensors").exists()
 
 
 def test_the_requirements_are_those_of_the_clone(exported):

@@ -14,6 +14,7 @@ from test_ip_adapter import FACE_DIM, make_faceid_portrait, make_image_encoder, 
 
 import examples.edit_expression
 import generate
+import hub.export
 from action_units import AU_NAMES
 
 
@@ -58,6 +59,7 @@ def workplace(tiny_sd_dir, tiny_adapter_dir, tmp_path, monkeypatch) -> dict[str,
     ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32)).save_pretrained("controlnet")
     write_lora(Path("lora"))
     write_ip_adapters(Path())
+    assert hub.export.main([tiny_adapter_dir, "fineface-plain", "--format", "ip-adapter"]) == 0
     return {
         '"Tvaranka/fineface", variant="sd15"': repr(tiny_adapter_dir),
         '"stable-diffusion-v1-5/stable-diffusion-v1-5"': repr(tiny_sd_dir),
@@ -82,12 +84,14 @@ def test_the_python_of_the_recipes_runs(workplace):
 
 
 def test_the_programs_know_the_options_of_the_recipes():
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
     for command in COMMANDS:
         command = [word for word in command if word not in ("accelerate", "launch", "python")]
         if command[0] == "generate.py":
             generate.parse_args(command[1:])
         elif command[:2] == ["-m", "examples.edit_expression"]:
             examples.edit_expression.parse_args(command[2:])
+        elif command[:2] == ["-m", "hub.export"]:
+            hub.export.parse_args(command[2:])
         else:
             assert command[0] == "train_fineface.py"

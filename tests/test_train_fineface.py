@@ -459,6 +459,8 @@ def test_pushed_to_the_hub_it_has_a_card_and_loads_in_one_line(arguments, tmp_pa
     card = files["README.md"].decode()
     assert "| `rank` | 4 |" in card and 'from_pretrained("user/fineface"' in card
     assert ADAPTER_FILES | {"model_index.json", "pipeline.py", "images/AU12.png"} <= files.keys()
+    # Beside it, the same for plain diffusers.
+    assert "au_ip_adapter.safetensors" in files and 'load_ip_adapter("user/fineface"' in card
     assert not any("checkpoint" in name for name in files)
 
 
