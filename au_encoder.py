@@ -676,7 +676,7 @@ def _read_ip_adapter(path: Path, layers: dict[str, int], width: int) -> tuple[di
         f"{name}.processor.to_v_au.weight": attention[f"{number}.to_v_ip.weight"][:, columns]
         for name, number in ip_adapter_numbers(layers).items()
     }
-    return values, {"encoder_type": "direct", "num_aus": num_aus, "au_names": _read_au_names(path)}
+    return values, {"encoder_type": "direct", "num_aus": num_aus, "au_names": read_ip_adapter_au_names(path)}
 
 
 def _project_image(projection: dict[str, torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
@@ -687,11 +687,14 @@ def _project_image(projection: dict[str, torch.Tensor], embeds: torch.Tensor) ->
     return nn.functional.layer_norm(tokens, tokens.shape[-1:], weights["norm.weight"], weights["norm.bias"])
 
 
-def _read_au_names(path: Path) -> list[str] | None:
-    with safe_open(path, framework="pt") as file:
-        names = (file.metadata() or {}).get("au_names")
+def read_ip_adapter_au_names(path: Path) -> list[str] | None:
+    """The AUs of an adapter in the layout of an IP-Adapter; None if the file does not say."""
     try:
+        with safe_open(path, framework="pt") as file:
+            names = (file.metadata() or {}).get("au_names")
         return None if names is None else json.loads(names)
+    except SafetensorError as error:
+        raise ValueError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
     except ValueError as error:
         raise ValueError(f"{str(path)!r} has broken metadata: au_names is {names!r}.") from error
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from action_units import AU_NAMES, au_columns
-from au_encoder import ENCODER_CONFIG_NAME
+from au_encoder import ENCODER_CONFIG_NAME, IP_ADAPTER_NAME, read_ip_adapter_au_names
 from drawing.jobs import Job, errors_at
 from program import check_folder_or_hub_id
 
@@ -58,7 +58,8 @@ def read_au_names(weights: Weights) -> tuple[str, ...]:
             path = Path(hf_hub_download(source, name))
         au_names = json.loads(path.read_text(encoding="utf-8")).get("au_names")
     except (OSError, ValueError, AttributeError):
-        return AU_NAMES
+        path = Path(source) / IP_ADAPTER_NAME
+        au_names = read_ip_adapter_au_names(path) if path.is_file() else None
     if au_names is None or weights.adapter_variant is not None:
         return AU_NAMES
     with errors_at(path):

@@ -446,8 +446,8 @@ def fill_card(
     repo_id: str,
     defaults: dict,
     has_pictures: bool,
-    has_ip_adapter: bool,
     au_names: Sequence[str] = AU_NAMES,
+    has_ip_adapter: bool = True,
 ) -> str:
     """The text of README.md: `model_card.md` with its values filled in."""
     template = ModelCard.load(CARD_TEMPLATE)
@@ -720,7 +720,7 @@ def run(config: ExportConfig) -> str:
             add_remote_code(folder)
             if defaults_file.is_file():
                 shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
-            card = fill_card(facts, repo_id, defaults, not config.no_pictures, has_ip_adapter, au_names)
+            card = fill_card(facts, repo_id, defaults, not config.no_pictures, au_names, has_ip_adapter)
             (folder / "README.md").write_text(card, encoding="utf-8")
             if not config.no_pictures:
                 cast(exported, torch.float32 if device.type == "cpu" else dtype, device)

@@ -32,6 +32,7 @@ from test_ip_adapter import make_faceid_portrait, make_ip_adapter, make_pipe, so
 from action_units import AU_NAMES, au_image_embeds, parse_aus
 from au_attention_processor import au_layers
 from au_encoder import AUAdapter, find_adapter_files, ip_adapter_numbers, read_au_adapter, write_au_adapter
+from drawing.model import Weights, read_au_names
 from hub import export
 from hub.ip_adapter import image_projection, ip_adapter_state_dict
 from pipeline_fineface import LORA_NAME, FineFacePipeline
@@ -450,7 +451,7 @@ def test_the_file_names_its_aus(tmp_path):
     assert f'au_names = "{" ".join(names)}".split()' in (folder / "README.md").read_text()
     pipe = FineFacePipeline(**make_components(), requires_safety_checker=False)
     pipe.load_au_adapter(folder)
-    assert pipe.au_names == tuple(names)
+    assert pipe.au_names == tuple(names) == read_au_names(Weights("base", str(folder)))
     embeds = au_image_embeds("L12E", au_names=names)
     found = draw(plain_pipe(folder), ip_adapter_image_embeds=embeds)
     assert_same(found, draw(pipe, aus="L12E"))
