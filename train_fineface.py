@@ -202,7 +202,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 "DeepSpeed in stage 3 divides what is trained between the processes, and an adapter is too small to"
                 " gain from that. Launch with `--zero_stage 1` or 2."
             )
-        # It has settings of its own for these.
+        # DeepSpeed reads these from settings of its own.
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.train_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -337,9 +337,9 @@ def train(
                 if accelerator.sync_gradients:
                     mean_loss = accelerator.reduce(step_loss, "mean").item()
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    # DeepSpeed may not tell it.
+                    # DeepSpeed may return None.
                     gradient_norm = None if gradient_norm is None else float(gradient_norm)
-                    # A scaler leaves out steps whose gradients overflow, and goes on with a smaller scale.
+                    # The scaler of fp16 skips steps whose gradients overflow, and goes on with a smaller scale.
                     overflows = accelerator.scaler is None and not math.isfinite(gradient_norm or 0)
                     if overflows or not math.isfinite(mean_loss):
                         stop_before_step(accelerator, state, samples, config, mean_loss, rows)
@@ -517,7 +517,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def start() -> int:
-    """Returns the exit status: 0, 2 for anything wrong with what was asked or with a disk, 130 after Ctrl-C."""
+    """Run `main`, report its error, and return the exit status: 0, 1 out of memory, 2 a wrong request, 130 Ctrl-C."""
     return run_program(
         main,
         interrupted="continue with `--resume_from_checkpoint latest`",

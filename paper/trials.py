@@ -37,7 +37,7 @@ from paper.tables import (
 )
 from paper.workers import run_jobs
 from program import Parser, write_atomically
-from training.config import PRESETS, TrainConfig
+from training.config import TRAINING_PRESETS, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ WEIGHTED = {
     "timestep_bias_multiplier": 4.0,
 }
 """With these the adapter of the toy model is trained."""
-BEST = {**PRESETS["best"], "au_learning_rate": 1e-2}
+BEST = {**TRAINING_PRESETS["best"], "au_learning_rate": 1e-2}
 """`--preset best`: ten times the learning rate of the LoRA, which is 1e-3 here."""
 TRIALS = {
     "paper": Trial("the paper's design: Res + MLP64, one token, joint guidance"),

@@ -33,7 +33,7 @@ from pipeline_fineface import FineFacePipeline
 from train_fineface import diffusion_loss, main, make_model, min_snr_weights
 from training import data as training_data
 from training.checkpoints import TrainingState
-from training.config import PRESETS, TrainConfig, parse_args
+from training.config import TRAINING_PRESETS, TrainConfig, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
 from training.encoders import StableDiffusionEncoders, load_encoders
 from training.validation import choose_validation_aus
@@ -199,11 +199,11 @@ def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
 
 
 def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
-    changed = dict(PRESETS["best"])
+    changed = dict(TRAINING_PRESETS["best"])
     name, _ = changed.popitem()
     paper, best = parse_args(arguments("run")), parse_args(arguments("run", "--preset best"))
     assert parse_args(arguments("run", "--preset paper")) == paper
-    assert best == dataclasses.replace(paper, **PRESETS["best"]) != paper
+    assert best == dataclasses.replace(paper, **TRAINING_PRESETS["best"]) != paper
     given = parse_args(arguments("run", f"--preset best --{name} {getattr(paper, name)}"))
     assert given == dataclasses.replace(paper, **changed)
 
@@ -674,6 +674,18 @@ def test_a_folder_that_is_not_there_is_refused_when_the_run_begins(arguments):
 def test_a_resolution_that_does_not_fit_the_vae_is_refused(arguments):
     with pytest.raises(ValueError, match="`--resolution` has to be divisible by 2, but is 33"):
         main(arguments("run", "--resolution 33"))
+
+
+def test_a_base_of_an_unknown_family_is_refused(arguments, tmp_path, tiny_sd_dir):
+    shutil.copytree(tiny_sd_dir, tmp_path / "base")
+    index = json.loads((tmp_path / "base/model_index.json").read_text())
+    index |= {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": ["transformers", "T5EncoderModel"]}
+    (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    message = (
+        "is a StableDiffusion3Pipeline of .*text_encoder_3.*A base that can be trained has a unet and text_encoder"
+    )
+    with pytest.raises(ValueError, match=message):
+        main([*arguments("run"), "--pretrained_model_name_or_path", str(tmp_path / "base")])
 
 
 def test_a_base_that_predicts_something_else_is_refused(arguments, tmp_path, tiny_sd_dir):

@@ -104,6 +104,13 @@ def test_a_second_run_in_one_folder_is_refused_and_a_killed_one_locks_nothing(re
     assert not list((tmp_path / "run").glob(".*"))
 
 
+def test_two_runs_share_a_cache_that_neither_has_made(arguments, run_processes, tmp_path):
+    options = f"--cache_latents --random_flip --max_train_steps 1 --cache_dir {tmp_path / 'cache'}"
+    answers = run_processes(*({"arguments": arguments(name, options)} for name in ("one", "other")))
+    assert [answer["status"] for answer in answers] == [0, 0], answers
+    assert {path.name for path in (tmp_path / "cache").glob("*/*")} == {"00000.safetensors"}
+
+
 def test_a_refused_run_leaves_no_folder(arguments, tmp_path):
     with pytest.raises(ValueError, match="has no column text"):
         main(arguments("new/run", f"--train_data_dir {write_faces(tmp_path / 'wrong', drop=('text',))}"))

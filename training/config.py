@@ -22,7 +22,7 @@ from action_units import ALL_AU_NAMES, au_columns, read_aus
 from au_encoder import ENCODER_TYPES, KV_INITS
 
 
-PRESETS = {
+TRAINING_PRESETS = {
     "paper": {},
     "best": {
         "face_loss_weight": 8.0,
@@ -86,7 +86,7 @@ class TrainConfig:
     )
     random_flip: bool = option(False, "Mirror half of the pictures, and the sides of their AUs.")
     cache_latents: bool = option(False, "Encode pictures and captions once, to disk, before training.", resumable=True)
-    cache_dir: Path | None = option(None, "Folder of that cache; by default OUTPUT_DIR/cache.", resumable=True)
+    cache_dir: Path | None = option(None, "Folder of the cache; by default OUTPUT_DIR/cache.", resumable=True)
     dataloader_num_workers: int = option(
         0, "Processes that prepare batches; 0 does it in the main process.", low=0, resumable=True
     )
@@ -123,7 +123,7 @@ class TrainConfig:
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
         "none", "Draw more timesteps of the first or last --timestep_bias_portion, or from begin to end."
     )
-    timestep_bias_multiplier: float = option(1.0, "How many times as often.", low=0)
+    timestep_bias_multiplier: float = option(1.0, "How many times as often these timesteps are drawn.", low=0)
     timestep_bias_begin: int = option(0, 'First timestep of the strategy "range".', low=0)
     timestep_bias_end: int = option(1000, 'Timestep before which the strategy "range" ends.', low=1)
     timestep_bias_portion: float = option(0.25, 'Share of the timesteps for "earlier" and "later".', low=1e-3, high=1)
@@ -131,10 +131,10 @@ class TrainConfig:
     max_train_steps: int = option(20_000, "Optimizer steps.", low=1, resumable=True)
     train_batch_size: int = option(16, "Samples for each process and forward pass.", low=1, resumable=True)
     gradient_accumulation_steps: int = option(1, "Forward passes for each optimizer step.", low=1, resumable=True)
-    learning_rate: float = option(1e-4, "Learning rate.", low=0)
-    au_learning_rate: float | None = option(
-        None, "That of the AU encoder, keys and values, if it is another one.", low=0
+    learning_rate: float = option(
+        1e-4, "Learning rate of the LoRA, and of the rest unless --au_learning_rate is set.", low=0
     )
+    au_learning_rate: float | None = option(None, "Learning rate of the AU encoder, keys and values.", low=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = option("constant", "Learning rate schedule.")
@@ -152,7 +152,7 @@ class TrainConfig:
         1.0, "Norm to which the gradient of all trained parameters together is clipped.", low=0
     )
     use_ema: bool = option(False, "Save an exponential moving average of the trained parameters.")
-    ema_decay: float = option(0.9999, "Largest decay of that average.", low=0)
+    ema_decay: float = option(0.9999, "Largest decay of the moving average.", low=0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "By default what accelerate is set to.", resumable=True
     )
@@ -178,11 +178,14 @@ class TrainConfig:
     )
     validation_aus: tuple[str, ...] = option(
         ("neutral", "AU6=3 AU12=5", "AU4=5", "AU1=4 AU2=4 AU5=4 AU26=4", "AU1=4 AU15=5 AU17=3"),
-        "Expressions they are drawn with, in any notation that the pipeline reads.",
+        "Expressions of these pictures, in any notation that the pipeline reads.",
         resumable=True,
     )
     validation_steps: int = option(
-        500, "Optimizer steps between two sheets of them. The last step has one as well.", low=1, resumable=True
+        500,
+        "Optimizer steps between two sheets of validation pictures. The last step has one as well.",
+        low=1,
+        resumable=True,
     )
     num_validation_images: int = option(
         1, "Pictures of each prompt and expression, from as many seeds.", low=1, resumable=True
@@ -331,11 +334,11 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         parser.add_argument(f"--{field.name}", **options)
     parser.add_argument(
         "--preset",
-        choices=PRESETS,
+        choices=TRAINING_PRESETS,
         default="paper",
         help='Other defaults: "best" has what did best in docs/results.md. Flags that are given count all the same.',
     )
-    parser.set_defaults(**PRESETS[parser.parse_args(argv).preset])
+    parser.set_defaults(**TRAINING_PRESETS[parser.parse_args(argv).preset])
     arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     del arguments["preset"]
     try:

@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from datasets import Image as ImageFeature
 from datasets import load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
+from filelock import FileLock
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -608,20 +609,23 @@ def encode_rows(
     missing = [path for path in mine if not path.exists()]
     size = config.train_batch_size
     for path in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
-        first = int(path.stem) * ROWS_PER_SHARD
-        last = min(first + ROWS_PER_SHARD, num_rows)
-        batches = torch.utils.data.DataLoader(
-            rows,
-            batch_sampler=[range(start, min(start + size, last)) for start in range(first, last, size)],
-            num_workers=config.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
-        encoded = [encode(batch) for batch in read_batches(batches)]
-        tensors = {
-            name: torch.cat([part[name].to("cpu", dtype) for part in encoded]).contiguous() for name in encoded[0]
-        }
-        with disk_errors_explained(f"{folder.name[:16]}/{path.name}", folder), replacing(path) as unfinished:
-            save_file(tensors, unfinished)
+        lock = path.with_suffix(".lock")
+        # Another run with the same cache may be at work on this file, and have it ready after that.
+        with FileLock(lock):
+            if not path.exists():
+                first = int(path.stem) * ROWS_PER_SHARD
+                last = min(first + ROWS_PER_SHARD, num_rows)
+                batches = torch.utils.data.DataLoader(
+                    rows,
+                    batch_sampler=[range(start, min(start + size, last)) for start in range(first, last, size)],
+                    num_workers=config.dataloader_num_workers,
+                    generator=torch.Generator(),
+                )
+                encoded = [encode(batch) for batch in read_batches(batches)]
+                tensors = {name: torch.cat([part[name].to("cpu", dtype) for part in encoded]) for name in encoded[0]}
+                with disk_errors_explained(f"{folder.name[:16]}/{path.name}", folder), replacing(path) as unfinished:
+                    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
+            lock.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     return CachedRows(paths)
 
