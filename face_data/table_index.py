@@ -169,8 +169,8 @@ def build_index(
                 "CREATE TABLE about (key TEXT PRIMARY KEY, text TEXT, box TEXT, removed TEXT) WITHOUT ROWID"
             )
             captions = None if about is not None else caption_column
-            for number, table in enumerate(tables):
-                rows = read_au_table(table.path, table.tool, image_column, on_error, say)
+            for number, (table, names) in enumerate(zip(tables, taken_aus(tables), strict=True)):
+                rows = read_au_table(table.path, table.tool, image_column, on_error, say, names)
                 values = _read_values(rows, table.path, None if number else captions, find_key, on_error)
                 for batch in _batches(values):
                     if number:
@@ -246,16 +246,19 @@ def read_entries(path: Path, tables: tuple[AUTable, ...], first: int, count: int
     return entries
 
 
+def taken_aus(tables: tuple[AUTable, ...]) -> list[tuple[str, ...]]:
+    """The AUs that come from each table."""
+    named = {name for table in tables for name in table.aus}
+    return [table.aus or tuple(name for name in AU_NAMES if name not in named) for table in tables]
+
+
 def _join_aus(rows: list[bytes | None], tables: tuple[AUTable, ...]) -> np.ndarray | None:
     """AUs that no table gives are 0."""
     if any(row is None for row in rows):
         return None
-    named = {name for table in tables for name in table.aus}
     joined = np.zeros(len(AU_NAMES), np.float32)
-    for row, table in zip(rows, tables, strict=True):
-        names = table.aus or [name for name in AU_NAMES if name not in named]
-        columns = [AU_NAMES.index(name) for name in names]
-        joined[columns] = np.frombuffer(row, np.float32)[columns]
+    for row, names in zip(rows, taken_aus(tables), strict=True):
+        joined[[AU_NAMES.index(name) for name in names]] = np.frombuffer(row, np.float32)
     return joined
 
 
