@@ -159,11 +159,11 @@ def build_index(
             database.execute(
                 "CREATE TABLE entries (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, aus BLOB, text TEXT,"
                 " subject TEXT, is_photo INTEGER, box TEXT, line INTEGER, times INTEGER, repeats INTEGER,"
-                " has_names INTEGER)"
+                " has_names INTEGER, face INTEGER)"
             )
             database.execute(
-                "CREATE TABLE others (number INTEGER, key TEXT, aus BLOB, times INTEGER, PRIMARY KEY (number, key))"
-                " WITHOUT ROWID"
+                "CREATE TABLE others (number INTEGER, key TEXT, aus BLOB, face INTEGER, times INTEGER,"
+                " PRIMARY KEY (number, key)) WITHOUT ROWID"
             )
             database.execute(
                 "CREATE TABLE about (key TEXT PRIMARY KEY, text TEXT, box TEXT, removed TEXT) WITHOUT ROWID"
@@ -174,7 +174,7 @@ def build_index(
                 values = _read_values(rows, table.path, None if number else captions, find_key, on_error)
                 for batch in _batches(values):
                     if number:
-                        others = [(number, key, aus) for key, _, aus, *_ in batch]
+                        others = [(number, key, aus, face) for key, _, aus, *_, face in batch]
                         database.executemany(_INSERT_OTHER, others)
                     else:
                         database.executemany(_INSERT_ENTRY, batch)
@@ -187,16 +187,17 @@ def build_index(
 
 
 # A row that says the same as the first one of its picture is a repetition, and not another face.
+_IS_OTHER_FACE = "(aus IS NOT excluded.aus OR face IS NOT excluded.face)"
 _INSERT_ENTRY = (
-    "INSERT INTO entries (key, name, aus, text, subject, is_photo, box, line, times, repeats, has_names)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0) ON CONFLICT (key) DO UPDATE SET"
-    " times = times + (aus IS NOT excluded.aus OR box IS NOT excluded.box),"
-    " repeats = repeats + (aus IS excluded.aus AND box IS excluded.box),"
+    "INSERT INTO entries (key, name, aus, text, subject, is_photo, box, line, face, times, repeats, has_names)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0) ON CONFLICT (key) DO UPDATE SET"
+    f" times = times + ({_IS_OTHER_FACE} OR box IS NOT excluded.box),"
+    f" repeats = repeats + (NOT {_IS_OTHER_FACE} AND box IS excluded.box),"
     " has_names = has_names OR name IS NOT excluded.name"
 )
 _INSERT_OTHER = (
-    "INSERT INTO others VALUES (?, ?, ?, 1) ON CONFLICT (number, key) DO UPDATE SET"
-    " times = times + (aus IS NOT excluded.aus)"
+    "INSERT INTO others VALUES (?, ?, ?, ?, 1) ON CONFLICT (number, key) DO UPDATE SET"
+    f" times = times + {_IS_OTHER_FACE}"
 )
 
 
@@ -298,6 +299,7 @@ def _read_values(
                 _is_photo(by_key, label),
                 _read_box(by_key, label),
                 row.line,
+                row.face,
             )
         except ValueError as error:
             on_error(error)
@@ -317,7 +319,9 @@ def _read_about(
         by_key = {column.lower(): value for column, value in record.items()}
         _check_caption_column(caption_column, by_key, label)
         try:
-            column = find_name_column(list(record), image_column)
+            # `--image_column` may be meant for the AUs' tables alone.
+            is_here = image_column is not None and image_column.strip().lower() in by_key
+            column = find_name_column(list(record), image_column if is_here else None)
             name = _check_name("" if column is None else str(record[column]), label)
             removed = by_key.get("removed_words")
             removed = json.dumps(Counter(map(str, removed))) if isinstance(removed, list) else None
