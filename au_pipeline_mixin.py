@@ -313,7 +313,8 @@ class AUPipelineMixin:
         try:
             _au_names_of(adapter)
         except ValueError as error:
-            raise ValueError(f"{str(files.encoder_config or files.encoder)!r}: {error}") from error
+            source = files.encoder_config or files.encoder or files.attn_processors
+            raise ValueError(f"{str(source)!r}: {error}") from error
         lora = None if files.lora is None else read_lora(files.lora, self.unet)
         # All is read and checked. Only now the pipeline changes.
         with self._offloading_paused():
@@ -471,6 +472,32 @@ class AUPipelineMixin:
             latent_size=self._latent_size(height, width),
             au_names=self.au_names,
         )
+
+    def _check_batch(
+        self,
+        prompt,
+        negative_prompt,
+        prompt_embeds,
+        num_inference_steps: int,
+        num_images_per_prompt: int,
+        generator,
+        guidance_scale: float,
+    ) -> None:
+        """Raise a ValueError for what diffusers does not check in the arguments of a call that all pipelines have."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
+            raise ValueError(f"`prompt` has to be a string or a list of at least one, but is {prompt!r}.")
+        batch_size = len(prompt_embeds if prompts is None else prompts)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries, but `prompt` has {batch_size}.")
+        check_count("num_inference_steps", num_inference_steps)
+        check_count("num_images_per_prompt", num_images_per_prompt)
+        check_scale("guidance_scale", guidance_scale)
+        if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
+            raise ValueError(
+                f"`generator` is a list of {len(generator)}, but the call makes {batch_size * num_images_per_prompt}"
+                " images. Pass one for each image, or one alone."
+            )
 
     def take_au_tags(self, prompt, aus):
         """

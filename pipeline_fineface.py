@@ -21,7 +21,7 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, check_count, check_scale, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, takes_turns  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import action_units as _action_units
@@ -34,8 +34,6 @@ else:  # a clone: the files are top-level modules
     AUAdapter = _au_encoder.AUAdapter
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-    check_count = _au_pipeline_mixin.check_count
-    check_scale = _au_pipeline_mixin.check_scale
     takes_turns = _au_pipeline_mixin.takes_turns
 
 
@@ -92,6 +90,11 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         # Not `AUAdapter`: from the Hub, the component comes with a class object of its own.
         au_adapter: ModelMixin | None = None,
     ):
+        if getattr(unet, "config", {}).get("addition_embed_type") == "text_time":
+            raise ValueError(
+                "The UNet is one of Stable Diffusion XL: it takes sizes and a pooled text beside the prompt. Use"
+                " `FineFaceXLPipeline`."
+            )
         super().__init__(
             vae,
             text_encoder,
@@ -135,20 +138,8 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
         )
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
-            raise ValueError(f"`prompt` has to be a string or a list of at least one, but is {prompt!r}.")
-        batch_size = len(prompt_embeds if prompts is None else prompts)
-        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries, but `prompt` has {batch_size}.")
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        check_scale("guidance_scale", guidance_scale)
-        if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
-            raise ValueError(
-                f"`generator` is a list of {len(generator)}, but the call makes {batch_size * num_images_per_prompt}"
-                " images. Pass one for each image, or one alone."
-            )
+        options = (num_inference_steps, num_images_per_prompt, generator, guidance_scale)
+        self._check_batch(prompt, negative_prompt, prompt_embeds, *options)
 
     def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`StableDiffusionPipeline.encode_prompt`]."""

@@ -1,14 +1,23 @@
 """Tiny real components, built in memory: no network, no files, the same on every run."""
 
 import signal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from au_encoder import AUAdapter, write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from pipeline_fineface_xl import FineFaceXLPipeline
 
 
 # Where tests run in the background, Ctrl-C is ignored, and some tests press it.
@@ -73,6 +82,75 @@ def make_components(seed: int = 0, cross_attention_dim: int = CROSS_ATTENTION_DI
     }
 
 
+def make_xl_components(seed: int = 0) -> dict:
+    """Those of Stable Diffusion XL: two text encoders whose widths add up, and sizes beside the timestep."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CROSS_ATTENTION_DIM // 2,
+        intermediate_size=37,
+        projection_dim=16,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        **ids,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        cross_attention_dim=CROSS_ATTENTION_DIM,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    shared = {name: part for name, part in make_components(seed).items() if name in ("vae", "scheduler")}
+    return {
+        **shared,
+        "text_encoder": CLIPTextModel(text_config).eval(),
+        "text_encoder_2": CLIPTextModelWithProjection(text_config).eval(),
+        "tokenizer": tokenizer,
+        "tokenizer_2": make_tokenizer(),
+        "unet": unet.eval(),
+        "image_encoder": None,
+        "feature_extractor": None,
+    }
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of bases with tiny components, and the pipelines for it."""
+
+    pipeline_class: type
+    plain_class: type
+    make_components: Callable[[], dict]
+    options: dict
+
+    def make_pipe(self, **components):
+        pipe = self.pipeline_class(**{**self.make_components(), **components}, **self.options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def make_plain_pipe(self, **components):
+        pipe = self.plain_class(**{**self.make_components(), **components}, **self.options)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+
+FAMILIES = {
+    "sd": Family(FineFacePipeline, StableDiffusionPipeline, make_components, {"requires_safety_checker": False}),
+    "sdxl": Family(FineFaceXLPipeline, StableDiffusionXLPipeline, make_xl_components, {"add_watermarker": False}),
+}
+
+
 def make_adapter(unet: UNet2DConditionModel, seed: int = 1, num_tokens: int = 1) -> AUAdapter:
     torch.manual_seed(seed)
     adapter = AUAdapter.from_unet(unet, num_tokens=num_tokens, hidden_dim=HIDDEN_DIM).eval()
@@ -109,6 +187,25 @@ def tiny_adapter_dir(tmp_path_factory) -> str:
     """A saved adapter with a LoRA, for the base of `tiny_sd_dir`."""
     folder = tmp_path_factory.mktemp("tiny_adapter")
     unet = make_components()["unet"]
+    adapter = make_adapter(unet)
+    add_lora(unet, LORA_NAME)
+    write_au_adapter(folder, adapter, unet, LORA_NAME)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_dir(tmp_path_factory) -> str:
+    """A saved Stable Diffusion XL pipeline without an adapter."""
+    folder = tmp_path_factory.mktemp("tiny_xl")
+    FAMILIES["sdxl"].make_plain_pipe().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_adapter_dir(tmp_path_factory) -> str:
+    """A saved adapter with a LoRA, for the base of `tiny_xl_dir`."""
+    folder = tmp_path_factory.mktemp("tiny_xl_adapter")
+    unet = make_xl_components()["unet"]
     adapter = make_adapter(unet)
     add_lora(unet, LORA_NAME)
     write_au_adapter(folder, adapter, unet, LORA_NAME)

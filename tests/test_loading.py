@@ -1,6 +1,7 @@
 """The pipeline file loads from a clone and through diffusers, from anywhere and in silence."""
 
 import ast
+import importlib
 import json
 import os
 import shutil
@@ -16,6 +17,8 @@ from diffusers.utils.dynamic_modules_utils import get_relative_imports
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "pipeline_fineface.py"
+XL_PIPELINE = ROOT / "pipeline_fineface_xl.py"
+PIPELINES = {PIPELINE: "FineFacePipeline", XL_PIPELINE: "FineFaceXLPipeline"}
 LEAVES = {"action_units", "au_attention_processor", "au_encoder"}
 MIXIN = "au_pipeline_mixin"
 
@@ -35,7 +38,7 @@ smile, plain = (
 assert pipe.__class__.__module__.startswith("diffusers_modules.")
 assert not torch.equal(smile, plain)
 # Its components make another pipeline of its class, as diffusers does with those from the Hub.
-again = pipe.__class__(**pipe.components, requires_safety_checker=False)
+again = pipe.__class__(**pipe.components, **pipe.parameters)
 again.set_progress_bar_config(disable=True)
 assert torch.equal(again("a boy", aus="12E", generator=torch.Generator().manual_seed(0), **options).images, smile)
 """
@@ -70,7 +73,8 @@ def assert_silent(stderr: str) -> None:
 
 
 def test_diffusers_copies_every_sibling():
-    assert set(get_relative_imports(PIPELINE)) == LEAVES | {MIXIN}
+    for pipeline in PIPELINES:
+        assert set(get_relative_imports(pipeline)) == LEAVES | {MIXIN}
     assert set(get_relative_imports(ROOT / f"{MIXIN}.py")) == LEAVES
     for leaf in LEAVES:
         assert get_relative_imports(ROOT / f"{leaf}.py") == []
@@ -85,23 +89,22 @@ def test_the_leaves_import_no_sibling():
 
 
 def test_both_ways_of_importing_bring_the_same_names():
-    for path in (PIPELINE, ROOT / f"{MIXIN}.py"):
+    for path in (*PIPELINES, ROOT / f"{MIXIN}.py"):
         block = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If))
         in_package = {alias.name for node in block.body for alias in node.names}
         in_clone = {node.targets[0].id for node in block.orelse if isinstance(node, ast.Assign)}
         assert in_package == in_clone
 
 
-def test_there_is_one_pipeline_class():
-    import pipeline_fineface
-
+@pytest.mark.parametrize("path", PIPELINES)
+def test_there_is_one_pipeline_class(path):
     classes = [
         value
-        for value in vars(pipeline_fineface).values()
+        for value in vars(importlib.import_module(path.stem)).values()
         if isinstance(value, type) and issubclass(value, DiffusionPipeline)
         if not value.__module__.startswith("diffusers")
     ]
-    assert classes == [pipeline_fineface.FineFacePipeline]
+    assert [value.__name__ for value in classes] == [PIPELINES[path]]
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +112,10 @@ def elsewhere(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("elsewhere")
 
 
-def test_custom_pipeline_loads_from_anywhere_without_warnings(elsewhere, tiny_sd_dir, tiny_adapter_dir):
-    arguments = (str(PIPELINE), tiny_sd_dir, tiny_adapter_dir)
+@pytest.mark.parametrize("path", PIPELINES)
+def test_custom_pipeline_loads_from_anywhere_without_warnings(elsewhere, path, request):
+    names = ("tiny_sd_dir", "tiny_adapter_dir") if path == PIPELINE else ("tiny_xl_dir", "tiny_xl_adapter_dir")
+    arguments = (str(path), *map(request.getfixturevalue, names))
     result = run_python(LOAD_AND_DRAW, *arguments, cwd=elsewhere, cache=elsewhere / "hf")
     assert result.returncode == 0, result.stderr
     assert_silent(result.stderr)

@@ -5,8 +5,8 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, add_lora, make_adapter, make_components
-from diffusers import EulerDiscreteScheduler, LCMScheduler, PNDMScheduler, StableDiffusionPipeline
+from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, Family, add_lora, make_adapter
+from diffusers import EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 
@@ -14,10 +14,39 @@ from action_units import AU_NAMES, parse_aus
 from au_attention_processor import pack_au_tensors
 from au_encoder import ATTN_PROCESSORS_NAME, find_adapter_beside
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from pipeline_fineface_xl import FineFaceXLPipeline
 
 
 PROMPT = "a boy in a park"
 SMILE = {"AU6": 2.5, "AU12": 5}
+
+
+# Each promise is held on every family of bases.
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+@pytest.fixture
+def tiny_components(family) -> dict:
+    return family.make_components()
+
+
+@pytest.fixture
+def tiny_base(family, tiny_components):
+    return family.make_pipe(**tiny_components)
+
+
+@pytest.fixture
+def tiny_adapter_dir(family, tiny_adapter_dir, tiny_xl_adapter_dir) -> str:
+    return tiny_adapter_dir if family is FAMILIES["sd"] else tiny_xl_adapter_dir
+
+
+@pytest.fixture
+def plain_sd(family):
+    return family.make_plain_pipe()
 
 
 def draw(pipe, prompt=PROMPT, seed=0, **kwargs) -> torch.Tensor:
@@ -103,17 +132,33 @@ def test_images_per_prompt_equal_separate_calls(tiny_pipe, guidance):
 # Guidance
 
 
+def embeddings(pipe, prompt) -> dict[str, torch.Tensor]:
+    """What `encode_prompt` makes, by the names of the arguments of the call."""
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    encoded = pipe.encode_prompt(prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    return dict(zip(names, encoded, strict=False))
+
+
 def by_hand(pipe, prompt, aus, combine, negative_aus=None, steps=2) -> torch.Tensor:
     """The denoising loop with each branch of guidance in a UNet call of its own."""
     pipe.scheduler.set_timesteps(steps)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        text, empty = pipe.encode_prompt(prompt, "cpu", 1, True)
+        encoded = embeddings(pipe, prompt)
+        conditions = []
+        for branch in ("", "negative_"):
+            added = None
+            if f"{branch}pooled_prompt_embeds" in encoded:
+                time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
+                added = {"text_embeds": encoded[f"{branch}pooled_prompt_embeds"], "time_ids": time_ids}
+            conditions.append((encoded[f"{branch}prompt_embeds"], added))
+        text, empty = conditions
         for t in pipe.scheduler.timesteps:
 
-            def predict(embeds, aus, t=t, latents=latents):
+            def predict(condition, aus, t=t, latents=latents):
+                embeds, added = condition
                 au_kwargs = pack_au_tensors(pipe.unet, *pipe.au_adapter(parse_aus(aus)))
-                return pipe.unet(latents, t, embeds, cross_attention_kwargs=au_kwargs).sample
+                return pipe.unet(latents, t, embeds, added_cond_kwargs=added, cross_attention_kwargs=au_kwargs).sample
 
             neutral = {} if negative_aus is None else negative_aus
             noise = combine(predict(empty, neutral), predict(text, neutral), predict(text, aus))
@@ -166,10 +211,9 @@ def test_the_lora_scale_reaches_the_aus(tiny_pipe):
     assert_close(halved, draw(tiny_pipe, aus=SMILE))
 
 
-def test_more_than_one_token(tiny_base):
+def test_more_than_one_token(family, tiny_base):
     adapter = make_adapter(tiny_base.unet, num_tokens=3)
-    pipe = FineFacePipeline(**{**tiny_base.components, "au_adapter": adapter}, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = family.make_pipe(**tiny_base.components | {"au_adapter": adapter})
     assert not torch.allclose(draw(pipe, aus=SMILE), draw(pipe), atol=1e-3)
     assert torch.equal(draw(pipe, aus=SMILE, au_scale=0), draw(pipe))
     batch = draw(pipe, ["a boy"] * 2, aus=[SMILE, None], generator=[torch.Generator().manual_seed(0) for _ in "ab"])
@@ -195,10 +239,9 @@ def test_one_full_mask_is_no_mask(tiny_pipe, guidance):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_each_person_has_aus_of_their_own(tiny_base, num_tokens):
+def test_each_person_has_aus_of_their_own(family, tiny_base, num_tokens):
     adapter = make_adapter(tiny_base.unet, num_tokens=num_tokens)
-    pipe = FineFacePipeline(**{**tiny_base.components, "au_adapter": adapter}, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = family.make_pipe(**tiny_base.components | {"au_adapter": adapter})
     options = {**WIDE, "num_inference_steps": 1, "guidance_scale": 1.0, "au_masks": halves()}
     both = draw(pipe, aus=[SMILE, "1+4"], **options)
     left_only, swapped = draw(pipe, aus=[SMILE, None], **options), draw(pipe, aus=["1+4", SMILE], **options)
@@ -241,13 +284,6 @@ def test_images_per_prompt_keep_their_masks(tiny_pipe):
 # Everything that Stable Diffusion does
 
 
-@pytest.fixture
-def plain_sd() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -270,12 +306,12 @@ def test_without_an_adapter_it_is_stable_diffusion(tiny_base, plain_sd, options)
     assert np.array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_the_signature_begins_as_that_of_stable_diffusion():
+def test_the_signature_begins_as_that_of_stable_diffusion(family):
     import inspect
 
     for name in ("__init__", "__call__"):
-        ours = list(inspect.signature(getattr(FineFacePipeline, name)).parameters)
-        theirs = [p for p in inspect.signature(getattr(StableDiffusionPipeline, name)).parameters if p != "kwargs"]
+        ours = list(inspect.signature(getattr(family.pipeline_class, name)).parameters)
+        theirs = [p for p in inspect.signature(getattr(family.plain_class, name)).parameters if p != "kwargs"]
         assert ours[: len(theirs)] == theirs
 
 
@@ -290,11 +326,11 @@ def test_other_schedulers(tiny_pipe, plain_sd, scheduler):
 
 def test_precomputed_embeddings_equal_the_prompt(tiny_pipe):
     prompts, aus = ["a boy", "a girl"], [SMILE, "1+4"]
-    embeds, negative_embeds = tiny_pipe.encode_prompt(prompts, "cpu", 1, True)
-    options = {"prompt_embeds": embeds, "negative_prompt_embeds": negative_embeds, "aus": aus}
+    options = {**embeddings(tiny_pipe, prompts), "aus": aus}
     assert torch.equal(draw(tiny_pipe, None, **options), draw(tiny_pipe, prompts, aus=aus))
 
 
+@pytest.mark.parametrize("family", ["sd"], indirect=True)  # diffusers does without that norm for SDXL
 def test_clip_skip_takes_an_earlier_layer_of_the_text_encoder(tiny_pipe):
     _, negative_embeds = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, True)
     ids = tiny_pipe.tokenizer(PROMPT, padding="max_length", return_tensors="pt").input_ids
@@ -322,8 +358,8 @@ def test_output_types(tiny_pipe):
     assert isinstance(draw(tiny_pipe, output_type="pil", **options)[0], PIL.Image.Image)
     assert draw(tiny_pipe, output_type="np", **options).shape == (1, 32, 32, 3)
     assert draw(tiny_pipe, output_type="pt", **options).shape == (1, 3, 32, 32)
-    images, nsfw = tiny_pipe(PROMPT, return_dict=False, **options)
-    assert isinstance(images[0], PIL.Image.Image) and nsfw is None
+    images, *nsfw = tiny_pipe(PROMPT, return_dict=False, **options)
+    assert isinstance(images[0], PIL.Image.Image) and nsfw in ([], [None])
 
 
 def test_vae_slicing_gives_the_same_pictures(tiny_pipe):
@@ -341,12 +377,14 @@ def test_callbacks_see_and_change_the_tensors(tiny_pipe, options):
         seen.append((step, {name: tuple(tensor.shape) for name, tensor in tensors.items()}))
         return {"latents": torch.zeros_like(tensors["latents"])}
 
-    names = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    text, pooled = (16, CROSS_ATTENTION_DIM), (2, 16)
+    shapes = {"latents": (1, 4, 16, 16), "prompt_embeds": (2, *text), "negative_prompt_embeds": (1, *text)}
+    shapes |= {"add_text_embeds": pooled, "add_time_ids": (2, 6)}
+    names = [name for name in tiny_pipe._callback_tensor_inputs if name in shapes]
     latents = draw(
         tiny_pipe, aus=SMILE, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names, **options
     )
-    text = (16, CROSS_ATTENTION_DIM)
-    shapes = {"latents": (1, 4, 16, 16), "prompt_embeds": (2, *text), "negative_prompt_embeds": (1, *text)}
+    shapes = {name: shapes[name] for name in names}
     assert seen == [(0, shapes), (1, shapes)]
     assert not latents.any()
 
@@ -383,18 +421,16 @@ def test_what_replaces_the_processors_does_not_lose_the_aus(tiny_pipe):
     assert_close(draw(tiny_pipe, aus=SMILE), expected, 1e-4)
 
 
-def test_a_guidance_distilled_unet(tiny_adapter_dir):
-    components = make_components()
-    config = {**components["unet"].config, "time_cond_proj_dim": 8}
-    components["unet"] = type(components["unet"]).from_config(config).eval()
-    pipe = FineFacePipeline(**components, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+def test_a_guidance_distilled_unet(family, tiny_components, tiny_adapter_dir):
+    config = {**tiny_components["unet"].config, "time_cond_proj_dim": 8}
+    tiny_components["unet"] = type(tiny_components["unet"]).from_config(config).eval()
+    pipe = family.make_pipe(**tiny_components)
     pipe.load_au_adapter(tiny_adapter_dir)
     assert not torch.allclose(draw(pipe, aus=SMILE), draw(pipe, aus=SMILE, au_guidance_scale=3.0), atol=1e-3)
 
 
 def test_a_pipeline_made_from_another(plain_sd, tiny_adapter_dir, tiny_pipe):
-    pipe = FineFacePipeline.from_pipe(plain_sd)
+    pipe = type(tiny_pipe).from_pipe(plain_sd)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_au_adapter(tiny_adapter_dir)
     assert torch.equal(draw(pipe, aus=SMILE), draw(tiny_pipe, aus=SMILE))
@@ -402,19 +438,19 @@ def test_a_pipeline_made_from_another(plain_sd, tiny_adapter_dir, tiny_pipe):
 
 def test_a_pipeline_made_from_one_with_an_adapter_has_it_too(tiny_pipe, tmp_path, caplog):
     expected = draw(tiny_pipe, aus=SMILE)
-    pipe = FineFacePipeline.from_pipe(tiny_pipe)
+    pipe = type(tiny_pipe).from_pipe(tiny_pipe)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.au_adapter is tiny_pipe.au_adapter and "not switched over" not in caplog.text
     assert torch.equal(draw(pipe, aus=SMILE), expected)
-    assert FineFacePipeline.from_pipe(tiny_pipe, au_adapter=None).au_adapter is None
+    assert type(tiny_pipe).from_pipe(tiny_pipe, au_adapter=None).au_adapter is None
 
 
 def test_saving_without_an_adapter_leaves_none_in_the_folder(tiny_pipe, tmp_path):
     tiny_pipe.save_pretrained(tmp_path)
-    assert FineFacePipeline.from_pretrained(tmp_path).au_adapter is not None
+    assert type(tiny_pipe).from_pretrained(tmp_path).au_adapter is not None
     tiny_pipe.unload_au_adapter()
     tiny_pipe.save_pretrained(tmp_path)
-    assert FineFacePipeline.from_pretrained(tmp_path).au_adapter is None
+    assert type(tiny_pipe).from_pretrained(tmp_path).au_adapter is None
     assert not (tmp_path / "au_encoder").exists() and not list(tmp_path.glob("*.safetensors"))
 
 
@@ -445,10 +481,9 @@ def test_a_compiled_unet_is_compiled_once(tiny_pipe):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
-def test_with_masks_it_is_compiled_once_too(tiny_base, num_tokens):
+def test_with_masks_it_is_compiled_once_too(family, tiny_base, num_tokens):
     adapter = make_adapter(tiny_base.unet, num_tokens=num_tokens)
-    pipe = FineFacePipeline(**{**tiny_base.components, "au_adapter": adapter}, requires_safety_checker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = family.make_pipe(**tiny_base.components | {"au_adapter": adapter})
     calls = {
         "both": {"aus": [SMILE, "1+4"], "au_masks": halves()},
         "one": {"aus": [SMILE, None], "au_masks": halves()[::-1]},
@@ -474,7 +509,7 @@ def check_compiled_once(pipe, calls: dict[str, dict]) -> None:
 
 
 @pytest.fixture
-def still_pipe(tiny_pipe, monkeypatch) -> FineFacePipeline:
+def still_pipe(tiny_pipe, monkeypatch):
     def ran(*args, **kwargs):
         raise AssertionError("a model ran before the input was checked")
 
@@ -572,17 +607,17 @@ def test_components_of_mixed_precision_draw(tiny_pipe):
     torch.testing.assert_close(draw(tiny_pipe, **options).float(), expected, atol=0.05, rtol=0)
 
 
-def test_models_are_loaded_in_the_dtype_of_the_unet(tiny_components, tmp_path):
+def test_models_are_loaded_in_the_dtype_of_the_unet(family, tiny_components, tmp_path):
     """transformers takes the dtype of a file, diffusers float32."""
     tiny_components["text_encoder"].half()
-    StableDiffusionPipeline(**tiny_components, requires_safety_checker=False).save_pretrained(tmp_path)
-    pipe = FineFacePipeline.from_pretrained(tmp_path)
+    family.make_plain_pipe(**tiny_components).save_pretrained(tmp_path)
+    pipe = family.pipeline_class.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
     assert {pipe.text_encoder.dtype, pipe.unet.dtype, pipe.vae.dtype} == {torch.float32}
     others = {name: component for name, component in pipe.components.items() if name != "au_adapter"}
-    neighbour = StableDiffusionPipeline(**others, requires_safety_checker=False)
-    neighbour.set_progress_bar_config(disable=True)
+    neighbour = family.make_plain_pipe(**others)
     assert torch.equal(draw(pipe, output_type="pt"), draw(neighbour, output_type="pt"))
-    assert FineFacePipeline.from_pretrained(tmp_path, dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
+    assert family.pipeline_class.from_pretrained(tmp_path, dtype=torch.bfloat16).text_encoder.dtype == torch.bfloat16
 
 
 # Prompts
@@ -599,6 +634,7 @@ def test_a_tag_alone_is_an_expression_without_words(tiny_pipe):
     assert torch.equal(draw(tiny_pipe, "<AU6=2.5 AU12=5>"), draw(tiny_pipe, "", aus=SMILE))
 
 
+@pytest.mark.parametrize("family", ["sd"], indirect=True)  # one call teaches one text encoder
 def test_a_token_that_the_tokenizer_was_taught_is_no_tag(tiny_pipe):
     happy = draw(tiny_pipe, "a dog", aus="happy")
     assert torch.equal(draw(tiny_pipe, "a <happy> dog"), happy)
@@ -619,10 +655,10 @@ def test_without_an_adapter_the_name_of_a_preset_is_a_word(tiny_base, plain_sd):
 
 
 def load_style(pipe, folder) -> None:
-    unet = make_components()["unet"]
+    unet = type(pipe.unet).from_config(pipe.unet.config)
     add_lora(unet, "style", seed=8)
     layers = {name.replace(".style.", "."): weight for name, weight in unet.state_dict().items() if ".lora_" in name}
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    pipe.base_class.save_lora_weights(folder, unet_lora_layers=layers)
     pipe.load_lora_weights(folder, adapter_name="style")
 
 
@@ -631,7 +667,7 @@ def test_an_adapter_on_top_of_a_fused_one_is_refused(tiny_pipe, tiny_adapter_dir
     tiny_pipe.fuse_lora()
     tiny_pipe.unload_lora_weights()
     assert_close(draw(tiny_pipe, aus=SMILE), expected)
-    for pipe in (tiny_pipe, FineFacePipeline.from_pipe(tiny_pipe)):
+    for pipe in (tiny_pipe, type(tiny_pipe).from_pipe(tiny_pipe)):
         with pytest.raises(ValueError, match="Load the base model anew"):
             pipe.load_au_adapter(tiny_adapter_dir)
         with pytest.raises(ValueError, match="no longer on the UNet, so it cannot be saved"):
@@ -652,7 +688,7 @@ def test_another_lora_fused_alone_is_refused(tiny_pipe, tmp_path):
 
 def test_a_lora_that_is_off_is_said_once(tiny_pipe, tmp_path, caplog):
     load_style(tiny_pipe, tmp_path)
-    others = StableDiffusionPipeline.from_pipe(tiny_pipe)
+    others = tiny_pipe.base_class.from_pipe(tiny_pipe)
 
     def warnings() -> list[str]:
         caplog.clear()
@@ -679,7 +715,7 @@ def test_a_lora_that_is_off_is_said_once(tiny_pipe, tmp_path, caplog):
 def test_concurrent_calls_take_turns(tiny_pipe):
     """A scheduler with a memory of its steps would mix them up."""
     tiny_pipe.scheduler = PNDMScheduler.from_config(tiny_pipe.scheduler.config)
-    sharing = FineFacePipeline.from_pipe(tiny_pipe)
+    sharing = type(tiny_pipe).from_pipe(tiny_pipe)
     sharing.set_progress_bar_config(disable=True)
     calls = [(pipe, seed) for pipe in (tiny_pipe, sharing) for seed in range(3)]
 
@@ -728,3 +764,92 @@ def test_an_unknown_argument_is_an_error(tiny_pipe):
 def test_the_adapter_knows_the_aus_of_the_pipeline(tiny_pipe):
     assert tiny_pipe.au_adapter.config.num_aus == len(AU_NAMES)
     assert tiny_pipe.au_adapter.config.hidden_dim == HIDDEN_DIM
+
+
+# Families
+
+
+def test_a_base_of_another_family_is_an_error(tiny_sd_dir, tiny_xl_dir, tiny_xl_adapter_dir):
+    with pytest.raises(ValueError, match="The UNet is one of Stable Diffusion XL.*Use `FineFaceXLPipeline`"):
+        FineFacePipeline.from_pretrained(tiny_xl_dir)
+    components = {**FAMILIES["sdxl"].make_components(), "unet": FAMILIES["sd"].make_components()["unet"]}
+    with pytest.raises(ValueError, match="none of Stable Diffusion XL. .*use `FineFacePipeline`"):
+        FineFaceXLPipeline(**components)
+    # An adapter of the same width, for other layers.
+    pipe = FineFacePipeline.from_pretrained(tiny_sd_dir)
+    with pytest.raises(ValueError, match="fits another base model"):
+        pipe.load_au_adapter(tiny_xl_adapter_dir)
+
+
+XL_ONLY = {
+    "two prompts": {"prompt_2": "a painting"},
+    "two negative prompts": {"negative_prompt": "ugly", "negative_prompt_2": "dark"},
+    "sizes": {"original_size": (64, 48), "crops_coords_top_left": (8, 4), "target_size": (32, 32)},
+    "negative sizes": {"negative_original_size": (8, 8), "negative_target_size": (32, 32)},
+    "the first part": {"denoising_end": 0.5, "num_inference_steps": 4},
+    "an earlier layer": {"clip_skip": 1},
+}
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("name", XL_ONLY)
+def test_what_only_xl_takes_keeps_its_meaning(tiny_base, plain_sd, tiny_adapter_dir, name):
+    options = XL_ONLY[name]
+    plain = draw(plain_sd, **options)
+    assert torch.equal(draw(tiny_base, **options), plain)
+    assert not torch.allclose(draw(plain_sd, num_inference_steps=options.get("num_inference_steps", 2)), plain)
+    tiny_base.load_au_adapter(tiny_adapter_dir)
+    smile = draw(tiny_base, aus=SMILE, **options)
+    assert not torch.allclose(smile, draw(tiny_base, aus="1+4", **options), atol=1e-3)
+    # With guidance of its own, all is one branch more.
+    joint = draw(tiny_base, aus=SMILE, au_guidance_scale=5.0, **options)
+    assert_close(joint, smile)
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+def test_a_refiner_goes_on_from_where_the_pipeline_stopped(tiny_pipe):
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+
+    whole = draw(tiny_pipe, num_inference_steps=4, aus=SMILE)
+    half = draw(tiny_pipe, num_inference_steps=4, aus=SMILE, denoising_end=0.5)
+    parts = {name: part for name, part in tiny_pipe.components.items() if name != "au_adapter"}
+    refiner = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
+    refiner.set_progress_bar_config(disable=True)
+    au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE, guidance_scale=5.0)
+    options = {"denoising_start": 0.5, "num_inference_steps": 4, "output_type": "latent", "guidance_scale": 5.0}
+    found = refiner(PROMPT, image=half, cross_attention_kwargs=au_kwargs, **options).images
+    assert_close(found, whole, 1e-3)
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_the_vae_of_xl_decodes_in_single_precision_unless_it_is_a_fixed_one(tiny_pipe, force_upcast, monkeypatch):
+    tiny_pipe.to(dtype=torch.float16)
+    tiny_pipe.vae.register_to_config(force_upcast=force_upcast)
+    seen, decode = [], tiny_pipe.vae.decode
+    monkeypatch.setattr(tiny_pipe.vae, "decode", lambda z, **kwargs: seen.append(z.dtype) or decode(z, **kwargs))
+    assert draw(tiny_pipe, aus=SMILE, output_type="pt").isfinite().all()
+    assert seen == [torch.float32 if force_upcast else torch.float16]
+    assert tiny_pipe.vae.dtype == torch.float16
+
+
+@pytest.mark.parametrize("family", ["sdxl"], indirect=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 16, 768), "pooled_prompt_embeds": torch.zeros(1, 16)},
+            "`prompt_embeds` is 768 wide, but this base needs 32. Embeddings of Stable Diffusion 1.x",
+        ),
+        (
+            {"prompt": None, "prompt_embeds": torch.zeros(1, 16, 32), "pooled_prompt_embeds": torch.zeros(1, 8)},
+            "`pooled_prompt_embeds` is 8 wide, but this base needs 16",
+        ),
+        ({"prompt_2": ["a", "b"]}, "`prompt_2` has 2 entries, but `prompt` has 1"),
+        ({"negative_prompt_2": ["a", "b"]}, "`negative_prompt_2` has 2 entries"),
+        ({"denoising_end": 1.5}, "`denoising_end` is the share"),
+    ],
+)
+def test_bad_input_of_xl_is_an_error(still_pipe, options, message):
+    with pytest.raises(ValueError, match=message):
+        draw(still_pipe, **options)

@@ -1,0 +1,432 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Text and facial Action Units (AUs) to faces: FineFace on Stable Diffusion XL."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, ModelMixin, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import PipelineImageInput
+from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
+from diffusers.schedulers import KarrasDiffusionSchedulers
+from diffusers.utils import replace_example_docstring
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
+
+
+# diffusers copies only files that this one names, so those that the mixin needs are named too.
+if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
+    from .action_units import AU_NAMES  # noqa: F401
+    from .au_attention_processor import AUAttnProcessor  # noqa: F401
+    from .au_encoder import AUAdapter  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, takes_turns  # noqa: F401
+else:  # a clone: the files are top-level modules
+    # `import x as y`: diffusers reports any plainer form as a package to pip install.
+    import action_units as _action_units
+    import au_attention_processor as _au_attention_processor
+    import au_encoder as _au_encoder
+    import au_pipeline_mixin as _au_pipeline_mixin
+
+    AU_NAMES = _action_units.AU_NAMES
+    AUAttnProcessor = _au_attention_processor.AUAttnProcessor
+    AUAdapter = _au_encoder.AUAdapter
+    LORA_NAME = _au_pipeline_mixin.LORA_NAME
+    AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
+    takes_turns = _au_pipeline_mixin.takes_turns
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from pipeline_fineface_xl import FineFaceXLPipeline
+
+        >>> pipe = FineFaceXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.float16)
+        >>> pipe.load_au_adapter("fineface-xl")  # trained with `train_fineface.py`
+        >>> pipe = pipe.to("cuda")
+
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> aus = {"AU1": 2.5, "AU6": 2.5, "AU12": 5}
+        >>> image = pipe("a closeup of a boy in a park", aus=aus, generator=generator).images[0]
+        ```
+"""
+
+
+class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
+    r"""
+    Text-to-image generation with Stable Diffusion XL, where Action Units (AUs) of FACS set the facial expression. The
+    method is that of [`FineFacePipeline`].
+
+    It is a [`StableDiffusionXLPipeline`] in every other respect. What it adds is one component, `au_adapter`, and a
+    LoRA named `"fineface"` on the UNet. `load_au_adapter` brings both.
+
+    Args:
+        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
+        force_zeros_for_empty_prompt, add_watermarker:
+            See [`StableDiffusionXLPipeline`].
+        au_adapter (`AUAdapter`, *optional*):
+            The AU encoder, and the values of each cross-attention layer. Without it the pipeline is plain Stable
+            Diffusion XL.
+    """
+
+    base_class = StableDiffusionXLPipeline
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->image_encoder->au_adapter->unet->vae"
+    _optional_components = [*StableDiffusionXLPipeline._optional_components, "au_adapter"]
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        unet: UNet2DConditionModel,
+        scheduler: KarrasDiffusionSchedulers,
+        image_encoder: CLIPVisionModelWithProjection = None,
+        feature_extractor: CLIPImageProcessor = None,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: bool | None = None,
+        # Not `AUAdapter`: from the Hub, the component comes with a class object of its own.
+        au_adapter: ModelMixin | None = None,
+    ):
+        if getattr(unet, "config", {}).get("addition_embed_type") != "text_time":
+            raise ValueError(
+                "The UNet takes no sizes and no pooled text, so it is none of Stable Diffusion XL. For one of Stable"
+                " Diffusion 1.x or 2.x use `FineFacePipeline`."
+            )
+        super().__init__(
+            vae,
+            text_encoder,
+            text_encoder_2,
+            tokenizer,
+            tokenizer_2,
+            unet,
+            scheduler,
+            image_encoder,
+            feature_extractor,
+            force_zeros_for_empty_prompt,
+            add_watermarker,
+        )
+        self._attach_adapter(au_adapter)
+
+    def check_inputs(
+        self,
+        prompt,
+        prompt_2,
+        height,
+        width,
+        callback_steps,
+        negative_prompt=None,
+        negative_prompt_2=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        pooled_prompt_embeds=None,
+        negative_pooled_prompt_embeds=None,
+        ip_adapter_image=None,
+        ip_adapter_image_embeds=None,
+        callback_on_step_end_tensor_inputs=None,
+        num_inference_steps=50,
+        num_images_per_prompt=1,
+        generator=None,
+        guidance_scale=5.0,
+        denoising_end=None,
+    ):
+        """Raise a ValueError for anything wrong with the arguments of a call that are not about AUs."""
+        super().check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            callback_steps,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            callback_on_step_end_tensor_inputs,
+        )
+        options = (num_inference_steps, num_images_per_prompt, generator, guidance_scale)
+        self._check_batch(prompt, negative_prompt, prompt_embeds, *options)
+        if prompt is not None:
+            batch_size = 1 if isinstance(prompt, str) else len(prompt)
+            for name, other in (("prompt_2", prompt_2), ("negative_prompt_2", negative_prompt_2)):
+                if isinstance(other, list) and len(other) != batch_size:
+                    raise ValueError(f"`{name}` has {len(other)} entries, but `prompt` has {batch_size}.")
+        width_of_text, add_embedding = self.unet.config.cross_attention_dim, self.unet.add_embedding.linear_1
+        width_of_pooled = add_embedding.in_features - 6 * self.unet.config.addition_time_embed_dim
+        for name, embeds, expected in (
+            ("prompt_embeds", prompt_embeds, width_of_text),
+            ("negative_prompt_embeds", negative_prompt_embeds, width_of_text),
+            ("pooled_prompt_embeds", pooled_prompt_embeds, width_of_pooled),
+            ("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, width_of_pooled),
+        ):
+            if embeds is not None and embeds.shape[-1] != expected:
+                raise ValueError(
+                    f"`{name}` is {embeds.shape[-1]} wide, but this base needs {expected}. Embeddings of Stable"
+                    " Diffusion 1.x and 2.x do not fit Stable Diffusion XL: make them with `encode_prompt` of this"
+                    " pipeline."
+                )
+        if denoising_end is not None and not 0 < denoising_end <= 1:
+            raise ValueError(
+                f"`denoising_end` is the share of the steps to take, above 0 and up to 1, but is {denoising_end}."
+            )
+
+    @torch.no_grad()
+    @takes_turns
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        prompt_2: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 50,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 5.0,
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_2: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        pooled_prompt_embeds: torch.Tensor | None = None,
+        negative_pooled_prompt_embeds: torch.Tensor | None = None,
+        ip_adapter_image: PipelineImageInput | None = None,
+        ip_adapter_image_embeds: list[torch.Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: tuple[int, int] | None = None,
+        crops_coords_top_left: tuple[int, int] = (0, 0),
+        target_size: tuple[int, int] | None = None,
+        negative_original_size: tuple[int, int] | None = None,
+        negative_crops_coords_top_left: tuple[int, int] = (0, 0),
+        negative_target_size: tuple[int, int] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        aus: str | dict[str, float] | torch.Tensor | list | None = None,
+        negative_aus: str | dict[str, float] | torch.Tensor | list | None = None,
+        au_scale: float = 1.0,
+        au_guidance_scale: float | None = None,
+        au_masks: torch.Tensor | list | None = None,
+    ) -> StableDiffusionXLPipelineOutput | tuple:
+        r"""
+        Generate images. All arguments but the last five are those of [`StableDiffusionXLPipeline.__call__`], and the
+        last five are those of [`FineFacePipeline.__call__`].
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What to draw. AUs may stand in it, for callers that can send only text: `"a boy <AU6=3 AU12=5>"`. They
+                may not in `prompt_2`, which goes to the second text encoder in place of `prompt`.
+            num_inference_steps (`int`, defaults to 50):
+                Number of denoising steps, at least 1.
+            denoising_end (`float`, *optional*):
+                The share of the steps after which a refiner takes over, with `output_type="latent"`. It knows no AUs,
+                so hand over late.
+            aus, negative_aus, au_scale, au_guidance_scale, au_masks:
+                See [`FineFacePipeline.__call__`].
+
+        Examples:
+
+        Returns:
+            [`~pipelines.stable_diffusion_xl.StableDiffusionXLPipelineOutput`], or if `return_dict` is False a tuple
+            of the images.
+
+        Raises:
+            ValueError: if an argument is wrong. No model has run then.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. Check inputs.
+        prompt, aus = self.take_au_tags(prompt, aus)
+        height, width = self._image_size(height, width)
+        self.check_inputs(
+            prompt,
+            prompt_2,
+            height,
+            width,
+            None,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds,
+            negative_prompt_embeds,
+            pooled_prompt_embeds,
+            negative_pooled_prompt_embeds,
+            ip_adapter_image,
+            ip_adapter_image_embeds,
+            callback_on_step_end_tensor_inputs,
+            num_inference_steps,
+            num_images_per_prompt,
+            generator,
+            guidance_scale,
+            denoising_end,
+        )
+        batch_size = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
+        au_controls = self.read_au_controls(
+            aus,
+            negative_aus=negative_aus,
+            au_scale=au_scale,
+            au_guidance_scale=au_guidance_scale,
+            au_masks=au_masks,
+            batch_size=batch_size,
+            height=height,
+            width=width,
+        )
+
+        self._guidance_scale = guidance_scale
+        self._guidance_rescale = guidance_rescale
+        self._au_guidance_scale = au_controls.guidance_scale
+        self._clip_skip = clip_skip
+        self._cross_attention_kwargs = cross_attention_kwargs
+        self._denoising_end = denoising_end
+        self._interrupt = False
+        num_images = batch_size * num_images_per_prompt
+        device = self._execution_device
+        lora_scale = (cross_attention_kwargs or {}).get("scale")
+
+        # 2. Encode prompts, AUs, sizes and the images of an IP-Adapter. Unconditional rows come before the prompts'.
+        prompt_embeds, negative_prompt_embeds, add_text_embeds, negative_pooled_prompt_embeds = self.encode_prompt(
+            prompt,
+            prompt_2,
+            device,
+            num_images_per_prompt,
+            self.do_classifier_free_guidance,
+            negative_prompt,
+            negative_prompt_2,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            pooled_prompt_embeds=pooled_prompt_embeds,
+            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
+            lora_scale=lora_scale,
+            clip_skip=clip_skip,
+        )
+        # Text encoders and VAE may have other dtypes than the UNet.
+        dtype = self.unet.dtype
+        pooled_dim = add_text_embeds.shape[-1]
+        sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
+        add_time_ids = self._get_add_time_ids(*sizes, dtype, pooled_dim).repeat(num_images, 1)
+        if self.do_classifier_free_guidance:
+            negative_add_time_ids = add_time_ids
+            if negative_original_size is not None and negative_target_size is not None:
+                sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
+                negative_add_time_ids = self._get_add_time_ids(*sizes, dtype, pooled_dim).repeat(num_images, 1)
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+            add_text_embeds = torch.cat([negative_pooled_prompt_embeds, add_text_embeds])
+            add_time_ids = torch.cat([negative_add_time_ids, add_time_ids])
+        prompt_embeds, add_text_embeds = prompt_embeds.to(device, dtype), add_text_embeds.to(device, dtype)
+        add_time_ids = add_time_ids.to(device)
+        au_kwargs, negative_au_kwargs = self._encode_au_controls(
+            au_controls, device, num_images_per_prompt, 1.0 if lora_scale is None else lora_scale
+        )
+        image_cond = {}
+        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
+            )
+            image_cond["image_embeds"] = [embeds.to(dtype) for embeds in image_embeds]
+
+        # 3. Prepare timesteps, latents and what the scheduler takes.
+        timesteps, num_inference_steps = retrieve_timesteps(
+            self.scheduler, num_inference_steps, device, timesteps, sigmas
+        )
+        num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
+        num_channels = self.unet.config.in_channels
+        latents = self.prepare_latents(num_images, num_channels, height, width, dtype, device, generator, latents)
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        if denoising_end is not None and denoising_end < 1:
+            num_train_timesteps = self.scheduler.config.num_train_timesteps
+            cutoff = int(round(num_train_timesteps - denoising_end * num_train_timesteps))
+            num_inference_steps = sum(bool(t >= cutoff) for t in timesteps)
+            timesteps = timesteps[:num_inference_steps]
+        timestep_cond = None
+        if self.unet.config.time_cond_proj_dim is not None:
+            timestep_cond = self.get_guidance_scale_embedding(
+                torch.tensor([self.guidance_scale - 1]), embedding_dim=self.unet.config.time_cond_proj_dim
+            ).to(device=device, dtype=latents.dtype)
+
+        # 4. Denoise.
+        self._num_timesteps = len(timesteps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(0)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+
+                noise_pred = self._predict_noise(
+                    latents,
+                    t,
+                    prompt_embeds=prompt_embeds,
+                    au_kwargs=au_kwargs,
+                    negative_au_kwargs=negative_au_kwargs,
+                    added_cond={"text_embeds": add_text_embeds, "time_ids": add_time_ids, **image_cond},
+                    timestep_cond=timestep_cond,
+                )
+                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                        "add_text_embeds": add_text_embeds,
+                        "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+                        "add_time_ids": add_time_ids,
+                    }
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = callback_outputs.pop("latents", latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    add_text_embeds = callback_outputs.pop("add_text_embeds", add_text_embeds)
+                    add_time_ids = callback_outputs.pop("add_time_ids", add_time_ids)
+
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
+        # 5. Decode.
+        image = latents if output_type == "latent" else self._decode(latents)
+        self._check_finite(image, prompt_embeds=prompt_embeds, au_kwargs=au_kwargs, latents=latents)
+        if output_type != "latent":
+            if self.watermark is not None:
+                image = self.watermark.apply_watermark(image)
+            image = self.image_processor.postprocess(image, output_type=output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (image,)
+        return StableDiffusionXLPipelineOutput(images=image)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures from -1 to 1. In `float16` the VAE of SDXL overflows, unless its config says otherwise."""
+        config = self.vae.config
+        needs_upcasting = self.vae.dtype == torch.float16 and config.force_upcast
+        if needs_upcasting:
+            self.vae.to(dtype=torch.float32)
+        latents = latents.to(self.vae.dtype) / config.scaling_factor
+        if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+            mean, std = (
+                latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
+            )
+            latents = latents * std + mean
+        try:
+            return self.vae.decode(latents, return_dict=False)[0]
+        finally:
+            if needs_upcasting:
+                self.vae.to(dtype=torch.float16)
