@@ -201,6 +201,32 @@ def action_units_of(au_names: Sequence[str] = AU_NAMES) -> tuple[ActionUnit, ...
     return tuple(_BY_NAME[name] for name in dict.fromkeys(map(whole_au, au_names)))
 
 
+def au_projection(from_names: Sequence[str], to_names: Sequence[str]) -> "torch.Tensor":
+    r"""
+    The matrix that takes one list of AUs to another: `intensities @ au_projection(from_names, to_names)`.
+
+    An AU sets both of its sides, two sides give their mean, and what `from_names` does not have is 0.
+
+    Returns:
+        `torch.Tensor` of shape `(len(from_names), len(to_names))`, `float32`.
+
+    Example:
+        >>> au_projection(["AU12"], ["AU12L", "AU12R", "AU25"]).tolist()
+        [[1.0, 1.0, 0.0]]
+        >>> au_projection(["AU12L", "AU12R"], ["AU12"]).tolist()
+        [[0.5], [0.5]]
+    """
+    import torch
+
+    rows = []
+    for name in from_names:
+        whole = whole_au(name)
+        sides = sum(whole_au(other) == whole for other in from_names)
+        weights = {whole: 1 / sides, name: 1.0} | ({f"{whole}L": 1.0, f"{whole}R": 1.0} if name == whole else {})
+        rows.append([weights.get(target, 0.0) for target in to_names])
+    return torch.tensor(rows)
+
+
 def mirrored_columns(au_names: Sequence[str]) -> list[int]:
     """
     The order of columns of the same face in a mirror: left and right have changed places, also in turns of head and

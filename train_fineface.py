@@ -44,8 +44,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES
-from au_attention_processor import attach_au_processors, pack_au_tensors
-from au_encoder import AUAdapter
+from au_attention_processor import attach_au_processors, au_layers, pack_au_tensors
+from au_encoder import AUAdapter, find_adapter_files, read_au_adapter, read_lora
 from pipeline_fineface import LORA_NAME
 from program import only_run_in, run_program
 from training.checkpoints import (
@@ -71,6 +71,7 @@ from training.data import (
     read_batches,
 )
 from training.encoders import StableDiffusionEncoders, load_encoders
+from training.feedback import AUFeedback, feedback_generator, make_feedback
 from training.validation import choose_validation_aus, validate
 
 
@@ -113,15 +114,8 @@ class FineFaceModel(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def make_model(
-    unet: UNet2DConditionModel,
-    config: TrainConfig,
-    dtype: torch.dtype = torch.float32,
-    au_names: Sequence[str] = AU_NAMES,
-) -> FineFaceModel:
-    """Freeze `unet` in `dtype`, and put a new AU adapter and LoRA on it, which are trained in float32."""
-    unet.requires_grad_(False)
-    au_adapter = AUAdapter.from_unet(
+def new_adapter(unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]) -> AUAdapter:
+    return AUAdapter.from_unet(
         unet,
         encoder_type=config.encoder_type,
         num_tokens=config.num_au_tokens,
@@ -129,11 +123,53 @@ def make_model(
         kv_init=config.au_kv_init,
         au_names=au_names,
     )
-    if config.num_au_tokens == 1 and au_adapter.to_k_au is not None:
+
+
+def read_adapter(
+    unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]
+) -> tuple[AUAdapter, tuple[dict, dict | None] | None]:
+    """
+    The adapter of `--adapter_name_or_path`, and the state dict and the metadata of its LoRA, if it has one.
+
+    Raises:
+        OSError: if it is not there.
+        ValueError: if it does not fit the base, or has other AUs than the data.
+    """
+    files = find_adapter_files(config.adapter_name_or_path)
+    au_adapter = read_au_adapter(files, unet, au_layers(unet))
+    known = au_adapter.config.au_names or AU_NAMES
+    if list(known) != list(au_names):
+        raise ValueError(
+            f"`--adapter_name_or_path`: {config.adapter_name_or_path!r} has the AUs {', '.join(known)}, but the data"
+            f" have {', '.join(au_names)}. Choose its AUs with `--aus`."
+        )
+    return au_adapter, None if files.lora is None else read_lora(files.lora, unet)
+
+
+def make_model(
+    unet: UNet2DConditionModel,
+    config: TrainConfig,
+    dtype: torch.dtype = torch.float32,
+    au_names: Sequence[str] = AU_NAMES,
+) -> FineFaceModel:
+    """Freeze `unet` in `dtype`, and put the AU adapter and the LoRA on it, which are trained in float32."""
+    unet.requires_grad_(False)
+    if config.adapter_name_or_path is None:
+        au_adapter, lora = new_adapter(unet, config, au_names), None
+    else:
+        au_adapter, lora = read_adapter(unet, config, au_names)
+    if au_adapter.config.num_tokens == 1 and au_adapter.to_k_au is not None:
         # A softmax over one key is 1 whatever the key: it would get no gradient.
         au_adapter.to_k_au.requires_grad_(False)
-    lora = LoraConfig(r=config.rank, lora_alpha=config.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-    unet.add_adapter(lora, LORA_NAME)
+    if lora is None:
+        settings = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
+        unet.add_adapter(LoraConfig(**settings, target_modules=LORA_TARGETS), LORA_NAME)
+    else:
+        state_dict, metadata = lora
+        unet.load_lora_adapter(state_dict, prefix=None, adapter_name=LORA_NAME, metadata=metadata)
+        for name, parameter in unet.named_parameters():
+            # What is loaded comes frozen.
+            parameter.requires_grad_(".lora_" in name)
     attach_au_processors(unet)
     # `ModelMixin.to` logs a warning on casts.
     nn.Module.to(unet, dtype)
@@ -278,6 +314,7 @@ def train(
     noise_scheduler: DDPMScheduler,
     encoders: StableDiffusionEncoders,
     checkpoint: Path | None = None,
+    feedback: AUFeedback | None = None,
     show: Callable[[], None] | None = None,
 ) -> None:
     """
@@ -332,6 +369,15 @@ def train(
                     prediction, noise_scheduler, latents, noise, timesteps, loss_weights, config.snr_gamma
                 )
 
+                if feedback is not None and state.step >= config.au_feedback_start:
+                    # Other samples' AUs: an expression must not depend on who wears it.
+                    size, commanded = config.au_feedback_batch_size, batch["au_intensities"].roll(1, 0)
+                    generator = feedback_generator(config.seed, state.step, rows[-len(commanded)])
+                    first_noise = torch.randn(latents.shape, generator=generator).to(latents)
+                    few = {name: tensor[:size] for name, tensor in batch.items()}
+                    feedback_loss = feedback.loss(model, few, first_noise[:size], commanded[:size], generator)
+                    loss = loss + config.au_feedback_weight * feedback_loss
+
                 accelerator.backward(loss)
                 step_loss += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -358,6 +404,8 @@ def train(
             progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             lora_lr, au_lr = lr_scheduler.get_last_lr()
             values = {"train_loss": mean_loss, "lr": lora_lr, "au_lr": au_lr, "grad_norm": gradient_norm}
+            if feedback is not None and state.step > config.au_feedback_start:
+                values["au_feedback_loss"] = feedback_loss.item()
             accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
             if state.step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, state, config)
@@ -494,6 +542,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     if accelerator.is_main_process:
         write_config(config)
+    feedback = make_feedback(config, encoders, data.au_names, accelerator.device)
     if config.cache_latents:
         inputs = cache_inputs(inputs, config, accelerator)
         encoders.unload()
@@ -503,7 +552,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
     show = functools.partial(validate, accelerator, state, config, encoders) if config.validation_prompt else None
     with attention_for_training(accelerator.device, dtype):
-        train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint, show)
+        train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint, feedback, show)
 
     if accelerator.is_main_process:
         with disk_errors_explained("The adapter", config.output_dir):

@@ -94,6 +94,11 @@ class TrainConfig:
     aus: tuple[str, ...] = option(
         (), "AUs to train: AU12, or AU12L AU12R; by default all that the data have columns for.", resumable=True
     )
+    adapter_name_or_path: str | None = option(
+        None,
+        "Folder or Hub id of an AU adapter to go on from. Its encoder, AUs and LoRA stay as they are.",
+        resumable=True,
+    )
     encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
     au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
     num_au_tokens: int = option(1, "Tokens that the AU encoder makes.", low=1)
@@ -127,6 +132,23 @@ class TrainConfig:
     timestep_bias_begin: int = option(0, 'First timestep of the strategy "range".', low=0)
     timestep_bias_end: int = option(1000, 'Timestep before which the strategy "range" ends.', low=1)
     timestep_bias_portion: float = option(0.25, 'Share of the timesteps for "earlier" and "later".', low=1e-3, high=1)
+
+    au_feedback_meter: str | None = option(
+        None,
+        "A meter that reads AUs from pictures drawn in training, whose error is sent back: a folder, or"
+        " package.module:callable.",
+        resumable=True,
+    )
+    au_feedback_weight: float = option(1.0, "Weight of that error, in squared intensities, beside the loss.", low=0)
+    au_feedback_start: int = option(0, "Optimizer steps before the feedback begins.", low=0)
+    au_feedback_steps: int = option(4, "Denoising steps of these pictures.", low=1)
+    au_feedback_backprop: int | None = option(
+        None, "How many of them, the last ones, carry gradient; by default all.", low=1
+    )
+    au_feedback_guidance_scale: float = option(7.5, "Guidance scale of these pictures.", low=0)
+    au_feedback_batch_size: int | None = option(
+        None, "Pictures that a process draws in a forward pass; by default as many as it has samples.", low=1
+    )
 
     max_train_steps: int = option(20_000, "Optimizer steps.", low=1, resumable=True)
     train_batch_size: int = option(16, "Samples for each process and forward pass.", low=1, resumable=True)
@@ -224,6 +246,10 @@ class TrainConfig:
             )
         if self.timestep_bias_strategy != "none":
             self._check("timestep_bias_multiplier", self.timestep_bias_multiplier > 0, "greater than 0")
+        if (self.au_feedback_backprop or 1) > self.au_feedback_steps:
+            self._check("au_feedback_backprop", False, f"at most `--au_feedback_steps`, {self.au_feedback_steps}")
+        if (self.au_feedback_batch_size or 1) > self.train_batch_size:
+            self._check("au_feedback_batch_size", False, f"at most `--train_batch_size`, {self.train_batch_size}")
         if self.streaming and self.cache_latents:
             raise ValueError(
                 "`--cache_latents` writes every row to disk, which `--streaming` is there to avoid: leave one out."

@@ -1,0 +1,191 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Feedback from a meter: what it teaches, what it leaves alone, and how a run with it goes on."""
+
+import pytest
+import torch
+from conftest import make_components
+from diffusers import DDIMScheduler
+from torch import nn
+
+import train_fineface
+from action_units import AU_NAMES
+from au_encoder import read_tensors
+from training.checkpoints import PARAMETERS_NAME
+from training.config import parse_args
+from training.encoders import StableDiffusionEncoders
+from training.feedback import AUFeedback, load_meter, shake
+
+
+pytest_plugins = ["training_runs"]
+
+SIDED = ("AU1", "AU12L", "AU12R", "AU43")
+FEEDBACK = "--au_feedback_meter test_feedback:make_tiny_meter --au_feedback_steps 2 --au_feedback_guidance_scale 2"
+
+
+class TinyMeter(nn.Module):
+    """Reads AUs from the mean colours of the four quarters of a picture."""
+
+    def __init__(self, au_names=AU_NAMES):
+        super().__init__()
+        torch.manual_seed(3)
+        self.au_names = au_names
+        self.layer = nn.Linear(12, len(au_names))
+
+    def forward(self, pixel_values):
+        return 10 * self.layer(nn.functional.adaptive_avg_pool2d(pixel_values, 2).flatten(1))
+
+
+def make_tiny_meter():
+    return TinyMeter()
+
+
+def make_model_and_feedback(config, meters=None, **options):
+    components = make_components()
+    encoders = StableDiffusionEncoders(components["tokenizer"], components["text_encoder"], components["vae"])
+    model = train_fineface.make_model(components["unet"], config)
+    scheduler = DDIMScheduler.from_config(components["scheduler"].config)
+    meters = [TinyMeter().eval().requires_grad_(False)] if meters is None else meters
+    batch = encoders.encode_captions(torch.stack([encoders.tokenize(text) for text in ("a boy", "a girl")]))
+    return model, AUFeedback(meters, encoders, scheduler, AU_NAMES, **options), batch
+
+
+def draw_noise():
+    return torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def test_the_error_of_the_meter_reaches_all_that_is_trained_and_nothing_else(config):
+    model, feedback, batch = make_model_and_feedback(config, steps=2, guidance_scale=2.0)
+    feedback.loss(model, batch, draw_noise(), torch.rand(2, 12)).backward()
+    trained = model.trained_parameters()
+    # The LoRA begins with its second matrices at 0, so only they have a gradient yet.
+    reached = {name for name, parameter in trained.items() if parameter.grad is not None and parameter.grad.any()}
+    assert {"au_adapter.to_v_au.weight", "au_adapter.encoder.intensity_proj.weight"} <= reached
+    assert any("lora_B" in name for name in reached)
+    frozen = [*feedback.vae.parameters(), *feedback.meters[0].parameters(), *model.unet.parameters()]
+    assert not any(p.grad is not None and p.grad.any() for p in frozen if not p.requires_grad)
+
+
+def test_pictures_are_those_of_the_pipeline(config):
+    """So that what the meter judges in training is what users get."""
+    from pipeline_fineface import FineFacePipeline
+
+    model, feedback, batch = make_model_and_feedback(config, steps=3, guidance_scale=2.5)
+    components = make_components() | {"unet": model.unet, "au_adapter": model.au_adapter.eval()}
+    pipe = FineFacePipeline(**components, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    aus = torch.rand(2, 12, generator=torch.Generator().manual_seed(1)) * 5
+    with torch.no_grad():
+        drawn = feedback.draw(model, batch, draw_noise(), aus)
+    expected = pipe(
+        ["a boy", "a girl"],
+        aus=aus,
+        latents=draw_noise(),
+        num_inference_steps=3,
+        guidance_scale=2.5,
+        output_type="pt",
+    ).images
+    assert torch.allclose((drawn / 2 + 0.5).clamp(0, 1), expected, atol=1e-4)
+
+
+def test_only_the_last_steps_carry_gradient(config):
+    calls = []
+    model, feedback, batch = make_model_and_feedback(config, steps=4, backprop=1, guidance_scale=2.0)
+    model.register_forward_hook(lambda module, args, output: calls.append(output.requires_grad))
+    feedback.loss(model, batch, draw_noise(), torch.rand(2, 12))
+    # Of each step, the guided prediction and the unconditional one.
+    assert calls == [False, False] * 3 + [True, False]
+
+
+def test_feedback_makes_the_meter_read_what_was_commanded(config):
+    model, feedback, batch = make_model_and_feedback(config, steps=2, guidance_scale=2.0)
+    commands = torch.tensor([[5.0] + [0.0] * 11, [0.0] * 11 + [5.0]])
+    optimizer = torch.optim.AdamW(model.trained_parameters().values(), 3e-2)
+    torch.manual_seed(0)
+
+    def error() -> float:
+        with torch.no_grad():
+            return feedback.error(feedback.draw(model, batch, draw_noise(), commands), commands).item()
+
+    before = error()
+    for _ in range(20):
+        optimizer.zero_grad()
+        feedback.loss(model, batch, draw_noise(), commands).backward()
+        optimizer.step()
+    assert error() < 0.9 * before
+
+
+def test_a_meter_of_sides_is_asked_for_both_and_one_of_fewer_aus_judges_those(config):
+    model, feedback, batch = make_model_and_feedback(config, [TinyMeter(SIDED)], steps=1)
+    commands = torch.zeros(2, 12)
+    commands[:, AU_NAMES.index("AU12")] = 4
+    pictures = torch.zeros(2, 3, 32, 32)
+    generator = torch.Generator().manual_seed(0)
+    error = feedback.error(pictures, commands, generator)
+    read = feedback.meters[0](shake(pictures, torch.Generator().manual_seed(0)))
+    # AU43 is nothing that these adapters can be asked for.
+    assert torch.allclose(error, (read[:, :3] - torch.tensor([0.0, 4.0, 4.0])).square().mean())
+
+
+def test_a_meter_that_reads_nothing_of_the_adapter_is_refused(config):
+    with pytest.raises(ValueError, match="reads AU43, none of which the adapter has: AU1, AU2"):
+        make_model_and_feedback(config, [TinyMeter(("AU43",))])
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("nowhere", FileNotFoundError, "neither a folder with a meter nor an import path"),
+        ("test_feedback:nothing", ValueError, "cannot be imported"),
+        ("no_such_package_at_all:meter", ValueError, "cannot be imported"),
+        ("test_feedback:draw_noise", ValueError, "returned a Tensor, but a meter is a torch.nn.Module"),
+    ],
+)
+def test_a_name_that_is_no_meter_is_an_error(name, error, message):
+    with pytest.raises(error, match=message):
+        load_meter(name)
+
+
+def test_a_meter_comes_from_a_folder_frozen(tmp_path):
+    from toy_faces.networks import PictureReader
+
+    PictureReader(2, (8, 8), 8, au_names=("AU1", "AU4")).save_pretrained(tmp_path)
+    meter = load_meter(str(tmp_path))
+    assert meter.au_names == ("AU1", "AU4") and not any(p.requires_grad for p in meter.parameters())
+
+
+def trained_weights(arguments, tmp_path, name, options):
+    train_fineface.main(arguments(name, options))
+    return read_tensors(tmp_path / name / "checkpoint-4" / PARAMETERS_NAME)
+
+
+def test_a_run_with_feedback_learns_otherwise_from_its_start_on_and_resumes_to_the_bit(arguments, tmp_path):
+    save = "--checkpointing_steps 2"
+    plain = trained_weights(arguments, tmp_path, "plain", save)
+    whole = trained_weights(arguments, tmp_path, "whole", f"{save} {FEEDBACK} --au_feedback_start 2")
+    name = "au_adapter.to_v_au.weight"
+    half = [read_tensors(tmp_path / run / "checkpoint-2" / PARAMETERS_NAME)[name] for run in ("plain", "whole")]
+    assert torch.equal(*half) and not torch.equal(plain[name], whole[name])
+    options = f"{save} {FEEDBACK} --au_feedback_start 2"
+    train_fineface.main(arguments("parts", f"{options} --max_train_steps 3 --checkpointing_steps 3"))
+    parts = trained_weights(arguments, tmp_path, "parts", f"{options} --resume_from_checkpoint latest")
+    assert all(torch.equal(parts[key], whole[key]) for key in whole)
+
+
+@pytest.mark.parametrize("options", ["--cache_latents --mixed_precision bf16 --gradient_checkpointing"])
+def test_feedback_works_with_what_saves_memory(arguments, tmp_path, options):
+    options += f" --checkpointing_steps 4 {FEEDBACK} --au_feedback_backprop 1 --au_feedback_batch_size 1"
+    weights = trained_weights(arguments, tmp_path, "run", options)
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_a_run_goes_on_from_an_adapter(arguments, tmp_path):
+    train_fineface.main(arguments("first"))
+    config = parse_args(arguments("second", f"--adapter_name_or_path {tmp_path / 'first'}"))
+    model = train_fineface.make_model(make_components()["unet"], config)
+    saved = read_tensors(tmp_path / "first" / "au_attn_processors.safetensors")
+    kept = model.au_adapter.attn_processors_state_dict()
+    assert all(torch.equal(kept[key], saved[key]) for key in saved)
+    assert any(p.any() for name, p in model.trained_parameters().items() if "lora_B" in name)
+    with pytest.raises(ValueError, match="has the AUs AU1, AU2, .* but the data have AU1, AU4"):
+        train_fineface.make_model(make_components()["unet"], config, au_names=["AU1", "AU4"])
