@@ -163,14 +163,15 @@ class Experiment:
 
     def render(self) -> None:
         """The training pictures as an image folder, with captions that do not name the expression, and face boxes."""
-        from toy_faces.pictures import aus_of, captions_of, render_pictures
+        from toy_faces.pictures import Pictures, aus_of, captions_of, render_seed
 
         metadata = self.data / "metadata.jsonl"
         if metadata.exists():
             return
         self.data.mkdir(parents=True, exist_ok=True)
         seeds = range(self.budget.pictures)
-        rendered = render_pictures(self.data.parent / "pictures.npy", self.budget.pictures)
+        shards = Pictures(self.data.parent / "pictures", self.budget.pictures, draw=render_seed).wait()
+        rendered = [picture for shard in shards for picture in shard]
         face_box = dict(zip(FACE_BOX, TOY_FACE_BOX, strict=True))
         lines = []
         for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):

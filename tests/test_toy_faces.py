@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from action_units import AU_NAMES
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces import networks, report, train
-from toy_faces.fit import fit
-from toy_faces.networks import PictureReader
-from toy_faces.pictures import UNSEEN, aus_of, captions_of, render_pictures, render_seed, to_pixel_values
-from toy_faces.renderer import ATTRIBUTES, attributes_in
+from toy_faces.fit import Length, fit
+from toy_faces.networks import PictureReader, SecondMeter
+from toy_faces.pictures import UNSEEN, Pictures, aus_of, captions_of, expression_of, render_seed, to_pixel_values
+from toy_faces.renderer import ATTRIBUTES, TOY_AU_NAMES, attributes_in, sample_aus, to_toy_aus
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +48,7 @@ def fit_line(folder: Path, steps: int, stop_at: int | None = None) -> torch.Tens
         return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
     loss_function.step = 0
-    fit("line", {"line": model}, loss_function, folder, steps, 0.1, ema_decay=0.9)
+    fit("line", {"line": model}, loss_function, folder, Length(steps, 8), 0.1, ema_decay=0.9)
     return model.weight.detach()
 
 
@@ -64,16 +65,36 @@ def test_an_interrupted_fit_continues_as_if_it_had_not_stopped(tmp_path, monkeyp
 
 def test_a_loss_that_is_not_finite_stops_the_fit(tmp_path):
     with pytest.raises(FloatingPointError, match="nan at step 0"):
-        fit("bad", {"bad": nn.Linear(1, 1)}, lambda rng: torch.tensor(float("nan")), tmp_path, 5, 0.1)
+        fit("bad", {"bad": nn.Linear(1, 1)}, lambda rng: torch.tensor(float("nan")), tmp_path, Length(5, 1), 0.1)
 
 
-def test_pictures_come_back_from_their_file(tmp_path):
-    pictures = render_pictures(tmp_path / "pictures.npy", 4, processes=1)
-    assert np.array_equal(pictures[3], render_seed(3))
-    with pytest.raises(ValueError, match="4 pictures, but the preset asks for 5"):
-        render_pictures(tmp_path / "pictures.npy", 5)
-    pixel_values = to_pixel_values(pictures)
-    assert pixel_values.shape == (4, 3, 128, 128) and -1 <= pixel_values.min() and pixel_values.max() <= 1
+def test_a_fit_ends_with_its_seconds(tmp_path):
+    model = nn.Linear(1, 1)
+    fit("line", {"line": model}, lambda rng: model(torch.ones(1, 1)).sum(), tmp_path, Length(10**9, 1, 0.2), 0.1)
+    lines = (tmp_path / "line.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["seconds"] <= 0.2
+    halves = load_file(tmp_path / "line.half.safetensors")
+    assert halves["line.weight"].dtype == torch.float16 and torch.allclose(
+        halves["line.weight"].float(), model.weight, atol=1e-3
+    )
+
+
+def test_pictures_come_in_shards_and_finished_ones_are_kept(tmp_path):
+    shards = Pictures(tmp_path, 4, draw=render_seed, processes=1, shard=3).wait()
+    assert [len(shard) for shard in shards] == [3, 1] and np.array_equal(shards[1][0], render_seed(3))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = Pictures(tmp_path, 4, draw=render_seed, processes=1, shard=3)
+    assert np.array_equal(again.wait()[0], shards[0])
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    pixel_values = to_pixel_values(shards[0])
+    assert pixel_values.shape == (3, 3, 128, 128) and -1 <= pixel_values.min() and pixel_values.max() <= 1
+
+
+def test_half_of_the_training_expressions_are_those_of_the_paper():
+    assert all(np.array_equal(expression_of(seed), to_toy_aus(sample_aus(seed))) for seed in range(0, 20, 2))
+    others = np.stack([expression_of(seed) for seed in range(1, 400, 2)])
+    left, right = (TOY_AU_NAMES.index(name) for name in ("AU12L", "AU12R"))
+    assert (others[:, left] != others[:, right]).any() and others[:, TOY_AU_NAMES.index("AU10")].any()
 
 
 def test_the_words_of_the_world_are_one_token_each_and_no_text_is_lost():
@@ -140,7 +161,7 @@ def tiny_run(tmp_path_factory) -> Path:
 
 
 def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_path):
-    recipe = train.Recipe(train.PRESETS["tiny"], tiny_run, torch.device("cpu"))
+    recipe = train.Recipe(train.SIZES["tiny"], tiny_run, torch.device("cpu"))
     weights = tmp_path / "weights"
     recipe.export(weights)
     pipe = FineFacePipeline.from_pretrained(weights, dtype=torch.float32)
@@ -148,7 +169,11 @@ def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_p
     image = pipe("a girl", aus="AU12=5", num_inference_steps=1).images[0]
     assert image.size == (128, 128)
     meter = PictureReader.from_pretrained(weights / "meter", dtype=torch.float32)
-    assert meter(torch.zeros(1, 3, 128, 128)).shape == (1, 12)
+    assert meter(torch.zeros(1, 3, 128, 128)).shape == (1, 24) and tuple(meter.config.au_names) == TOY_AU_NAMES
+    judge = SecondMeter.from_pretrained(weights / "second_meter", dtype=torch.float32)
+    assert judge(torch.zeros(1, 3, 128, 128)).shape == (1, 24)
+    pipe.load_au_adapter(weights / "sided")
+    assert pipe.au_names == TOY_AU_NAMES and pipe("a girl", aus="wink", num_inference_steps=1).images
     assert StableDiffusionPipeline.from_pretrained(weights).unet.config.sample_size == 16
 
 
@@ -167,7 +192,7 @@ def test_a_recipe_killed_at_any_moment_goes_on(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert subprocess.run(command, cwd=ROOT).returncode == 0
-    assert (tmp_path / "adapter" / "au_attn_processors.safetensors").exists()
+    assert (tmp_path / "sided_feedback" / "au_attn_processors.safetensors").exists()
 
 
 # What is committed.

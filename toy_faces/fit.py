@@ -2,99 +2,131 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import nn
 from tqdm.auto import tqdm
+
+from program import replacing
 
 
 SECONDS_BETWEEN_CHECKPOINTS = 60
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero over `steps` optimizer steps."""
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
+@dataclass(frozen=True)
+class Length:
+    """How long a network is trained: `steps` of `batch` pictures, and no longer than `seconds`."""
+
+    steps: int
+    batch: int
+    seconds: float = math.inf
 
 
-def save_atomically(state: dict, path: Path) -> None:
-    """Write to a temporary name and rename: a kill at any moment leaves the last complete checkpoint."""
-    unfinished = path.with_suffix(".part")
-    torch.save(state, unfinished)
-    os.replace(unfinished, path)
+def learning_rate(progress: float, step: int, peak: float, warmup: int = 100) -> float:
+    """Linear warm-up, then a cosine to zero as `progress` goes from 0 to 1."""
+    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def save_half(modules: dict[str, nn.Module], parameters: list[torch.Tensor], path: Path) -> None:
+    """Write the weights in half precision, `parameters` in the place of the modules' own."""
+    replaced = {id(own): given for own, given in zip(own_parameters(modules), parameters, strict=True)}
+    tensors = {
+        f"{key}.{name}": replaced.get(id(tensor), tensor).detach().half().cpu().contiguous()
+        for key, module in modules.items()
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+        if tensor.is_floating_point()
+    }
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished)
+
+
+def own_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
+    return [parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad]
 
 
 def fit(
     name: str,
-    modules: dict[str, torch.nn.Module],
+    modules: dict[str, nn.Module],
     loss_function: Callable[[np.random.Generator], torch.Tensor],
     folder: Path,
-    steps: int,
+    length: Length,
     peak_learning_rate: float,
     ema_decay: float = 0.0,
 ) -> None:
     """
-    Train `modules` in place for `steps` optimizer steps, or continue where the checkpoint in `folder` stopped.
+    Train `modules` in place, or continue where the checkpoint in `folder` stopped.
 
     Args:
         loss_function: takes a random generator and returns a scalar loss. The generator is seeded with the number of
             the step, so an interrupted run draws what an uninterrupted one would have drawn.
+        length: the schedule of the learning rate follows steps or seconds, whichever is further on.
         ema_decay: above 0, the modules end with the exponential moving average of their weights.
     """
     checkpoint = folder / f"{name}.pt"
-    parameters = [parameter for module in modules.values() for parameter in module.parameters()]
+    parameters = own_parameters(modules)
     optimizer = torch.optim.AdamW(parameters, peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = [parameter.detach().clone() for parameter in parameters] if ema_decay else []
-    first_step = 0
+    step, seconds = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        first_step = state["step"]
-        for key, module in modules.items():
-            module.load_state_dict(state["modules"][key])
-        if first_step == steps:
+        state = torch.load(checkpoint, weights_only=True, map_location=parameters[0].device)
+        step, seconds = state["step"], state["seconds"]
+        with torch.no_grad():
+            for parameter, saved in zip(parameters, state["parameters"], strict=True):
+                parameter.copy_(saved)
+        if state["finished"]:
             return
         optimizer.load_state_dict(state["optimizer"])
         average = state["average"]
 
-    def checkpoint_state(step: int) -> dict:
-        return {
-            "step": step,
-            "modules": {key: module.state_dict() for key, module in modules.items()},
-            "optimizer": optimizer.state_dict() if step < steps else {},
-            "average": average if step < steps else [],
-        }
+    def save(finished: bool = False) -> None:
+        state = {"step": step, "seconds": seconds, "finished": finished, "parameters": parameters}
+        state |= {"optimizer": {}, "average": []} if finished else {}
+        with replacing(checkpoint) as unfinished:
+            torch.save({"optimizer": optimizer.state_dict(), "average": average} | state, unfinished)
+        save_half(modules, average or parameters, folder / f"{name}.half.safetensors")
 
-    log = (folder / f"{name}.jsonl").open("a")
-    running, saved_at = None, time.monotonic()
-    progress = tqdm(range(first_step, steps), initial=first_step, total=steps, desc=name, mininterval=10)
-    for step in progress:
-        torch.manual_seed(step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak_learning_rate)
-        loss = loss_function(np.random.default_rng(step))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"The loss of {name} is {loss.item()} at step {step}; {checkpoint} is kept.")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        if ema_decay:
-            # Early weights are forgotten sooner, so that a short run is not averaged with its random start.
-            decay = min(ema_decay, (step + 1) / (step + 10))
-            torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 50 == 0:
-            progress.set_postfix(loss=f"{running:.4f}", refresh=False)
-            log.write(json.dumps({"step": step, "loss": round(running, 5), "time": round(time.time())}) + "\n")
-            log.flush()
-        if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
-            save_atomically(checkpoint_state(step + 1), checkpoint)
-            saved_at = time.monotonic()
-    if ema_decay:
+    running, started, saved_at = None, time.monotonic() - seconds, time.monotonic()
+    with (
+        (folder / f"{name}.jsonl").open("a") as log,
+        tqdm(initial=step, total=length.steps, desc=name, mininterval=10) as bar,
+    ):
+        while step < length.steps and seconds < length.seconds:
+            torch.manual_seed(step)
+            progress = max(step / length.steps, seconds / length.seconds)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(progress, step, peak_learning_rate)
+            loss = loss_function(np.random.default_rng(step))
+            if step % 20 == 0:
+                # Reading the loss waits for the device, so it is not read at every step.
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"The loss of {name} is {value} at step {step}; {checkpoint} is kept.")
+                running = value if running is None else 0.8 * running + 0.2 * value
+                bar.set_postfix(loss=f"{running:.4f}", refresh=False)
+                line = {"step": step, "loss": round(running, 5), "seconds": round(seconds, 1)}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0, error_if_nonfinite=False)
+            optimizer.step()
+            if average:
+                # Early weights are forgotten sooner, so that a short run is not averaged with its random start.
+                decay = min(ema_decay, (step + 1) / (step + 10))
+                torch._foreach_lerp_(average, [parameter.detach() for parameter in parameters], 1 - decay)
+            step, seconds = step + 1, time.monotonic() - started
+            bar.update()
+            if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+                save()
+                saved_at = time.monotonic()
+    if average:
         with torch.no_grad():
             for parameter, mean in zip(parameters, average, strict=True):
                 parameter.copy_(mean)
-    save_atomically(checkpoint_state(steps), checkpoint)
+    save(finished=True)

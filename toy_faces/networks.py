@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from toy_faces.renderer import ATTRIBUTES, SIZE
+from toy_faces.renderer import ATTRIBUTES, SIZE, TOY_AU_NAMES
 
 
 TEXT_WIDTH = 128
@@ -30,6 +30,7 @@ class PictureReader(ModelMixin, ConfigMixin):
         block_out_channels (`tuple[int, ...]`): channels after each halving of the resolution.
         hidden_size (`int`): width of the layer between the feature map and the outputs.
         scale (`float`): what an output of 1 stands for; 5 for AU intensities keeps the network's numbers near 1.
+        au_names (`tuple[str, ...]`, *optional*): the AUs that a meter reads, one for each output.
     """
 
     @register_to_config
@@ -39,6 +40,7 @@ class PictureReader(ModelMixin, ConfigMixin):
         block_out_channels: tuple[int, ...] = (24, 48, 64, 64),
         hidden_size: int = 128,
         scale: float = 1.0,
+        au_names: tuple[str, ...] | None = None,
     ):
         super().__init__()
         layers: list[nn.Module] = []
@@ -66,6 +68,57 @@ class PictureReader(ModelMixin, ConfigMixin):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch, 3, 128, 128)` in [-1, 1] → `(batch, outputs)`."""
         return self.config.scale * self.head(self.features(pixel_values))
+
+
+class SecondMeter(ModelMixin, ConfigMixin):
+    r"""
+    Reads AU intensities by another architecture than `PictureReader`, so that a picture which fools the one need not
+    fool the other: square patches, then blocks of depthwise 7×7 convolutions between narrow layers (ConvNeXt,
+    https://huggingface.co/papers/2201.03545), then one linear layer over all places.
+
+    Args:
+        au_names (`tuple[str, ...]`): the AUs that it reads.
+        widths (`tuple[int, ...]`): channels of each level; the first has a quarter of the resolution, each next half.
+        depth (`int`): blocks a level.
+    """
+
+    @register_to_config
+    def __init__(self, au_names: tuple[str, ...], widths: tuple[int, ...] = (48, 96, 128), depth: int = 2):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=4)]
+        for level, width in enumerate(widths):
+            if level:
+                layers.append(nn.Conv2d(widths[level - 1], width, 2, stride=2))
+            layers += [DepthwiseBlock(width) for _ in range(depth)]
+        # As many channels as the flattened features may cost.
+        layers.append(nn.Conv2d(widths[-1], 24, 1))
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(24 * (SIZE // (2 * 2 ** len(widths))) ** 2, len(au_names))
+
+    def embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, 3, 128, 128)` in [-1, 1] → `(batch, features)`: the numbers from which the intensities are read."""
+        return self.features(pixel_values).flatten(1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch, 3, 128, 128)` in [-1, 1] → `(batch, len(au_names))`, in FACS intensity units."""
+        return 5 * self.head(self.embed(pixel_values))
+
+
+class DepthwiseBlock(nn.Module):
+    """A depthwise 7×7 convolution and two pointwise layers, added to their input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(width, width, 7, padding=3, groups=width),
+            nn.GroupNorm(1, width),
+            nn.Conv2d(width, 3 * width, 1),
+            nn.GELU(),
+            nn.Conv2d(3 * width, width, 1),
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states + self.layers(hidden_states)
 
 
 def attribute_logits(logits: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -184,8 +237,13 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_meter() -> PictureReader:
-    """Reads the 12 AU intensities; it plays the part that LibreFace plays in the paper."""
-    return PictureReader(outputs=12, scale=5.0)
+    """Reads the AUs of the toy world. It teaches the adapter, so it must not judge it."""
+    return PictureReader(outputs=len(TOY_AU_NAMES), scale=5.0, au_names=TOY_AU_NAMES)
+
+
+def make_second_meter() -> SecondMeter:
+    """Judges: it plays the part that LibreFace plays in the paper."""
+    return SecondMeter(TOY_AU_NAMES)
 
 
 def make_attribute_reader() -> PictureReader:

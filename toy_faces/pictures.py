@@ -1,19 +1,27 @@
-"""The rendered training pictures of the toy world: a file of pixels, and what each picture shows."""
+"""The rendered training pictures of the toy world: files of pixels, and what each picture shows."""
 
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from toy_faces.renderer import SIZE, caption, render, sample_aus, sample_portrait
+from program import replacing
+from toy_faces.renderer import caption, render, sample_aus, sample_portrait, sample_toy_aus, to_toy_aus
 
 
 UNSEEN = 10_000_000
 """Seeds from here on are never trained on: the report and the tests draw their pictures from them."""
 
-CHUNK = 500
+JUDGE_SEEDS = 5_000_000
+"""The second meter, which judges, learns from the pictures of seeds from here on, which nothing else is trained on."""
+
+SHARD = 4_000
+"""Pictures in a file. A killed run renders at most this many again."""
 
 
 def render_seed(seed: int) -> np.ndarray:
@@ -21,40 +29,100 @@ def render_seed(seed: int) -> np.ndarray:
     return np.asarray(render(sample_portrait(seed), sample_aus(seed)))
 
 
-def render_pictures(path: Path, count: int, processes: int | None = None) -> np.ndarray:
+def expression_of(seed: int) -> np.ndarray:
     """
-    Render the pictures of seeds 0 … count − 1 into `path`, a memory-mapped `(count, SIZE, SIZE, 3)` uint8 file.
-
-    A file that is already complete is reused. Pictures are written to a temporary name that is renamed at the end,
-    so a killed run leaves nothing that could be mistaken for a complete file.
+    The training expression of a seed, `(24,)` float32 in the order of `TOY_AU_NAMES`: of even seeds one of the paper's
+    twelve AUs, both sides alike; of odd seeds one of all AUs, each side by itself.
     """
-    if not path.exists():
-        unfinished = path.with_suffix(".part.npy")
-        pictures = np.lib.format.open_memmap(unfinished, "w+", np.uint8, (count, SIZE, SIZE, 3))
-        with ProcessPoolExecutor(processes) as pool:
-            rendered = pool.map(render_seed, range(count), chunksize=CHUNK)
-            for index, picture in enumerate(tqdm(rendered, total=count, desc="render", mininterval=5)):
-                pictures[index] = picture
-        pictures.flush()
-        unfinished.rename(path)
-    pictures = np.load(path, mmap_mode="r")
-    if len(pictures) < count:
-        raise ValueError(f"{path} holds {len(pictures)} pictures, but the preset asks for {count}: delete it.")
-    return pictures
+    return sample_toy_aus(seed) if seed % 2 else to_toy_aus(sample_aus(seed))
 
 
-def to_pixel_values(pictures: np.ndarray) -> torch.Tensor:
-    """uint8 `(batch, height, width, 3)` → float32 `(batch, 3, height, width)` in [-1, 1]."""
-    pixels = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
-    return (pixels.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+def render_expression(seed: int) -> np.ndarray:
+    """The training picture of one seed: the person of `render_seed`, with `expression_of` the seed."""
+    return np.asarray(render(sample_portrait(seed), expression_of(seed)))
 
 
-def aus_of(seeds) -> torch.Tensor:
-    """The AU intensities of rendered seeds, `(batch, 12)` float32."""
+def render_shard(path: Path, seeds: range, draw: Callable[[int], np.ndarray]) -> None:
+    """Render the pictures of `seeds` into `path`, an `.npy` of `(len(seeds), SIZE, SIZE, 3)` uint8."""
+    pictures = np.stack([draw(seed) for seed in seeds])
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        np.save(file, pictures)
+
+
+class Pictures:
+    """
+    The training pictures of the seeds from `first` on, in shards that other processes render in the background:
+    training can begin with the first shard. Finished shards of an earlier run are kept.
+
+    Args:
+        folder (`Path`): where the shards lie.
+        count (`int`): how many pictures there will be.
+        first (`int`): the first seed.
+        draw (`Callable`): makes the picture of a seed.
+        processes (`int`, *optional*): how many render at once; by default as many as there are processors.
+        shard (`int`): pictures in a file.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        count: int,
+        first: int = 0,
+        draw: Callable[[int], np.ndarray] = render_expression,
+        processes: int | None = None,
+        shard: int = SHARD,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.first, self.count, self.loaded = first, count, {}
+        self.seeds = {
+            folder / f"{start:08}-{min(start + shard, first + count):08}.npy": range(
+                start, min(start + shard, first + count)
+            )
+            for start in range(first, first + count, shard)
+        }
+        missing = [(path, seeds) for path, seeds in self.seeds.items() if not path.exists()]
+        self.pool = ProcessPoolExecutor(processes, get_context("spawn")) if missing else None
+        self.renders = [self.pool.submit(render_shard, *shard, draw) for shard in missing] if self.pool else []
+
+    def finished(self, at_least: int = 1) -> list[np.ndarray]:
+        """The shards that are there, as memory-mapped arrays in the order of their seeds from the first one on."""
+        while True:
+            for render_of_shard in self.renders:
+                if render_of_shard.done():
+                    render_of_shard.result()  # raises what went wrong there
+            shards = []
+            for path in self.seeds:
+                if path not in self.loaded and not path.exists():
+                    break
+                if path not in self.loaded:
+                    self.loaded[path] = np.load(path, mmap_mode="r")
+                shards.append(self.loaded[path])
+            if len(shards) >= min(at_least, len(self.seeds)):
+                return shards
+            time.sleep(0.5)
+
+    def wait(self) -> list[np.ndarray]:
+        """All shards, once they are rendered."""
+        with tqdm(total=len(self.seeds), desc="render", unit="shard", mininterval=5) as progress:
+            for count in range(1, len(self.seeds) + 1):
+                progress.update(len(self.finished(count)) - progress.n)
+        if self.pool:
+            self.pool.shutdown()
+        return self.finished(len(self.seeds))
+
+
+def to_pixel_values(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """uint8 `(batch, height, width, 3)` → float32 `(batch, 3, height, width)` in [-1, 1], on the same device."""
+    pixels = pictures if isinstance(pictures, torch.Tensor) else torch.from_numpy(np.array(pictures))
+    return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def aus_of(seeds: Iterable[int]) -> torch.Tensor:
+    """Intensities of the paper's twelve AUs in the pictures of `render_seed`, `(batch, 12)` float32."""
     return torch.from_numpy(np.stack([sample_aus(int(seed)) for seed in seeds]))
 
 
-def captions_of(seeds, wording: int, with_expression: bool = False) -> list[str]:
+def captions_of(seeds: Iterable[int], wording: int, with_expression: bool = False) -> list[str]:
     """The captions of rendered seeds; another `wording` words the same people differently."""
     return [
         caption(sample_portrait(seed), wording * UNSEEN + seed, sample_aus(seed) if with_expression else None)

@@ -1,42 +1,48 @@
 r"""
-Make the toy model from nothing: `python -m toy_faces.train --preset cpu` (2 cores, under 3 hours) or
-`--preset gpu` (one large card, under 25 minutes).
+Make the toy model from nothing: `python -m toy_faces.train --preset cpu` (2 cores, within 8 hours) or `--preset gpu`
+(one H100-class card with 16 processor cores, within 8 minutes).
 
-    pictures → VAE → latents → tokenizer, text encoder, UNet → image encoder → meter, attribute reader → AU adapter
+    pictures ─ VAE ─ latents ─ base ─┬─ adapter ─ feedback          the paper's twelve AUs
+          └─ captions ┘    └─ readers ┴─ sided_adapter ─ sided_feedback     each side by itself, and more AUs
 
 Every stage writes into `--output_dir` and is skipped when its result is there; inside a stage a checkpoint a minute is
-kept. Kill it at any moment and run the same command again. `--until STAGE` stops after a stage, `--export` copies the
-finished weights in half precision to `toy_faces/weights`.
+kept, and the weights in half precision beside it. Kill it at any moment and run the same command again. With `--until
+STAGE` it stops after a stage, with `--export` it copies the finished weights to `toy_faces/weights`.
 """
 
 import argparse
 import json
-import shutil
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-import train_fineface
 from action_units import AU_NAMES
-from au_encoder import ATTN_PROCESSORS_NAME
-from pipeline_fineface import FineFacePipeline
-from program import TOY_MODEL, pick_device
+from au_attention_processor import attach_au_processors
+from au_encoder import AUAdapter, write_au_adapter
+from pipeline_fineface import LORA_NAME, FineFacePipeline
+from program import TOY_MODEL, new_folder, pick_device, replacing
 from toy_faces import networks
-from toy_faces.fit import fit
-from toy_faces.networks import PictureReader
-from toy_faces.pictures import aus_of, captions_of, render_pictures, to_pixel_values
-from toy_faces.renderer import SIZE, caption, sample_portrait
-from train_fineface import attention_for_training
-from training.config import TrainConfig
-from training.data import FACE_BOX
+from toy_faces.fit import Length, fit
+from toy_faces.networks import PictureReader, SecondMeter
+from toy_faces.pictures import JUDGE_SEEDS, UNSEEN, Pictures, expression_of, to_pixel_values
+from toy_faces.renderer import SIZE, TOY_AU_NAMES, caption, sample_portrait
+from train_fineface import LORA_TARGETS, FineFaceModel, diffusion_loss
+from training.encoders import StableDiffusionEncoders
+from training.feedback import AUFeedback, load_meter, shake
 
 
 WORDINGS = 4
@@ -46,140 +52,183 @@ FACE = (slice(26, 122), slice(26, 102))
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Sizes and lengths of one run of the recipe; `steps` are optimizer steps."""
+class Size:
+    """Sizes and lengths of one run of the recipe."""
 
     pictures: int
+    judge_pictures: int
     vae_channels: tuple[int, ...]
     vae_layers: int
-    vae_steps: int
-    vae_batch: int
     unet_channels: tuple[int, ...]
-    base_steps: int
-    base_batch: int
-    image_encoder_steps: int
-    meter_steps: int
-    attribute_reader_steps: int
-    adapter_steps: int
-    adapter_batch: int
-    adapter_rank: int
-    mixed_precision: str
-    dataloader_workers: int
+    rank: int
+    vae: Length
+    base: Length
+    image_encoder: Length
+    reader: Length
+    """Each of the two teaching meters and the meter that judges."""
+    attribute_reader: Length
+    adapter: Length
+    feedback: Length
+    feedback_steps: int
+    bf16: bool = False
+    parallel: bool = False
+    """Two processes share the device: one makes the base and the first adapter, the other the rest."""
 
 
-PRESETS = {
-    "cpu": Preset(
-        pictures=24_000,
-        # No residual layers before the deepest level: four fifths of a small VAE's time is spent at full resolution.
-        vae_channels=(32, 32, 32, 32),
-        vae_layers=0,
-        vae_steps=4_000,
-        vae_batch=4,
-        unet_channels=(64, 128),
-        base_steps=8_000,
-        base_batch=16,
-        image_encoder_steps=250,
-        meter_steps=1_600,
-        attribute_reader_steps=400,
-        adapter_steps=15_000,
-        adapter_batch=16,
-        adapter_rank=32,
-        mixed_precision="no",
-        dataloader_workers=0,
+NETWORKS = {"vae_channels": (32, 48, 64, 64), "vae_layers": 1, "unet_channels": (96, 128), "rank": 32}
+
+SIZES = {
+    "cpu": Size(
+        pictures=64_000,
+        judge_pictures=24_000,
+        **NETWORKS,
+        vae=Length(12_000, 4),
+        base=Length(20_000, 16),
+        image_encoder=Length(400, 64),
+        reader=Length(3_000, 32),
+        attribute_reader=Length(600, 32),
+        adapter=Length(6_000, 16),
+        feedback=Length(1_200, 8),
+        feedback_steps=4,
     ),
-    "gpu": Preset(
-        pictures=100_000,
-        vae_channels=(32, 64, 128, 128),
-        vae_layers=1,
-        vae_steps=6_000,
-        vae_batch=48,
-        unet_channels=(96, 160),
-        base_steps=7_000,
-        base_batch=256,
-        image_encoder_steps=1_500,
-        meter_steps=6_000,
-        attribute_reader_steps=2_000,
-        adapter_steps=5_000,
-        adapter_batch=256,
-        adapter_rank=32,
-        mixed_precision="bf16",
-        dataloader_workers=8,
+    "gpu": Size(
+        pictures=128_000,
+        judge_pictures=24_000,
+        **NETWORKS,
+        vae=Length(20_000, 96, 105),
+        base=Length(40_000, 768, 175),
+        image_encoder=Length(3_000, 256, 12),
+        reader=Length(12_000, 256, 44),
+        attribute_reader=Length(6_000, 256, 20),
+        adapter=Length(6_000, 512, 45),
+        feedback=Length(3_000, 256, 100),
+        feedback_steps=6,
+        bf16=True,
+        parallel=True,
     ),
-    "tiny": Preset(
+    "tiny": Size(
         pictures=32,
+        judge_pictures=16,
         vae_channels=(8, 8, 8, 8),
         vae_layers=0,
-        vae_steps=2,
-        vae_batch=2,
         unet_channels=(32, 32),
-        base_steps=2,
-        base_batch=2,
-        image_encoder_steps=2,
-        meter_steps=2,
-        attribute_reader_steps=2,
-        adapter_steps=2,
-        adapter_batch=2,
-        adapter_rank=4,
-        mixed_precision="no",
-        dataloader_workers=0,
+        rank=4,
+        vae=Length(2, 2),
+        base=Length(2, 2),
+        image_encoder=Length(2, 2),
+        reader=Length(2, 2),
+        attribute_reader=Length(2, 2),
+        adapter=Length(2, 2),
+        feedback=Length(2, 2),
+        feedback_steps=2,
     ),
 }
 """`tiny` trains nothing worth having; it runs every line in seconds."""
 
 
 class Recipe:
-    """The stages, in order. Each is a method that returns at once if its result exists."""
+    """The stages. Each is a method that returns at once if its result exists, and waits for what it needs."""
 
-    STAGES = ("vae", "latents", "base", "image_encoder", "meter", "attribute_reader", "adapter")
+    FIRST_TRACK = ("vae", "latents", "base", "adapter", "feedback")
+    SECOND_TRACK = (
+        "captions",
+        "meter",
+        "spare_meter",
+        "second_meter",
+        "attribute_reader",
+        "image_encoder",
+        "sided_adapter",
+        "sided_feedback",
+    )
+    STAGES = ("captions", *FIRST_TRACK[:3], *SECOND_TRACK[1:6], *FIRST_TRACK[3:], *SECOND_TRACK[6:])
 
-    def __init__(self, preset: Preset, folder: Path, device: torch.device, torch_compile: bool = False):
-        self.preset, self.folder, self.device, self.torch_compile = preset, folder, device, torch_compile
+    def __init__(self, size: Size, folder: Path, device: torch.device):
+        self.size, self.folder, self.device = size, folder, device
         folder.mkdir(parents=True, exist_ok=True)
-        self.pictures = render_pictures(folder / "pictures.npy", preset.pictures)
 
-    def run(self, until: str) -> None:
-        for stage in self.STAGES:
+    def run(self, stages: tuple[str, ...]) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        for stage in stages:
             torch.manual_seed(0)
+            started = time.monotonic()
             getattr(self, stage)()
-            if stage == until:
-                break
+            print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What the stages share
+    # ----------------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pictures(self) -> "PictureBank":
+        return PictureBank(Pictures(self.folder / "pictures", self.size.pictures), self.device)
+
+    @cached_property
+    def judge_pictures(self) -> "PictureBank":
+        pictures = Pictures(self.folder / "judge_pictures", self.size.judge_pictures, JUDGE_SEEDS)
+        return PictureBank(pictures, self.device)
+
+    @cached_property
+    def expressions(self) -> torch.Tensor:
+        """`(pictures, 24)` intensities of the training pictures, in the order of `TOY_AU_NAMES`."""
+        expressions = np.stack([expression_of(seed) for seed in range(self.size.pictures)])
+        return torch.from_numpy(expressions).to(self.device)
 
     def is_done(self, stage: str) -> bool:
         return (self.folder / stage).exists()
 
-    def finish(self, stage: str, model) -> None:
-        """Save what a stage made in a folder that appears in one rename."""
-        unfinished = self.folder / f"{stage}.part"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        unfinished.rename(self.folder / stage)
+    def wait_for(self, *results: str) -> None:
+        """Another process makes them."""
+        while not all(self.is_done(result) for result in results):
+            time.sleep(0.5)
 
-    def draw(self, rng: np.random.Generator, batch: int) -> tuple[np.ndarray, torch.Tensor]:
-        """Indices and pixel values of random training pictures."""
-        indices = np.sort(rng.choice(len(self.pictures), batch, replace=False))
-        return indices, to_pixel_values(self.pictures[indices]).to(self.device)
+    def finish(self, stage: str, model) -> None:
+        """Save what a stage made in half precision, in a folder that appears in one rename."""
+        for part in model.components.values() if hasattr(model, "components") else [model]:
+            if isinstance(part, nn.Module):
+                part.half()
+        with new_folder(self.folder / stage) as unfinished:
+            model.save_pretrained(unfinished)
+
+    def load(self, model_class, name: str):
+        """A finished network, in float32, frozen."""
+        model = model_class.from_pretrained(self.folder / name, dtype=torch.float32)
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def load_vae(self) -> AutoencoderKL:
+        return self.load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.preset.mixed_precision == "bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.size.bf16)
+
+    def fit(self, name: str, modules, loss_function, length: Length, peak: float, ema_decay: float = 0.0) -> None:
+        # On CPUs a step with plain matrix products is faster than one with fused attention.
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+            fit(name, modules, loss_function, self.folder, length, peak, ema_decay)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # The base
+    # ----------------------------------------------------------------------------------------------------------------
 
     def vae(self) -> None:
         if self.is_done("vae"):
             return
-        vae = networks.make_vae(self.preset.vae_channels, self.preset.vae_layers)
+        vae = networks.make_vae(self.size.vae_channels, self.size.vae_layers)
         vae.to(self.device, memory_format=torch.channels_last)
         # The face counts more than the place: brows and wrinkles are what the adapter has to bring back.
         weight = torch.full((1, 1, SIZE, SIZE), 0.6, device=self.device)
         weight[..., FACE[0], FACE[1]] = 1.6
 
         def loss_function(rng: np.random.Generator) -> torch.Tensor:
-            _, pixel_values = self.draw(rng, self.preset.vae_batch)
+            _, pixel_values = self.pictures.draw(rng, self.size.vae.batch, finished_only=True)
             with self.autocast():
                 posterior = vae.encode(pixel_values).latent_dist
                 error = (vae.decode(posterior.sample()).sample - pixel_values).float()
             divergence = posterior.kl().mean() / posterior.mean[0].numel()
-            return (weight * (error**2 + 0.1 * error.abs())).mean() + 5e-5 * divergence
+            return (weight * (error**2 + 0.1 * error.abs())).mean() + 3e-5 * divergence
 
-        fit("vae", {"vae": vae}, loss_function, self.folder, self.preset.vae_steps, 2e-3)
+        self.fit("vae", {"vae": vae}, loss_function, self.size.vae, 2e-3, ema_decay=0.995)
+        self.pictures.load_all()
         mean, std = self.latent_statistics(vae)
         networks.normalize_latents(vae, mean, std)
         self.finish("vae", vae)
@@ -187,221 +236,376 @@ class Recipe:
     @torch.no_grad()
     def latent_statistics(self, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation of every latent channel over some training pictures."""
-        sample = to_pixel_values(self.pictures[: min(512, len(self.pictures))]).to(self.device)
+        sample = self.pictures.pixel_values(range(min(512, self.size.pictures)))
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in sample.split(16)])
         return latents.mean((0, 2, 3)), latents.std((0, 2, 3))
 
     @torch.no_grad()
     def latents(self) -> None:
-        path = self.folder / "latents.npy"
-        if path.exists():
+        if self.is_done("latents.npy"):
             return
-        vae = self.load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
-        shape = (len(self.pictures), 16, SIZE // 8, SIZE // 8)
-        unfinished = path.with_suffix(".part.npy")
-        latents = np.lib.format.open_memmap(unfinished, "w+", np.float16, shape)
-        for start in tqdm(range(0, len(latents), 64), desc="latents", mininterval=10):
-            pixel_values = to_pixel_values(self.pictures[start : start + 64]).to(self.device)
-            latents[start : start + 64] = vae.encode(pixel_values).latent_dist.mode().half().cpu().numpy()
-        latents.flush()
-        unfinished.rename(path)
+        vae, batch = self.load_vae(), 512 if self.device.type == "cuda" else 32
+        parts = []
+        for start in tqdm(range(0, self.size.pictures, batch), desc="latents", mininterval=10):
+            pixel_values = self.pictures.pixel_values(range(start, min(start + batch, self.size.pictures)))
+            with self.autocast():
+                parts.append(vae.encode(pixel_values).latent_dist.mode().half().cpu())
+        self.save_array("latents.npy", torch.cat(parts).numpy())
+
+    def save_array(self, name: str, array: np.ndarray) -> None:
+        with replacing(self.folder / name) as unfinished, open(unfinished, "wb") as file:
+            np.save(file, array)
+
+    def captions(self) -> None:
+        """The tokenizer, and the tokens of every picture's captions: `(WORDINGS, pictures, 48)` int32."""
+        if self.is_done("captions.npy"):
+            return
+        seeds = range(self.size.pictures)
+        # Half of the wordings say what the face does, as captions of photographs do at times: so the base has ways
+        # from words to expressions, as Stable Diffusion has, which the AU adapter finds.
+        wordings = [
+            [
+                caption(
+                    sample_portrait(seed),
+                    wording * UNSEEN + seed,
+                    expression_of(seed) if wording >= WORDINGS // 2 else None,
+                )
+                for seed in seeds
+            ]
+            for wording in range(WORDINGS)
+        ]
+        some = seeds[:20_000]
+        canonical = [caption(sample_portrait(seed), aus=expression_of(seed)) for seed in some]
+        tokenizer = networks.make_tokenizer(wordings[-1][: len(some)] + canonical)
+        self.finish("tokenizer", tokenizer)
+        ids = torch.stack([tokenize(tokenizer, captions) for captions in wordings])
+        self.save_array("captions.npy", ids.int().numpy())
 
     def base(self) -> None:
         """Text encoder and UNet together: text → portrait, with any expression if the caption names none."""
         if self.is_done("base"):
             return
-        seeds = range(len(self.pictures))
-        # Half of the wordings say what the face does, as captions of photographs do at times: so the base has ways
-        # from words to expressions, as Stable Diffusion has, which the AU adapter finds.
-        wordings = [captions_of(seeds, wording, wording >= WORDINGS // 2) for wording in range(WORDINGS)]
-        tokenizer = networks.make_tokenizer(wordings[-1] + [caption(sample_portrait(seed)) for seed in seeds])
-        input_ids = torch.stack([tokenize(tokenizer, captions) for captions in wordings])
-        empty = tokenize(tokenizer, [""])
-        latents = torch.from_numpy(np.load(self.folder / "latents.npy")).to(self.device)
-        unet = networks.make_unet(self.preset.unet_channels).to(self.device, memory_format=torch.channels_last)
+        self.wait_for("captions.npy")
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
+        input_ids = self.read_array("captions.npy").long()
+        empty = tokenize(tokenizer, [""]).to(self.device)
+        latents = self.read_array("latents.npy")
+        unet = networks.make_unet(self.size.unet_channels).to(self.device, memory_format=torch.channels_last)
         text_encoder = networks.make_text_encoder(tokenizer).to(self.device)
-        scheduler = networks.make_scheduler()
-        batch = self.preset.base_batch
-        predict = torch.compile(unet) if self.torch_compile else unet
+        scheduler, batch = networks.make_scheduler(), self.size.base.batch
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
 
         def loss_function(rng: np.random.Generator) -> torch.Tensor:
-            indices = torch.from_numpy(rng.integers(0, len(latents), batch))
-            ids = input_ids[torch.from_numpy(rng.integers(0, WORDINGS, batch)), indices]
-            ids = torch.where(torch.from_numpy(rng.random((batch, 1))) < 0.1, empty, ids)
-            clean = latents[indices.to(self.device)].float()
-            # One timestep from each of `batch` equal intervals: the same distribution, less noise in the gradient.
-            timesteps = torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch * 1000).long()
-            timesteps, noise = timesteps.to(self.device), torch.randn_like(clean)
+            indices = torch.from_numpy(rng.integers(0, len(latents), batch)).to(self.device)
+            ids = input_ids[torch.from_numpy(rng.integers(0, WORDINGS, batch)).to(self.device), indices]
+            ids = torch.where(torch.from_numpy(rng.random((batch, 1)) < 0.1).to(self.device), empty, ids)
+            clean, timesteps = latents[indices].float(), self.draw_timesteps(rng, batch)
+            noise = torch.randn_like(clean)
             with self.autocast():
-                text = text_encoder(ids.to(self.device)).last_hidden_state
-                prediction = predict(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
+                text = text_encoder(ids).last_hidden_state
+                prediction = unet(scheduler.add_noise(clean, noise, timesteps), timesteps, text).sample
             return F.mse_loss(prediction.float(), scheduler.get_velocity(clean, noise, timesteps))
 
         modules = {"unet": unet, "text_encoder": text_encoder}
-        with attention_for_training(self.device):
-            fit("base", modules, loss_function, self.folder, self.preset.base_steps, 1e-3, ema_decay=0.999)
+        self.fit("base", modules, loss_function, self.size.base, 1e-3, ema_decay=0.999)
         pipeline = StableDiffusionPipeline(
-            vae=self.load(AutoencoderKL, "vae"),
+            vae=self.load_vae(),
             text_encoder=text_encoder.eval(),
             tokenizer=tokenizer,
             unet=unet.eval(),
-            scheduler=scheduler,
+            scheduler=networks.make_scheduler(),
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
         )
         self.finish("base", pipeline)
 
+    def draw_timesteps(self, rng: np.random.Generator, batch: int) -> torch.Tensor:
+        """One timestep from each of `batch` equal intervals: uniform as ever, with less noise in the gradient."""
+        return torch.from_numpy((np.arange(batch) + rng.random(batch)) / batch * 1000).long().to(self.device)
+
+    def read_array(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.load(self.folder / name)).to(self.device)
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # What looks at pictures
+    # ----------------------------------------------------------------------------------------------------------------
+
     def image_encoder(self) -> None:
         """A CLIP image encoder: its embedding of a picture agrees with the (frozen) text embedding of its caption."""
         if self.is_done("image_encoder"):
             return
-        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "base" / "tokenizer")
+        self.wait_for("base")
         text_encoder = self.load(CLIPTextModel, "base/text_encoder")
         image_encoder = networks.make_image_encoder().to(self.device)
         text_projection = nn.Linear(networks.TEXT_WIDTH, networks.TEXT_WIDTH, bias=False).to(self.device)
-        batch = min(64, len(self.pictures))
+        input_ids, batch = self.read_array("captions.npy")[0].long(), self.size.image_encoder.batch
 
         def loss_function(rng: np.random.Generator) -> torch.Tensor:
-            indices, pixel_values = self.draw(rng, batch)
-            ids = tokenize(tokenizer, captions_of(indices, 0)).to(self.device)
+            indices, pixel_values = self.pictures.draw(rng, batch)
             with torch.no_grad():
-                text = text_encoder(ids).pooler_output
+                text = text_encoder(input_ids[torch.from_numpy(indices).to(self.device)]).pooler_output
             images = F.normalize(image_encoder(pixel_values).image_embeds, dim=-1)
             similarity = 14 * images @ F.normalize(text_projection(text), dim=-1).T
             target = torch.arange(batch, device=self.device)
             return (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
 
         modules = {"image_encoder": image_encoder, "text_projection": text_projection}
-        fit("image_encoder", modules, loss_function, self.folder, self.preset.image_encoder_steps, 1e-3)
+        self.fit("image_encoder", modules, loss_function, self.size.image_encoder, 1e-3)
         self.finish("image_encoder", image_encoder.eval())
 
     def meter(self) -> None:
-        """Half of its pictures have gone through the VAE: that is how it will see them."""
-        self.reader(
-            "meter",
-            networks.make_meter(),
-            self.preset.meter_steps,
-            lambda meter, pixel_values, indices: F.mse_loss(meter(pixel_values), aus_of(indices).to(self.device)),
-        )
+        """The first of the two meters that teach."""
+        self.wait_for("vae")
+        # Those of the second meter are rendered meanwhile.
+        self.judge_pictures  # noqa: B018
+        self.read_aus("meter", networks.make_meter(), self.pictures)
+
+    def spare_meter(self) -> None:
+        """The second one. It is not exported: one meter of the same kind is enough to look at."""
+        torch.manual_seed(1)
+        self.read_aus("spare_meter", networks.make_meter(), self.pictures)
+
+    def second_meter(self) -> None:
+        """Another architecture, another seed, other pictures. No training ever sees it: it judges."""
+        torch.manual_seed(2)
+        self.read_aus("second_meter", networks.make_second_meter(), self.judge_pictures)
+
+    def read_aus(self, name: str, network: PictureReader | SecondMeter, pictures: "PictureBank") -> None:
+        first = pictures.pictures.first
+
+        def loss_of(pixel_values: torch.Tensor, indices: np.ndarray) -> torch.Tensor:
+            expressions = np.stack([expression_of(first + int(index)) for index in indices])
+            return F.mse_loss(network(pixel_values), torch.from_numpy(expressions).to(self.device))
+
+        self.reader(name, network, pictures, self.size.reader, loss_of)
 
     def attribute_reader(self) -> None:
+        network = networks.make_attribute_reader()
         self.reader(
             "attribute_reader",
-            networks.make_attribute_reader(),
-            self.preset.attribute_reader_steps,
-            lambda reader, pixel_values, indices: networks.attribute_loss(
-                reader(pixel_values), [sample_portrait(int(index)).attributes for index in indices]
+            network,
+            self.pictures,
+            self.size.attribute_reader,
+            lambda pixel_values, indices: networks.attribute_loss(
+                network(pixel_values), [sample_portrait(int(index)).attributes for index in indices]
             ),
         )
 
-    def reader(self, name: str, network: PictureReader, steps: int, loss_of) -> None:
+    def reader(
+        self,
+        name: str,
+        network: nn.Module,
+        pictures: "PictureBank",
+        length: Length,
+        loss_of: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+    ) -> None:
+        """Half of what it learns from has gone through the VAE: that is how it will see pictures."""
         if self.is_done(name):
             return
-        reconstructions = self.reconstructions()
+        self.wait_for("vae")
+        vae = self.load_vae()
         network.to(self.device, memory_format=torch.channels_last)
+        batch = max(2, length.batch)
 
         def loss_function(rng: np.random.Generator) -> torch.Tensor:
-            through_vae = np.sort(rng.choice(len(reconstructions), min(16, len(reconstructions)), replace=False))
-            indices, pixel_values = self.draw(rng, 16)
-            decoded = to_pixel_values(reconstructions[through_vae]).to(self.device)
-            pixel_values = torch.cat([pixel_values, decoded])
-            # Slight noise and brightness: generated pictures are not quite renders.
-            pixel_values = pixel_values * (1 + 0.05 * torch.randn(len(pixel_values), 1, 1, 1, device=self.device))
-            pixel_values = pixel_values + 0.03 * torch.randn_like(pixel_values)
-            return loss_of(network, pixel_values, np.concatenate([indices, through_vae]))
+            indices, pixel_values = pictures.draw(rng, batch)
+            with torch.no_grad(), self.autocast():
+                decoded = vae.decode(vae.encode(pixel_values[batch // 2 :]).latent_dist.mode()).sample.float()
+            pixel_values = shake(torch.cat([pixel_values[: batch // 2], decoded]))
+            with self.autocast():
+                return loss_of(pixel_values, indices).float()
 
-        fit(name, {name: network}, loss_function, self.folder, steps, 1e-3)
+        self.fit(name, {name: network}, loss_function, length, 1e-3, ema_decay=0.998)
         self.finish(name, network.eval())
 
-    @torch.no_grad()
-    def reconstructions(self) -> np.ndarray:
-        """The first pictures after a trip through the VAE, uint8."""
-        path = self.folder / "reconstructions.npy"
-        if not path.exists():
-            vae = self.load(AutoencoderKL, "vae").to(memory_format=torch.channels_last)
-            latents = np.load(self.folder / "latents.npy", mmap_mode="r")[: max(1, len(self.pictures) // 8)]
-            decoded = []
-            for part in tqdm(torch.from_numpy(np.array(latents)).split(64), desc="reconstructions", mininterval=10):
-                pixels = vae.decode(part.float().to(self.device)).sample.clamp(-1, 1)
-                decoded.append(((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-            np.save(path.with_suffix(".part.npy"), np.concatenate(decoded))
-            path.with_suffix(".part.npy").rename(path)
-        return np.load(path, mmap_mode="r")
-
-    def dataset(self) -> Path:
-        """The pictures as a Hugging Face image folder, the format that `train_fineface.py` reads."""
-        folder = self.folder / "dataset"
-        metadata = folder / "metadata.jsonl"
-        if not metadata.exists():
-            folder.mkdir(exist_ok=True)
-            seeds = range(len(self.pictures))
-            rows, columns = FACE
-            corners = (columns.start, rows.start, columns.stop, rows.stop)
-            box = {name: round(pixel / SIZE, 4) for name, pixel in zip(FACE_BOX, corners, strict=True)}
-            lines = []
-            for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
-                Image.fromarray(self.pictures[seed]).save(folder / f"{seed:06}.png", compress_level=1)
-                named = dict(zip(AU_NAMES, (round(value, 4) for value in aus), strict=True))
-                lines.append(json.dumps({"file_name": f"{seed:06}.png", "text": text, **named, **box}))
-            unfinished = folder / "metadata.part"
-            unfinished.write_text("\n".join(lines) + "\n")
-            unfinished.rename(metadata)
-        return folder
+    # ----------------------------------------------------------------------------------------------------------------
+    # The adapters
+    # ----------------------------------------------------------------------------------------------------------------
 
     def adapter(self) -> None:
-        """The AU adapter, by the same script that users run."""
-        if (self.folder / "adapter" / ATTN_PROCESSORS_NAME).exists():
-            return
-        preset = self.preset
-        config = TrainConfig(
-            pretrained_model_name_or_path=str(self.folder / "base"),
-            train_data_dir=self.dataset(),
-            output_dir=self.folder / "adapter",
-            cache_latents=True,
-            max_train_steps=preset.adapter_steps,
-            train_batch_size=preset.adapter_batch,
-            rank=preset.adapter_rank,
-            learning_rate=1e-3,
-            # The unconditional branch has to stay what it was under the LoRA.
-            caption_drop_prob=0.1,
-            # AUs explain one hundredth of the loss, in the face, and hardly any of it where little noise is left.
-            face_loss_weight=8,
-            timestep_bias_strategy="range",
-            timestep_bias_begin=400,
-            timestep_bias_multiplier=4,
-            timestep_sampling="stratified",
-            use_ema=True,
-            ema_decay=0.998,
-            dataloader_num_workers=preset.dataloader_workers,
-            lr_scheduler="cosine",
-            lr_warmup_steps=100,
-            mixed_precision=preset.mixed_precision,
-            torch_compile=self.torch_compile,
-            checkpointing_steps=max(1, preset.adapter_steps // 10),
-            checkpoints_total_limit=2,
-            resume_from_checkpoint="latest",
-        )
-        train_fineface.run(config)
+        self.train_adapter("adapter", AU_NAMES)
 
-    def load(self, model_class, name: str):
-        return model_class.from_pretrained(self.folder / name).to(self.device).eval()
+    def feedback(self) -> None:
+        self.train_adapter("feedback", AU_NAMES, "adapter")
+
+    def sided_adapter(self) -> None:
+        self.train_adapter("sided_adapter", TOY_AU_NAMES)
+
+    def sided_feedback(self) -> None:
+        self.train_adapter("sided_feedback", TOY_AU_NAMES, "sided_adapter")
+
+    def train_adapter(self, name: str, au_names: tuple[str, ...], ordinary: str | None = None) -> None:
+        """By the diffusion loss alone, or, after the stage `ordinary`, with feedback from the teaching meters."""
+        if self.is_done(name):
+            return
+        self.wait_for("base", *(["meter", "spare_meter"] if ordinary else []))
+        length = self.size.feedback if ordinary else self.size.adapter
+        model = self.make_model(au_names)
+        trained = Trained(model)
+        if ordinary:
+            trained.load(self.folder / f"{ordinary}.pt")
+        text_encoder = self.load(CLIPTextModel, "base/text_encoder")
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "base" / "tokenizer")
+        with torch.no_grad():
+            empty = text_encoder(tokenize(tokenizer, [""]).to(self.device)).last_hidden_state
+        input_ids, latents = self.read_array("captions.npy").long(), self.read_array("latents.npy")
+        seeds = torch.arange(self.size.pictures, device=self.device)
+        aus = self.expressions
+        if au_names == AU_NAMES:
+            # Those of even seeds have both sides alike and none of the new AUs.
+            seeds, columns = seeds[::2], [first_side(au_name) for au_name in AU_NAMES]
+            aus = aus[:, columns]
+        scheduler = networks.make_scheduler()
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
+        weights = face_weights().to(self.device)
+        feedback = self.make_feedback(au_names) if ordinary else None
+
+        def embed(rng: np.random.Generator, indices: torch.Tensor) -> torch.Tensor:
+            wording = torch.from_numpy(rng.integers(0, WORDINGS // 2, len(indices))).to(self.device)
+            with torch.no_grad():
+                return text_encoder(input_ids[wording, indices]).last_hidden_state
+
+        def loss_function(rng: np.random.Generator) -> torch.Tensor:
+            indices = seeds[torch.from_numpy(rng.integers(0, len(seeds), length.batch)).to(self.device)]
+            prompt_embeds, clean = embed(rng, indices), latents[indices].float()
+            dropped = torch.from_numpy(rng.random((length.batch, 1, 1)) < 0.1).to(self.device)
+            # AUs explain little of the loss, in the face, and hardly any of it where little noise is left.
+            timesteps = self.draw_timesteps(rng, length.batch)
+            later = torch.from_numpy(rng.random(length.batch) < 0.7).to(self.device)
+            timesteps = torch.where(later, 400 + timesteps * 6 // 10, timesteps)
+            with self.autocast():
+                noise, captions = torch.randn_like(clean), torch.where(dropped, empty, prompt_embeds)
+                noisy_latents = scheduler.add_noise(clean, noise, timesteps)
+                prediction = model(noisy_latents, timesteps, captions, aus[indices])
+                loss = diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
+                if feedback is not None:
+                    # Other people make the commanded faces: the expression must not depend on who it is.
+                    commanded = aus[indices].roll(1, 0)
+                    batch = {"prompt_embeds": prompt_embeds}
+                    loss = loss + feedback.loss(model, batch, torch.randn_like(clean), commanded)
+            return loss
+
+        peak = 8e-4 if ordinary else 1e-3
+        self.fit(name, {name: trained}, loss_function, length, peak, ema_decay=0.99 if ordinary else 0.998)
+        with new_folder(self.folder / name) as unfinished:
+            write_au_adapter(unfinished, model.au_adapter.half(), model.unet.half(), LORA_NAME)
+
+    def make_model(self, au_names: tuple[str, ...]) -> FineFaceModel:
+        unet = self.load(UNet2DConditionModel, "base/unet")
+        adapter = AUAdapter.from_unet(unet, au_names=au_names).to(self.device)
+        # A softmax over one key is 1 whatever the key: it would get no gradient.
+        adapter.to_k_au.requires_grad_(False)
+        lora = LoraConfig(
+            r=self.size.rank, lora_alpha=self.size.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS
+        )
+        unet.add_adapter(lora, LORA_NAME)
+        attach_au_processors(unet)
+        return FineFaceModel(unet, adapter).to(self.device, memory_format=torch.channels_last).train()
+
+    def make_feedback(self, au_names: tuple[str, ...]) -> AUFeedback:
+        meters = [load_meter(str(self.folder / name), self.device) for name in ("meter", "spare_meter")]
+        encoders = StableDiffusionEncoders(
+            CLIPTokenizer.from_pretrained(self.folder / "base" / "tokenizer"),
+            self.load(CLIPTextModel, "base/text_encoder"),
+            self.load_vae(),
+        )
+        steps = self.size.feedback_steps
+        return AUFeedback(meters, encoders, networks.make_scheduler(), au_names, steps, guidance_scale=2.5)
+
+    # ----------------------------------------------------------------------------------------------------------------
 
     def export(self, weights: Path = TOY_MODEL) -> None:
         """Write everything that was trained, in half precision, to `weights`."""
         pipeline = FineFacePipeline.from_pretrained(self.folder / "base", dtype=torch.float16)
-        pipeline.load_au_adapter(self.folder / "adapter")
+        pipeline.load_au_adapter(self.folder / "feedback")
         encoder = CLIPVisionModelWithProjection.from_pretrained(self.folder / "image_encoder")
         pipeline.register_modules(image_encoder=encoder.half())
         pipeline.save_pretrained(weights)
-        for name in ("meter", "attribute_reader"):
-            network = PictureReader.from_pretrained(self.folder / name, dtype=torch.float16)
-            network.save_pretrained(weights / name)
+        pipeline.load_au_adapter(self.folder / "sided_feedback")
+        pipeline.save_au_adapter(weights / "sided")
+        for name, network in (
+            ("meter", PictureReader),
+            ("second_meter", SecondMeter),
+            ("attribute_reader", PictureReader),
+        ):
+            network.from_pretrained(self.folder / name, dtype=torch.float16).save_pretrained(weights / name)
         for path in weights.rglob("config.json"):
             # Where the stages lay on this disk is nobody else's business.
             config = json.loads(path.read_text())
             config.pop("_name_or_path", None)
             path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+class Trained(nn.Module):
+    """The trained parameters of a model alone, by their order, so that a checkpoint leaves the frozen base out."""
+
+    def __init__(self, model: FineFaceModel):
+        super().__init__()
+        self.parameter_list = nn.ParameterList(model.trained_parameters().values())
+
+    @torch.no_grad()
+    def load(self, checkpoint: Path) -> None:
+        saved = torch.load(checkpoint, weights_only=True)["parameters"]
+        for parameter, value in zip(self.parameter_list, saved, strict=True):
+            parameter.copy_(value)
+
+
+class PictureBank:
+    """Training pictures where they are needed: all of them on an accelerator, memory-mapped files on a CPU."""
+
+    def __init__(self, pictures: Pictures, device: torch.device):
+        self.pictures, self.device = pictures, device
+        shape = (pictures.count, SIZE, SIZE, 3)
+        self.on_device = torch.empty(shape, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+        self.shards: list[np.ndarray] = []
+        self.num_loaded = 0
+
+    def update(self, at_least: int = 1) -> None:
+        shards = self.pictures.finished(at_least)
+        for shard in shards[len(self.shards) :]:
+            if self.on_device is not None:
+                self.on_device[self.num_loaded : self.num_loaded + len(shard)] = torch.from_numpy(np.array(shard)).to(
+                    self.device
+                )
+            self.num_loaded += len(shard)
+            self.shards.append(shard)
+
+    def load_all(self) -> None:
+        if self.num_loaded < self.pictures.count:
+            self.pictures.wait()
+            self.update(len(self.pictures.seeds))
+
+    def pixel_values(self, indices) -> torch.Tensor:
+        """Pixel values of the pictures of these numbers, counted from the first one: `(batch, 3, 128, 128)`."""
+        if self.on_device is not None:
+            return to_pixel_values(self.on_device[torch.as_tensor(np.asarray(indices), device=self.device)])
+        size = len(self.shards[0])
+        return to_pixel_values(np.stack([self.shards[index // size][index % size] for index in indices]))
+
+    def draw(
+        self, rng: np.random.Generator, batch: int, finished_only: bool = False
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """Numbers and pixel values of random pictures; with `finished_only`, of those that are rendered by now."""
+        if finished_only:
+            self.update()
+        else:
+            self.load_all()
+        indices = rng.integers(0, self.num_loaded, batch)
+        return indices, self.pixel_values(indices)
+
+
+def first_side(name: str) -> int:
+    """The column of `TOY_AU_NAMES` that holds an AU of both sides alike."""
+    return TOY_AU_NAMES.index(name if name in TOY_AU_NAMES else f"{name}L")
+
+
+def face_weights() -> torch.Tensor:
+    """`(1, 16, 16)` weights of the loss, of mean 1: the face counts eight times as much as the rest."""
+    weights = torch.ones(SIZE, SIZE)
+    weights[FACE] = 8.0
+    weights = F.avg_pool2d(weights[None], 8)
+    return weights / weights.mean()
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -410,25 +614,46 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, max_length=tokenizer.model_max_length, **kwargs).input_ids
 
 
+def run_track(size: Size, folder: Path, device: torch.device, stages: tuple[str, ...]) -> None:
+    Recipe(size, folder, device).run(stages)
+
+
+def run_in_parallel(size: Size, folder: Path, device: torch.device) -> None:
+    """Both tracks at once on one device. If one fails, the other one ends too."""
+    context = get_context("spawn")
+    tracks = [
+        context.Process(target=run_track, args=(size, folder, device, stages))
+        for stages in (Recipe.FIRST_TRACK, Recipe.SECOND_TRACK)
+    ]
+    for track in tracks:
+        track.start()
+    while any(track.is_alive() for track in tracks):
+        failed = [track for track in tracks if track.exitcode]
+        if failed:
+            for track in tracks:
+                track.terminate()
+            raise RuntimeError("A part of the recipe has failed; its message is above.")
+        time.sleep(0.5)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="cpu")
+    parser.add_argument("--preset", choices=SIZES, default="cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/toy_faces"))
     parser.add_argument("--device", default=None, help="default: an accelerator if there is one, else cpu")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: the preset's")
-    parser.add_argument(
-        "--torch_compile", action="store_true", help="compile the UNet; on CPUs it needs a C++ compiler"
-    )
     parser.add_argument("--until", choices=Recipe.STAGES, default=Recipe.STAGES[-1], help="stop after this stage")
     parser.add_argument("--export", action="store_true", help="copy the finished weights to toy_faces/weights")
     arguments = parser.parse_args(argv)
-    preset = PRESETS[arguments.preset]
+    size, device = SIZES[arguments.preset], pick_device(arguments.device)
     if arguments.mixed_precision is not None:
-        preset = replace(preset, mixed_precision=arguments.mixed_precision)
-    recipe = Recipe(preset, arguments.output_dir, pick_device(arguments.device), arguments.torch_compile)
-    recipe.run(arguments.until)
+        size = replace(size, bf16=arguments.mixed_precision == "bf16")
+    if size.parallel and arguments.until == Recipe.STAGES[-1]:
+        run_in_parallel(size, arguments.output_dir, device)
+    else:
+        run_track(size, arguments.output_dir, device, Recipe.STAGES[: Recipe.STAGES.index(arguments.until) + 1])
     if arguments.export:
-        recipe.export()
+        Recipe(size, arguments.output_dir, device).export()
 
 
 if __name__ == "__main__":
