@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 from face_data.pictures import PICTURE_SUFFIXES
-from face_data.store import Part, claim_folder, replace_file
+from face_data.store import Part, claim_folder
 from face_data.table_index import AUTable, FaceBox, pixel_box
 from face_data.tabled import Tabled, prepare_tabled
+from program import replacing
 
 
 LISTS = "lists.sqlite"
@@ -161,7 +162,8 @@ def _look_up(columns: str, lists: Path, picture: Path) -> tuple | None:
 def _index_lists(path: Path, file_lists: tuple[Path, ...]) -> None:
     """Expression and face of each listed picture, in a database, because the lists have a million lines."""
 
-    def write(unfinished: Path) -> None:
+    with replacing(path) as unfinished:
+        unfinished.unlink(missing_ok=True)
         with closing(sqlite3.connect(unfinished)) as database:
             database.execute(
                 "CREATE TABLE listed (name TEXT PRIMARY KEY, expression INTEGER, x REAL, y REAL, width REAL,"
@@ -172,8 +174,6 @@ def _index_lists(path: Path, file_lists: tuple[Path, ...]) -> None:
                 while batch := list(islice(rows, 4096)):
                     database.executemany("INSERT OR IGNORE INTO listed VALUES (?, ?, ?, ?, ?, ?)", batch)
             database.commit()
-
-    replace_file(path, write)
 
 
 def _read_list(path: Path) -> Iterator[tuple]:

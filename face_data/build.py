@@ -31,12 +31,12 @@ from face_data.store import (
     read_rows,
     read_settings,
     remove_unfinished,
-    replace_file,
     require_finished,
     run_parts,
     write_lines,
 )
 from face_data.table_index import FACE_BOX, au_columns
+from program import replacing, write_atomically
 
 
 FORMATS = ("imagefolder", "parquet")
@@ -181,7 +181,8 @@ def make_part(
             link_file(picture, build.output / "train" / line["file_name"])
     if build.format == "parquet" and kept:
         path = build.output / "train" / f"{sources[folder]}-{name}.parquet"
-        replace_file(path, functools.partial(_write_parquet, kept, pictures))
+        with replacing(path) as unfinished:
+            _write_parquet(kept, pictures, unfinished)
     write_lines(part_path(build, part), lines)
 
 
@@ -279,8 +280,8 @@ def _finish(build: Build, parts: list[str], sources: dict[Path, str], before: Hi
         rows = ({name: value for name, value in line.items() if name != "removed_words"} for line in lines)
         write_lines(build.output / "train" / "metadata.jsonl", rows)
     text, counts = report.to_text() + "\n", json.dumps(report.to_json(), indent=2) + "\n"
-    replace_file(build.output / "report.txt", lambda path: path.write_text(text, encoding="utf-8"))
-    replace_file(build.output / "report.json", lambda path: path.write_text(counts))
+    write_atomically(build.output / "report.txt", text)
+    write_atomically(build.output / "report.json", counts)
     title = f"Faces by intensity of each AU, heights logarithmic ({', '.join(names)})"
     save_picture(draw_histograms(before, after, title), build.output / "histogram.png")
     return report

@@ -25,10 +25,10 @@ from face_data.store import (
     Part,
     claim_folder,
     mark_finished,
-    replace_file,
     run_parts,
 )
 from face_data.table_index import au_columns
+from program import replacing
 
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov")
@@ -293,7 +293,8 @@ def place_video_frames(video: Path, frames: Frames, quality: int, part: Part) ->
 
 
 def save_frame(picture, path: Path, quality: int) -> None:
-    replace_file(path, lambda unfinished: picture.save(unfinished, quality=quality, subsampling=0))
+    with replacing(path) as unfinished:
+        picture.save(unfinished, "JPEG", quality=quality, subsampling=0)
 
 
 def import_av():

@@ -8,7 +8,6 @@ Pictures with captions from a data set on the Hub, row by row, into a folder whe
     FOLDER/.hub                   what each part of the rows became, and where the stream goes on
 """
 
-import functools
 import importlib
 import json
 import math
@@ -32,11 +31,11 @@ from face_data.store import (
     list_parts,
     read_lines,
     read_rows,
-    replace_file,
     write_lines,
 )
 from face_data.table_index import CAPTION_COLUMNS, FACE_BOX, FaceBox
 from face_data.tabled import NO_FACE, SEVERAL_FACES, TOO_SMALL, UNREADABLE
+from program import write_atomically
 
 
 WORK, STATE, METADATA = ".hub", "state.json", "metadata.jsonl"
@@ -178,9 +177,8 @@ def _fetch(
                 "is_at_end": not num_rows,
                 "stream": stream.state_dict(),
             }
-            text = json.dumps(state)
             # After the part: what is killed between the two makes the part again, which gives the same files.
-            replace_file(work / STATE, functools.partial(Path.write_text, data=text))
+            write_atomically(work / STATE, json.dumps(state))
     except (httpx.HTTPError, DatasetsError) as error:
         raise ValueError(
             f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"

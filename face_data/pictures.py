@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from face_data.store import link_file, replace_file
+from face_data.store import link_file
+from program import replacing
 
 
 # What Pillow and the datasets library both read, and what every viewer shows.
@@ -67,7 +68,8 @@ def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
         if is_plain and not is_turned:
             link_file(source, target)
         else:
-            replace_file(target, lambda unfinished: rgb.save(unfinished, quality=95))
+            with replacing(target) as unfinished:
+                rgb.save(unfinished, Image.registered_extensions()[target.suffix.lower()], quality=95)
     return Placed(target, rgb.size, is_turned, note)
 
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from action_units import AU_NAMES
 from drawing.contact_sheet import GREY, INK
-from face_data.store import list_parts, read_lines, read_settings, replace_file
+from face_data.store import list_parts, read_lines, read_settings
+from program import replacing
 
 
 KEPT = "kept"
@@ -165,4 +166,5 @@ def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Im
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    replace_file(path, picture.save)
+    with replacing(path) as unfinished:
+        picture.save(unfinished, "PNG")

@@ -30,6 +30,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from program import replacing, write_atomically
+
 
 _logger = logging.getLogger(__name__)
 SETTINGS, FINISHED = "settings.json", "finished"
@@ -37,7 +39,6 @@ SETTINGS, FINISHED = "settings.json", "finished"
 WORK = ".work"
 # Folders in a work folder.
 CAPTIONS, PHOTOS = "captions", "photos"
-_UNFINISHED = ".part-"
 # Names of folders that the datasets library takes for splits.
 _SPLIT = re.compile(r"(train|training|test|testing|eval|evaluation|validation|valid|dev|val)\d*", re.IGNORECASE)
 
@@ -79,29 +80,14 @@ class Part:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """What processes that were killed have left."""
-    for path in folder.rglob(f"{_UNFINISHED}*"):
+    """What processes that were killed have left, under the names that `program.replacing` gives."""
+    for path in folder.rglob(".*.part"):
         path.unlink()
 
 
 def write_lines(path: Path, lines: Iterable[dict]) -> None:
-    def write(unfinished: Path) -> None:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-    replace_file(path, write)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file under another name in the same folder, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, because writers of pictures go by it.
-    unfinished = path.with_name(f"{_UNFINISHED}{os.getpid()}-{path.name}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def read_lines(path: Path) -> Iterator[dict]:
@@ -134,7 +120,7 @@ def read_settings(folder: Path) -> dict:
 
 def mark_finished(folder: Path) -> None:
     remove_unfinished(folder)
-    replace_file(folder / FINISHED, Path.touch)
+    write_atomically(folder / FINISHED, "")
 
 
 def require_finished(folder: Path) -> None:
@@ -166,7 +152,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
             )
     else:
         check_folder(folder)
-        replace_file(path, lambda unfinished: unfinished.write_text(json.dumps(settings, indent=2) + "\n"))
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
 
 
 def check_folder(folder: Path) -> None:
@@ -237,7 +223,8 @@ def link_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return
-    replace_file(target, lambda unfinished: _link_or_copy(source, unfinished))
+    with replacing(target) as unfinished:
+        _link_or_copy(source, unfinished)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -21,8 +21,8 @@ import numpy as np
 
 from action_units import AU_NAMES
 from face_data.au_tables import AU_TABLE_TOOLS, AURow, find_name_column, read_au_table, read_number
-from face_data.store import replace_file
 from face_data.table_files import read_records
+from program import replacing
 
 
 FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
@@ -153,7 +153,7 @@ def build_index(
             Are told of rows that cannot be used, and of what was guessed.
     """
 
-    def write(unfinished: Path) -> None:
+    with replacing(path) as unfinished:
         unfinished.unlink(missing_ok=True)
         with closing(sqlite3.connect(unfinished)) as database:
             database.execute(
@@ -182,8 +182,6 @@ def build_index(
                 for batch in _batches(_read_about(about, image_column, caption_column, find_key, on_error, say)):
                     database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?, ?, ?)", batch)
             database.commit()
-
-    replace_file(path, write)
 
 
 # A row that says the same as the first one of its picture is a repetition, and not another face.

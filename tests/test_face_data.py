@@ -285,7 +285,7 @@ def test_a_killed_step_goes_on_where_it_was(tmp_path):
     assert process.wait() == -signal.SIGKILL
     assert sorted((work / "rows").glob("SN*")) == done and not (work / "finished").exists()
     times = {path: path.stat().st_mtime_ns for path in done}
-    (work / "rows/.part-1-SN003.jsonl").write_text("half a li")
+    (work / "rows/.SN003.jsonl.part").write_text("half a li")
     for path in halts:
         path.with_suffix(".bak").rename(path)
     prepare(*command, work)
@@ -765,7 +765,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, work_folder):
     for name in ("report.txt", "histogram.png", ".parts/0-0000001.jsonl", "train/mine-0000001.parquet"):
         (faces / name).unlink()
     # What a killed process leaves would be taken for a shard.
-    (faces / "train/.part-1-mine-0000001.parquet").write_bytes(b"PAR1")
+    (faces / "train/.mine-0000001.parquet.part").write_bytes(b"PAR1")
     prepare(*command)
     assert files_of(faces) == whole and kept.stat().st_mtime_ns == mtime
 
