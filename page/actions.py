@@ -31,7 +31,7 @@ from drawing.studio import (
     write_gif,
     write_zip,
 )
-from page.layout import BOX_SIDES, LABELS, lay_out
+from page.layout import BACK, BOX_SIDES, COMPARE, LABELS, lay_out
 
 
 FIRST_EXPRESSION = "polite smile"
@@ -245,7 +245,7 @@ class Page:
         code = [self.studio.python(job), self.studio.command(job)]
         hidden = [gr.ImageSlider(visible=False), gr.Gallery(visible=False)]
         cards = [picture, *hidden, said, remarks, gr.DownloadButton(value=shown.path), *code]
-        return [*cards, shown, shown.ticket, list(shown.values)]
+        return [*cards, COMPARE, shown, shown.ticket, list(shown.values)]
 
     def show_new(self, shown: Shown, history: list[Shown]) -> list:
         """The cards of a picture, and the history and the strip that begin with it."""
@@ -292,9 +292,8 @@ class Page:
 
     def compare(self, request: gr.Request, ask: float, shown: Shown | None, label: str):
         """The picture beside the neutral face of the same person, or again the picture alone."""
-        back = "Back to the picture"
-        if label == back:
-            return [gr.Image(visible=True), gr.ImageSlider(visible=False), "Compare with neutral"]
+        if label == BACK:
+            return [gr.Image(visible=True), gr.ImageSlider(visible=False), COMPARE]
         with messages():
             if shown is None:
                 raise ValueError("There is no picture to compare. Draw one first.")
@@ -302,7 +301,7 @@ class Page:
                 neutral = self.draw_file(replace(shown.job, aus="neutral"), self.checker("face", request, ask))
             except Stopped:
                 return gr.skip()
-        return [gr.Image(visible=False), gr.ImageSlider((neutral, shown.path), visible=True), back]
+        return [gr.Image(visible=False), gr.ImageSlider((neutral, shown.path), visible=True), BACK]
 
     def look_back(self, entries: list[Shown], history: list[Shown], event: gr.SelectData) -> list:
         """A picture of the strip or of four people, with the controls as they stood when it was drawn."""
@@ -562,7 +561,7 @@ class Page:
 
 
 # What `Page.show_new` gives.
-NUM_SHOWN = 13
+NUM_SHOWN = 14
 
 
 # --------------------------------------------------------------------------------------------------------------------

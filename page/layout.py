@@ -25,6 +25,7 @@ LABELS = {
     "au_guidance_scale": "Expression guidance",
     "au_scale": "AU strength",
 }
+COMPARE, BACK = "Compare to neutral", "Back to the face"
 TABS = {"face": "Face", "photo": "Photo", "sweep": "Sweep", "table": "Table"}
 BOX_SIDES = ("Left", "Top", "Right", "Bottom")
 EXAMPLE_PROMPTS = {
@@ -70,7 +71,7 @@ def lay_out(studio: Studio, first: Job) -> SimpleNamespace:
     ui.controls = [ui.prompt, ui.aus, ui.seed, *ui.settings, ui.together]
     # As `Page.show` gives them.
     ui.cards = [ui.picture, ui.compared, ui.choice, ui.said, ui.remarks, ui.download, ui.python, ui.command]
-    ui.cards += [ui.shown, ui.drawn, ui.kept]
+    ui.cards += [ui.compare, ui.shown, ui.drawn, ui.kept]
     return ui
 
 
@@ -138,8 +139,8 @@ def add_tools(ui: SimpleNamespace) -> None:
     """What can be done with the picture, and the pictures before it."""
     ui.history = gr.State([])
     with gr.Row():
-        ui.other_expression = gr.Button("Another expression", size="sm", elem_id="other-expression", min_width=130)
-        ui.compare = gr.Button("Compare with neutral", size="sm", elem_id="compare-button", min_width=130)
+        ui.other_expression = gr.Button("Other expression", size="sm", elem_id="other-expression", min_width=140)
+        ui.compare = gr.Button(COMPARE, size="sm", elem_id="compare-button", min_width=150)
         ui.four = gr.Button("Four people", size="sm", elem_id="four", min_width=100)
     with gr.Row():
         ui.download = gr.DownloadButton("Download PNG", size="sm", elem_id="download", min_width=110)
