@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
+from conftest import HIDDEN_DIM, make_components
 from diffusers import PNDMScheduler
 from PIL import Image
 
 from action_units import ACTION_UNITS, AU_NAMES, PRESETS, format_aus
+from au_encoder import AUAdapter, write_au_adapter
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
@@ -132,6 +134,25 @@ def test_a_face_changes_into_another(studio, tmp_path):
     pictures, _, shown = studio.sweep(change)
     assert shown["rows"] == [["AU4=5 AU5=3 AU17=3", "AU4=2.5 AU5=1.5 AU6=1.5 AU12=2 AU17=1.5", "AU6=3 AU12=4"]]
     assert np.array_equal(np.asarray(pictures[-1]), np.asarray(studio.draw(JOB)))
+
+
+def test_the_page_follows_the_aus_of_the_adapter(tiny_sd_dir, tmp_path):
+    unet = make_components()["unet"]
+    torch.manual_seed(0)
+    adapter = AUAdapter.from_unet(unet, hidden_dim=HIDDEN_DIM, au_names=["AU4", "AU12L", "AU12R", "AU26"])
+    write_au_adapter(tmp_path / "adapter", adapter, unet, "fineface")
+    studio = Studio(Weights(tiny_sd_dir, str(tmp_path / "adapter")), torch.device("cpu"), "float32")
+    assert studio.au_names == ("AU4", "AU12L", "AU12R", "AU26")
+    job = actions.make_screen_job(studio, **ON_SCREEN | {"aus": "L12D+26B"})
+    assert job.aus == "AU12L=4 AU26=2"
+    with pytest.raises(ValueError, match="AU6"):
+        actions.make_screen_job(studio, **ON_SCREEN)
+    sweep = actions.read_sweep(job, studio, "One muscle", "AU12R", 0, 4, "", "", 3)
+    assert [job.aus for job in sweep.table().rows[0]] == ["AU12L=4 AU26=2", "AU12L=4 AU12R=2 AU26=2", "AU12=4 AU26=2"]
+    page = face_controls("neutral", studio.au_names)
+    assert page.props["aus"] == [["AU4"], ["AU12L", "AU12R"], ["AU26"]]
+    assert 'data-preset="polite smile"' in page.html_template and 'data-preset="happy"' not in page.html_template
+    assert actions.build(studio) is not None
 
 
 def test_a_link_carries_the_controls(studio):

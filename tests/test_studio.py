@@ -3,6 +3,7 @@ import io
 import json
 import re
 import shlex
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import drawing.studio
 import generate
 from action_units import AU_NAMES
 from drawing.files import read_metadata
@@ -69,6 +71,7 @@ def run_command(command: str, name: str, path: Path) -> np.ndarray:
 def test_the_code_on_the_screen_draws_the_same_picture_to_the_bit(tiny_studio, job, tmp_path):
     picture = tiny_studio.draw(job)
     tiny_studio.write(picture, tmp_path / "screen.png", vars(job))
+    assert tiny_studio.python(job).startswith("# Run this in the folder of the FineFace repository")
     assert np.array_equal(run_snippet(tiny_studio.python(job), tmp_path / "python.png"), pixels(picture))
     assert np.array_equal(run_command(tiny_studio.command(job), "face.png", tmp_path / "command.png"), pixels(picture))
     assert read_metadata(tmp_path / "command.png") == read_metadata(tmp_path / "screen.png")
@@ -166,6 +169,31 @@ def test_a_wrong_table_is_an_error_that_names_no_folder(text, part, tmp_path):
     with pytest.raises(ValueError, match=re.escape(part)) as caught:
         read_expressions(table, JOBS[0])
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_limits_are_checked_before_a_table_is_understood(tmp_path, monkeypatch):
+    """Otherwise, whoever sends a large table makes everybody wait."""
+    table = tmp_path / "faces.csv"
+    table.write_text("aus\n" + "happy\n" * 100_000)
+    read = []
+    monkeypatch.setattr("drawing.studio.read_table_jobs", watching(drawing.studio.read_table_jobs, read))
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=f"{MAX_ROWS} are allowed"):
+        read_expressions(table, JOBS[0])
+    assert time.perf_counter() - began < 2
+    for text in ("a" * (MAX_TABLE_BYTES + 1), "," * MAX_COLUMNS):
+        table.write_text(text)
+        with pytest.raises(ValueError, match="are allowed"):
+            read_expressions(table, JOBS[0])
+    assert read == ["faces.csv"]
+
+
+def watching(read_table_jobs, read: list):
+    def watched(path, *args, **options):
+        read.append(path.name)
+        return read_table_jobs(path, *args, **options)
+
+    return watched
 
 
 def test_the_zip_holds_the_pictures_and_a_table_of_them(tiny_studio, tmp_path):
