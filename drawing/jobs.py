@@ -144,8 +144,8 @@ def read_model_defaults(model: str) -> dict:
     path = Path(model) / MODEL_DEFAULTS_NAME
     if not path.is_file():
         return {}
+    defaults = read_json_file(path)
     with errors_at(path):
-        defaults = read_json_object(path.read_bytes())
         check_keys(defaults, ("num_inference_steps", "guidance_scale", "au_guidance_scale", "size"))
         if "size" in defaults:
             defaults["height"] = defaults["width"] = defaults.pop("size")
@@ -201,8 +201,14 @@ def read_json_object(data: bytes) -> dict:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"this is no JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ValueError('this is no JSON object, such as {"prompt": "a girl in a park", "aus": "6C+12D"}.')
+        raise ValueError(f"this is no JSON object, but {show_value(values)}.")
     return values
+
+
+def read_json_file(path: Path) -> dict:
+    """The JSON object in a file; the errors name it."""
+    with errors_at(path):
+        return read_json_object(path.read_bytes())
 
 
 def check_keys(values: Mapping, known: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ Another expression on the face of a photograph: the region of the face is drawn 
 that suits the model, and pasted back. Every pixel outside the region stays as it is.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ SAMPLING = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_sc
 # How much of a picture a face fills in what the models were trained on.
 SURROUNDINGS = 1.4
 MAX_PHOTO_PIXELS = 50_000_000
-NO_DETECTOR = "Faces are found where OpenCV is installed (pip install opencv-python-headless)."
+NO_DETECTOR = "Faces are found by themselves where scikit-image is installed: pip install scikit-image."
 
 
 def open_photo(path: Path | str) -> Image.Image:
@@ -45,42 +46,37 @@ def open_photo(path: Path | str) -> Image.Image:
 
 
 def has_detector() -> bool:
-    return _import_opencv() is not None
+    return importlib.util.find_spec("skimage") is not None
 
 
 def find_faces(picture: Image.Image) -> list[Box]:
     """
-    Boxes around the faces in a picture, the largest first, by the cascade that comes with OpenCV.
+    Boxes around the faces in a picture that look at the camera, the largest first, by the detector (a cascade of local
+    binary patterns) that comes with scikit-image.
 
     Raises:
-        ValueError: if OpenCV is not installed.
+        ValueError: if scikit-image is not installed.
     """
-    cv2 = _import_opencv()
-    if cv2 is None:
+    if not has_detector():
         raise ValueError(NO_DETECTOR)
     import numpy as np
+    from skimage.data import lbp_frontal_face_cascade_filename
+    from skimage.feature import Cascade
 
     # The detector needs no more than this to find a face that is worth editing.
-    scale = min(1.0, 800 / max(picture.size))
-    small = picture.convert("L").resize([max(1, round(scale * side)) for side in picture.size])
-    cascade = cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_default.xml")
-    smallest = max(24, min(small.size) // 12)
-    found = cascade.detectMultiScale(np.asarray(small), 1.05, 6, minSize=(smallest, smallest))
-    boxes = [[value / scale for value in (x, y, x + width, y + height)] for x, y, width, height in found]
-    boxes.sort(key=lambda box: (box[0] - box[2]) * (box[3] - box[1]))
-    # The cascade leaves out the chin and the forehead, which move too.
-    return [
-        clip_box((left, top - (bottom - top) / 16, right, bottom + (bottom - top) / 8), picture.size)
-        for left, top, right, bottom in boxes
-    ]
-
-
-def _import_opencv():
-    try:
-        import cv2
-    except ImportError:
-        return None
-    return cv2
+    scale = min(1.0, 640 / max(picture.size))
+    small = picture.convert("RGB").resize([max(1, round(scale * side)) for side in picture.size])
+    smallest, largest = max(24, min(small.size) // 10), min(small.size)
+    found = Cascade(lbp_frontal_face_cascade_filename()).detect_multi_scale(
+        np.asarray(small), scale_factor=1.15, step_ratio=1, min_size=(smallest,) * 2, max_size=(largest,) * 2
+    )
+    boxes = []
+    for face in sorted(found, key=lambda face: -face["width"] * face["height"]):
+        left, top, width, height = (face[name] / scale for name in ("c", "r", "width", "height"))
+        # The detector leaves out forehead and chin, which move too.
+        box = left, top - height / 8, left + width, top + height * 9 / 8
+        boxes.append(clip_box(box, picture.size))
+    return boxes
 
 
 def clip_box(box, size: tuple[int, int]) -> Box:

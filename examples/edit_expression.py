@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Give the face of a picture another expression: the region of the face is drawn anew with AUs (inpainting), and every
-pixel outside it stays as it is. Without --model, the toy model draws. Without --box and --mask, OpenCV looks for
-the face, if it is installed.
+pixel outside it stays as it is. Without --model, the toy model draws. Without --box and --mask, the face is
+found, if scikit-image is installed.
 
   python -m examples.edit_expression portrait.png --box 24,24,104,116 --aus "6C+12E" --output smiling.png
       --prompt "a closeup of a woman with long brown hair and tan skin in a park"

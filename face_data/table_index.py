@@ -159,22 +159,22 @@ def build_index(
             database.execute(
                 "CREATE TABLE entries (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, aus BLOB, text TEXT,"
                 " subject TEXT, is_photo INTEGER, box TEXT, line INTEGER, times INTEGER, repeats INTEGER,"
-                " has_names INTEGER)"
+                " has_names INTEGER, face INTEGER)"
             )
             database.execute(
-                "CREATE TABLE others (number INTEGER, key TEXT, aus BLOB, times INTEGER, PRIMARY KEY (number, key))"
-                " WITHOUT ROWID"
+                "CREATE TABLE others (number INTEGER, key TEXT, aus BLOB, face INTEGER, times INTEGER,"
+                " PRIMARY KEY (number, key)) WITHOUT ROWID"
             )
             database.execute(
                 "CREATE TABLE about (key TEXT PRIMARY KEY, text TEXT, box TEXT, removed TEXT) WITHOUT ROWID"
             )
             captions = None if about is not None else caption_column
-            for number, table in enumerate(tables):
-                rows = read_au_table(table.path, table.tool, image_column, on_error, say)
+            for number, (table, names) in enumerate(zip(tables, taken_aus(tables), strict=True)):
+                rows = read_au_table(table.path, table.tool, image_column, on_error, say, names)
                 values = _read_values(rows, table.path, None if number else captions, find_key, on_error)
                 for batch in _batches(values):
                     if number:
-                        others = [(number, key, aus) for key, _, aus, *_ in batch]
+                        others = [(number, key, aus, face) for key, _, aus, *_, face in batch]
                         database.executemany(_INSERT_OTHER, others)
                     else:
                         database.executemany(_INSERT_ENTRY, batch)
@@ -185,16 +185,17 @@ def build_index(
 
 
 # A row that says the same as the first one of its picture is a repetition, and not another face.
+_IS_OTHER_FACE = "(aus IS NOT excluded.aus OR face IS NOT excluded.face)"
 _INSERT_ENTRY = (
-    "INSERT INTO entries (key, name, aus, text, subject, is_photo, box, line, times, repeats, has_names)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0) ON CONFLICT (key) DO UPDATE SET"
-    " times = times + (aus IS NOT excluded.aus OR box IS NOT excluded.box),"
-    " repeats = repeats + (aus IS excluded.aus AND box IS excluded.box),"
+    "INSERT INTO entries (key, name, aus, text, subject, is_photo, box, line, face, times, repeats, has_names)"
+    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0) ON CONFLICT (key) DO UPDATE SET"
+    f" times = times + ({_IS_OTHER_FACE} OR box IS NOT excluded.box),"
+    f" repeats = repeats + (NOT {_IS_OTHER_FACE} AND box IS excluded.box),"
     " has_names = has_names OR name IS NOT excluded.name"
 )
 _INSERT_OTHER = (
-    "INSERT INTO others VALUES (?, ?, ?, 1) ON CONFLICT (number, key) DO UPDATE SET"
-    " times = times + (aus IS NOT excluded.aus)"
+    "INSERT INTO others VALUES (?, ?, ?, ?, 1) ON CONFLICT (number, key) DO UPDATE SET"
+    f" times = times + {_IS_OTHER_FACE}"
 )
 
 
@@ -244,16 +245,19 @@ def read_entries(path: Path, tables: tuple[AUTable, ...], first: int, count: int
     return entries
 
 
+def taken_aus(tables: tuple[AUTable, ...]) -> list[tuple[str, ...]]:
+    """The AUs that come from each table."""
+    named = {name for table in tables for name in table.aus}
+    return [table.aus or tuple(name for name in AU_NAMES if name not in named) for table in tables]
+
+
 def _join_aus(rows: list[bytes | None], tables: tuple[AUTable, ...]) -> np.ndarray | None:
     """AUs that no table gives are 0."""
     if any(row is None for row in rows):
         return None
-    named = {name for table in tables for name in table.aus}
     joined = np.zeros(len(AU_NAMES), np.float32)
-    for row, table in zip(rows, tables, strict=True):
-        names = table.aus or [name for name in AU_NAMES if name not in named]
-        columns = [AU_NAMES.index(name) for name in names]
-        joined[columns] = np.frombuffer(row, np.float32)[columns]
+    for row, names in zip(rows, taken_aus(tables), strict=True):
+        joined[[AU_NAMES.index(name) for name in names]] = np.frombuffer(row, np.float32)
     return joined
 
 
@@ -293,6 +297,7 @@ def _read_values(
                 _is_photo(by_key, label),
                 _read_box(by_key, label),
                 row.line,
+                row.face,
             )
         except ValueError as error:
             on_error(error)
@@ -312,7 +317,9 @@ def _read_about(
         by_key = {column.lower(): value for column, value in record.items()}
         _check_caption_column(caption_column, by_key, label)
         try:
-            column = find_name_column(list(record), image_column)
+            # `--image_column` may be meant for the AUs' tables alone.
+            is_here = image_column is not None and image_column.strip().lower() in by_key
+            column = find_name_column(list(record), image_column if is_here else None)
             name = _check_name("" if column is None else str(record[column]), label)
             removed = by_key.get("removed_words")
             removed = json.dumps(Counter(map(str, removed))) if isinstance(removed, list) else None

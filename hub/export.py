@@ -52,7 +52,7 @@ from au_encoder import (
     write_adapter_weights,
 )
 from drawing.files import write_picture
-from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_model_defaults
+from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_json_file, read_model_defaults
 from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet, read_au_names
 from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
 from hub.convert_original import write_unscaled_lora
@@ -235,7 +235,7 @@ def find_weights(config: ExportConfig) -> Weights | None:
         if not (Path(model) / "model_index.json").is_file():
             what = "an adapter without a base model. Name its base" if config.base is None else "no model. Name one"
             raise FileNotFoundError(f"{model!r} is {what} with `--base`: there is no model_index.json in it.")
-        if isinstance(json.loads((Path(model) / "model_index.json").read_text())["_class_name"], list):
+        if isinstance(read_json_file(Path(model) / "model_index.json").get("_class_name"), list):
             raise ValueError(
                 f"{model!r} is an exported repository already: its LoRA is fused. Export from the base and the adapter"
                 " that it was made from."
@@ -248,7 +248,7 @@ def find_weights(config: ExportConfig) -> Weights | None:
 def _is_base(folder: Path) -> bool:
     """Whether pictures can be drawn with what is in `folder`: in an export, the adapter is in the weights already."""
     index = folder / "model_index.json"
-    return index.is_file() and not isinstance(json.loads(index.read_text(encoding="utf-8"))["_class_name"], list)
+    return index.is_file() and not isinstance(read_json_file(index).get("_class_name"), list)
 
 
 def check_push(repo_id: str, repo_type: str = "model", marker: str = REPOSITORY_MARKER) -> HfApi:
@@ -290,7 +290,7 @@ def gather_facts(config: ExportConfig, weights: Weights | None, is_original: boo
     """
     folder = Path(config.source)
     config_file = folder / TRAIN_CONFIG_NAME
-    trained = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+    trained = read_json_file(config_file) if config_file.is_file() else {}
     bases = (config.base_model, weights and weights.model, trained.get("pretrained_model_name_or_path"))
     if config.base_model is not None and not is_hub_id(config.base_model):
         raise ValueError(f"`--base-model` is {config.base_model!r}, which is no id of a Hub repository.")

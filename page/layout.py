@@ -170,6 +170,14 @@ def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
         "Another expression on a face: only what is inside the oval changes. Say in the prompt who is in the photo."
         + (" The model of this page draws cartoons; photographs need other weights." if studio.is_toy else "")
     )
+    ui.edited = gr.ImageSlider(
+        label="Before and after",
+        type="filepath",
+        interactive=False,
+        visible=False,
+        buttons=["fullscreen"],
+        elem_id="edited",
+    )
     ui.photo = gr.Image(
         label="Photo", type="filepath", sources=["upload", "clipboard"], elem_id="photo", buttons=[], height=None
     )
@@ -179,16 +187,8 @@ def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
         ui.box = [
             gr.Number(label=side, precision=0, min_width=70, elem_id=f"box-{side.lower()}") for side in BOX_SIDES
         ]
-        ui.strength = gr.Number(0.8, label="Change (0–1)", step=0.05, min_width=100, elem_id="strength")
+        ui.strength = gr.Number(0.8, label="Change", step=0.05, min_width=80, elem_id="strength")
     ui.photo_inputs = [ui.photo, ui.strength, *ui.box]
-    ui.edited = gr.ImageSlider(
-        label="Before and after",
-        type="filepath",
-        interactive=False,
-        visible=False,
-        buttons=["fullscreen"],
-        elem_id="edited",
-    )
     ui.download_photo = gr.DownloadButton("Download the photo", size="sm", interactive=False, elem_id="download-photo")
 
 

@@ -288,6 +288,12 @@ def test_without_gradio_one_line_says_how_to_install_it():
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install gradio" in done.stderr
 
 
+def test_a_typing_error_is_answered_before_anything_large_is_imported():
+    code = "import sys, app; app.main(['--colour', 'red']); sys.exit(bool({'torch', 'gradio'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.startswith("error: ")
+
+
 @contextmanager
 def served(demo):
     """The address of a running page."""

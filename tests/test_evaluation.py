@@ -29,7 +29,7 @@ from action_units import AU_NAMES, read_aus
 from drawing.model import Weights
 from evaluation import figures, metrics, report, run, training_picture
 from evaluation.image_encoders import make_image_encoder
-from evaluation.meters import ToolError, make_meter
+from evaluation.meters import TOOL_SCRIPTS, ToolError, make_meter
 from evaluation.systems import Sampling, System, au_words, aus_in_words
 from evaluation.testset import (
     COMBINATIONS,
@@ -286,6 +286,56 @@ def test_a_tool_runs_in_its_own_python(tmp_path, pictures, tool, module, first, 
     readings = make_meter(f"{tool}:{command}", CPU).measure(pictures)
     assert [reading.num_faces for reading in readings] == [faces, 0, faces]
     assert readings[0].aus[0] == pytest.approx(first, abs=1e-4)
+
+
+MEDIAPIPE = """
+    from types import SimpleNamespace as Some
+    class FaceLandmarker:
+        @staticmethod
+        def create_from_options(options):
+            assert options.base_options.model_asset_path == "face_landmarker.task" and options.output_face_blendshapes
+            return FaceLandmarker()
+        __enter__ = lambda self: self
+        __exit__ = lambda self, *error: None
+        def detect(self, path):
+            faces = 0 if "AU12=2" in path else 2 if "AU12=3" in path else 1
+            shapes = [Some(category_name=name, score=0.5) for name in ("mouthSmileLeft", "mouthSmileRight")]
+            points = [Some(x=-0.1, y=0.25), Some(x=0.75, y=1.2)]
+            return Some(face_blendshapes=[shapes] * faces, face_landmarks=[points] * faces)
+    vision = Some(FaceLandmarkerOptions=Some, FaceLandmarker=FaceLandmarker)
+    tasks, Image = Some(vision=vision, BaseOptions=Some), Some(create_from_file=str)
+"""
+
+
+def test_mediapipe_s_script_writes_a_table_with_faces_and_boxes(tmp_path, pictures):
+    (tmp_path / "mediapipe.py").write_text(textwrap.dedent(MEDIAPIPE))
+    (tmp_path / "pictures.txt").write_text("\n".join(map(str, pictures)))
+    words = [sys.executable, TOOL_SCRIPTS / "mediapipe_table.py", "pictures.txt", "t.jsonl", "face_landmarker.task"]
+    subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+    readings = make_meter(f"mediapipe:{tmp_path / 't.jsonl'}", CPU).measure(pictures)
+    assert [reading.num_faces for reading in readings] == [1, 0, 2]
+    assert readings[0].aus[AU_NAMES.index("AU12")] == pytest.approx(2.5)
+    first = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])
+    assert [first[name] for name in ("face_x0", "face_y0", "face_x1", "face_y1")] == [0, 0.25, 0.75, 1]
+
+
+def test_openface_s_tables_become_one(tmp_path, pictures):
+    (tmp_path / "written").mkdir()
+    (tmp_path / "pictures.txt").write_text("\n".join(map(str, pictures)))
+    for picture, faces in ((pictures[0], 1), (pictures[2], 2)):
+        rows = [["face", "confidence", *OPENFACE]]
+        rows += [[face, 0.9 - face / 2, *[2.5 + face] * 12] for face in range(faces)]
+        # OpenFace cuts a name at its first dot.
+        path = tmp_path / "written" / f"{picture.name.split('.')[0]}.csv"
+        path.write_text("\n".join(", ".join(map(str, row)) for row in rows))
+    words = [sys.executable, TOOL_SCRIPTS / "openface_table.py", "pictures.txt", "written", "t.csv"]
+    subprocess.run(words, cwd=tmp_path, check=True)
+    readings = make_meter(f"openface:{tmp_path / 't.csv'}", CPU).measure(pictures)
+    assert [reading.num_faces for reading in readings] == [1, 0, 2]
+    assert readings[0].aus == pytest.approx([2.5] * 12) and readings[2].aus == pytest.approx([2.5] * 12)
+    (tmp_path / "pictures.txt").write_text("a/1.png\nb/1.jpg")
+    failed = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1 and "one table for all pictures called 1" in failed.stderr
 
 
 def test_a_tool_that_fails_is_quoted(tmp_path, pictures):

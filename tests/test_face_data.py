@@ -662,6 +662,8 @@ def test_aus_of_two_tools_are_joined(tmp_path, capsys):
         "several faces": 1,
         "picture that is in the first table only": 1,
     }
+    # Of a table, only the AUs that come from it are missed.
+    assert "no blendshape or column for AU1, AU2, AU4, AU6, AU15, AU17, AU20, AU25, AU26 (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

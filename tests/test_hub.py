@@ -329,6 +329,15 @@ def test_a_card_says_nothing_that_is_private(tiny_sd_dir, tiny_adapter_dir, tmp_
     assert "secret" not in card.content and "| `max_train_steps` | 7 |" in card.text
 
 
+@pytest.mark.parametrize("text", ["[1, 2]", "{", "[" * 100_000])
+def test_broken_settings_beside_the_weights_are_named(text, tiny_sd_dir, tiny_adapter_dir, tmp_path, capsys):
+    adapter = Path(shutil.copytree(tiny_adapter_dir, tmp_path / "adapter"))
+    (adapter / "train_config.json").write_text(text)
+    arguments = [str(adapter), str(tmp_path / "out"), "--base", tiny_sd_dir, "--no-pictures"]
+    fails_with(export, arguments, "train_config.json: this is no JSON", capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def test_notes_beside_the_weights_become_the_text_on_the_training(tmp_path):
     notes = tmp_path / "README.md"
     notes.write_text("# Made by hand\n\nWith [this](../this.py) and [that](https://that.org).\n")

@@ -17,6 +17,7 @@ from feat import Detectorv2
 
 COLUMNS = [f"AU{number:02d}" for number in (1, 2, 4, 5, 6, 9, 12, 15, 17, 20, 25, 26)]
 NAME, SURENESS = "input", "FaceScore"
+BOX = ["FaceRectX", "FaceRectY", "FaceRectWidth", "FaceRectHeight"]
 
 
 def main(listing, table):
@@ -28,13 +29,11 @@ def main(listing, table):
         # One at a time: a batch has to be of one size, and the tool resizes it as one.
         faces = detector.detect([path], batch_size=1).to_dict("records")
         for face in faces or [{}]:
-            values = [face.get(column, math.nan) for column in COLUMNS]
-            cells = ["" if value is None or math.isnan(value) else value for value in values]
-            sureness = face.get(SURENESS, math.nan)
-            rows.append([path, "" if sureness is None or math.isnan(sureness) else sureness] + cells)
+            values = [face.get(column, math.nan) for column in [SURENESS] + COLUMNS + BOX]
+            rows.append([path] + ["" if value is None or math.isnan(value) else value for value in values])
         print(f"{number + 1} of {len(paths)}", file=sys.stderr)
     with open(table + ".part", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([[NAME, SURENESS] + COLUMNS] + rows)
+        csv.writer(file).writerows([[NAME, SURENESS] + COLUMNS + BOX] + rows)
     os.replace(table + ".part", table)
 
 

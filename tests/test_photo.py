@@ -1,0 +1,76 @@
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import drawing.photo
+from drawing.photo import check_box, edit_photo, face_mask, find_faces, open_photo, surroundings
+
+
+def some_photo(size: tuple[int, int] = (300, 200)) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (*size[::-1], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_a_photo_lies_as_its_camera_says(tmp_path):
+    photo, exif = some_photo(), Image.Exif()
+    exif[0x0112] = 6
+    photo.rotate(90, expand=True).save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "photo.png")), np.asarray(photo))
+
+
+def test_a_photo_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
+    some_photo().save(tmp_path / "photo.png")
+    monkeypatch.setattr(drawing.photo, "MAX_PHOTO_PIXELS", 300 * 200 - 1)
+    with pytest.raises(ValueError, match=r"^photo.png has 300 × 200 pixels"):
+        open_photo(tmp_path / "photo.png")
+
+
+@pytest.mark.parametrize("box", [(60, 40, 160, 160), (0, 0, 60, 90), (250, 100, 300, 200)])
+def test_only_the_oval_of_a_photo_of_any_size_changes(tiny_pipe, box):
+    photo = some_photo((301, 203))
+    mask = face_mask(photo.size, box)
+    edited = edit_photo(tiny_pipe, photo, mask, "a boy", "12E", num_inference_steps=2)
+    assert edited.size == photo.size
+    changed = (np.asarray(edited) != np.asarray(photo)).any(-1)
+    assert not changed[np.asarray(mask) == 0].any() and changed[np.asarray(mask) == 255].mean() > 0.9
+
+
+def test_the_model_sees_the_face_with_its_surroundings():
+    # In the middle of a large photo a square, 1.4 times the face; at an edge it moves inwards; and never beyond.
+    assert surroundings((400, 300, 500, 400), (1000, 800)) == (380, 280, 520, 420)
+    assert surroundings((0, 0, 100, 50), (1000, 800)) == (0, 0, 140, 140)
+    assert surroundings((24, 24, 104, 116), (128, 128)) == (0, 0, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("box", "part"),
+    [
+        ((None, 1, 2, 3), "`box` is incomplete"),
+        ((1, 2, 3), "`box` is incomplete"),
+        ((400, 10, 500, 90), "lies outside the picture of 300 × 200 pixels"),
+        ((90, 90, 10, 10), "or holds less than 16 × 16"),
+        ((10, 10, 20, 90), "or holds less than 16 × 16"),
+        ((float("nan"), 0, 90, 90), "`box` is incomplete"),
+    ],
+)
+def test_a_wrong_box_is_an_error(box, part):
+    with pytest.raises(ValueError, match=re.escape(part)):
+        check_box(box, (300, 200))
+    assert check_box((-5, 10, 90, 900), (300, 200)) == (0, 10, 90, 200)
+
+
+def test_a_face_is_found():
+    data = pytest.importorskip("skimage.data", reason="needs scikit-image: pip install scikit-image")
+    # A portrait of Eileen Collins (NASA), whose face fills the square from (175, 70) to (270, 165).
+    photo = Image.fromarray(data.astronaut()).resize((1024, 1024))
+    left, top, right, bottom = find_faces(photo)[0]
+    assert np.allclose((left, top, right, bottom), (350, 120, 540, 350), atol=40)
+    assert find_faces(some_photo()) == []
+
+
+def test_without_a_detector_the_way_out_is_said(monkeypatch):
+    monkeypatch.setattr(drawing.photo, "has_detector", lambda: False)
+    with pytest.raises(ValueError, match="pip install scikit-image"):
+        find_faces(some_photo())
