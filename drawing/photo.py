@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 
 from au_attention_processor import read_au_masks
 from pipeline_fineface import FineFacePipeline
@@ -33,16 +33,21 @@ def open_photo(path: Path | str) -> Image.Image:
     A picture in RGB, turned as its EXIF data say.
 
     Raises:
-        OSError: if the file is no picture.
-        ValueError: if it has more than `MAX_PHOTO_PIXELS`.
+        OSError: if there is no such file, or it is damaged.
+        ValueError: if it is no picture, or has more than `MAX_PHOTO_PIXELS`.
     """
-    with Image.open(path) as file:
-        if file.width * file.height > MAX_PHOTO_PIXELS:
-            raise ValueError(
-                f"{Path(path).name} has {file.width} × {file.height} pixels, and {MAX_PHOTO_PIXELS // 10**6} million"
-                " are allowed. Make it smaller."
-            )
-        return ImageOps.exif_transpose(file).convert("RGB")
+    name = Path(path).name
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > MAX_PHOTO_PIXELS:
+                raise ValueError(
+                    f"{name} has {file.width} × {file.height} pixels, and {MAX_PHOTO_PIXELS // 10**6} million are"
+                    " allowed. Make it smaller."
+                )
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        # Where a server keeps uploads is nothing for the screen.
+        raise ValueError(f"{name} is no picture that can be read.") from error
 
 
 def has_detector() -> bool:

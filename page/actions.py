@@ -42,6 +42,8 @@ MAX_SWEEP_COUNT = 24
 STRIP_LENGTH = 12
 NUM_CHOICES = 4
 THUMBNAIL_SIDE = 112
+# Those whose request numbers are remembered, which are more than can wait for a picture.
+MAX_SESSIONS = 10_000
 KEEP_FILES_S = 24 * 60 * 60
 PROGRESS = gr.Progress()
 
@@ -143,7 +145,7 @@ def read_picture(path: Path, studio: Studio) -> Job:
     """
     try:
         metadata = read_metadata(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path.name} does not say how it was made: another program has written it.") from error
     if "aus" not in metadata:
         raise ValueError(f"{path.name} is a sheet or an edited photo. Open a picture of one face.")
@@ -205,6 +207,8 @@ class Page:
     def stop(self, tab: str, request: gr.Request, ask: float) -> None:
         """End what is drawn in a tab for a request number below `ask`."""
         self.wanted[request.session_hash, tab] = ask
+        if len(self.wanted) > MAX_SESSIONS:
+            del self.wanted[next(iter(self.wanted))]
 
     def leave(self, request: gr.Request) -> None:
         """End all that is drawn for a window that was closed."""

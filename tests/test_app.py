@@ -170,6 +170,9 @@ def test_a_picture_brings_its_controls_back(studio, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "other.png")
     with pytest.raises(ValueError, match="^other.png does not say how it was made"):
         actions.read_picture(tmp_path / "other.png", studio)
+    (tmp_path / "notes.png").write_text("none")
+    with pytest.raises(ValueError, match="^notes.png does not say"):
+        actions.read_picture(tmp_path / "notes.png", studio)
     sweep = Sweep(JOB, "AU12", 0, 5, 2)
     _, strip, shown = studio.sweep(sweep)
     studio.write(strip, tmp_path / "strip.png", shown)

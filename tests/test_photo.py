@@ -20,8 +20,11 @@ def test_a_photo_lies_as_its_camera_says(tmp_path):
     assert np.array_equal(np.asarray(open_photo(tmp_path / "photo.png")), np.asarray(photo))
 
 
-def test_a_photo_that_is_too_large_is_not_decoded(tmp_path, monkeypatch):
+def test_what_is_no_photo_or_too_large_is_not_decoded(tmp_path, monkeypatch):
     some_photo().save(tmp_path / "photo.png")
+    (tmp_path / "notes.png").write_text("none")
+    with pytest.raises(ValueError, match="^notes.png is no picture"):
+        open_photo(tmp_path / "notes.png")
     monkeypatch.setattr(drawing.photo, "MAX_PHOTO_PIXELS", 300 * 200 - 1)
     with pytest.raises(ValueError, match=r"^photo.png has 300 × 200 pixels"):
         open_photo(tmp_path / "photo.png")
