@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import make_components
+from conftest import FAMILIES, make_components
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from hub_server import TOKEN, running_hub
 from PIL import Image
@@ -23,6 +23,7 @@ from training_runs import (  # noqa: F401
     datasets_cache_fixture,
     faces_dir_fixture,
     fresh_accelerator_fixture,
+    on_every_family,
     run_processes_fixture,
     write_faces,
 )
@@ -35,7 +36,8 @@ from training import data as training_data
 from training.checkpoints import TrainingState
 from training.config import TRAINING_PRESETS, TrainConfig, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
-from training.encoders import StableDiffusionEncoders, load_encoders
+from training.encoders import FAMILIES as ENCODER_FAMILIES
+from training.encoders import load_encoders
 from training.validation import choose_validation_aus
 
 
@@ -108,8 +110,10 @@ def make_noise_scheduler(prediction_type="epsilon"):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_writes_the_adapter_and_it_changes_the_picture(arguments, tmp_path, tiny_base):
+@on_every_family
+def test_a_run_writes_the_adapter_and_it_changes_the_picture(arguments, request, tmp_path):
     main(arguments("run"))
+    tiny_base = FAMILIES[request.node.callspec.params["arguments"]].make_pipe()
     files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert files == {*ADAPTER_FILES, "train_config.json"}
     assert json.loads((tmp_path / "run/train_config.json").read_text())["rank"] == 4
@@ -213,6 +217,7 @@ def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@on_every_family
 @pytest.mark.parametrize(
     "options",
     ["", EVERYTHING, "--use_8bit_adam"],
@@ -242,6 +247,7 @@ def test_latest_without_a_checkpoint_starts_a_run(train, tmp_path):
     assert_equal(first, train("second", "--max_train_steps 1 --resume_from_checkpoint latest"))
 
 
+@on_every_family
 def test_a_cache_changes_nothing_and_drops_the_encoders(train, monkeypatch, tmp_path):
     plain = train("plain", "--random_flip --caption_drop_prob 0.3")
     cached = train("cached", "--random_flip --caption_drop_prob 0.3 --cache_latents")
@@ -251,8 +257,9 @@ def test_a_cache_changes_nothing_and_drops_the_encoders(train, monkeypatch, tmp_
     def fail(*args):
         raise AssertionError("Nothing has to be encoded when the cache is complete.")
 
-    monkeypatch.setattr(StableDiffusionEncoders, "encode_pictures", fail)
-    monkeypatch.setattr(StableDiffusionEncoders, "encode_captions", fail)
+    for encoders in ENCODER_FAMILIES.values():
+        monkeypatch.setattr(encoders, "encode_pictures", fail)
+        monkeypatch.setattr(encoders, "encode_captions", fail)
     options = f"--random_flip --caption_drop_prob 0.3 --cache_latents --cache_dir {tmp_path / 'cached/cache'}"
     assert_equal(train("again", options), cached)
 
@@ -418,6 +425,7 @@ def test_deepspeed_equals_training_without_it_and_resumes(train, arguments, run_
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@on_every_family
 @pytest.mark.parametrize("options", ["", "--cache_latents --use_ema --mixed_precision bf16"], ids=["plain", "cached"])
 def test_validation_pictures_are_sheets_and_change_nothing(train, tmp_path, options):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

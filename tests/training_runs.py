@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from conftest import FAMILIES
 
 from action_units import AU_NAMES
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
@@ -53,12 +54,16 @@ def faces_dir_fixture(tmp_path_factory):
     return write_faces(tmp_path_factory.mktemp("faces"))
 
 
+on_every_family = pytest.mark.parametrize("arguments", FAMILIES, indirect=True)
+
+
 @pytest.fixture(name="arguments")
-def arguments_fixture(tiny_sd_dir, faces_dir, tmp_path):
-    """The command line of a tiny run into `tmp_path / name`."""
+def arguments_fixture(request, faces_dir, tmp_path):
+    """The command line of a tiny run into `tmp_path / name`, on a base of the family "sd" or of another one."""
+    base = request.getfixturevalue({"sd": "tiny_sd_dir", "sdxl": "tiny_xl_dir"}[getattr(request, "param", "sd")])
 
     def arguments(name, options=""):
-        paths = ["--pretrained_model_name_or_path", tiny_sd_dir, "--train_data_dir", str(faces_dir)]
+        paths = ["--pretrained_model_name_or_path", base, "--train_data_dir", str(faces_dir)]
         return [*paths, "--output_dir", str(tmp_path / name), *TINY.split(), *options.split()]
 
     return arguments

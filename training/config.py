@@ -72,6 +72,11 @@ class TrainConfig:
     revision: str | None = option(None, "Revision of the base model on the Hub.", resumable=True)
     variant: str | None = option(None, "Variant of the base model's files, for instance fp16.", resumable=True)
 
+    pretrained_vae_model_name_or_path: str | None = option(
+        None,
+        "Folder or Hub id of another VAE, such as one for Stable Diffusion XL that works in fp16.",
+    )
+
     train_data_dir: Path | None = option(
         None, "Folder with pictures and metadata, or with Parquet files.", resumable=True
     )

@@ -102,7 +102,8 @@ class TrainingData:
         self.face_boxes = None
         if config.face_loss_weight != 1:
             self.face_boxes = self._read_numbers(table, FACE_BOX, 1, "A face's box is a part of the picture, 0 to 1.")
-            self.picture_sizes = np.zeros((len(table), 2), np.int32)
+        # For weight on faces, and for bases that take sizes.
+        self.picture_sizes = np.zeros((len(table), 2), np.int32)
 
     def __len__(self) -> int:
         return len(self.au_intensities)
@@ -478,6 +479,7 @@ class PixelInputs:
     def __init__(self, data: TrainingData | StreamedData, encoders: StableDiffusionEncoders, resolution: int):
         side = resolution // encoders.vae_scale_factor
         self.data, self.encoders, self.resolution = data, encoders, resolution
+        self.takes_sizes = encoders.takes_sizes
         self.latents_shape = (encoders.latent_channels, side, side)
 
     def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
@@ -516,6 +518,8 @@ class LatentInputs:
             Each different caption once, the empty one first.
         caption_indices (`numpy.ndarray`):
             Which of `captions` each row has.
+        takes_sizes (`bool`):
+            Whether the base takes the `original_size` of pictures.
     """
 
     def __init__(
@@ -525,7 +529,9 @@ class LatentInputs:
         pictures: list["CachedRows"],
         captions: "CachedRows",
         caption_indices: np.ndarray,
+        takes_sizes: bool = False,
     ):
+        self.takes_sizes = takes_sizes
         self.data, self.latents_shape = data, latents_shape
         self.pictures, self.captions, self.caption_indices = pictures, captions, caption_indices
 
@@ -587,7 +593,8 @@ def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelera
         len(captions),
         lambda batch: encoders.encode_captions(batch["input_ids"]),
     )
-    return LatentInputs(data, inputs.latents_shape, latents, embeddings, encoded.indices.to_numpy() + 1)
+    indices = encoded.indices.to_numpy() + 1
+    return LatentInputs(data, inputs.latents_shape, latents, embeddings, indices, inputs.takes_sizes)
 
 
 def encode_rows(
@@ -741,6 +748,9 @@ class TrainingSamples(torch.utils.data.Dataset):
             "latent_noise": torch.from_numpy(latent_noise),
             "timesteps": torch.tensor(timestep),
         }
+        if inputs.takes_sizes:
+            width, height = data.picture_size(index).tolist()
+            sample["original_size"] = torch.tensor([height, width])
         if data.face_boxes is not None:
             size, side = data.picture_size(index), inputs.latents_shape[-1]
             weights = face_weights(data.face_boxes[index], size, side, config.face_loss_weight)

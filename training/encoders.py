@@ -12,10 +12,11 @@ import hashlib
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from au_encoder import AUAdapter
 from pipeline_fineface import FineFacePipeline
+from pipeline_fineface_xl import FineFaceXLPipeline
 from training.config import TrainConfig
 
 
@@ -27,6 +28,9 @@ class StableDiffusionEncoders:
         tokenizer (`CLIPTokenizer`), text_encoder (`CLIPTextModel`), vae (`AutoencoderKL`):
             The models, where they are. They get frozen.
     """
+
+    takes_sizes = False
+    """Whether `added_cond_kwargs` needs the `original_size` of each picture."""
 
     def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL):
         self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
@@ -42,8 +46,7 @@ class StableDiffusionEncoders:
         tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **hub_options)
         hub_options |= {"variant": config.variant, "dtype": dtype}
         text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
-        vae = AutoencoderKL.from_pretrained(base, subfolder="vae", **hub_options)
-        return cls(tokenizer, text_encoder.to(device), vae.to(device))
+        return cls(tokenizer, text_encoder.to(device), load_vae(config, dtype).to(device))
 
     def _modules(self) -> list[nn.Module]:
         return [self.text_encoder, self.vae]
@@ -105,6 +108,7 @@ class StableDiffusionEncoders:
 
     def fingerprint(self) -> str:
         """A hash of all that the encodings depend on."""
+        # Both tokenizers of Stable Diffusion XL have this vocabulary.
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         digest = hashlib.blake2b(repr((vocabulary, self.tokenizer.model_max_length)).encode(), digest_size=16)
         for module in self._modules():
@@ -114,7 +118,128 @@ class StableDiffusionEncoders:
         return digest.hexdigest()
 
 
-FAMILIES = {("text_encoder",): StableDiffusionEncoders}
+class StableDiffusionXLEncoders(StableDiffusionEncoders):
+    """
+    The tokenizers, text encoders and VAE of Stable Diffusion XL. Its UNet takes the tokens of both text encoders side
+    by side, the pooled text of the second, and the sizes that a picture had and was cut to.
+
+    Args:
+        tokenizer, tokenizer_2, text_encoder, text_encoder_2, vae:
+            The models, where they are. They get frozen.
+        zeros_for_empty (`bool`):
+            Whether the empty caption is zeros, as `force_zeros_for_empty_prompt` of the base has it for a call without
+            a negative prompt.
+    """
+
+    takes_sizes = True
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        tokenizer_2: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        vae: AutoencoderKL,
+        zeros_for_empty: bool = True,
+    ):
+        self.tokenizer_2, self.text_encoder_2, self.zeros_for_empty = tokenizer_2, text_encoder_2, zeros_for_empty
+        super().__init__(tokenizer, text_encoder, vae)
+
+    @classmethod
+    def from_pretrained(cls, config: TrainConfig, device: torch.device, dtype: torch.dtype):
+        base, hub_options = config.pretrained_model_name_or_path, {"revision": config.revision}
+        zeros = DiffusionPipeline.load_config(base, **hub_options).get("force_zeros_for_empty_prompt", True)
+        tokenizers = [
+            CLIPTokenizer.from_pretrained(base, subfolder=name, **hub_options) for name in ("tokenizer", "tokenizer_2")
+        ]
+        hub_options |= {"variant": config.variant, "dtype": dtype}
+        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
+        text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", **hub_options)
+        models = (model.to(device) for model in (text_encoder, text_encoder_2, load_vae(config, dtype, True)))
+        return cls(*tokenizers, *models, zeros)
+
+    def _modules(self) -> list[nn.Module]:
+        return [self.text_encoder, self.text_encoder_2, self.vae]
+
+    def unload(self) -> None:
+        self.text_encoder_2 = None
+        super().unload()
+
+    def tokenize(self, caption: str) -> torch.Tensor:
+        """Token ids of both tokenizers, of shape `(2, tokens)`. They differ in how they pad."""
+        length = self.tokenizer.model_max_length
+        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+        return torch.cat([tokenizer(caption, **options).input_ids for tokenizer in (self.tokenizer, self.tokenizer_2)])
+
+    @torch.no_grad()
+    def encode_captions(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        `(batch, 2, tokens)` → `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`, and `text_embeds`, the
+        pooled text, of shape `(batch, projection_dim)`.
+        """
+        input_ids = input_ids.to(self.text_encoder.device)
+        outputs = [
+            encoder(ids, output_hidden_states=True)
+            for encoder, ids in zip((self.text_encoder, self.text_encoder_2), input_ids.unbind(1), strict=True)
+        ]
+        # As `StableDiffusionXLPipeline.encode_prompt` has it.
+        prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        text_embeds = outputs[1].text_embeds
+        if self.zeros_for_empty:
+            is_empty = (input_ids == self.tokenize("").to(input_ids.device)).flatten(1).all(dim=1)
+            prompt_embeds = prompt_embeds.masked_fill(is_empty[:, None, None], 0)
+            text_embeds = text_embeds.masked_fill(is_empty[:, None], 0)
+        return {"prompt_embeds": prompt_embeds, "text_embeds": text_embeds}
+
+    def added_cond_kwargs(self, batch: dict[str, torch.Tensor]) -> dict:
+        """The pooled text, and as `time_ids` original height and width, top and left of the cut, and its size."""
+        sizes = batch["original_size"].float()  # (batch, 2), height and width
+        side = float(batch["noise"].shape[-1] * self.vae_scale_factor)
+        # The shorter side is resized, and the longer one cut in the middle.
+        resized = sizes * (side / sizes.min(dim=1, keepdim=True).values)
+        cut = ((resized - side) / 2).round()
+        return {
+            # From a cache they may be in half precision, which the UNet does not mix with sizes.
+            "text_embeds": batch["text_embeds"].float(),
+            "time_ids": torch.cat([sizes, cut, torch.full_like(sizes, side)], dim=1),
+        }
+
+    def make_pipeline(self, unet: UNet2DConditionModel, au_adapter: AUAdapter, scheduler: DDIMScheduler):
+        """A pipeline of these models that draws."""
+        return FineFaceXLPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer=self.tokenizer,
+            tokenizer_2=self.tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+            force_zeros_for_empty_prompt=self.zeros_for_empty,
+            add_watermarker=False,
+            au_adapter=au_adapter,
+        )
+
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint()} {self.zeros_for_empty}"
+
+
+def load_vae(config: TrainConfig, dtype: torch.dtype, can_overflow: bool = False) -> AutoencoderKL:
+    """
+    The VAE of the base or of `--pretrained_vae_model_name_or_path`, in `dtype`; one that `can_overflow` in float16,
+    unless its config says otherwise, in float32.
+    """
+    options = {"subfolder": "vae", "revision": config.revision, "variant": config.variant}
+    source = config.pretrained_model_name_or_path
+    if config.pretrained_vae_model_name_or_path is not None:
+        # Most such repositories hold nothing but a VAE.
+        source, options = config.pretrained_vae_model_name_or_path, {}
+    vae = AutoencoderKL.from_pretrained(source, **options)
+    if can_overflow and dtype == torch.float16 and vae.config.force_upcast:
+        dtype = torch.float32
+    return nn.Module.to(vae, dtype)
+
+
+FAMILIES = {("text_encoder",): StableDiffusionEncoders, ("text_encoder", "text_encoder_2"): StableDiffusionXLEncoders}
 """The class of each family of bases with a UNet, by the text encoders that `model_index.json` names."""
 
 
