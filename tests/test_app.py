@@ -643,7 +643,8 @@ def test_another_person_looks_different(browser, url):
         # A new picture ends the comparison.
         choose_preset(page, "sad")
         wait_for_said(page, format_aus("sad"))
-        assert page.is_visible("#picture img") and page.inner_text("#compare-button") == "Compare to neutral"
+        page.wait_for_selector("#picture img")
+        assert page.is_hidden("#compare") and page.inner_text("#compare-button") == "Compare to neutral"
 
 
 def test_presets_have_a_strength_and_mix(browser, url):
@@ -715,7 +716,8 @@ def test_a_sweep_and_a_table_by_hand(browser, url, tmp_path):
         # A preset shows the face that it draws.
         choose_preset(page, "sad")
         wait_for_said(page, format_aus("sad"))
-        assert page.is_visible("#picture img") and page.inner_text("#draw") == "Draw"
+        page.wait_for_selector("#picture img")
+        wait_for(page, "#draw", "element.innerText === 'Draw'")
 
         open_tab(page, "Table")
         page.click("#draw")
