@@ -34,6 +34,8 @@ from torch import nn
 ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual", "direct")
 # With one token of these, the values of every layer are an affine map of the intensities: see `AUAdapter.fold`.
 AFFINE_ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "direct")
+# More than FACS has on both sides of a face, and more than any encoder has been tried with.
+MAX_NUM_AUS, MAX_NUM_TOKENS, MAX_HIDDEN_DIM = 256, 256, 8192
 KV_INITS = ("text", "random", "zero")
 
 ENCODER_FOLDER = "au_encoder"
@@ -189,6 +191,11 @@ def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens,
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}` has to be a positive integer, but is {size!r}.")
+    limits = {"num_aus": MAX_NUM_AUS, "num_tokens": MAX_NUM_TOKENS, "hidden_dim": MAX_HIDDEN_DIM}
+    for name, limit in limits.items():
+        # A damaged or hostile config must not take minutes and gigabytes before its tensors are looked at.
+        if sizes[name] > limit:
+            raise ValueError(f"`{name}` goes up to {limit}, but is {sizes[name]}.")
     if encoder_type == "direct" and num_tokens > 1:
         raise ValueError(f"`num_tokens` is {num_tokens}, but the encoder type 'direct' has one token, without keys.")
     # What stands in a token beside the zeros. A residual encoder without room for one feature is no such encoder.
@@ -744,6 +751,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{str(path)!r} is truncated or no PyTorch checkpoint. A bare pickle may carry code and is not opened."
         )
+    _check_zip(path)
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -759,6 +767,21 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{str(path)!r} holds a {type(state_dict).__name__}, but has to hold a dict of named tensors."
         )
     return state_dict
+
+
+def _check_zip(path: Path) -> None:
+    """PyTorch stores its tensors as they are. A compressed entry may unpack to thousands of times its size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{str(path)!r} is a damaged PyTorch checkpoint: {error}") from error
+    if compressed:
+        size = sum(entry.file_size for entry in compressed)
+        raise ValueError(
+            f"{str(path)!r} holds compressed data, {size:,} bytes when unpacked, which PyTorch never writes. It was"
+            " not read."
+        )
 
 
 def check_tensors(

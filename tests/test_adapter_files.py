@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,14 @@ from test_au_attention_processor import SD15_UNET, SD21_UNET, SD_WIDTHS
 
 from action_units import AU_NAMES
 from au_attention_processor import AUAttnProcessor, au_layers
-from au_encoder import AUAdapter, find_adapter_files, read_au_adapter, write_au_adapter
+from au_encoder import (
+    AUAdapter,
+    AUEncoder,
+    find_adapter_files,
+    read_au_adapter,
+    read_tensors,
+    write_au_adapter,
+)
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 
 
@@ -607,3 +615,22 @@ def test_a_compiled_unet_takes_and_gives_an_adapter(tiny_base, tiny_adapter_dir,
         ours, theirs = load_file(tmp_path / name), load_file(Path(tiny_adapter_dir) / name)
         assert ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
     assert StableDiffusionPipeline.from_pretrained(tmp_path).unet.dtype == torch.float32
+
+
+def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"a": torch.zeros(10_000)}, tmp_path / "stored.ckpt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.ckpt") as stored,
+        zipfile.ZipFile(tmp_path / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in stored.namelist():
+            bomb.writestr(entry, stored.read(entry))
+    assert read_tensors(tmp_path / "stored.ckpt")["a"].shape == (10_000,)
+    with pytest.raises(ValueError, match=r"bomb.ckpt' holds compressed data, 4\d,\d{3} bytes when unpacked"):
+        read_tensors(tmp_path / "bomb.ckpt")
+
+
+@pytest.mark.parametrize("sizes", [{"num_aus": 20_000}, {"num_tokens": 20_000}, {"hidden_dim": 10**9}])
+def test_a_config_of_absurd_sizes_is_refused_before_anything_is_made(sizes):
+    with pytest.raises(ValueError, match="goes up to"):
+        AUEncoder(cross_attention_dim=32, encoder_type="mlp", **sizes)
