@@ -85,18 +85,44 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+def pipeline_class_of(model: str) -> type:
+    """
+    The class of pipelines for a base model, by the text encoders that its `model_index.json` names.
+
+    Raises:
+        OSError: if there is no model.
+        ValueError: if it is of a family that AUs have no pipeline for.
+    """
+    from diffusers import DiffusionPipeline
+
+    from pipeline_fineface import FineFacePipeline
+    from pipeline_fineface_xl import FineFaceXLPipeline
+
+    index = DiffusionPipeline.load_config(model)
+    components = {name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None}
+    text_encoders = sorted(name for name in components if name.startswith("text_encoder"))
+    classes = {("text_encoder",): FineFacePipeline, ("text_encoder", "text_encoder_2"): FineFaceXLPipeline}
+    if "unet" not in components or tuple(text_encoders) not in classes:
+        raise ValueError(
+            f"{model!r} is a {index.get('_class_name')} of {', '.join(sorted(components))}. AUs have pipelines for"
+            " Stable Diffusion 1.x, 2.x and XL: a unet with one text_encoder, or with text_encoder_2 beside it."
+        )
+    return classes[tuple(text_encoders)]
+
+
 def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
     """
+    A `FineFacePipeline`, or a `FineFaceXLPipeline` for a base of that family.
+
     Raises:
         OSError: if the model or the adapter cannot be found.
         ValueError: if a file is broken, or the adapter does not fit the model.
     """
-    from pipeline_fineface import FineFacePipeline
-
+    pipeline_class = pipeline_class_of(weights.model)
     if weights.adapter is None:
-        pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype)
+        pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype)
     else:
-        pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype, au_adapter=None)
+        pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype, au_adapter=None)
         pipeline.load_au_adapter(weights.adapter, variant=weights.adapter_variant)
     return pipeline.to(device)
 

@@ -33,7 +33,7 @@ from drawing.jobs import (
     read_table_jobs,
     sweep_table,
 )
-from drawing.model import Weights, fuse_lora, generate_batch, load_pipeline, quiet
+from drawing.model import Weights, fuse_lora, generate_batch, load_pipeline, pipeline_class_of, quiet
 from drawing.photo import SAMPLING, Box, edit_photo, face_mask
 from program import TOY_MODEL, replacing, spell_option
 
@@ -222,9 +222,11 @@ class Studio:
         weights, model = self.weights, "toy_faces/weights" if self.is_toy else self.weights.model
         own_adapter = [] if weights.adapter is None else ["au_adapter=None"]
         load = ", ".join([repr(model), f"dtype=torch.{self.dtype}", *own_adapter])
-        lines = ["# Run this in the folder of the FineFace repository, where pipeline_fineface.py is."]
-        lines += ["import torch", "from pipeline_fineface import FineFacePipeline", ""]
-        lines.append(f"pipe = FineFacePipeline.from_pretrained({load})")
+        pipeline_class = pipeline_class_of(self.weights.model)
+        module, name = pipeline_class.__module__, pipeline_class.__name__
+        lines = [f"# Run this in the folder of the FineFace repository, where {module}.py is."]
+        lines += ["import torch", f"from {module} import {name}", ""]
+        lines.append(f"pipe = {name}.from_pretrained({load})")
         if own_adapter:
             variant = "" if weights.adapter_variant is None else f", variant={weights.adapter_variant!r}"
             lines.append(f"pipe.load_au_adapter({weights.adapter!r}{variant})")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from action_units import AU_NAMES, action_units_of, parse_aus
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
-from drawing.model import Weights, load_pipeline
+from drawing.model import Weights, load_pipeline, pipeline_class_of
 
 
 SYSTEMS = {
@@ -158,12 +158,11 @@ def append_tokens(encoder_hidden_states: torch.Tensor, tokens: torch.Tensor) -> 
 def _load_baseline(system: str, weights: Weights, device: torch.device, dtype: torch.dtype):
     from diffusers import UNet2DConditionModel
 
-    from pipeline_fineface import FineFacePipeline
-
     components = {}
     if system == "dreambooth":
         components["unet"] = UNet2DConditionModel.from_pretrained(weights.adapter, subfolder=UNET_FOLDER, dtype=dtype)
-    pipeline = FineFacePipeline.from_pretrained(weights.model, dtype=dtype, au_adapter=None, **components)
+    pipeline_class = pipeline_class_of(weights.model)
+    pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype, au_adapter=None, **components)
     if system in ("lora_t", "lora_au"):
         pipeline.unet.load_lora_adapter(weights.adapter, prefix="unet", weight_name=LORA_WEIGHTS_NAME)
     return pipeline.to(device)

@@ -53,8 +53,8 @@ from au_encoder import (
 )
 from drawing.files import write_picture
 from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_json_file, read_model_defaults
-from drawing.model import Weights, generate_batch, load_pipeline, make_batches, quiet, read_au_names
-from hub.bundle import PIPELINE, SOURCE_DIR, leaf_modules
+from drawing.model import Weights, generate_batch, load_pipeline, make_batches, pipeline_class_of, quiet, read_au_names
+from hub.bundle import SOURCE_DIR, leaf_modules
 from hub.convert_original import write_unscaled_lora
 from hub.ip_adapter import fits_ip_adapter, write_ip_adapter
 from program import (
@@ -76,12 +76,13 @@ CARD_TEMPLATE = SOURCE_DIR / "model_card.md"
 TRAIN_CONFIG_NAME = "train_config.json"
 REPORT_NAME = "REPORT.md"
 NOTES_NAME = "README.md"
-PIPELINE_CLASS = "FineFacePipeline"
 APP = SOURCE_DIR / "app.py"
 # What only an export has. A clone has the same code, and nothing of it may ever be overwritten.
 REPOSITORY_MARKER = f"{COMPONENT}/{COMPONENT_MODULE}.py"
 SPACE_MARKER = ".fineface_space"
 FOLDED_MARKER = ".fineface_folded"
+# Of the text embeddings of Stable Diffusion XL.
+XL_WIDTH = 2048
 FORMATS = ("pipeline", "ip-adapter", "folded")
 USE_IP_ADAPTER = Path(__file__).with_name("use_ip_adapter.md")
 # An Inference Endpoint brings torch and Pillow, a Space gradio. What only training needs stays at home.
@@ -343,8 +344,6 @@ def write_weights(pipeline, folder: Path, dtype: torch.dtype):
     The LoRA is fused in the precision of `pipeline`, and rounded to `dtype` after that.
     """
     # Only now: on import, transformers says things that nobody asked for, and `quiet` keeps them away.
-    from diffusers import StableDiffusionPipeline
-
     from pipeline_fineface import LORA_NAME
 
     unet = copy.deepcopy(pipeline.unet)
@@ -352,7 +351,7 @@ def write_weights(pipeline, folder: Path, dtype: torch.dtype):
         unet.fuse_lora(adapter_names=[LORA_NAME])
         unet.unload_lora()
     components = {name: module for name, module in pipeline.components.items() if name != COMPONENT}
-    base = StableDiffusionPipeline(**{**components, "unet": base_unet(unet)}, **pipeline.parameters)
+    base = pipeline.base_class(**{**components, "unet": base_unet(unet)}, **pipeline.parameters)
     cast(base, dtype)
     base.save_pretrained(folder)
     cast(pipeline, dtype)
@@ -377,10 +376,10 @@ def cast(pipeline, dtype: torch.dtype, device: torch.device | str = "cpu") -> No
             nn.Module.to(module, device, dtype)
 
 
-def add_remote_code(folder: Path) -> None:
+def add_remote_code(folder: Path, pipeline_class: type) -> None:
     """Add the files and the entries of `model_index.json` that make `folder` loadable without a clone."""
-    leaves = leaf_modules()
-    for module in (*leaves, PIPELINE):
+    leaves, pipeline_module = leaf_modules(), pipeline_class.__module__
+    for module in (*leaves, pipeline_module):
         shutil.copyfile(SOURCE_DIR / f"{module}.py", folder / f"{module}.py")
     # diffusers looks for a component's class in the component's folder, and for its imports at the root.
     shutil.copyfile(SOURCE_DIR / f"{COMPONENT_MODULE}.py", folder / COMPONENT / f"{COMPONENT_MODULE}.py")
@@ -388,11 +387,11 @@ def add_remote_code(folder: Path) -> None:
     shutil.copyfile(SOURCE_DIR / "LICENSE", folder / "LICENSE")
     (folder / "requirements.txt").write_text(requirements(ENDPOINT_REQUIREMENTS), encoding="utf-8")
     imports = "".join(f"from .{module} import {names[0]}  # noqa: F401\n" for module, names in leaves.items())
-    imports += f"from .{PIPELINE} import {PIPELINE_CLASS}  # noqa: F401\n"
+    imports += f"from .{pipeline_module} import {pipeline_class.__name__}  # noqa: F401\n"
     (folder / "pipeline.py").write_text(SHIM_HEADER + imports, encoding="utf-8")
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
-    index["_class_name"] = [PIPELINE, PIPELINE_CLASS]
+    index["_class_name"] = [pipeline_module, pipeline_class.__name__]
     index[COMPONENT] = [COMPONENT_MODULE, "AUAdapter"]
     index_file.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -500,7 +499,6 @@ def fill_ip_adapter_card(
         base=facts.base_model or "BASE_MODEL",
         base_note="" if facts.base_model else base_note,
         load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
-        pipeline_class="StableDiffusionPipeline",
         au_names=" ".join(au_names),
         num_aus=_count_aus(au_names),
         options="".join(f", {name}={value}" for name, value in defaults.items()),
@@ -515,6 +513,24 @@ def fill_ip_adapter_card(
 def _count_aus(au_names: Sequence[str]) -> str:
     count = len(action_units_of(au_names))
     return "twelve" if count == 12 else str(count)
+
+
+def _pipeline_class_for(adapter: nn.Module, weights: Weights | None) -> type:
+    """By the base, or without one by the width of its text embeddings."""
+    if weights is not None:
+        return pipeline_class_of(weights.model)
+    from pipeline_fineface import FineFacePipeline
+    from pipeline_fineface_xl import FineFaceXLPipeline
+
+    return FineFaceXLPipeline if adapter.config.cross_attention_dim == XL_WIDTH else FineFacePipeline
+
+
+def for_family(card: str, pipeline_class: type) -> str:
+    """`card` with the names of another family: the template is about Stable Diffusion 1.x and 2.x."""
+    module, name, base = pipeline_class.__module__, pipeline_class.__name__, pipeline_class.base_class.__name__
+    for ours, theirs in (("pipeline_fineface", module), ("FineFacePipeline", name), ("StableDiffusionPipeline", base)):
+        card = re.sub(rf"\b{ours}\b", theirs, card)
+    return card
 
 
 def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
@@ -660,6 +676,7 @@ def run_adapter_format(config: ExportConfig) -> str:
         if is_ip_adapter:
             write_ip_adapter(folder, adapter)
             card = fill_ip_adapter_card(facts, repo_id, defaults, has_pictures, au_names, files.lora is not None)
+            card = for_family(card, _pipeline_class_for(adapter, weights))
             (folder / "README.md").write_text(card, encoding="utf-8")
         else:
             write_adapter_weights(folder, adapter)
@@ -717,10 +734,11 @@ def run(config: ExportConfig) -> str:
             has_ip_adapter = fits_ip_adapter(pipeline.au_adapter)
             if has_ip_adapter:
                 write_ip_adapter(folder, pipeline.au_adapter)
-            add_remote_code(folder)
+            add_remote_code(folder, type(pipeline))
             if defaults_file.is_file():
                 shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
             card = fill_card(facts, repo_id, defaults, not config.no_pictures, au_names, has_ip_adapter)
+            card = for_family(card, type(pipeline))
             (folder / "README.md").write_text(card, encoding="utf-8")
             if not config.no_pictures:
                 cast(exported, torch.float32 if device.type == "cpu" else dtype, device)

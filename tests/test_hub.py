@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, add_lora, make_adapter, make_components
+from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from hub_server import TOKEN, HubRequestHandler, running_hub
 from huggingface_hub import ModelCard
@@ -731,3 +731,75 @@ def test_the_other_programs_refuse_mistakes(program, arguments, message, tiny_ad
     (tmp_path / "file").touch()
     fails_with(program, [a.format(tmp=tmp_path, adapter=tiny_adapter_dir) for a in arguments], message, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# Another family
+
+
+@pytest.fixture(scope="module")
+def exported_xl(tmp_path_factory, tiny_xl_dir, tiny_xl_adapter_dir) -> Path:
+    folder = tmp_path_factory.mktemp("xl") / "repository"
+    options = ["--base", tiny_xl_dir, "--base-model", "user/xl", "--device", "cpu", "--num-inference-steps", "1"]
+    assert export.main([tiny_xl_adapter_dir, str(folder), *options]) == 0
+    return folder
+
+
+LOAD_XL = """
+import sys
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+
+folder, base = sys.argv[1:]
+
+def draw(pipe, **kwargs):
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
+    return pipe("a boy in a park", **options, **kwargs).images
+
+pictures = {"one line": draw(DiffusionPipeline.from_pretrained(folder, trust_remote_code=True), aus="12E")}
+pipe = DiffusionPipeline.from_pretrained(
+    base, custom_pipeline=f"{folder}/pipeline_fineface_xl.py", trust_remote_code=True
+)
+pipe.load_au_adapter(folder)
+pictures["base, code and adapter"] = draw(pipe, aus="12E")
+pipe = StableDiffusionXLPipeline.from_pretrained(base)
+pipe.load_lora_weights(folder)
+pipe.load_ip_adapter(folder, subfolder="", weight_name="au_ip_adapter.safetensors", image_encoder_folder=None)
+aus = torch.zeros(1, 1, 12)
+aus[..., 6] = 5
+pictures["plain"] = draw(pipe, ip_adapter_image_embeds=[torch.cat([torch.zeros_like(aus), aus])])
+torch.save(pictures, "pictures.pt")
+"""
+
+
+def test_an_export_of_xl_loads_in_each_way(exported_xl, tiny_xl_dir, tiny_xl_adapter_dir, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "-c", LOAD_XL, str(exported_xl), tiny_xl_dir]
+    result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    pipe = FAMILIES["sdxl"].make_pipe()
+    pipe.load_au_adapter(tiny_xl_adapter_dir)
+    expected = draw(pipe, aus="12E")
+    for found in torch.load(tmp_path / "pictures.pt", weights_only=True).values():
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_card_of_xl_names_its_classes(exported_xl):
+    text = (exported_xl / "README.md").read_text()
+    assert "from pipeline_fineface_xl import FineFaceXLPipeline" in text and "StableDiffusionXLPipeline" in text
+    assert not re.search(r"\b(pipeline_fineface|FineFacePipeline|StableDiffusionPipeline)\b", text)
+
+
+@pytest.mark.parametrize("format", ["ip-adapter", "folded"])
+def test_an_adapter_of_xl_alone(format, tiny_xl_dir, tiny_xl_adapter_dir, tmp_path):
+    options = ["--format", format, "--base", tiny_xl_dir, "--num-inference-steps", "1", "--device", "cpu"]
+    assert export.main([tiny_xl_adapter_dir, str(tmp_path / "out"), *options]) == 0
+    pictures = []
+    for folder in (tiny_xl_adapter_dir, tmp_path / "out"):
+        pipe = FAMILIES["sdxl"].make_pipe()
+        pipe.load_au_adapter(folder)
+        pictures.append(draw(pipe, aus="12E"))
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=1e-4)
+    if format == "ip-adapter":
+        assert "StableDiffusionXLPipeline.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
