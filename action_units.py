@@ -587,8 +587,11 @@ def au_image_embeds(
 
     Returns:
         A list with one `torch.Tensor`, for one IP-Adapter: of shape `(2 * batch, 1, n)` with guidance, first the
-        negative rows, and else `(batch, 1, n)`; in place of the 1 the number of people. With `num_images_per_prompt`
-        above 1 diffusers repeats the whole batch and not each row; for several prompts repeat the prompts instead.
+        negative rows, and else `(batch, 1, n)`; in place of the 1 the number of people.
+
+        The pipelines of diffusers show all embeddings to every prompt of a call, where they mix: of two expressions
+        each prompt gets the mean. One expression serves all prompts. For different ones, call once for each, or let
+        `au_image_masks` keep them apart.
 
     Raises:
         ValueError: as for `parse_aus_per_prompt`.
@@ -613,6 +616,41 @@ def au_image_embeds(
     elif negative_aus is not None:
         raise ValueError("`negative_aus` needs guidance: without it there is no unconditional branch. Leave it out.")
     return [(embeds if num_people is not None else embeds[:, None]).to(dtype or torch.float32)]
+
+
+def au_image_masks(
+    num_prompts: int,
+    num_images_per_prompt: int = 1,
+    *,
+    do_classifier_free_guidance: bool = True,
+    size: tuple[int, int] = (64, 64),
+) -> "torch.Tensor":
+    r"""
+    Masks that give each prompt of a call of diffusers an expression of its own, as `cross_attention_kwargs=
+    {"ip_adapter_masks": [masks]}` beside `ip_adapter_image_embeds=au_image_embeds(aus, num_people=len(aus))`.
+
+    Args:
+        num_prompts, num_images_per_prompt (`int`):
+            Those of the call.
+        do_classifier_free_guidance (`bool`, defaults to `True`):
+            Whether the call has guidance.
+        size (`tuple[int, int]`, defaults to `(64, 64)`):
+            Height and width in the proportion of the pictures.
+
+    Returns:
+        `torch.Tensor` of shape `(rows, num_prompts, *size)`: a picture that is white for the prompt of the row and
+        black for all others.
+
+    Example:
+        >>> au_image_masks(2, do_classifier_free_guidance=False)[:, :, 0, 0].tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    import torch
+
+    rows = torch.eye(num_prompts).repeat_interleave(num_images_per_prompt, dim=0)
+    if do_classifier_free_guidance:
+        rows = torch.cat([rows, rows])
+    return rows[:, :, None, None].expand(-1, -1, *size)
 
 
 def _is_for_each_prompt(aus) -> bool:

@@ -4,14 +4,14 @@
 What AU control costs, as a multiple of plain Stable Diffusion: `python -m benchmarks.bench_inference`.
 
 Each row of a table is a whole call, from the prompt to the pictures. The calls of all rows are interleaved, a ratio is
-taken within one round of calls, and the table has the median of the rounds. The architectures sd21 and sd15 have
+taken within one round of calls, and the table has the median of the rounds. The architectures sd21, sd15 and sdxl have
 random weights, which take as long as trained ones and need no download.
 
   on a CPU, a few minutes  python -m benchmarks.bench_inference --models toy
   on a GPU, eager          python -m benchmarks.bench_inference --models sd21 --batch-sizes 1 4 8
   on a GPU, CUDA graphs    python -m benchmarks.bench_inference --models sd21 --batch-sizes 1 \\
                                --compile reduce-overhead --rows plain one-token lora-fused lora
-  what a step computes     python -m benchmarks.bench_inference --models sd21 sd15 --batch-sizes 1 --count
+  what a step computes     python -m benchmarks.bench_inference --models sd21 sd15 sdxl --batch-sizes 1 --count
 
 The last one runs on no device: it counts the multiplications and additions of matrix products and convolutions.
 """
@@ -27,14 +27,20 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from action_units import au_image_embeds, parse_aus
 from au_attention_processor import au_layers
@@ -43,6 +49,7 @@ from benchmarks.tables import Report, count, markdown_table
 from drawing.model import quiet
 from hub.ip_adapter import ip_adapter_state_dict
 from pipeline_fineface import LORA_NAME, FineFacePipeline
+from pipeline_fineface_xl import FineFaceXLPipeline
 from program import TOY_MODEL, Parser, pick_device, run_program
 
 
@@ -102,6 +109,35 @@ SD15 = {
 }
 
 
+SDXL = {
+    "unet": {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "layers_per_block": 2,
+        "attention_head_dim": (5, 10, 20),
+        "use_linear_projection": True,
+        "cross_attention_dim": 2048,
+        "transformer_layers_per_block": (1, 2, 10),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "text_encoder": SD15["text_encoder"],
+    "text_encoder_2": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
+        "vocab_size": 49408,
+    },
+    "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
+}
+
+
 def random_components(config: dict[str, dict], device: torch.device, dtype: torch.dtype) -> dict:
     """The components of a pipeline with random weights, made in `dtype` on `device`: nothing is copied."""
     torch.manual_seed(0)
@@ -115,6 +151,9 @@ def random_components(config: dict[str, dict], device: torch.device, dtype: torc
         with device:
             unet, vae = UNet2DConditionModel(**config["unet"]), AutoencoderKL(**config["vae"])
             text_encoder = CLIPTextModel(text_config)
+            second = None
+            if "text_encoder_2" in config:
+                second = CLIPTextModelWithProjection(CLIPTextConfig(**from_tokenizer, **config["text_encoder_2"]))
     finally:
         torch.set_default_dtype(default_dtype)
     scheduler = DDIMScheduler(
@@ -126,8 +165,10 @@ def random_components(config: dict[str, dict], device: torch.device, dtype: torc
         steps_offset=1,
     )
     models = {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text_encoder.eval()}
-    unused = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
-    return {**models, "tokenizer": tokenizer, "scheduler": scheduler, **unused}
+    models |= {"tokenizer": tokenizer, "scheduler": scheduler, "feature_extractor": None, "image_encoder": None}
+    if second is not None:
+        return {**models, "text_encoder_2": second.eval(), "tokenizer_2": tokenizer}
+    return {**models, "safety_checker": None}
 
 
 def toy_components(device: torch.device, dtype: torch.dtype) -> dict:
@@ -157,6 +198,7 @@ class Architecture:
 ARCHITECTURES = {
     "sd21": Architecture("Stable Diffusion 2.1", partial(random_components, SD21)),
     "sd15": Architecture("Stable Diffusion 1.5", partial(random_components, SD15)),
+    "sdxl": Architecture("Stable Diffusion XL", partial(random_components, SDXL)),
     "toy": Architecture("the toy model", toy_components, _toy_lora_rank),
 }
 
@@ -220,7 +262,7 @@ class Variant:
 
 
 ROWS = {
-    "plain": ("plain `StableDiffusionPipeline`", {}),
+    "plain": ("plain pipeline of diffusers", {}),
     "one-token": ("one token, no LoRA", {"tokens": 1}),
     "lora-baked": ("one token, LoRA fused, then unloaded", {"tokens": 1, "lora": "baked in"}),
     "lora-fused": ("one token, LoRA fused", {"tokens": 1, "lora": "fused"}),
@@ -268,8 +310,13 @@ def make_variant(
         kwargs["aus"] = AUS
         if not textbook:
             extra["au_adapter"] = adapter
-    pipeline_class = TextbookPipeline if textbook else FineFacePipeline if tokens else StableDiffusionPipeline
-    pipeline = pipeline_class(**components | {"unet": unet} | extra, requires_safety_checker=False)
+    if is_xl(components):
+        pipeline_class = FineFaceXLPipeline if tokens else StableDiffusionXLPipeline
+        options = {"add_watermarker": False}
+    else:
+        pipeline_class = TextbookPipeline if textbook else FineFacePipeline if tokens else StableDiffusionPipeline
+        options = {"requires_safety_checker": False}
+    pipeline = pipeline_class(**components | {"unet": unet} | extra, **options)
     pipeline.set_progress_bar_config(disable=True)
     if textbook:
         pipeline.au_encoder = adapter.encoder
@@ -298,6 +345,10 @@ def make_variant(
     if lora == "baked in":
         pipeline.unload_lora_weights()
     return Variant(label, pipeline, kwargs, baseline)
+
+
+def is_xl(components: dict) -> bool:
+    return "text_encoder_2" in components
 
 
 def _attention_layers(unet: nn.Module) -> list[tuple[str, Attention]]:
@@ -446,6 +497,10 @@ def step_flops(variant: Variant, batch_size: int, resolution: int | None = None)
         kwargs["added_cond_kwargs"] = {
             "image_embeds": [empty(rows, *embeds.shape[1:]) for embeds in variant.kwargs["ip_adapter_image_embeds"]]
         }
+    if unet.config.addition_embed_type == "text_time":
+        num_sizes, pooled_dim = 6, pipeline.text_encoder_2.config.projection_dim
+        added = {"text_embeds": empty(rows, pooled_dim), "time_ids": empty(rows, num_sizes)}
+        kwargs["added_cond_kwargs"] = kwargs.get("added_cond_kwargs", {}) | added
     num_tokens = pipeline.tokenizer.model_max_length + is_textbook
     with FlopCounterMode(display=False) as counter:
         unet(
@@ -499,7 +554,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def make_table(components: dict, lora_rank: int, batch_size: int, mode: str, args: argparse.Namespace) -> str:
-    variants = {row: make_row(row, components, lora_rank) for row in args.rows}
+    # The textbook's pipeline is one for Stable Diffusion 1.x and 2.x.
+    rows = [row for row in args.rows if row != "textbook" or not is_xl(components)]
+    variants = {row: make_row(row, components, lora_rank) for row in rows}
     if args.count:
         return format_counts(variants, batch_size, args.resolution)
     size = {"height": args.resolution, "width": args.resolution} if args.resolution else {}

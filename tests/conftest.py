@@ -82,14 +82,14 @@ def make_components(seed: int = 0, cross_attention_dim: int = CROSS_ATTENTION_DI
     }
 
 
-def make_xl_components(seed: int = 0) -> dict:
+def make_xl_components(seed: int = 0, cross_attention_dim: int = CROSS_ATTENTION_DIM) -> dict:
     """Those of Stable Diffusion XL: two text encoders whose widths add up, and sizes beside the timestep."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=CROSS_ATTENTION_DIM // 2,
+        hidden_size=cross_attention_dim // 2,
         intermediate_size=37,
         projection_dim=16,
         num_hidden_layers=3,
@@ -104,7 +104,7 @@ def make_xl_components(seed: int = 0) -> dict:
         norm_num_groups=4,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
-        cross_attention_dim=CROSS_ATTENTION_DIM,
+        cross_attention_dim=cross_attention_dim,
         transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time",
         addition_time_embed_dim=8,

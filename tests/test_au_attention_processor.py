@@ -281,6 +281,40 @@ def test_all_sixteen_layers_of_the_real_unets_get_their_width(config):
         assert unet(sample, torch.tensor(1), text, cross_attention_kwargs=au_kwargs).sample.shape == sample.shape
 
 
+SDXL_UNET = {
+    "cross_attention_dim": 2048,
+    "block_out_channels": (320, 640, 1280),
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 2, 10],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+}
+
+
+@pytest.mark.parametrize("encoder_type", ["res_mlp64", "direct"])
+def test_all_seventy_layers_of_xl_get_their_width(encoder_type):
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**SDXL_UNET)
+        layers = au_layers(unet)
+        adapter = AUAdapter(layers, 2048, encoder_type=encoder_type)
+        attach_au_processors(unet)
+    assert len(layers) == 70 and sum(layers.values()) == 83_200
+    assert adapter.to_v_au.weight.numel() == 83_200 * (13 if encoder_type == "direct" else 2048)
+    for name, width in layers.items():
+        channels = unet.get_submodule(name).au_channels
+        assert channels.stop - channels.start == width == unet.get_submodule(name).to_v.out_features
+    with torch.device("meta"):
+        au_kwargs = pack_au_tensors(unet, *adapter(torch.zeros(2, 12)))
+        sample, text = torch.zeros(2, 4, 128, 128), torch.zeros(2, 77, 2048)
+        added = {"text_embeds": torch.zeros(2, 1280), "time_ids": torch.zeros(2, 6)}
+        output = unet(sample, torch.tensor(1), text, added_cond_kwargs=added, cross_attention_kwargs=au_kwargs).sample
+        assert output.shape == sample.shape
+
+
 def test_a_unet_without_cross_attention_is_an_error():
     unet = UNet2DConditionModel(
         block_out_channels=(4,),

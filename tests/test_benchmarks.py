@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_lora, make_adapter, make_components
+from conftest import add_lora, make_adapter, make_components, make_xl_components
 from torch.profiler import ProfilerActivity, profile
 
 from au_attention_processor import au_layers
@@ -83,6 +83,15 @@ def test_variants_share_weights_and_leave_them_alone(make):
     assert torch.equal(draw(variants[0]), before)
     pointers = {c.pipeline.vae.decoder.conv_in.weight.data_ptr() for c in variants}
     assert len(pointers) == 1
+
+
+def test_a_step_of_xl_multiplies_nothing_more_either():
+    components = make_xl_components(cross_attention_dim=WIDTH)
+    components = {k: v.to("meta") if isinstance(v, torch.nn.Module) else v for k, v in components.items()}
+    rows = ("plain", "one-token", "lora", "plain-aus", "ip-plain", "ip", "third-branch")
+    counts = {row: bench_inference.step_flops(make_row(row, components, lora_rank=4), 1) for row in rows}
+    assert 0 < counts["plain"] == counts["one-token"] < counts["plain-aus"] < counts["lora"]
+    assert counts["ip"] == counts["ip-plain"] and counts["third-branch"] == 1.5 * counts["plain"]
 
 
 def test_every_row_has_its_baseline():

@@ -26,10 +26,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_adapter_files import write_original
-from test_au_attention_processor import SD15_UNET, SD21_UNET
+from test_au_attention_processor import SD15_UNET, SD21_UNET, SDXL_UNET
 from test_ip_adapter import make_faceid_portrait, make_ip_adapter, make_pipe, some_face, some_id_embeds
 
-from action_units import AU_NAMES, au_image_embeds, parse_aus
+from action_units import AU_NAMES, au_image_embeds, au_image_masks, parse_aus
 from au_attention_processor import au_layers
 from au_encoder import AUAdapter, find_adapter_files, ip_adapter_numbers, read_au_adapter, write_au_adapter
 from drawing.model import Weights, read_au_names
@@ -166,15 +166,27 @@ def test_each_prompt_of_a_batch_has_its_expression_by_masks(exported, tiny_pipe)
     """diffusers shows all embeddings to every prompt. A mask for each prompt picks one of them."""
     prompts, aus = [PROMPT, "a girl", "a man"], [SMILE, "1+4", "neutral"]
     expected = draw(tiny_pipe, prompt=prompts, aus=aus, num_images_per_prompt=2)
-    masks = torch.eye(3).repeat_interleave(2, dim=0).repeat(2, 1)[:, :, None, None].expand(-1, -1, 32, 32)
+    pipe = plain_pipe(exported)
     found = draw(
-        plain_pipe(exported),
+        pipe,
         prompt=prompts,
         num_images_per_prompt=2,
         ip_adapter_image_embeds=au_image_embeds(aus, num_people=3),
-        cross_attention_kwargs={"ip_adapter_masks": [masks]},
+        cross_attention_kwargs={"ip_adapter_masks": [au_image_masks(3, 2)]},
     )
     assert_same(found, expected)
+    options = {"prompt": prompts, "guidance_scale": 1.0}
+    found = draw(
+        pipe,
+        ip_adapter_image_embeds=au_image_embeds(aus, num_people=3, do_classifier_free_guidance=False),
+        cross_attention_kwargs={"ip_adapter_masks": [au_image_masks(3, do_classifier_free_guidance=False)]},
+        **options,
+    )
+    assert_same(found, draw(tiny_pipe, aus=aus, **options))
+    # Without masks, all get the mean.
+    mean = parse_aus(aus).mean(0, keepdim=True)
+    found = draw(pipe, ip_adapter_image_embeds=au_image_embeds(aus, do_classifier_free_guidance=False), **options)
+    assert_same(found, draw(tiny_pipe, aus=mean, **options))
 
 
 def test_the_scale_is_that_of_the_aus(exported, tiny_pipe):
@@ -370,16 +382,6 @@ def test_the_published_files_in_plain_diffusers(variant, tmp_path):
     found = draw(pipe, ip_adapter_image_embeds=au_image_embeds(SMILE))
     assert_same(found, expected)
     assert not torch.allclose(draw(ours, aus=None), expected, atol=1e-3)
-
-
-SDXL_UNET = {
-    "cross_attention_dim": 2048,
-    "block_out_channels": (320, 640, 1280),
-    "attention_head_dim": [5, 10, 20],
-    "transformer_layers_per_block": [1, 2, 10],
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}
 
 
 @pytest.mark.parametrize(
