@@ -143,6 +143,15 @@ def test_dose_response_on_answers_known_by_hand():
     assert shifted["others"] == pytest.approx(1) and shifted["slope"] == pytest.approx(1)
 
 
+def test_what_leaks_to_the_other_side_is_measured():
+    names = ("AU12L", "AU12R", "AU26")
+    _, commands = report.single_commands(range(1), names)
+    measured = commands.clone()
+    measured[:, 1] += 0.2 * commands[:, 0]
+    left, right, jaw = report.dose_response(commands, measured, torch.zeros_like(commands), names)
+    assert left["leak"] == pytest.approx(1.0) and right["leak"] == 0 and "leak" not in jaw
+
+
 def test_every_prompt_of_the_report_names_what_is_scored():
     assert len(report.PROMPTS) == len(set(report.PROMPTS)) == 15
     named = [attributes_in(prompt) for prompt in report.PROMPTS]
