@@ -1,5 +1,6 @@
 """The rendered training pictures of the toy world: files of pixels, and what each picture shows."""
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -59,7 +60,8 @@ class Pictures:
         count (`int`): how many pictures there will be.
         first (`int`): the first seed.
         draw (`Callable`): makes the picture of a seed.
-        processes (`int`, *optional*): how many render at once; by default as many as there are processors.
+        processes (`int`, *optional*): how many render at once; by default a few less than there are processors, which
+            leaves some to the training beside them.
         shard (`int`): pictures in a file.
     """
 
@@ -81,6 +83,7 @@ class Pictures:
             for start in range(first, first + count, shard)
         }
         missing = [(path, seeds) for path, seeds in self.seeds.items() if not path.exists()]
+        processes = processes or max(1, (os.cpu_count() or 1) - 4)
         self.pool = ProcessPoolExecutor(processes, get_context("spawn")) if missing else None
         self.renders = [self.pool.submit(render_shard, *shard, draw) for shard in missing] if self.pool else []
 

@@ -2,8 +2,8 @@ r"""
 What the toy weights are worth: `python -m toy_faces.report`.
 
 Everything is measured on pictures that were never trained on, from fixed seeds: 15 prompts with each AU alone at five
-intensities, and 50 combinations with three prompts each. The goals stand beside each figure. With `--quick`, there are 3
-prompts.
+intensities, and 50 combinations with three prompts each. The goals stand beside each figure. `--quick` takes three of
+the prompts.
 
 The meter that teaches never judges: where the model's folder has a `second_meter`, of another architecture and trained
 on other pictures, its column counts, and the column of the teaching meter stands beside it.
