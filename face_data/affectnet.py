@@ -6,9 +6,9 @@ AffectNet: photographs from the web with an emotion each, in both forms that it 
     old    Manually_Annotated_file_lists/{training,validation}.csv, pictures in Manually_Annotated_Images/103/29a3….jpg
     new    {train_set,val_set}/images/12.jpg, and for each annotations/12_exp.npy and others
 
-It has no AUs: they come from a table of a tool that measured the pictures, or from the published
-`affectnet_metadata.csv`. What has no face, is too small or hardly moves is left out here; `face_data.build` leaves out
-what is no photograph, and corrects the AUs.
+AffectNet has no AUs: they come from a table of a tool that measured the pictures, or from the published
+`affectnet_metadata.csv`. Pictures that are small or have no face, and faces that hardly move, are left out here;
+`face_data.build` leaves out drawings, and corrects the AUs.
 """
 
 import csv
@@ -111,7 +111,7 @@ def prepare_affectnet(
 
 
 def refuse_by_lists(lists: Path, picture: Path, part: Part) -> bool:
-    """Leave out what the file lists mark as no face, or do not have."""
+    """Drop a picture that the file lists mark as no face or do not name, and return True; else return False."""
     found = _look_up("expression", lists, picture)
     if found is None:
         part.problem(NOT_LISTED, picture)
@@ -125,7 +125,7 @@ def find_listed_box(lists: Path, picture: Path) -> FaceBox | None:
 
 
 def refuse_by_label_file(picture: Path, part: Part) -> bool:
-    """Leave out what its label file marks as no face, and what has none."""
+    """Drop a picture whose label file is missing or marks it as no face, and return True; else return False."""
     path = picture.parent.parent / "annotations" / f"{picture.stem}_exp.npy"
     try:
         expression = int(np.load(path, allow_pickle=False).item())
@@ -160,8 +160,7 @@ def _look_up(columns: str, lists: Path, picture: Path) -> tuple | None:
 
 
 def _index_lists(path: Path, file_lists: tuple[Path, ...]) -> None:
-    """Expression and face of each listed picture, in a database, because the lists have a million lines."""
-
+    """Write expression and face of each listed picture into a database, because the lists have a million lines."""
     with replacing(path) as unfinished:
         unfinished.unlink(missing_ok=True)
         with closing(sqlite3.connect(unfinished)) as database:

@@ -3,8 +3,8 @@
 """
 Captions, and the answer to whether a picture is a photograph, by BLIP-2 (paper, supplement "Dataset Construction").
 
-The answers of a part of a work folder are a file, with a line for each picture. Started by `accelerate launch` or
-`torchrun`, each process takes every n-th part.
+The answers for a part of a work folder make one file, with a line for each picture. Under `accelerate launch` or
+`torchrun`, each of n processes takes every n-th part.
 """
 
 import os
@@ -17,14 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from face_data.pictures import PICTURE_ERRORS
-from face_data.store import (
-    CAPTIONS,
-    claim_folder,
-    list_parts,
-    read_rows,
-    require_finished,
-    write_lines,
-)
+from face_data.store import CAPTIONS, claim_folder, list_parts, read_rows, require_finished, write_lines
 
 
 QUESTIONS = {"cartoon": "Is this a cartoon?", "real": "Is this photo real?"}
@@ -48,7 +41,7 @@ class Blip2:
         self.device = torch.device(device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self.processor = Blip2Processor.from_pretrained(model)
-        # Answers are taken from the end of each row, where they have to begin together.
+        # An answer is what follows the prompt, so all prompts of a batch have to end in the same column.
         self.processor.tokenizer.padding_side = "left"
         self.model = Blip2ForConditionalGeneration.from_pretrained(model, dtype=self.dtype).to(self.device).eval()
 
@@ -71,7 +64,7 @@ class Blip2:
 
 
 def is_photo(cartoon: str, real: str) -> bool | None:
-    """What the two answers say together; None where they say nothing clear, or contradict each other."""
+    """Combine the two answers. None means that they are unclear or contradict each other."""
     answers = tuple(_yes_or_no(answer) for answer in (cartoon, real))
     return {("no", "yes"): True, ("yes", "no"): False, ("yes", None): False, (None, "no"): False}.get(answers)
 
@@ -121,7 +114,7 @@ def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str |
 
 
 def _known(row: dict, kind: str) -> dict | None:
-    """The line of a picture whose table has told already."""
+    """The line of a picture that its table has answered already, or None."""
     name, known = ("text", row["text"]) if kind == CAPTIONS else ("is_photo", row.get("is_photo"))
     return None if known in ("", None) else {"file_name": row["file_name"], name: known}
 

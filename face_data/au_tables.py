@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from action_units import AU_NAMES, GRADES, au_columns, parse_aus, whole_au
+from action_units import ACTION_UNITS, AU_NAMES, GRADES, au_columns, parse_aus, whole_au
 from face_data.table_files import read_records
 
 
@@ -344,6 +344,60 @@ def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
     if shapes & (_ALL_SHAPES - {"neutral"}):
         found["arkit"] = shapes.issuperset(_PAPERS_SHAPES)
     return found
+
+
+def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple[str, tuple[str, ...]]:
+    """
+    The tool of a table and the AUs that its columns measure, by their numbers, each side by itself where the table
+    tells both. Closed eyes are AU43, also where the tool calls them a blink (AU45).
+
+    Args:
+        path (`str` or `os.PathLike`), tool (`str`, *optional*):
+            As `read_au_table` takes them. JSON is read to its end, because each row may have other columns.
+
+    Returns:
+        `tuple[str, tuple[str, ...]]`: one of `AU_TABLE_TOOLS`, and the AUs; () if a column `aus` tells them.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the table has no rows, or no columns of a tool.
+    """
+    path, columns = Path(path), {}
+    for _, whole in read_records(path, lambda sentence: None):
+        for record in _split_faces(whole):
+            columns |= dict.fromkeys(record)
+        if path.suffix.lower() not in (".json", ".jsonl"):
+            break
+    if not columns:
+        raise ValueError(f"{path}: the table has no rows.")
+    try:
+        used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if used_tool == "arkit":
+        present = {_shape_key(column) for column in columns}
+    else:
+        present = {column.lower() for column in columns}
+
+    def source(name: str):
+        """The columns of an AU, or None if the table lacks them."""
+        if used_tool != "arkit":
+            return _find_sources(used_tool, present, [name])[0]
+        shapes = _shapes_of(name)
+        is_there = all if name != whole_au(name) else any
+        return shapes if is_there(shape in present for shape in shapes) else None
+
+    names = []
+    for unit in ACTION_UNITS:
+        sides = [f"{unit.name}{side}" for side in "LR"] if unit.sided else []
+        left, right = map(source, sides) if sides else (None, None)
+        if unit.name != "AU45" and None not in (left, right) and left != right:
+            names += sides
+        elif unit.name != "AU45" and source(unit.name):
+            names.append(unit.name)
+    if not names and "aus" not in present:
+        raise ValueError(f"{path}: there is no AU that {used_tool} measures. The columns are {', '.join(columns)}.")
+    return used_tool, tuple(names)
 
 
 def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str] = AU_NAMES) -> np.ndarray:

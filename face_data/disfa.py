@@ -6,8 +6,8 @@ DISFA: 27 people filmed while they watch videos, 12 AUs of each frame graded 0 t
     DISFA/ActionUnit_Labels/SN001/SN001_au1.txt      "frame,intensity", frames counted from 1
     DISFA/Videos_LeftCamera/LeftVideoSN001_comp.avi  or the frames as pictures, FOLDER/SN001/00001.jpg
 
-All frames with any AU are kept, and of those with none a share. Labels and film differ in length by some frames; what
-only one of them has is left out. A subject is a part.
+All frames with any AU are kept, and a share of those with none. Labels and film differ in length by some frames;
+frames that only one of them has are left out. Each subject is one part of the work folder.
 """
 
 import functools
@@ -21,13 +21,7 @@ import numpy as np
 
 from action_units import AU_NAMES
 from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
-from face_data.store import (
-    Part,
-    claim_folder,
-    mark_finished,
-    run_parts,
-)
-from face_data.table_index import au_columns
+from face_data.store import Part, claim_folder, mark_finished, run_parts
 from program import replacing
 
 
@@ -46,7 +40,7 @@ _SUBJECT = re.compile(r"SN\d{3}")
 @dataclass(frozen=True)
 class Disfa:
     """
-    What is read, and how.
+    Which files of DISFA are read, and how.
 
     Args:
         root (`Path`):
@@ -59,11 +53,11 @@ class Disfa:
         neutral_share (`float`):
             Share of the frames without any AU that is kept, in [0, 1].
         seed (`int`):
-            Decides which.
+            Seed of the draw of these frames.
         jpeg_quality (`int`):
             Of frames that are taken from videos, 1 to 95.
         subjects (`tuple[str, ...]`):
-            Only these; empty for all.
+            Subjects to read; empty for all.
     """
 
     root: Path
@@ -86,12 +80,13 @@ class Disfa:
     def settings(self) -> dict:
         values = asdict(self) | {"root": str(self.root.resolve()), "subjects": list(self.subjects)}
         values["images"] = None if self.images is None else str(self.images.resolve())
-        return {"source": "disfa", "correct_aus": False, "needs_photo_filter": False} | values
+        flags = {"correct_aus": False, "needs_photo_filter": False}
+        return {"source": "disfa", "au_names": list(AU_NAMES)} | flags | values
 
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of a subject that have labels, those of them that are `chosen`, and where pictures go."""
+    """The labelled frames of a subject, the `chosen` ones among them, and the work folder that gets their pictures."""
 
     subject: str
     labelled: frozenset[int]
@@ -145,7 +140,8 @@ def make_part(
         else:
             placed = place_images(media[subject], first_number, frames, part)
         for frame, file_name in sorted(placed.items()):
-            row = {"file_name": file_name, "text": ""} | au_columns(intensities[frame])
+            row = {"file_name": file_name, "text": ""}
+            row |= dict(zip(AU_NAMES, intensities[frame].tolist(), strict=True))
             part.rows.append(row | {"source": "disfa", "subject": subject, "origin": f"{subject}/{frame}"})
     part.write(part_path(folder, subject))
 
@@ -155,12 +151,12 @@ def part_path(folder: Path, subject: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is there
+# Finding the files
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def find_label_folders(root: Path) -> dict[str, Path]:
-    """The folder of each subject's labels."""
+    """Map each subject to the folder of its labels."""
     candidates = [root, root / "ActionUnit_Labels", *sorted(path for path in root.glob("*/ActionUnit_Labels"))]
     for candidate in candidates:
         found = {
@@ -176,20 +172,20 @@ def find_label_folders(root: Path) -> dict[str, Path]:
 
 
 def find_videos(root: Path, camera: str) -> dict[str, Path]:
-    """The video of each subject; the two cameras' file names differ in their letter case."""
+    """Map each subject to its video. The file names of the two cameras differ in their letter case."""
     found = {}
     for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         match = re.match(rf"{camera}video(sn\d{{3}})", path.name, flags=re.IGNORECASE)
         if match:
             subject = match[1].upper()
             if subject in found:
-                raise ValueError(f"There are two videos of {subject}: {found[subject]} and {path}. Leave one.")
+                raise ValueError(f"There are two videos of {subject}: {found[subject]} and {path}. Keep one of them.")
             found[subject] = path
     return found
 
 
 def number_pictures(folder: Path) -> dict[int, Path]:
-    """The pictures of a subject by the number at the end of their names."""
+    """Map the number at the end of a picture's name to the picture."""
     numbered = {}
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in PICTURE_SUFFIXES:
@@ -216,7 +212,7 @@ def choose_subjects(present: list[str], wanted: tuple[str, ...]) -> list[str]:
 
 
 def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]:
-    """The `(12,)` intensities of each frame that has all of them, by the frame's number from 1."""
+    """Map the number of a frame, from 1, to its `(12,)` intensities. Frames that lack some of them are dropped."""
     by_au = []
     for name in AU_NAMES:
         path = folder / f"{subject}_{name.lower()}.txt"
@@ -234,7 +230,7 @@ def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]
 
 
 def read_label_file(path: Path) -> dict[int, int]:
-    """The intensity by frame."""
+    """Map the number of a frame to its intensity."""
     values = {}
     for line, text in enumerate(path.read_text().splitlines(), 1):
         if not text.strip():
@@ -252,7 +248,7 @@ def read_label_file(path: Path) -> dict[int, int]:
 
 
 def choose_frames(intensities: dict[int, np.ndarray], subject: str, disfa: Disfa, part: Part) -> set[int]:
-    """All frames with an AU, and the same share of those without from each subject."""
+    """Choose all frames with an AU, and the same share of those without from each subject."""
     neutral = [frame for frame, aus in intensities.items() if not aus.any()]
     kept = random.Random(f"{disfa.seed} {subject}").sample(neutral, round(disfa.neutral_share * len(neutral)))
     part.drop(NO_AU, subject, len(neutral) - len(kept))
@@ -260,7 +256,7 @@ def choose_frames(intensities: dict[int, np.ndarray], subject: str, disfa: Disfa
 
 
 def place_images(source: Path, first_number: int, frames: Frames, part: Part) -> dict[int, str]:
-    """Put the chosen frames where they belong, and say under which names."""
+    """Put the chosen frames into the work folder, and map their numbers to their file names there."""
     by_frame = {number - first_number + 1: path for number, path in number_pictures(source).items()}
     part.drop(NO_LABEL, source, len(by_frame.keys() - frames.labelled))
     part.drop(NO_FRAME, source, len(frames.chosen - by_frame.keys()))
@@ -277,7 +273,7 @@ def place_images(source: Path, first_number: int, frames: Frames, part: Part) ->
 
 
 def place_video_frames(video: Path, frames: Frames, quality: int, part: Part) -> dict[int, str]:
-    """As `place_images`. What comes before a damage of the video is kept."""
+    """Do for a video what `place_images` does. If the video is damaged, the frames before the damage are kept."""
     placed, last = {}, 0
     try:
         for last, picture in read_video(video):
@@ -307,11 +303,11 @@ def import_av():
 
 
 class VideoError(ValueError):
-    """A video is damaged."""
+    """Raised where a damaged video cannot be read further."""
 
 
 def read_video(path: Path) -> Iterator[tuple[int, object]]:
-    """Frame numbers from 1, and frames of PyAV. Raises `VideoError` where the video cannot be read further."""
+    """Yield the numbers of frames, from 1, with frames of PyAV. Raises `VideoError` at a damage."""
     av = import_av()
     frame = 0
     try:

@@ -26,6 +26,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+from action_units import AU_NAMES
 from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, prepare_affectnet
 from face_data.au_tables import AU_TABLE_TOOLS
 from face_data.build import FORMATS, Build, build_dataset
@@ -33,7 +34,7 @@ from face_data.disfa import Disfa, prepare_disfa
 from face_data.from_hub import BOX_FORMATS, METADATA, HubPictures, fetch_pictures
 from face_data.report import report_folders
 from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder
-from face_data.table_index import AUTable
+from face_data.table_index import AUTable, choose_aus
 from face_data.tabled import Tabled, prepare_tabled
 from program import run_program
 
@@ -115,6 +116,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     build.add_argument("--keep_drawings", action="store_true", help="Do not ask whether pictures are photographs.")
     build.add_argument("--drop_emotion_words", action="store_true", help="Take words of emotion out of captions.")
     build.add_argument("--keep_aus", action="store_true", help="Do not correct measured AUs.")
+    _add_au_names(build, None, "AUs of the data set; by default those that all sources have.")
     _add_format(build)
     _add_output(build, "Folder of the data set.")
 
@@ -123,7 +125,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     paper.add_argument("--affectnet", type=Path, required=True, help="Folder of AffectNet.")
     paper.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
     _add_disfa(paper)
-    _add_table(paper)
+    _add_table(paper, au_names=AU_NAMES)
     _add_limits(paper)
     _add_rows_per_part(paper)
     _add_blip2(paper)
@@ -144,7 +146,9 @@ def _add_disfa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subjects", nargs="+", default=(), metavar="SN001", help="Only these; by default all.")
 
 
-def _add_table(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def _add_table(
+    parser: argparse.ArgumentParser, required: bool = True, au_names: tuple[str, ...] | None = None
+) -> None:
     parser.add_argument(
         "--aus",
         action="append",
@@ -155,13 +159,20 @@ def _add_table(parser: argparse.ArgumentParser, required: bool = True) -> None:
     )
     parser.add_argument("--au_tool", choices=AU_TABLE_TOOLS, help="Whose columns; by default they tell.")
     parser.add_argument("--image_column", help="Column of the file names; by default the first usual one.")
+    default = "the paper's twelve" if au_names else "what the tables measure"
+    _add_au_names(parser, au_names, f"AUs to take, such as AU12L AU12R AU26; by default {default}.")
+
+
+def _add_au_names(parser: argparse.ArgumentParser, default: tuple[str, ...] | None, text: str) -> None:
+    parser.add_argument("--au_names", nargs="+", default=default, metavar="AU12", help=text)
 
 
 def parse_tables(args: argparse.Namespace) -> tuple[AUTable, ...]:
     tables = tuple(map(AUTable.parse, args.aus))
     if args.au_tool is not None and (len(tables) > 1 or tables[0].tool not in (None, args.au_tool)):
         raise ValueError("`--au_tool` is for one table. Name the tool of each as `--aus TOOL=TABLE`.")
-    return tuple(replace(table, tool=table.tool or args.au_tool) for table in tables)
+    tables = tuple(replace(table, tool=table.tool or args.au_tool) for table in tables)
+    return choose_aus(tables, args.au_names and tuple(args.au_names))
 
 
 def _add_limits(
@@ -328,6 +339,7 @@ def run_build(args: argparse.Namespace) -> str:
         photo_filter=not args.keep_drawings,
         correct_aus=not args.keep_aus,
         drop_emotion_words=args.drop_emotion_words,
+        au_names=args.au_names and tuple(args.au_names),
     )
     return build_dataset(build, args.num_workers).to_text()
 

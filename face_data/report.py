@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from action_units import AU_NAMES
 from drawing.contact_sheet import GREY, INK
 from face_data.store import list_parts, read_lines, read_settings
 from program import replacing
@@ -119,13 +118,14 @@ def report_folders(folders: list[Path]) -> Report:
 
 
 class Histogram:
-    """How often each AU has which intensity. `counts` is `(12, 1 + BINS)`: exactly 0, then equal steps to 5."""
+    """How often each AU has which intensity. `counts` is `(n, 1 + BINS)`: exactly 0, then equal steps to 5."""
 
-    def __init__(self):
-        self.counts = np.zeros((len(AU_NAMES), 1 + BINS), np.int64)
+    def __init__(self, au_names: tuple[str, ...]):
+        self.au_names = au_names
+        self.counts = np.zeros((len(au_names), 1 + BINS), np.int64)
 
     def add(self, aus: np.ndarray) -> None:
-        """Intensities of shape `(rows, 12)`."""
+        """Count intensities of shape `(rows, n)`."""
         steps = np.ceil(np.asarray(aus) * (BINS / 5)).astype(int).clip(0, BINS)
         for column, counts in enumerate(self.counts):
             counts += np.bincount(steps[:, column], minlength=1 + BINS)
@@ -134,7 +134,7 @@ class Histogram:
 def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Image:
     """The AUs in a grid, intensity to the right, number of faces upwards on a logarithmic scale."""
     width, height, margin, columns = 260, 150, 28, 4
-    rows = -(-len(AU_NAMES) // columns)
+    rows = -(-len(before.au_names) // columns)
     sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + 2 * margin) + 3 * margin), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((margin, margin / 2), title, INK, ImageFont.load_default(18))
@@ -145,7 +145,7 @@ def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Im
         draw.rectangle((x, margin / 2 + 3, x + 11, margin / 2 + 14), color)
         x -= 16
     tallest = np.log1p(max(before.counts.max(), after.counts.max(), 1))
-    for index, name in enumerate(AU_NAMES):
+    for index, name in enumerate(before.au_names):
         left = margin + index % columns * (width + margin)
         bottom = 3 * margin + index // columns * (height + 2 * margin) + height
         draw.text((left, bottom - height - 4), name, INK, ImageFont.load_default(15), anchor="ls")

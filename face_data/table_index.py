@@ -11,16 +11,23 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from action_units import AU_NAMES
-from face_data.au_tables import AU_TABLE_TOOLS, AURow, find_name_column, read_au_table, read_number
+from action_units import ALL_AU_NAMES, AU_NAMES, au_columns, whole_au
+from face_data.au_tables import (
+    AU_TABLE_TOOLS,
+    AURow,
+    find_measured_aus,
+    find_name_column,
+    read_au_table,
+    read_number,
+)
 from face_data.table_files import read_records
 from program import replacing
 
@@ -53,11 +60,15 @@ def pixel_box(left: float, top: float, width: float, height: float) -> FaceBox:
 
 @dataclass(frozen=True)
 class AUTable:
-    """A table, the tool that wrote it (by default its columns tell), and the AUs taken from it (by default all)."""
+    """
+    A table, the tool that wrote it (by default its columns tell), and the AUs taken from it. `choose_aus` fills in
+    AUs that are left open, and a `note` on which AUs are taken and which are left out.
+    """
 
     path: Path
     tool: str | None = None
     aus: tuple[str, ...] = ()
+    note: str = ""
 
     @classmethod
     def parse(cls, text: str) -> "AUTable":
@@ -68,9 +79,11 @@ class AUTable:
         if match is None:
             raise ValueError(f"`--aus` is {text!r}. Write FILE, TOOL=FILE, or TOOL=FILE:AU5,AU9.")
         aus = tuple(name.strip().upper() for name in match[2].split(",")) if match[2] else ()
-        unknown = [name for name in aus if name not in AU_NAMES]
+        unknown = [name for name in aus if name not in {*ALL_AU_NAMES, *map(whole_au, ALL_AU_NAMES)}]
         if unknown:
-            raise ValueError(f"`--aus` names {unknown[0]!r} in {text!r}. The AUs are {', '.join(AU_NAMES)}.")
+            raise ValueError(
+                f"`--aus` names {unknown[0]!r} in {text!r}, which is no AU of FACS. Write AU5, or AU12L and AU12R."
+            )
         return cls(Path(match[1]), tool, aus)
 
     def settings(self) -> list:
@@ -98,6 +111,63 @@ def check_tables(tables: tuple[AUTable, ...]) -> None:
         )
 
 
+def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = None) -> tuple[AUTable, ...]:
+    """
+    Decide which AUs come from which table: those that are written behind it, and from the one table behind which there
+    are none, all others that it measures.
+
+    Args:
+        au_names (`tuple[str, ...]`, *optional*):
+            The AUs of the data. An AU without sides gives both sides, and two sides give their mean. By default what
+            the tables measure, each side by itself where they tell it.
+
+    Raises:
+        FileNotFoundError: if a table is not there.
+        ValueError: if an AU comes from no table or from two, if a table gives none, or if `au_names` is no list that
+            an adapter can have.
+    """
+    check_tables(tables)
+    named = [name for table in tables for name in table.aus]
+    chosen = []
+    for table in tables:
+        tool, measured = find_measured_aus(table.path, table.tool)
+        offered = au_names or table.aus or measured or AU_NAMES
+        taken = tuple(name for name in offered if _is_among(name, table.aus or named) == bool(table.aus))
+        # Closed eyes look the same for long and briefly.
+        missing = [n for n in taken if measured and whole_au(n).replace("AU45", "AU43") not in au_columns(measured)]
+        if missing or not taken:
+            raise ValueError(
+                f"`--aus` takes {', '.join(missing) or 'no AU'} from {table.path}, where {tool} measures"
+                f" {', '.join(measured)}. Choose others by `--au_names`, or behind the file's name."
+            )
+        left = [name for name in measured if not _is_among(name, taken)]
+        elsewhere = [name for name in left if _is_among(name, named) and not _is_among(name, table.aus)]
+        others = [name for name in left if name not in elsewhere]
+        note = f"{table.path}: {tool} gives {', '.join(taken)}."
+        if elsewhere:
+            note += f" Left out, because another table gives them: {', '.join(elsewhere)}."
+        if others:
+            option = "--au_names" if au_names else "--aus"
+            note += f" Left out, because `{option}` does not name them: {', '.join(others)}."
+        chosen.append(replace(table, aus=taken, note=note))
+    au_columns(joined_aus(tuple(chosen)))
+    return tuple(chosen)
+
+
+def joined_aus(tables: tuple[AUTable, ...]) -> tuple[str, ...]:
+    """The AUs of the data: those of all tables by their numbers, left before right."""
+    return sort_aus(name for table in tables for name in table.aus)
+
+
+def sort_aus(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(names, key=lambda name: (int(whole_au(name).removeprefix("AU")), name)))
+
+
+def _is_among(name: str, others: Iterable[str]) -> bool:
+    """AU12 is among AUs with AU12L, and AU12L among AUs with AU12."""
+    return any(name in (other, whole_au(other)) or whole_au(name) == other for other in others)
+
+
 @dataclass(frozen=True)
 class TableEntry:
     """
@@ -105,7 +175,7 @@ class TableEntry:
 
     Args:
         aus (`numpy.ndarray`, *optional*):
-            In [0, 5], joined from all tables. None if a table has no face in the picture.
+            In [0, 5], in the order of `joined_aus`. None if a table has no face in the picture.
         times (`int`):
             The largest number of different rows that a table has for the picture; 0 if one has none.
         repeats (`int`):
@@ -144,7 +214,7 @@ def build_index(
 
     Args:
         tables (`tuple[AUTable, ...]`):
-            The first one decides which pictures there are; the others give some of the AUs.
+            As `choose_aus` gives them. The first one decides which pictures there are.
         about (`Path`, *optional*):
             A table of captions and boxes without AUs, which fills what the first one does not say.
         find_key (`Callable`):
@@ -169,8 +239,8 @@ def build_index(
                 "CREATE TABLE about (key TEXT PRIMARY KEY, text TEXT, box TEXT, removed TEXT) WITHOUT ROWID"
             )
             captions = None if about is not None else caption_column
-            for number, (table, names) in enumerate(zip(tables, taken_aus(tables), strict=True)):
-                rows = read_au_table(table.path, table.tool, image_column, on_error, say, names)
+            for number, table in enumerate(tables):
+                rows = read_au_table(table.path, table.tool, image_column, on_error, say, table.aus)
                 values = _read_values(rows, table.path, None if number else captions, find_key, on_error)
                 for batch in _batches(values):
                     if number:
@@ -245,29 +315,18 @@ def read_entries(path: Path, tables: tuple[AUTable, ...], first: int, count: int
     return entries
 
 
-def taken_aus(tables: tuple[AUTable, ...]) -> list[tuple[str, ...]]:
-    """The AUs that come from each table."""
-    named = {name for table in tables for name in table.aus}
-    return [table.aus or tuple(name for name in AU_NAMES if name not in named) for table in tables]
-
-
 def _join_aus(rows: list[bytes | None], tables: tuple[AUTable, ...]) -> np.ndarray | None:
-    """AUs that no table gives are 0."""
     if any(row is None for row in rows):
         return None
-    joined = np.zeros(len(AU_NAMES), np.float32)
-    for row, names in zip(rows, taken_aus(tables), strict=True):
-        joined[[AU_NAMES.index(name) for name in names]] = np.frombuffer(row, np.float32)
-    return joined
+    values = {}
+    for row, table in zip(rows, tables, strict=True):
+        values |= zip(table.aus, np.frombuffer(row, np.float32), strict=True)
+    return np.float32([values[name] for name in joined_aus(tables)])
 
 
 def file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
-
-
-def au_columns(aus: np.ndarray) -> dict[str, float]:
-    return {name: float(value) for name, value in zip(AU_NAMES, aus, strict=True)}
 
 
 def _batches(values: Iterator[tuple]) -> Iterator[list[tuple]]:

@@ -7,13 +7,17 @@ what is read; a part is a stretch of its pictures.
 
 import functools
 import os
+import sqlite3
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from action_units import AU_NAMES
+import numpy as np
+
+from action_units import AU_NAMES, action_units_of, au_columns
 from face_data.captions import take_emotion_words
 from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
 from face_data.store import (
@@ -23,17 +27,17 @@ from face_data.store import (
     claim_folder,
     mark_finished,
     read_lines,
+    read_rows,
     run_parts,
 )
 from face_data.table_index import (
     AUTable,
     FaceBox,
     TableEntry,
-    au_columns,
     build_index,
-    check_tables,
     count_entries,
     file_digest,
+    joined_aus,
     read_entries,
 )
 
@@ -67,7 +71,7 @@ class Tabled:
             Folders that file names of the table are relative to. Names that begin with folders of another machine
             are found by their ends.
         tables (`tuple[AUTable, ...]`):
-            AUs of the pictures, each AU from one of them; the first one decides which pictures there are.
+            AUs of the pictures as `choose_aus` gives them; the first one decides which pictures there are.
         about (`Path`, *optional*):
             A table with captions and boxes of faces, for pictures of which the first table does not say them.
         image_column (`str`, *optional*):
@@ -77,7 +81,7 @@ class Tabled:
         min_side (`int`):
             Pixels that both sides of a picture have at least.
         min_total_intensity (`float`):
-            Faces with a smaller sum of all AUs are left out.
+            Faces with a smaller sum of all AUs are left out. Of an AU with sides, their mean counts.
         correct_aus (`bool`):
             The AUs are measured by a tool: `face_data.build` corrects them as the paper does.
         needs_photo_filter (`bool`):
@@ -103,17 +107,20 @@ class Tabled:
 
     def __post_init__(self):
         check_source(self.source)
-        check_tables(self.tables)
         if self.about is not None and not self.about.is_file():
             raise FileNotFoundError(f"There is no table {str(self.about)!r}.")
         for name, lowest in (("min_side", 1), ("rows_per_part", 1), ("min_total_intensity", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"`--{name}` has to be at least {lowest}, but is {getattr(self, name)}.")
 
+    @functools.cached_property
+    def au_names(self) -> tuple[str, ...]:
+        return joined_aus(self.tables)
+
     def settings(self) -> dict:
         paths = {"bases": [str(base.resolve()) for base in self.bases]}
         paths |= {"tables": [table.settings() for table in self.tables]}
-        paths |= {"about": None if self.about is None else file_digest(self.about)}
+        paths |= {"au_names": list(self.au_names), "about": None if self.about is None else file_digest(self.about)}
         names = ("source", "image_column", "caption_column", "min_side", "min_total_intensity")
         flags = ("correct_aus", "needs_photo_filter", "drop_emotion_words", "rows_per_part")
         return {name: getattr(self, name) for name in (*names, *flags)} | paths
@@ -153,9 +160,11 @@ def prepare_tabled(
             functools.partial(_note_bad_row, part),
             part.note,
         )
-        named = {name for table in tabled.tables for name in table.aus}
-        if all(table.aus for table in tabled.tables) and len(named) < len(AU_NAMES):
-            part.note(f"`--aus` takes {', '.join(n for n in AU_NAMES if n not in named)} from no table: taken as 0.")
+        for table in tabled.tables:
+            part.note(table.note)
+        missing = [name for name in AU_NAMES if name not in au_columns(tabled.au_names)]
+        if missing:
+            part.note(f"Of the paper's AUs the data do not have {', '.join(missing)}.")
         part.write(part_path(folder, TABLE_PART))
     num_entries = count_entries(index)
     if num_entries == 0:
@@ -164,7 +173,7 @@ def prepare_tabled(
     work = functools.partial(make_part, tabled, folder, on_error, refuse, find_box)
     run_parts(work, parts, lambda part: part_path(folder, part).is_file(), num_workers, tabled.source)
     if not part_path(folder, UNTABLED_PART).is_file():
-        _count_untabled(tabled, folder, parts, list_pictures or functools.partial(_walk, tabled.bases))
+        _count_pictures(tabled, folder, parts, list_pictures or functools.partial(_walk, tabled.bases))
     mark_finished(folder)
 
 
@@ -191,12 +200,17 @@ def make_part(
             part.drop(CONTRADICTION if entry.has_names else SEVERAL_FACES, found[0])
         elif entry.aus is None:
             part.drop(NO_FACE, found[0])
-        elif entry.aus.sum() < tabled.min_total_intensity:
+        elif _total(entry.aus, tabled.au_names) < tabled.min_total_intensity:
             part.drop(TOO_WEAK, found[0])
         elif refuse is None or not refuse(found[0], part):
             box = entry.box or (find_box and find_box(found[0]))
             _add_row(entry, found[0], box, tabled, folder, part)
     part.write(part_path(folder, name))
+
+
+def _total(aus: np.ndarray, au_names: tuple[str, ...]) -> float:
+    columns = au_columns(au_names)
+    return sum(aus[list(columns[unit.name])].mean() for unit in action_units_of(au_names))
 
 
 def _add_row(entry: TableEntry, picture: Path, box: FaceBox | None, tabled: Tabled, folder: Path, part: Part) -> None:
@@ -211,7 +225,8 @@ def _add_row(entry: TableEntry, picture: Path, box: FaceBox | None, tabled: Tabl
         return
     text, removed = take_emotion_words(entry.text) if tabled.drop_emotion_words else (entry.text, {})
     removed = dict(Counter(removed) + Counter(entry.removed))
-    row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text} | au_columns(entry.aus)
+    row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
+    row |= dict(zip(tabled.au_names, entry.aus.tolist(), strict=True))
     row |= {"source": tabled.source, "subject": entry.subject, "origin": origin}
     # Pixels are counted before or after turning, which no tool tells.
     if box is not None and not (box.in_pixels and placed.is_turned):
@@ -292,15 +307,48 @@ def _is_own(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", ".parts"))
 
 
-def _count_untabled(
+def _count_pictures(
     tabled: Tabled, folder: Path, parts: list[str], list_pictures: Callable[[], Iterator[Path]]
 ) -> None:
-    """Each picture of the table is one line of a part: the difference to those that are there is what it lacks."""
+    """Count the pictures that the table lacks, and those that are there under another name too."""
     num_found = 0
+    # Each picture of the table is one line of a part: the difference to those that are there is what it lacks.
     for name in parts:
         lines = read_lines(part_path(folder, name))
         num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
     part = Part("skip")
     num_pictures = sum(1 for _ in list_pictures())
     part.drop(NOT_IN_TABLE, tabled.bases[0], max(0, num_pictures - num_found))
+    note = _note_same_pictures(folder, parts)
+    if note:
+        part.note(note)
     part.write(part_path(folder, UNTABLED_PART))
+
+
+def _note_same_pictures(folder: Path, parts: list[str]) -> str:
+    """Say how many pictures have the bytes of another one. Only files of the same size and end are read whole."""
+    # Without a name the database is a temporary file, so memory does not grow with the pictures.
+    with closing(sqlite3.connect("")) as database:
+        database.execute("CREATE TABLE ends (name TEXT, end BLOB)")
+        database.execute("CREATE TABLE files (name TEXT, digest TEXT)")
+        for part in parts:
+            names = [row["file_name"] for row in read_rows(part_path(folder, part))]
+            database.executemany("INSERT INTO ends VALUES (?, ?)", [(name, _end(folder / name)) for name in names])
+        alike = database.execute(
+            "SELECT name FROM ends WHERE end IN (SELECT end FROM ends GROUP BY end HAVING count(*) > 1)"
+        )
+        insert = "INSERT INTO files VALUES (?, ?)"
+        database.executemany(insert, ((name, file_digest(folder / name)) for (name,) in alike))
+        groups = "FROM (SELECT count(*) AS times, min(name) AS first, max(name) AS last FROM files GROUP BY digest)"
+        count, first, last = database.execute(
+            f"SELECT coalesce(sum(times - 1), 0), first, last {groups} WHERE times > 1"
+        ).fetchone()
+    return f"{count:,} pictures have the bytes of another one, such as {last} and {first}." if count else ""
+
+
+def _end(path: Path) -> bytes:
+    """Size and last bytes of a file."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 64))
+        return b"%d " % size + file.read()

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from action_units import AU_NAMES
-from face_data.au_tables import AU_TABLE_TOOLS, blendshapes_to_aus, detect_tool, read_au_table
+from face_data.au_tables import (
+    AU_TABLE_TOOLS,
+    blendshapes_to_aus,
+    detect_tool,
+    find_measured_aus,
+    read_au_table,
+)
 
 
 NUMBERS = [int(name[2:]) for name in AU_NAMES]
@@ -396,3 +402,27 @@ def test_a_list_of_aus_that_does_not_exist_is_an_error_before_the_file_is_read(t
         list(read_au_table(tmp_path / "nowhere.csv", au_names=("AU3",)))
     with pytest.raises(ValueError, match="There is no column au43_r. The columns are"):
         list(read_au_table(write_csv(tmp_path / "t.csv", [{"AU12_r": 1}]), au_names=("AU43",)))
+
+
+PAPERS_TWELVE = "AU1 AU2 AU4 AU5 AU6 AU9 AU12 AU15 AU17 AU20 AU25 AU26"
+
+
+@pytest.mark.parametrize(
+    ("rows", "tool", "aus"),
+    [
+        ([openface_row()], "openface", f"{PAPERS_TWELVE} AU7 AU10 AU14 AU23 AU43"),
+        ([libreface_row()], "libreface", f"{PAPERS_TWELVE} AU7"),
+        ([pyfeat_row()], "pyfeat", f"{PAPERS_TWELVE} AU7 AU43"),
+        ([affectnet_row()], "affectnet", PAPERS_TWELVE),
+        ([{"AU1": 0, "AU12L": 3}, {"AU12R": 3, "AU99": 1}], "fineface", "AU1 AU12L AU12R"),
+        ([{"browInnerUp": 1, "eyeBlink_L": 1, "eyeBlink_R": 0, "cheekPuff": 0}], "arkit", "AU1 AU34 AU43L AU43R"),
+        ([{"faceBlendshapes": [[{"categoryName": "mouthSmileLeft", "score": 1}]]}], "arkit", "AU12"),
+        ([{"aus": "12C"}], "fineface", ""),
+    ],
+)
+def test_the_aus_that_a_table_measures_are_found_in_its_columns(tmp_path, rows, tool, aus):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps(row, default=float) for row in rows))
+    found = find_measured_aus(path)
+    assert (found[0], set(found[1])) == (tool, set(aus.split()))
+    assert [int(re.sub(r"\D", "", name)) for name in found[1]] == sorted(int(re.sub(r"\D", "", n)) for n in found[1])

@@ -628,12 +628,22 @@ def test_what_is_guessed_of_a_table_is_said_and_reported(tmp_path, capsys, caplo
     command = ["folder", "--root", root, "--aus", tmp_path / "t.csv", "--output"]
     prepare(*command, tmp_path / "w")
     assert [row["AU12"] for row in rows_of(tmp_path / "w")] == [2, 5]
-    notes = ("semicolons", "AUs of pyfeat and blendshapes", "no column for AU2, AU4", "2 numbers have a decimal comma")
+    notes = ["semicolons", "AUs of pyfeat and blendshapes", "2 numbers have a decimal comma", "gives AU1, AU12."]
+    notes += ["Of the paper's AUs the data do not have AU2, AU4, AU5, AU6, AU9, AU15"]
     report = capsys.readouterr().out
     for note in notes:
         assert caplog.text.count(note) == 1 and report.count(note) == 1
     prepare(*command, tmp_path / "v", "--au_tool", "mediapipe")
     assert [row["AU12"] for row in rows_of(tmp_path / "v")] == pytest.approx([2.25, 0])
+    # What is wanted and has sides gets the AU of both, and nothing that no table measures.
+    prepare(*command, tmp_path / "u", "--au_names", "AU12L", "AU12R")
+    assert [(row["AU12L"], row["AU12R"], "AU1" in row) for row in rows_of(tmp_path / "u")] == [
+        (2, 2, False),
+        (5, 5, False),
+    ]
+    assert "pyfeat gives AU12L, AU12R. Left out, because `--au_names` does not name them: AU1." in caplog.text
+    prepare(*command, tmp_path / "u", status=2)
+    assert "was begun with `au_names` ['AU12L', 'AU12R']" in capsys.readouterr().err
 
 
 def test_aus_of_two_tools_are_joined(tmp_path, capsys):
@@ -641,7 +651,8 @@ def test_aus_of_two_tools_are_joined(tmp_path, capsys):
     (root / "metadata.jsonl").unlink()
     captions = "".join(f"0{n}.png,person {n}\n" for n in range(6))
     (tmp_path / "captions.csv").write_text(f"file_name,caption\n{captions}")
-    shapes = [{"categoryName": "mouthSmileLeft", "score": 0.8}, {"categoryName": "eyeWideLeft", "score": 0.1}]
+    shapes = {"mouthSmileLeft": 0.8, "mouthSmileRight": 0.2, "eyeWideLeft": 0.1, "eyeBlinkRight": 1}
+    shapes = [{"categoryName": name, "score": score} for name, score in shapes.items()]
     faces = [[shapes], [shapes], [], [shapes, shapes[:1]], [shapes], [shapes]]
     lines = [{"file_name": f"0{n}.png", "faceBlendshapes": f} for n, f in enumerate(faces)]
     (tmp_path / "mp.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -656,14 +667,17 @@ def test_aus_of_two_tools_are_joined(tmp_path, capsys):
     rows = rows_of(tmp_path / "w")
     assert [(row["origin"], row["text"]) for row in rows] == [("00.png", "person 0"), ("01.png", "person 1")]
     for row in rows:
-        assert (row["AU5"], row["AU9"], row["AU12"]) == pytest.approx((3, 1, 2), abs=1e-5)
+        aus = {name: row[name] for name in ("AU5", "AU9", "AU12L", "AU12R", "AU43L", "AU43R", "AU1")}
+        assert list(aus.values()) == pytest.approx([3, 1, 4, 1, 0, 5, 0], abs=1e-5)
+        assert not {"AU5L", "AU9R", "AU12", "AU45"} & row.keys()
     assert counts_of(tmp_path / "w") == {
         "no face": 2,
         "several faces": 1,
         "picture that is in the first table only": 1,
     }
-    # Of a table, only the AUs that come from it are missed.
-    assert "no blendshape or column for AU1, AU2, AU4, AU6, AU15, AU17, AU20, AU25, AU26 (" in capsys.readouterr().out
+    report = capsys.readouterr().out
+    assert "Left out, because another table gives them: AU5L, AU5R, AU9L, AU9R." in report
+    assert "pyfeat gives AU5, AU9. Left out, because `--aus` does not name them: AU12." in report
 
 
 @pytest.mark.parametrize(
@@ -735,7 +749,8 @@ def test_the_data_set_tells_what_was_left_out_and_shows_the_intensities(tmp_path
     faces = tmp_path / "faces"
     prepare("build", tmp_path / "a", work_folder, "--output", faces, "--default_caption", "a face")
     report = json.loads((faces / "report.json").read_text())
-    assert report["mine"] == {"kept": 6, "dropped": {}}
+    table = tmp_path / "mine/metadata.jsonl"
+    assert report["mine"] == {"kept": 6, "dropped": {}, "notes": [f"{table}: fineface gives {', '.join(AU_NAMES)}."]}
     assert report["affectnet"]["kept"] == 1 and report["affectnet"]["dropped"]["no photograph"] == 1
     assert sum(report["affectnet"]["dropped"].values()) == len(PICTURES) - 1
     assert (faces / "report.txt").read_text() == capsys.readouterr().out
@@ -750,11 +765,77 @@ def test_the_data_set_tells_what_was_left_out_and_shows_the_intensities(tmp_path
 
 
 def test_the_histogram_counts_every_face_at_its_intensity():
-    before, after = Histogram(), Histogram()
+    before, after = Histogram(AU_NAMES), Histogram(AU_NAMES)
     before.add(np.float32([np.full(12, 0.1), np.full(12, 5.0), np.zeros(12)]))
     assert before.counts[0].nonzero()[0].tolist() == [0, 1, 20] and before.counts.sum() == 36
-    blank = np.asarray(draw_histograms(Histogram(), after, "t"))
+    blank = np.asarray(draw_histograms(Histogram(AU_NAMES), after, "t"))
     assert (np.asarray(draw_histograms(before, after, "t")) != blank).any()
+
+
+def sided_folder(tmp_path: Path) -> Path:
+    """The work folder `sided`, of two pictures with AUs of each side: a smirk, and a brow that is raised."""
+    for number, name in enumerate("ab"):
+        draw(number, SMILE, tmp_path / f"sided/{name}.png", 32)
+    aus = {"AU1L": [0, 4], "AU1R": [0, 2], "AU7": [1, 2], "AU12L": [3, 0], "AU12R": [1, 0]}
+    rows = [{"file_name": f"{name}.png"} | {au: aus[au][n] for au in aus} for n, name in enumerate("ab")]
+    table = write_table(tmp_path / "sided.csv", rows)
+    prepare("folder", "--root", tmp_path / "sided", "--aus", table, "--output", tmp_path / "s", "--measured")
+    return tmp_path / "s"
+
+
+@pytest.mark.parametrize("form", ["imagefolder", "parquet"])
+def test_each_side_reaches_the_training(tmp_path, form, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = ["build", sided_folder(tmp_path), "--default_caption", "a face", "--format", form]
+    prepare(*command, "--output", tmp_path / "kept", "--keep_aus")
+    data = load_training_data(train_config(tmp_path, tmp_path / "kept"))
+    assert data.au_names == ("AU1L", "AU1R", "AU7", "AU12L", "AU12R")
+    assert data.au_intensities.tolist() == [[0, 0, 1, 3, 1], [4, 2, 2, 0, 0]]
+    # The correction brings both sides to one range, so the weaker one stays weaker.
+    prepare(*command, "--output", tmp_path / "corrected")
+    data = load_training_data(train_config(tmp_path, tmp_path / "corrected"))
+    np.testing.assert_allclose(data.au_intensities, [[0, 0, 1, 3, 1], [5, 5 / 2**1.8, 2, 0, 0]], rtol=1e-6)
+
+
+def test_sources_with_other_aus_meet_in_those_that_all_have(tmp_path, work_folder, capsys):
+    sided = sided_folder(tmp_path)
+    command = ["build", sided, work_folder, "--default_caption", "a face", "--keep_aus", "--output"]
+    prepare(*command, tmp_path / "faces")
+    rows = [json.loads(line) for line in (tmp_path / "faces/train/metadata.jsonl").read_text().splitlines()]
+    assert {name for row in rows for name in row if name.startswith("AU")} == {"AU1", "AU12"}
+    assert [(row["AU1"], row["AU12"]) for row in rows[:2]] == [(0, 2), (3, 0)]
+    report = json.loads((tmp_path / "faces/report.json").read_text())
+    assert report["sided"]["notes"][-2:] == ["Not in the data set: AU7.", "The mean of both sides: AU1, AU12."]
+    assert report["mine"]["notes"][-1].startswith("Not in the data set: AU2, AU4, AU5, AU6, AU9, AU15")
+    # Those that are named may have the sides that one source does not tell.
+    prepare(*command, tmp_path / "sides", "--au_names", "AU12L", "AU12R")
+    rows = [json.loads(line) for line in (tmp_path / "sides/train/metadata.jsonl").read_text().splitlines()]
+    smiles = [(3, 1), (0, 0), *((sample_aus(n)[6],) * 2 for n in range(6))]
+    assert [(row["AU12L"], row["AU12R"]) for row in rows] == smiles
+    report = json.loads((tmp_path / "sides/report.json").read_text())
+    assert report["mine"]["notes"][-1] == "The same on both sides: AU12L, AU12R."
+    capsys.readouterr()
+    prepare(*command, tmp_path / "none", "--au_names", "AU7", status=2)
+    assert f"`--au_names` has AU7, but {work_folder} has AU1, AU2" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_sum_of_all_aus_counts_an_au_with_sides_once(tmp_path):
+    sided_folder(tmp_path)
+    command = ["folder", "--root", tmp_path / "sided", "--aus", tmp_path / "sided.csv", "--output", tmp_path / "w"]
+    prepare(*command, "--min_total_intensity", 4)
+    # 1 + (3 + 1) / 2 and (4 + 2) / 2 + 2.
+    assert [row["origin"] for row in rows_of(tmp_path / "w")] == ["b.png"]
+
+
+def test_pictures_with_the_same_bytes_are_counted(tmp_path, capsys):
+    root = make_folder(tmp_path / "mine", 4)
+    shutil.copyfile(root / "00.png", root / "02.png")
+    shutil.copyfile(root / "00.png", root / "03.png")
+    command = ["folder", "--root", root, "--aus", root / "metadata.jsonl", "--rows_per_part", 2]
+    prepare(*command, "--output", tmp_path / "w")
+    said = "2 pictures have the bytes of another one, such as images/03.png and images/00.png."
+    assert capsys.readouterr().out.count(said) == 1 and len(rows_of(tmp_path / "w")) == 4
 
 
 def test_an_interrupted_build_goes_on_where_it_was(tmp_path, work_folder):
@@ -798,7 +879,9 @@ def test_names_that_would_be_taken_for_splits_are_refused(tmp_path, capsys, sour
         (["--aus", "none.csv"], "There is no table 'none.csv'"),
         (["--min_side", "0"], "`--min_side` has to be at least 1"),
         (["--num_workers", "0"], "`--num_workers` has to be at least 1"),
-        (["--au_tool", "openface"], "There is no column au01_r"),
+        (["--au_tool", "openface"], "there is no AU that openface measures"),
+        (["--au_names", "AU12L"], "it needs both AU12L and AU12R"),
+        (["--au_names", "AU12", "AU7"], "takes AU7 from"),
         (["--root", "nowhere"], "'nowhere' is no"),
     ],
 )

@@ -152,15 +152,17 @@ def test_aus_of_two_tools_make_a_data_set_of_it(shards, fetched, tmp_path, capsy
     assert counts_of(tmp_path / "work") == {}
     for row, line in zip(KEPT, prepared, strict=True):
         aus = dict(zip(AU_NAMES, aus_of_row(row).tolist(), strict=True))
-        assert [line[name] for name in shapes_of] == pytest.approx([aus[name] for name in shapes_of], abs=1e-4)
-        assert [line["AU1"], line["AU25"], line["text"]] == [0, 0, f"a person {row}"]
+        # Blendshapes have sides, probabilities have none.
+        measured = {name: aus[name.rstrip("LR")] for name in ("AU5", "AU6L", "AU6R", "AU9", "AU12L", "AU12R")}
+        assert {name: line[name] for name in line if name.startswith("AU")} == pytest.approx(measured, abs=1e-4)
+        assert line["text"] == f"a person {row}"
         assert [line[name] for name in ("face_x0", "face_y0", "face_x1", "face_y1")] == [0.25, 0.125, 0.75, 1]
     prepare("build", tmp_path / "work", "--output", tmp_path / "faces", "--format", "parquet")
     data = load_training_data(train_config(tmp_path, tmp_path / "faces", face_loss_weight=4.0))
     assert len(data) == len(KEPT) and data.captions[0].as_py() == "a person 0"
     report = json.loads((tmp_path / "faces/report.json").read_text())["portraits"]
     assert report["removed_words"] == {"smiling": len(KEPT), "furrowed brows": len(KEPT)}
-    assert any("no blendshape or column for AU1, AU2" in note for note in report["notes"])
+    assert any("the data do not have AU1, AU2" in note for note in report["notes"])
 
 
 def test_more_pictures_can_be_fetched_later(shards, tmp_path):
