@@ -260,8 +260,8 @@ class AUPipelineMixin:
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder, or the id of a Hub repository, as `save_au_adapter` writes it or as the paper's authors
-                published it: `"Tvaranka/fineface"`.
+                A folder, or the id of a Hub repository, as `save_au_adapter` writes it, as the paper's authors
+                published it (`"Tvaranka/fineface"`), or with `au_ip_adapter.safetensors` for plain diffusers.
             variant (`str`, *optional*):
                 Of the published weights, `"sd15"` takes those for Stable Diffusion 1.x; the default fits 2.x.
             subfolder, revision, token, cache_dir, force_download, local_files_only:

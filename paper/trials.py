@@ -79,6 +79,10 @@ TRIALS = {
     "tokens_4": Trial("four tokens: attention can look at different places", {"num_au_tokens": 4}),
     "au_learning_rate_10x": Trial("encoder, keys and values learn faster than the LoRA", {"au_learning_rate": 1e-2}),
     "kv_zero": Trial("values from zero: at first the AUs add nothing", {"au_kv_init": "zero"}),
+    "direct": Trial("a few vectors for each layer in place of encoder, keys and values", {"encoder_type": "direct"}),
+    "direct_10x": Trial(
+        "the same, which learn faster than the LoRA", {"encoder_type": "direct", "au_learning_rate": 1e-2}
+    ),
     "rank_64": Trial("a large LoRA", {"rank": 64}),
     "face_loss_and_timesteps": Trial("the loss counts in the face, and noisy timesteps come more often", WEIGHTED),
     "stratified": Trial("timesteps spread evenly over a step's samples", {"timestep_sampling": "stratified"}),

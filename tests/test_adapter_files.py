@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, add_lora, make_adapter, make_components
+from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -344,9 +344,10 @@ def offload_sequentially(pipe, monkeypatch):
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
 @pytest.mark.parametrize("loaded_first", [True, False])
-def test_offloading_works_before_and_after_loading(
-    tiny_base, tiny_adapter_dir, offload, loaded_first, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloading_works_before_and_after_loading(family, request, offload, loaded_first, monkeypatch, tmp_path):
+    tiny_base = FAMILIES[family].make_pipe()
+    tiny_adapter_dir = request.getfixturevalue("tiny_adapter_dir" if family == "sd" else "tiny_xl_adapter_dir")
     plain = draw(tiny_base)
     tiny_base.load_au_adapter(tiny_adapter_dir)
     expected = draw(tiny_base, aus="12")

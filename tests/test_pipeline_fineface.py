@@ -9,6 +9,7 @@ from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, Family, add_lora
 from diffusers import EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
+from test_ip_adapter import IMAGE_DIM, make_ip_adapter
 
 from action_units import AU_NAMES, parse_aus
 from au_attention_processor import pack_au_tensors
@@ -819,6 +820,21 @@ def test_a_refiner_goes_on_from_where_the_pipeline_stopped(tiny_pipe):
     options = {"denoising_start": 0.5, "num_inference_steps": 4, "output_type": "latent", "guidance_scale": 5.0}
     found = refiner(PROMPT, image=half, cross_attention_kwargs=au_kwargs, **options).images
     assert_close(found, whole, 1e-3)
+
+
+def test_an_ip_adapter_beside_the_aus(tiny_pipe):
+    alone = draw(tiny_pipe, aus=SMILE)
+    weights = make_ip_adapter(tiny_pipe.unet)
+    tiny_pipe.load_ip_adapter(weights, subfolder="", weight_name="", image_encoder_folder=None)
+    embeds = [torch.randn(2, 1, IMAGE_DIM, generator=torch.Generator().manual_seed(0))]
+    both = draw(tiny_pipe, aus=SMILE, ip_adapter_image_embeds=embeds)
+    for options in ({"aus": "1+4"}, {"ip_adapter_image_embeds": [embeds[0].flip(0)]}, {"aus": None}):
+        options = {"aus": SMILE, "ip_adapter_image_embeds": embeds, **options}
+        assert not torch.allclose(draw(tiny_pipe, **options), both, atol=1e-3)
+    joint = draw(tiny_pipe, aus=SMILE, ip_adapter_image_embeds=embeds, guidance_scale=4.0, au_guidance_scale=4.0)
+    assert_close(joint, draw(tiny_pipe, aus=SMILE, ip_adapter_image_embeds=embeds, guidance_scale=4.0))
+    tiny_pipe.set_ip_adapter_scale(0.0)
+    assert_close(draw(tiny_pipe, aus=SMILE, ip_adapter_image_embeds=embeds), alone)
 
 
 @pytest.mark.parametrize("family", ["sdxl"], indirect=True)
