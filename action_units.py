@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
 
-# Intensities beyond FACS extrapolate (paper Fig. 8); past this size a number is more likely a slip than a wish.
+# Intensities beyond FACS extrapolate (paper Fig. 8). A number beyond this limit is more likely a typing error.
 MAX_INTENSITY = 10
 
 GRADES = {"A": 1, "B": 2, "C": 3, "D": 4, "E": 5}
@@ -45,9 +45,8 @@ AU_NAMES = ("AU1", "AU2", "AU4", "AU5", "AU6", "AU9", "AU12", "AU15", "AU17", "A
 @dataclass(frozen=True)
 class ActionUnit:
     """
-    One AU: its `name` ("AU12"), FACS name, muscles, the facial `region` it moves, and a `hint` in plain words; whether
-    it is `sided`, which means that one side of the face can do it alone; and the names of its `antagonists`, which
-    move the same part of the face the other way.
+    One AU of FACS. `hint` describes the movement in plain words. `sided` says whether one side of the face can make it
+    alone. `antagonists` names the AUs that move the same part of the face the other way.
     """
 
     name: str
@@ -74,8 +73,8 @@ def _action_unit(number: int, facs_name: str, muscles: str, region: str, hint: s
     return ActionUnit(f"AU{number}", facs_name, muscles, region, hint, number in _SIDED, names)
 
 
-# The numbers are those of FACS, which has no 3 and no 40. Its edition of 2002 scores AU41 and AU42 as weak AU43, and
-# AU44 as AU7; they stay here because detectors and older codings use them.
+# FACS has no AU3 and no AU40. Its edition of 2002 scores AU41 and AU42 as weak AU43, and AU44 as AU7; the table keeps
+# these three because detectors and older codings use them.
 ACTION_UNITS = tuple(
     _action_unit(*row)
     for row in (
@@ -142,7 +141,7 @@ ACTION_UNITS = tuple(
 
 _BY_NAME = {unit.name: unit for unit in ACTION_UNITS}
 
-# Every AU of FACS, each side by itself where it has sides.
+# Every AU of FACS; a sided AU appears as its left and its right name.
 ALL_AU_NAMES = tuple(f"{unit.name}{side}" for unit in ACTION_UNITS for side in ("LR" if unit.sided else ("",)))
 _MIRRORED = {"L": "R", "R": "L", "AU51": "AU52", "AU55": "AU56", "AU61": "AU62"}
 _MIRRORED |= {right: left for left, right in _MIRRORED.items()}
@@ -150,11 +149,11 @@ _MIRRORED |= {right: left for left, right in _MIRRORED.items()}
 
 def au_columns(au_names: Sequence[str]) -> Mapping[str, tuple[int, ...]]:
     """
-    The columns of a vector of AUs by name. In a list with `AU12L` and `AU12R`, `AU12` is both of their columns.
+    Map each name to its columns in a vector of AUs. If `au_names` has `AU12L` and `AU12R`, `AU12` maps to both.
 
     Raises:
-        ValueError: if `au_names` is no list of different canonical names of AUs that FACS has, has an AU both with and
-            without sides, or one side without the other.
+        ValueError: if `au_names` is empty, holds a name twice, a name that is not a canonical AU of FACS, an AU both
+            with and without sides, or one side without the other.
 
     Example:
         >>> au_columns(("AU12L", "AU12R", "AU26"))
@@ -196,16 +195,16 @@ def whole_au(name: str) -> str:
 
 
 def action_units_of(au_names: Sequence[str] = AU_NAMES) -> tuple[ActionUnit, ...]:
-    """The AUs of an adapter in its order. One with two sides is there once."""
+    """The AUs of an adapter in its order. An AU with two sides appears once."""
     au_columns(au_names)
     return tuple(_BY_NAME[name] for name in dict.fromkeys(map(whole_au, au_names)))
 
 
 def au_projection(from_names: Sequence[str], to_names: Sequence[str]) -> "torch.Tensor":
     r"""
-    The matrix that takes one list of AUs to another: `intensities @ au_projection(from_names, to_names)`.
+    The matrix that converts intensities between two lists of AUs: `intensities @ au_projection(from_names, to_names)`.
 
-    An AU sets both of its sides, two sides give their mean, and what `from_names` does not have is 0.
+    An AU sets both of its sides, two sides give their mean, and an AU that `from_names` does not have is 0.
 
     Returns:
         `torch.Tensor` of shape `(len(from_names), len(to_names))`, `float32`.
@@ -229,11 +228,11 @@ def au_projection(from_names: Sequence[str], to_names: Sequence[str]) -> "torch.
 
 def mirrored_columns(au_names: Sequence[str]) -> list[int]:
     """
-    The order of columns of the same face in a mirror: left and right have changed places, also in turns of head and
+    The order of columns that describes the mirrored face: left and right change places, also in turns of head and
     eyes.
 
     Raises:
-        ValueError: if the mirrored turn of one of `au_names` is not among them.
+        ValueError: if `au_names` has a turn of head or eyes but not the opposite turn.
 
     Example:
         >>> mirrored_columns(("AU1", "AU12L", "AU12R"))
@@ -252,8 +251,8 @@ def mirrored_columns(au_names: Sequence[str]) -> list[int]:
 @dataclass(frozen=True)
 class Preset:
     """
-    A named expression: FACS intensities by AU name, and where they are taken from or why. A preset with the name of
-    one side needs an adapter that moves this side alone.
+    A named expression: FACS intensities by AU name, and their `source`, a study or a reason. A preset that names one
+    side of an AU needs an adapter that moves this side alone.
     """
 
     aus: dict[str, float]
@@ -261,17 +260,17 @@ class Preset:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """The names of the AUs that an adapter must know to draw it."""
+        """Names of the AUs that an adapter must know to draw this preset."""
         return tuple(self.aus)
 
     def missing_aus(self, au_names: Sequence[str] = AU_NAMES) -> list[str]:
-        """Those that it needs and an adapter with `au_names` does not have."""
+        """Names of the AUs that this preset needs but an adapter with `au_names` does not have."""
         known = au_columns(au_names)
         return [name for name in self.aus if name not in known]
 
 
 def available_presets(au_names: Sequence[str] = AU_NAMES) -> dict[str, Preset]:
-    """Those of `PRESETS` that an adapter with `au_names` can draw."""
+    """The `PRESETS` that an adapter with `au_names` can draw."""
     return {name: preset for name, preset in PRESETS.items() if not preset.missing_aus(au_names)}
 
 
@@ -282,9 +281,9 @@ def _preset(facs: str, source: str) -> Preset:
 
 def _compound(prototype: str, variants: str) -> Preset:
     """
-    A compound emotion of Du, Tao & Martinez (PNAS 2014), Table 1: `prototype` AUs, which most people showed, at D, and
-    `variants`, which some people added, at B. AUs that the model has not are left out; a prototypical AU10 (upper lip
-    raiser) leaves its place to AU9, the other muscle of disgust, at C.
+    A compound emotion of Du, Tao & Martinez (PNAS 2014), Table 1. The `prototype` AUs, which most people showed, get
+    grade D; the `variants`, which some people added, get B. AUs outside the paper's twelve are left out, and AU9 at C
+    replaces a prototypical AU10 (upper lip raiser), because both muscles serve disgust.
     """
     prototype_numbers = prototype.split("+")
     grades = dict.fromkeys(variants.split("+"), "B") | dict.fromkeys(prototype_numbers, "D")
@@ -300,14 +299,14 @@ def _compound(prototype: str, variants: str) -> Preset:
 
 PRESETS = {
     "neutral": _preset("", "FACS: no AU is active."),
-    # The six basic emotions and contempt: EMFACS prototypes (Friesen & Ekman 1983) as far as the 12 AUs go.
+    # The six basic emotions and contempt follow the EMFACS prototypes (Friesen & Ekman 1983) as far as 12 AUs allow.
     "happy": _preset("6D+12D", "EMFACS 6+12, the Duchenne smile."),
     "sad": _preset("1D+4C+15D", "EMFACS 1+4+15."),
     "surprised": _preset("1D+2D+5B+25C+26D", "EMFACS 1+2+5B+26; AU25 because a dropped jaw parts the lips."),
     "fearful": _preset("1D+2D+4C+5D+20D+25C+26B", "EMFACS 1+2+4+5+7+20+26, without AU7; AU25 as in 'surprised'."),
     "angry": _preset("4E+5C+17C", "EMFACS 4+5+7+23. AU7 and 23 are missing; AU17 presses the lips in their place."),
     "disgusted": _preset("9D+15B+17C", "EMFACS 9+15+16. AU16 is missing; AU17 as in Du et al. 2014: 9+10+17."),
-    # Contempt is one-sided and needs AU14; 12 symmetric AUs can only say its mood.
+    # Contempt is one-sided and needs AU14, so 12 symmetric AUs can only come near it.
     "contemptuous": _preset("4A+12A+17B", "EMFACS R12A+R14A, here two-sided without AU14: faint smile, raised chin."),
     "happily surprised": _compound("1+2+12+25", "5+26"),
     "happily disgusted": _compound("10+12+25", "4+6+9"),
@@ -324,7 +323,7 @@ PRESETS = {
     "appalled": _compound("4+10", "6+9+17+24"),
     "hatred": _compound("4+10", "7+9+17+24"),
     "awed": _compound("1+2+5+25", "4+20+26"),
-    # Faces that no emotion word covers. Where no study is named, the reason is the movement itself.
+    # These faces have no emotion word. If `source` names no study, it describes the movement.
     "amazed": _preset("1D+2D+5C+12B+25D+26D", "'surprised' at its widest, with the trace of a welcoming smile."),
     "bittersweet": _preset("1C+6B+12C+15B", "The brow of 'sad' over a smile that the mouth corners resist."),
     "bored": _preset("1A+15B+17B", "A slack, sinking mouth under idle brows. The drooping lids (AU43) are missing."),
@@ -350,7 +349,7 @@ PRESETS = {
     "squinting": _preset("4B+6E+9A", "Eyes narrowed against light. AU7 is missing; AU6 narrows them from below."),
     "tired": _preset("1B+15A+25B+26B", "Muscles let go: the jaw hangs a little and the corners sink."),
     "worried": _preset("1D+4C+20A", "Darwin 1872, ch. 7: the grief muscles, inner brows up and together."),
-    # Faces that need other AUs than the paper's twelve, or one side alone. Left and right are the person's own.
+    # These faces need AUs beyond the paper's twelve, or one side alone. Left and right are the person's own.
     "contempt": _preset("R12B+R14C", "Ekman & Friesen 1986: R14 with R12; EMFACS prints R12A+R14A, hardly visible."),
     "smirk": _preset("R12D", "FACS scores a smile of one side by itself: R12."),
     "wink": _preset(
@@ -395,13 +394,13 @@ def parse_aus(
             - string in FACS notation: `"6C+12D"`, `"L12C+R4B"`, `"AU6 AU12"`. Grades A–E are 1–5, a bare AU is C = 3.
             - string with a preset: `"polite smile"`, `"polite_smile"`, at half strength `"polite smile@0.5"`.
               `"neutral"` and `""` are the neutral face.
-            - string that mixes presets and AUs: `"happy@0.5 + AU4=2"`, `"surprised@0.5 + happy@0.5 + 26C"`. An AU that
-              several of the presets move, or a preset and the AUs beside it, gets the sum.
+            - string that mixes presets and AUs: `"happy@0.5 + AU4=2"`, `"surprised@0.5 + happy@0.5 + 26C"`. If several
+              parts of the mixture move the same AU, it gets their sum.
             - numbers: `(n,)` or `(batch, n)` in the order of `au_names`. A flat list of numbers is one expression.
 
             `AU12` means both sides where `au_names` has `AU12L` and `AU12R`.
         argument (`str`, defaults to `"aus"`):
-            What error messages call the input.
+            Name of the input in error messages.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The AUs of the adapter, see `au_columns`.
 
@@ -410,9 +409,9 @@ def parse_aus(
         outside [0, 5] extrapolate.
 
     Raises:
-        ValueError: if the input has another form, names an AU, side, preset or grade that is unknown, a preset whose
-            AUs the adapter does not have, gives an AU twice (`AU12` and `AU12L` too), or holds a number that is not
-            finite or beyond ±`MAX_INTENSITY`.
+        ValueError: if the input has another form; names an unknown AU, side, preset or grade; names a preset that the
+            adapter cannot draw; gives an AU twice (`AU12` and `AU12L` count as the same); or holds a number that is
+            not finite or beyond ±`MAX_INTENSITY`.
 
     Example:
         >>> parse_aus("6+12E")[0, [4, 6]]
@@ -424,7 +423,7 @@ def parse_aus(
 
 
 def read_aus(aus, argument: str = "aus", au_names: Sequence[str] = AU_NAMES) -> list[list[float]]:
-    """What `parse_aus` reads, as lists of numbers. It does not import torch."""
+    """Read AUs like `parse_aus`, but return lists of numbers and do not import torch."""
     au_names = tuple(au_names)
     values = _without_arrays(aus, argument, au_names)
     if not isinstance(values, list | tuple) or _are_numbers(values):
@@ -474,12 +473,12 @@ def extract_au_tags(
 
     A tag is text in angle brackets that starts with an AU (`<AU6=3 AU12=5>`, `<AU12D>`), joins FACS items by plus
     (`<6C+12D>`, `<L12C+R4B>`), starts with a number and an equals sign (`<6=3 12L=5>`), or is a preset (`<doubtful>`),
-    a name with a strength (`<doubtful@0.5>`), or a mixture that starts with one (`<happy@0.5 + AU4=2>`). All other
-    brackets stay: `<my-token>`, `<sks>`, `<2d>`, `<lora:x:1>`. So do those among `words`, the tokens that a tokenizer
-    was taught (`<happy>`), and without `with_presets` those that only the name of a preset makes a tag.
+    a name with a strength (`<doubtful@0.5>`), or a mixture that starts with a preset (`<happy@0.5 + AU4=2>`). Other
+    brackets stay in the prompt: `<my-token>`, `<sks>`, `<2d>`, `<lora:x:1>`. Brackets in `words` stay too; pass the
+    tokens that were added to a tokenizer (`<happy>`). Without `with_presets`, presets stay too.
 
     Returns:
-        The prompt without the tag, and the tag's text for `parse_aus`, or `None` without one.
+        The prompt without the tag, and the tag's text for `parse_aus`, or `None` if there is no tag.
 
     Raises:
         ValueError: if the tag cannot be read as AUs, if `<AU6=…` is not closed, or if there is more than one tag.
@@ -511,7 +510,8 @@ def parse_aus_per_prompt(
     aus, batch_size: int, argument: str = "aus", num_people: int | None = None, au_names: Sequence[str] = AU_NAMES
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""
-    The `aus` of a call of the pipeline: one expression for each prompt, or one for all; None leaves it to the prompt.
+    Read the `aus` of a pipeline call: one expression for each prompt, or one for all. None leaves the face to the
+    prompt.
 
     Args:
         aus (as for `parse_aus`, or None, or a `list` with None in it):
@@ -519,16 +519,16 @@ def parse_aus_per_prompt(
         batch_size (`int`):
             Number of prompts.
         argument (`str`, defaults to `"aus"`):
-            What error messages call the input.
+            Name of the input in error messages.
         num_people (`int`, *optional*):
-            With several people in a picture, one for each person, or one for all people. Then a list of expressions
-            serves all prompts, and a list of such lists, or a tensor of shape `(batch, people, n)`, has one for each.
+            Number of people in a picture. Then a list has one expression for each person and serves all prompts; a
+            list of such lists, or a tensor of shape `(batch, people, n)`, has expressions for each prompt.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The n AUs of the adapter.
 
     Returns:
-        Intensities of shape `(batch_size, n)`, and of shape `(batch_size,)` 1 for each row that has AUs and 0 else.
-        With a number of people, both have a dimension more, after that of the batch.
+        Intensities of shape `(batch_size, n)`, and a mask of shape `(batch_size,)` that is 1 for rows with AUs and 0
+        for rows without. With `num_people`, both have a dimension of people after the batch dimension.
 
     Raises:
         ValueError: as for `parse_aus`, or if the number of expressions fits neither prompts nor people.
@@ -566,15 +566,15 @@ def au_image_embeds(
     dtype: "torch.dtype | None" = None,
 ) -> "list[torch.Tensor]":
     r"""
-    AUs as the `ip_adapter_image_embeds` of a diffusers pipeline that has loaded an adapter of ours exported as an
-    IP-Adapter: its image embedding is the vector of AUs itself.
+    Turn AUs into the `ip_adapter_image_embeds` of a diffusers pipeline. The pipeline must have loaded an adapter of
+    ours that was exported as an IP-Adapter, whose image embedding is the vector of AUs itself.
 
     Args:
         aus (as for `parse_aus`, or None, or a `list` with None in it):
             One expression for each prompt; repeat an expression that several prompts share. None is the neutral face
             here: an IP-Adapter is on or off for the whole call, so no single prompt can go without it.
         negative_aus (as `aus`, *optional*):
-            What the unconditional branch gets, for each prompt or for all; by default the neutral face.
+            AUs of the unconditional branch, for each prompt or for all. The default is the neutral face.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The n AUs of the adapter.
         do_classifier_free_guidance (`bool`, defaults to `True`):
@@ -583,15 +583,15 @@ def au_image_embeds(
         num_people (`int`, *optional*):
             Number of `ip_adapter_masks`; then `aus` is as in `parse_aus_per_prompt`.
         dtype (`torch.dtype`, *optional*):
-            The pipeline's, which does not cast embeddings: `torch.float16` for a pipeline in half precision.
+            The dtype of the pipeline, which does not cast embeddings itself. The default is `torch.float32`.
 
     Returns:
-        A list with one `torch.Tensor`, for one IP-Adapter: of shape `(2 * batch, 1, n)` with guidance, first the
-        negative rows, and else `(batch, 1, n)`; in place of the 1 the number of people.
+        A list with one `torch.Tensor`, for one IP-Adapter. Its shape is `(2 * batch, 1, n)` with guidance, negative
+        rows first, and `(batch, 1, n)` without; with `num_people`, the 1 is the number of people.
 
-        The pipelines of diffusers show all embeddings to every prompt of a call, where they mix: of two expressions
-        each prompt gets the mean. One expression serves all prompts. For different ones, call once for each, or let
-        `au_image_masks` keep them apart.
+        The pipelines of diffusers show all embeddings to every prompt of a call, so different expressions mix: each
+        prompt gets their mean. One expression serves all prompts. For different expressions, make one call for each,
+        or let `au_image_masks` keep them apart.
 
     Raises:
         ValueError: as for `parse_aus_per_prompt`.
@@ -626,20 +626,20 @@ def au_image_masks(
     size: tuple[int, int] = (64, 64),
 ) -> "torch.Tensor":
     r"""
-    Masks that give each prompt of a call of diffusers an expression of its own, as `cross_attention_kwargs=
-    {"ip_adapter_masks": [masks]}` beside `ip_adapter_image_embeds=au_image_embeds(aus, num_people=len(aus))`.
+    Make masks that give each prompt of a diffusers call its own expression. Pass them as `cross_attention_kwargs=
+    {"ip_adapter_masks": [masks]}`, together with `ip_adapter_image_embeds=au_image_embeds(aus, num_people=len(aus))`.
 
     Args:
         num_prompts, num_images_per_prompt (`int`):
-            Those of the call.
+            As in the call.
         do_classifier_free_guidance (`bool`, defaults to `True`):
             Whether the call has guidance.
         size (`tuple[int, int]`, defaults to `(64, 64)`):
-            Height and width in the proportion of the pictures.
+            Height and width, with the aspect ratio of the pictures.
 
     Returns:
-        `torch.Tensor` of shape `(rows, num_prompts, *size)`: a picture that is white for the prompt of the row and
-        black for all others.
+        `torch.Tensor` of shape `(rows, num_prompts, *size)`. In each row, the mask of the row's own prompt is 1 and
+        all other masks are 0.
 
     Example:
         >>> au_image_masks(2, do_classifier_free_guidance=False)[:, :, 0, 0].tolist()
@@ -667,7 +667,7 @@ def _is_for_each_prompt(aus) -> bool:
 def _parse_expressions(
     aus, count: int, argument: str, counted: str, au_names: Sequence[str]
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Intensities `(count, n)` and which rows have AUs `(count,)`."""
+    """Intensities of shape `(count, n)`, and a mask `(count,)` of the rows that have AUs."""
     import torch
 
     if aus is None:
@@ -696,10 +696,10 @@ def _ways_to_write(au_names: tuple[str, ...]) -> str:
 
 
 def _without_arrays(aus, label: str, au_names: tuple[str, ...]):
-    """Tensors and numpy arrays as nested lists, anything else as it is."""
-    torch = sys.modules.get("torch")  # without it there are no tensors
+    """Turn tensors and numpy arrays into nested lists, and return anything else unchanged."""
+    torch = sys.modules.get("torch")  # if nobody imported torch, `aus` is no tensor
     if torch is None or not isinstance(aus, torch.Tensor):
-        # numpy is known by what it can do, so that this file does not need it.
+        # Recognize arrays by their methods, so that this file does not need numpy.
         is_array = hasattr(type(aus), "__array__") and hasattr(type(aus), "tolist") and not isinstance(aus, str)
         return aus.tolist() if is_array else aus
     if aus.is_nested or aus.layout != torch.strided or aus.is_complex() or aus.dtype == torch.bool:
@@ -719,7 +719,7 @@ def _without_arrays(aus, label: str, au_names: tuple[str, ...]):
 
 
 def _parse_one(aus, label: str, au_names: tuple[str, ...]) -> list[float]:
-    """One expression as a number for each of `au_names`."""
+    """Read one expression as one number for each of `au_names`."""
     values = _without_arrays(aus, label, au_names)
     if values is not aus and isinstance(values, list) and values and isinstance(values[0], list):
         if len(values) > 1:
@@ -779,7 +779,7 @@ def _read_preset(text: str, label: str, au_names: tuple[str, ...]) -> list[float
 
 
 def _read_items(text: str, label: str, au_names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    """The AUs of a string without presets and pluses."""
+    """Read the AUs of a string that has no presets and no pluses."""
     if not text:
         return
     name, at, _ = text.partition("@")
@@ -798,7 +798,7 @@ def _read_items(text: str, label: str, au_names: tuple[str, ...]) -> Iterator[tu
 
 
 def _read_assignment(item: str, label: str, au_names: tuple[str, ...]) -> tuple[str, float]:
-    # A bare AU is no assignment: in "AU6=2,5" the 5 ends a number and is not AU5.
+    # A bare AU is not allowed here: in "AU6=2,5" the 5 is more likely a decimal than AU5.
     name, equals, value = item.partition("=")
     number = _to_float(value)
     if not equals or number is None:
@@ -822,7 +822,7 @@ def _read_facs_item(item: str, label: str, au_names: tuple[str, ...]) -> tuple[s
 
 
 def _au_name(name, label: str, au_names: tuple[str, ...]) -> str:
-    """The key of `au_columns` that "AU6", "au06", "6" or 6, for one side "AU12L", "12L" or "L12", stand for."""
+    """The key of `au_columns` for any spelling: "AU6", "au06", "6", 6; with a side "AU12L", "12L", "L12"."""
     if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= name < 1000:
         name = str(name)
     known = ", ".join(au_names)
@@ -847,7 +847,7 @@ def _au_name(name, label: str, au_names: tuple[str, ...]) -> str:
 
 
 def _nearest_au(whole: str, side: str, au_names: tuple[str, ...]) -> str | None:
-    """Of `au_names`, the AU that moves the face most like an AU of FACS; of others the one that is spelled alike."""
+    """The AU in `au_names` that moves the face most like `whole`; if FACS has no `whole`, the closest spelling."""
     unit = _BY_NAME.get(whole)
     if unit is None:
         return next(iter(difflib.get_close_matches(whole, map(whole_au, au_names), n=1, cutoff=0.7)), None)
@@ -865,7 +865,7 @@ def _nearest_au(whole: str, side: str, au_names: tuple[str, ...]) -> str | None:
 
 
 def _place(pairs: Iterable[tuple[str, Real]], label: str, au_names: tuple[str, ...]) -> list[float]:
-    """Checked intensities in the order of `au_names`; the pairs have the keys of `au_columns`."""
+    """Check `pairs`, whose names are keys of `au_columns`, and return intensities in the order of `au_names`."""
     columns, intensities = au_columns(au_names), [None] * len(au_names)
     for name, value in pairs:
         value = _check_intensity(name, value, label)
@@ -880,7 +880,7 @@ def _place(pairs: Iterable[tuple[str, Real]], label: str, au_names: tuple[str, .
 def _check_intensity(name: str, value: Real, label: str) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"`{label}` sets {name} to {_show(value)}. An intensity is a number, such as 2.5.")
-    # Written so that NaN fails too, and on the number itself, which may be too large for a float.
+    # `not … <= …` rejects NaN too. Compare before `float(value)`, which overflows for a huge integer.
     if not -MAX_INTENSITY <= value <= MAX_INTENSITY:
         raise ValueError(
             f"`{label}` sets {name} to {_show(value)}. Intensities are finite and go from 0 (absent) to 5 (grade E); "
@@ -894,7 +894,7 @@ def _are_numbers(values) -> bool:
 
 
 def _to_float(text: str) -> float | None:
-    """Python's reading of a decimal, without its underscores and foreign digits."""
+    """Read a decimal as Python does, but reject underscores and non-ASCII digits."""
     try:
         return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
@@ -906,7 +906,7 @@ def _to_float32(value: float) -> float:
 
 
 def _shortest(value: float) -> str:
-    # Nine significant digits tell all float32 numbers apart.
+    # Nine significant digits distinguish all float32 numbers.
     candidates = (float(f"{value:.{digits}g}") for digits in range(1, 10))
     shortest = next(number for number in candidates if _to_float32(number) == value)
     return repr(shortest).removesuffix(".0")
@@ -936,7 +936,7 @@ def _is_au_tag(content: str, with_presets: bool = True) -> bool:
 
 
 def _show(value) -> str:
-    """A short `repr` for error messages; of an unknown object only its type, as its `repr` may be anything."""
+    """A short `repr` for error messages. An unknown object shows only its type, because its `repr` may be anything."""
     if isinstance(value, str):
         return repr(str(value) if len(value) <= 40 else value[:37] + "...")
     if value is None or isinstance(value, bool):

@@ -8,12 +8,12 @@ AU attention (Eq. 2): beside the text, every cross-attention layer of a UNet att
 The layer then applies its output projection `to_out`, which is affine, so the second term can be added after it, as
 λ_AU · (to_out(Attention(Q, K_AU, V_AU)) - bias). Because of this, `AUAttnProcessor` can extend any processor.
 
-With one AU token, which is what the paper uses, a softmax over one key is 1 whatever the query: the attention is V_AU,
-the same at every position and every denoising step. So its whole term is one vector for each layer and image, which
-`pack_au_tensors` computes once, before the first step. K_AU has no influence then.
+The paper uses one AU token. A softmax over one key is always 1, so the attention is V_AU at every position and every
+denoising step, and K_AU has no influence. The second term is then one vector for each layer and image, and
+`pack_au_tensors` computes it once, before the first step.
 
-Several people in a picture have AUs of their own, each in the region of a mask: then the second term is the sum over
-the people, weighted at each position by their masks.
+If several people in a picture have their own AUs, each in the region of a mask, the second term is the sum over the
+people, weighted at each position by their masks.
 """
 
 import functools
@@ -32,28 +32,29 @@ from PIL import Image
 from torch import nn
 
 
-# Masks may be drawn for a size that is rounded a little differently.
+# Relative difference between the aspect ratios of mask and picture that is allowed, for sizes that were rounded.
 MAX_MASK_DISTORTION = 0.05
 
 
 class AUAttnProcessor:
     r"""
-    Marks the attention processors that take AUs, and add the AU attention to what they return.
+    Base class of attention processors that take AUs. They add the AU attention to the output of another processor.
 
-    `attach_au_processors` changes the class of each processor in a UNet to one that extends this class and the class
-    that it had. A processor with AUs is still an instance of that class, with its attributes, weights and constructor.
-    It gets no state: where a layer finds its part of the AU tensors is an attribute of the layer, `au_channels`.
+    `attach_au_processors` changes the class of each processor in a UNet to a subclass of this class and of its former
+    class. A processor with AUs is therefore still an instance of its former class, with the same attributes, weights
+    and constructor. It has no state of its own: the slice of the AU tensors that belongs to a layer is an attribute of
+    the layer, `au_channels`.
 
-    Its call takes, beside the arguments of the extended processor:
+    Its call takes these arguments in addition to those of the extended processor:
 
     Args:
         au_residual (`torch.Tensor` of shape `(batch, sum of all widths)`, *optional*):
-            What one AU token adds to each layer's output.
+            The vector that one AU token adds to each layer's output.
         au_keys, au_values (`torch.Tensor` of shape `(batch, num_tokens, sum of all widths)`, *optional*):
             Keys and values for the attention to any number of AU tokens.
         au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
-            Where each person is, in the size of the latents. The tensors above then have a dimension of people after
-            that of the batch.
+            The region of each person, in the size of the latents. The tensors above then have a dimension of people
+            after the batch dimension.
 
     Raises:
         ValueError: if the AU tensors were made for another batch or another size of latents.
@@ -61,7 +62,7 @@ class AUAttnProcessor:
 
 
 class _Signature(inspect.Signature):
-    """A signature with its parameters in a plain dict: torch.compile cannot trace the read-only view of `inspect`."""
+    """A signature with a plain dict of parameters: torch.compile cannot trace the read-only view of `inspect`."""
 
     def __init__(self, parameters: Iterable[inspect.Parameter] = ()):
         super().__init__()
@@ -85,7 +86,7 @@ def _with_aus(processor_class: type) -> type:
         output = processor_class.__call__(self, attn, hidden_states, *args, **kwargs)
         if au_residual is None and au_keys is None:
             return output
-        # The UNet hands its `cross_attention_kwargs` to every layer. Self-attention has no use for the AUs.
+        # The UNet passes its `cross_attention_kwargs` to every layer, and self-attention layers ignore the AUs.
         channels = getattr(attn, "au_channels", None)
         if channels is None:
             return output
@@ -93,7 +94,7 @@ def _with_aus(processor_class: type) -> type:
         if num_rows != output.shape[0]:
             raise ValueError(
                 f"The AU tensors in `cross_attention_kwargs` have {num_rows} rows, but this call of the UNet has"
-                f" {output.shape[0]}. Make them for the call they go into: with its number of prompts as `batch_size`,"
+                f" {output.shape[0]}. Make them with the values of this call: its number of prompts as `batch_size`,"
                 " its `num_images_per_prompt`, its `guidance_scale` (above 1 it has twice the rows) and its"
                 " `pag_scale`."
             )
@@ -108,7 +109,7 @@ def _with_aus(processor_class: type) -> type:
             output = output + _au_attention(attn, hidden_states, au_keys, au_values, weights)
         return output
 
-    # diffusers reads the signature of a layer's processor at each step, and passes on what it names.
+    # diffusers reads the signature of a layer's processor at each step, and passes only arguments that it names.
     parameters = [
         *inspect.signature(processor_class.__call__).parameters.values(),
         *(p for p in inspect.signature(__call__).parameters.values() if p.kind is p.KEYWORD_ONLY),
@@ -119,7 +120,7 @@ def _with_aus(processor_class: type) -> type:
 
 
 class _KeepAUProcessors:
-    """A pre-forward hook for a UNet: whoever replaces its processors, on whatever pipeline, the AUs are not lost."""
+    """A pre-forward hook for a UNet that extends its processors again if a pipeline has replaced them."""
 
     def __init__(self, layers: list[Attention]):
         self.layers = layers
@@ -140,10 +141,10 @@ def au_layers(unet: nn.Module) -> dict[str, int]:
 
 def attach_au_processors(unet: nn.Module) -> None:
     r"""
-    Make the attention processors of `unet` take AUs, now and whenever others are set later.
+    Make the attention processors of `unet` take AUs. Processors that are set later are extended before the next call.
 
     Raises:
-        TypeError: if a processor is no instance of an ordinary Python class, which could be extended.
+        TypeError: if a processor is not an instance of an ordinary Python class, so that it cannot be extended.
     """
     unet = getattr(unet, "_orig_mod", unet)
     layers = dict(_attention_layers(unet))
@@ -155,11 +156,14 @@ def attach_au_processors(unet: nn.Module) -> None:
             _extend_processor(attn)
     if not any(isinstance(hook, _KeepAUProcessors) for hook in unet._forward_pre_hooks.values()):
         unet.register_forward_pre_hook(_KeepAUProcessors(list(layers.values())))
+    if hasattr(unet, "set_default_attn_processor"):
+        unet.set_default_attn_processor = functools.partial(_set_default_attn_processor, unet)
 
 
 def detach_au_processors(unet: nn.Module) -> None:
-    """Give every attention processor of `unet` back the class that it had."""
+    """Give every attention processor of `unet` its former class back."""
     unet = getattr(unet, "_orig_mod", unet)
+    unet.__dict__.pop("set_default_attn_processor", None)
     for key, hook in list(unet._forward_pre_hooks.items()):
         if isinstance(hook, _KeepAUProcessors):
             del unet._forward_pre_hooks[key]
@@ -169,8 +173,17 @@ def detach_au_processors(unet: nn.Module) -> None:
             attn.processor.__class__ = type(attn.processor).__bases__[1]
 
 
+def _set_default_attn_processor(unet: nn.Module) -> None:
+    """Replace the method of `unet`, which rejects every processor that is not exactly of a class of diffusers."""
+    detach_au_processors(unet)
+    try:
+        unet.set_default_attn_processor()
+    finally:
+        attach_au_processors(unet)
+
+
 def _extend_processor(attn: Attention) -> None:
-    # In place: a pipeline may keep the processor that it has set, to read from it or to compare its class.
+    # Change the object in place, because a pipeline may keep the processor that it has set.
     try:
         attn.processor.__class__ = _with_aus(type(attn.processor))
     except TypeError as error:
@@ -180,7 +193,7 @@ def _extend_processor(attn: Attention) -> None:
         ) from error
 
 
-# Under CPU offloading the UNet's weights are elsewhere until its hook runs.
+# With CPU offloading, the hook of `apply_forward_hook` first brings the UNet's weights to the device.
 @apply_forward_hook
 def pack_au_tensors(
     unet: nn.Module,
@@ -194,14 +207,14 @@ def pack_au_tensors(
 ) -> dict[str, torch.Tensor]:
     r"""
     Pack the AU keys and values of all layers into the `cross_attention_kwargs` with which `unet` attends to the AUs.
-    Its AU processors have to be attached. Differentiable.
+    Its AU processors have to be attached. Gradients pass through.
 
-    They are tensors only, and the scale is inside them, so a compiled UNet is not compiled again when AUs or scales
-    change.
+    The result contains only tensors, and they include the scale, so a compiled UNet is not compiled again when AUs or
+    scales change.
 
     Args:
         unet (`UNet2DConditionModel`):
-            The UNet that will be called with them.
+            The UNet that will be called with the result.
         au_keys, au_values (`torch.Tensor` of shape `(batch, num_tokens, sum of all widths)`):
             From an `AUAdapter`.
         au_scale (`float` or `torch.Tensor` of shape `(batch,)`, defaults to 1.0):
@@ -211,8 +224,8 @@ def pack_au_tensors(
         general (`bool`, defaults to `False`):
             Compute the attention also for one token, which gives the same result more slowly.
         au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
-            From `read_au_masks`. The rows of all other tensors are then those of the first picture's people, of the
-            second's, and so on.
+            From `read_au_masks`. The rows of all other tensors are then the people of the first picture, followed by
+            the people of the second, and so on.
 
     Returns:
         `{"au_residual": tensor}` for one token, `{"au_keys": tensor, "au_values": tensor}` otherwise, and `"au_masks"`
@@ -223,12 +236,12 @@ def pack_au_tensors(
     au_scale = torch.as_tensor(au_scale, device=au_values.device).to(dtype).reshape(-1, 1, 1)
     au_keys, au_values = au_keys.to(dtype), au_values.to(dtype)
     layers = [attn for name, attn in sorted(_attention_layers(unet)) if name.endswith(".attn2")]
-    # Group offloading has the weights in place only while the UNet runs, so it is the UNet that has to use them.
+    # With group offloading, the weights are on the device only while the UNet runs, so the UNet has to do the work.
     devices = {attn.to_out[0].weight.device for attn in layers}
     if general or au_values.shape[1] != 1 or devices - {au_values.device, torch.device("meta")}:
         # Attention is linear in its values, so the scale can be applied to them.
         return _with_masks({"au_keys": au_keys, "au_values": au_scale * au_values}, au_masks)
-    # The offset of the affine `to_out` is what it makes of 0, which is the last row.
+    # `to_out` is affine. The row of zeros at the end gives its offset.
     values = F.pad(au_values, (0, 0, 0, 0, 0, 1)).split([attn.inner_dim for attn in layers], dim=-1)
     scale_lora_layers(unet, lora_scale)
     try:
@@ -245,10 +258,10 @@ def read_au_masks(au_masks, batch_size: int, latent_size: tuple[int, int]) -> to
 
     Args:
         au_masks (`torch.Tensor`, `np.ndarray`, `PIL.Image.Image` or `list`):
-            A mask, one for each person, or a list of the latter with an entry for each prompt; as a tensor, of shape
-            `(height, width)`, `(people, height, width)` or `(batch or 1, people, height, width)`. It goes from 0
-            (elsewhere) to 1 (the person), in a PIL image from black to white. It covers the whole picture, in any
-            resolution.
+            One mask, a list with a mask for each person, or a list of such lists with one for each prompt; or a tensor
+            of shape `(height, width)`, `(people, height, width)` or `(batch or 1, people, height, width)`. Values go
+            from 0 (elsewhere) to 1 (the person), in a PIL image from black to white. A mask covers the whole picture,
+            in any resolution.
         batch_size (`int`):
             Number of prompts.
         latent_size (`tuple[int, int]`):
@@ -279,8 +292,8 @@ def read_au_masks(au_masks, batch_size: int, latent_size: tuple[int, int]) -> to
     distortion = masks.shape[-1] / masks.shape[-2] * latent_size[0] / latent_size[1]
     if abs(distortion - 1) > MAX_MASK_DISTORTION:
         raise ValueError(
-            f"`au_masks` are {masks.shape[-1]}×{masks.shape[-2]} wide and high, which is another shape than the"
-            " picture has. Masks cover the whole picture: draw them in its `width` and `height`."
+            f"`au_masks` are {masks.shape[-1]}×{masks.shape[-2]} wide and high, but the picture has another shape."
+            " Masks cover the whole picture: draw them in its `width` and `height`."
         )
     return F.interpolate(masks, latent_size, mode="area").expand(batch_size, -1, -1, -1)
 
@@ -316,7 +329,7 @@ def _with_masks(tensors: dict[str, torch.Tensor], au_masks: torch.Tensor | None)
 
 
 def _query_weights(au_masks: torch.Tensor, num_queries: int) -> torch.Tensor:
-    """How much each position of a layer belongs to each person: `(batch, num_queries, people)`."""
+    """The weight of each person at each position of a layer, of shape `(batch, num_queries, people)`."""
     height, width = au_masks.shape[-2:]
     while height * width > num_queries:
         height, width = (height + 1) // 2, (width + 1) // 2  # the UNet's downsampling rounds up
@@ -328,12 +341,12 @@ def _query_weights(au_masks: torch.Tensor, num_queries: int) -> torch.Tensor:
 
 
 def _attention_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Attention]]:
-    """The attention layers of a UNet by name. It is walked before every call, so no deeper than needed."""
-    # torch.compile(unet) is a module around the UNet, and would put its own name before the others.
+    """The attention layers of a UNet by name. This runs before every call, so it skips what is inside these layers."""
+    # torch.compile(unet) wraps the UNet in a module whose name would come before all others.
     for name, child in getattr(module, "_orig_mod", module).named_children():
         if isinstance(child, Attention):
             yield prefix + name, child
-        # An IP-Adapter's image projection may hold attention layers that get no `cross_attention_kwargs`.
+        # Skip an IP-Adapter's image projection, whose attention layers get no `cross_attention_kwargs`.
         elif prefix or name in ("down_blocks", "mid_block", "up_blocks"):
             yield from _attention_layers(child, f"{prefix}{name}.")
 
@@ -356,7 +369,7 @@ def _au_attention(
     if weights is None:
         attended = attend(au_keys, au_values)
     else:
-        # `to_out` is affine, so it can follow the sum.
+        # `to_out` is affine, so it is applied once, after the sum.
         people = zip(weights.unbind(-1), au_keys.unbind(1), au_values.unbind(1), strict=True)
         attended = sum(weight[..., None] * attend(key, value) for weight, key, value in people)
     offset = attn.to_out[0](attended.new_zeros(1, 1, attended.shape[-1]))

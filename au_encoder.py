@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The trained part of FineFace outside the UNet: the AU encoder (Table 2), the keys and values that every cross-attention
-layer gets from it (Eq. 2), and the files they are kept in.
+The trained part of FineFace outside the UNet: the AU encoder (Table 2), the keys and values that it gives to every
+cross-attention layer (Eq. 2), and the files that hold both.
 """
 
 import copy
@@ -32,9 +32,9 @@ from torch import nn
 
 
 ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual", "direct")
-# With one token of these, the values of every layer are an affine map of the intensities: see `AUAdapter.fold`.
+# With one token of these types, the values of every layer are an affine map of the intensities: see `AUAdapter.fold`.
 AFFINE_ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "direct")
-# More than FACS has on both sides of a face, and more than any encoder has been tried with.
+# Limits against damaged configs: FACS has fewer AUs, and no encoder was tried with more tokens or wider layers.
 MAX_NUM_AUS, MAX_NUM_TOKENS, MAX_HIDDEN_DIM = 256, 256, 8192
 KV_INITS = ("text", "random", "zero")
 
@@ -43,12 +43,12 @@ ENCODER_CONFIG_NAME = f"{ENCODER_FOLDER}/config.json"
 ENCODER_WEIGHTS_NAME = f"{ENCODER_FOLDER}/diffusion_pytorch_model.safetensors"
 ATTN_PROCESSORS_NAME = "au_attn_processors.safetensors"
 LORA_WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-# The layout of the published original.
+# File names of the weights that the paper's authors published.
 ORIGINAL_ENCODER_NAME = "au_encoder.ckpt"
 ORIGINAL_ATTN_PROCESSORS_NAME = "attn_processors.ckpt"
-# The layout that `load_ip_adapter` of diffusers reads.
+# File name of an adapter that `load_ip_adapter` of diffusers reads.
 IP_ADAPTER_NAME = "au_ip_adapter.safetensors"
-# How `image_proj` of such a file is laid out, if it is an IP-Adapter-FaceID as diffusers knows them.
+# Keys of `image_proj` in the IP-Adapter-FaceID layout of diffusers.
 IP_ADAPTER_PROJECTION_KEYS = (
     "proj.0.weight",
     "proj.0.bias",
@@ -58,6 +58,8 @@ IP_ADAPTER_PROJECTION_KEYS = (
     "norm.bias",
 )
 FACE_ID_DIM = 512
+# A larger scale numerator in the metadata of a LoRA is damage: PEFT computes `lora_alpha / r`.
+MAX_LORA_ALPHA = 1e6
 
 
 class AUEncoder(ModelMixin, ConfigMixin):
@@ -76,23 +78,23 @@ class AUEncoder(ModelMixin, ConfigMixin):
 
     Args:
         num_aus (`int`, *optional*):
-            How many AUs the model knows; by default as many as `au_names` has, and 12 without.
+            Number of AUs. The default is the length of `au_names`, or 12 without names.
         cross_attention_dim (`int`, defaults to 1024):
             Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x.
         encoder_type (`str`, defaults to `"res_mlp64"`):
             One of `"none"`, `"mlp"`, `"res_mlp"`, `"res_mlp64"`, `"res_3mlp"`, `"individual"`, `"direct"`.
         num_tokens (`int`, defaults to 1):
-            Tokens for each face. The paper uses one. With `"none"`, which has no weights to tell them apart, all are
-            the same. `"direct"` has one.
+            Tokens for each face. The paper uses one. With `"none"`, all tokens are the same, because this type has no
+            weights. `"direct"` has one.
         hidden_dim (`int`, defaults to 64):
             Number of features in `"res_mlp64"`, and width of the hidden layers in `"res_3mlp"` and `"individual"`.
         au_names (`list[str]`, *optional*):
             The names of the AUs in the order of the intensities: `"AU12"` for both sides of the face, or `"AU12L"` and
-            `"AU12R"` for each. None, which files from before this option have, stands for the paper's twelve.
+            `"AU12R"` for each side. None stands for the paper's twelve; files from before this option have None.
 
     Raises:
         ValueError: if the encoder type is unknown, the parts do not fit into `cross_attention_dim`, or `au_names` is
-            no list of `num_aus` different names.
+            not a list of `num_aus` different names.
     """
 
     @register_to_config
@@ -137,7 +139,7 @@ class AUEncoder(ModelMixin, ConfigMixin):
 
     @property
     def token_dim(self) -> int:
-        """Width of a token: that of the text embedding, but for `"direct"`."""
+        """Width of a token: `num_aus + 1` for `"direct"`, otherwise the width of the text embedding."""
         return self.config.num_aus + 1 if self.config.encoder_type == "direct" else self.config.cross_attention_dim
 
     def forward(self, au_intensities: torch.Tensor) -> torch.Tensor:
@@ -172,7 +174,7 @@ def _two_layers(in_features: int, hidden_dim: int, out_features: int) -> nn.Sequ
 
 
 def _check_au_names(num_aus: int | None, au_names: Sequence[str] | None) -> tuple[int, list[str] | None]:
-    """The number of AUs and their names, None if the names are not known."""
+    """Return the number of AUs and their names, or None for unknown names."""
     if au_names is None:
         return 12 if num_aus is None else num_aus, None
     is_list = isinstance(au_names, list | tuple) and all(isinstance(name, str) for name in au_names)
@@ -193,12 +195,12 @@ def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens,
             raise ValueError(f"`{name}` has to be a positive integer, but is {size!r}.")
     limits = {"num_aus": MAX_NUM_AUS, "num_tokens": MAX_NUM_TOKENS, "hidden_dim": MAX_HIDDEN_DIM}
     for name, limit in limits.items():
-        # A damaged or hostile config must not take minutes and gigabytes before its tensors are looked at.
+        # A damaged or hostile config must not cost minutes and gigabytes before its tensors are checked.
         if sizes[name] > limit:
             raise ValueError(f"`{name}` goes up to {limit}, but is {sizes[name]}.")
     if encoder_type == "direct" and num_tokens > 1:
         raise ValueError(f"`num_tokens` is {num_tokens}, but the encoder type 'direct' has one token, without keys.")
-    # What stands in a token beside the zeros. A residual encoder without room for one feature is no such encoder.
+    # Features beside the intensities that a token must have room for. A residual encoder needs at least one.
     features = {"none": 0, "res_mlp": 1, "res_mlp64": hidden_dim, "res_3mlp": 1}
     if encoder_type in features and num_aus + features[encoder_type] > cross_attention_dim:
         raise ValueError(
@@ -210,16 +212,17 @@ def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens,
 
 class AUAdapter(ModelMixin, ConfigMixin):
     r"""
-    Everything that FineFace trains outside the LoRA: the AU encoder, and the projections to keys and values of all
-    cross-attention layers of a UNet (Eq. 2), packed into one linear layer for keys and one for values.
+    Everything that FineFace trains outside the LoRA: the AU encoder and the projections to keys and values for all
+    cross-attention layers of a UNet (Eq. 2). One linear layer packs all keys, and another all values.
 
-    It is a component of the pipeline, so it is moved, cast, offloaded and saved like any other model. The UNet's
-    attention processors own no weights.
+    The adapter is a component of the pipeline, so it is moved, cast, offloaded and saved like any other model. The
+    UNet's attention processors own no weights.
 
     Args:
         layers (`dict[str, int]`):
             Inner width of each cross-attention layer by its name in the UNet, for instance
-            `{"mid_block.attentions.0.transformer_blocks.0.attn2": 1280}`. They are packed in the order of their names.
+            `{"mid_block.attentions.0.transformer_blocks.0.attn2": 1280}`. Layers are packed in the order of their
+            names.
         cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names:
             See [`AUEncoder`].
     """
@@ -240,11 +243,11 @@ class AUAdapter(ModelMixin, ConfigMixin):
         self.register_to_config(num_aus=num_aus, au_names=au_names)
         if not layers:
             raise ValueError("`layers` is empty: an AU adapter needs at least one cross-attention layer.")
-        # A saved config comes back sorted by key, so only the sorted order is the same before and after.
+        # Saving sorts the config by key, so the layers are sorted here too: the order is the same after loading.
         self.layers = dict(sorted(layers.items()))
         self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim, au_names)
         token_dim, width = self.encoder.token_dim, sum(layers.values())
-        # With one token, keys have no influence. The paper's encoders have them in their files all the same.
+        # With one token, keys have no influence, but the paper's files contain them.
         self.to_k_au = None if encoder_type == "direct" else nn.Linear(token_dim, width, bias=False)
         self.to_v_au = nn.Linear(token_dim, width, bias=False)
 
@@ -260,15 +263,15 @@ class AUAdapter(ModelMixin, ConfigMixin):
         au_names: Sequence[str] | None = None,
     ) -> "AUAdapter":
         """
-        A new adapter for `unet`.
+        Create an untrained adapter for `unet`.
 
         Args:
             num_aus, encoder_type, num_tokens, hidden_dim, au_names:
                 See [`AUEncoder`].
             kv_init (`str`, defaults to `"text"`):
-                How keys and values start: `"text"` as copies of the text's, as in the paper's code; `"random"`; or
-                `"zero"`, with values of 0, so that the AUs add nothing yet. `"direct"` starts as the fold of a new
-                `"res_mlp64"` adapter: the same AUs add the same.
+                Initial keys and values: `"text"` copies those of the text, as the paper's code does; `"random"` draws
+                them; `"zero"` sets the values to 0, so that the AUs add nothing yet. A `"direct"` adapter starts as
+                the fold of a new `"res_mlp64"` adapter, so both add the same.
 
         Raises:
             ValueError: for another `kv_init`.
@@ -302,8 +305,8 @@ class AUAdapter(ModelMixin, ConfigMixin):
                 FACS intensities: 0 is absent, 5 is grade E.
 
         Returns:
-            `(au_keys, au_values)`, each of shape `(batch, num_tokens, sum(layers.values()))`: those of all layers side
-            by side, in the order of their names.
+            `(au_keys, au_values)`, each of shape `(batch, num_tokens, sum(layers.values()))`. All layers stand side by
+            side, in the order of their names.
         """
         au_hidden_states = self.encoder(au_intensities).to(self.to_v_au.weight.dtype)
         au_values = self.to_v_au(au_hidden_states)
@@ -319,19 +322,18 @@ class AUAdapter(ModelMixin, ConfigMixin):
         r"""
         This adapter with the encoder type `"direct"`, on the CPU, in its dtype.
 
-        A token that is affine in the intensities, A·au + c, has the values W_v·(A·au + c) = (W_v·A)·au + W_v·c, and
-        its keys have no influence. So W_v·A and W_v·c say all: the sums are formed in double precision here, and then
-        rounded once.
+        A token A·au + c that is affine in the intensities has the values W_v·(A·au + c) = (W_v·A)·au + W_v·c, and its
+        keys have no influence. So W_v·A and W_v·c are enough. They are computed in double precision and rounded once.
 
         Raises:
-            ValueError: if the values are not affine in the intensities: other encoders, or several tokens.
+            ValueError: if the values are not affine in the intensities, see `is_affine`.
         """
         if not self.is_affine:
             encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
             what = f"{num_tokens} tokens" if num_tokens != 1 else f"the encoder {encoder_type!r}"
             raise ValueError(
-                f"This adapter has {what}, so what it adds is no affine map of the AU intensities, as folding and"
-                " IP-Adapters need it. Train one with one token of"
+                f"This adapter has {what}, so what it adds is no affine map of the AU intensities, but folding and"
+                " IP-Adapters need one. Train an adapter with one token of"
                 f" {', '.join(map(repr, AFFINE_ENCODER_TYPES))}, or use this adapter with FineFacePipeline."
             )
         tokens = _affine_map(self.encoder)
@@ -343,7 +345,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
         return folded
 
     def attn_processors_state_dict(self) -> dict[str, torch.Tensor]:
-        """The keys and values of each layer by the names they have in a file, as views: nothing is copied."""
+        """The keys and values of each layer by their names in a file. They are views of the packed weights."""
         state_dict = {}
         for name, proj in (("to_k_au", self.to_k_au), ("to_v_au", self.to_v_au)):
             if proj is None:
@@ -359,11 +361,11 @@ class AUAdapter(ModelMixin, ConfigMixin):
         self, state_dict: dict[str, torch.Tensor], source: str | Path = "`state_dict`"
     ) -> None:
         """
-        Copy the keys and values of each layer from `state_dict`. `source` is what an error calls it.
+        Copy the keys and values of each layer from `state_dict`. Error messages call it `source`.
 
         Raises:
-            ValueError: if a tensor is missing, unexpected, misshapen or not finite. Then nothing has been copied, but
-                in the last case.
+            ValueError: if a tensor is missing, unexpected, misshapen or not finite. Nothing has been copied then,
+                except if a tensor is not finite.
         """
         targets = self.attn_processors_state_dict()
         check_tensors(state_dict, {key: tuple(tensor.shape) for key, tensor in targets.items()}, source)
@@ -377,7 +379,7 @@ def _affine_map(encoder: AUEncoder) -> torch.Tensor:
     """(A | c) of the one token A·au + c of an affine encoder, `(token_dim, num_aus + 1)`, in double precision."""
     encoder = copy.deepcopy(encoder).cpu().double()
     num_aus = encoder.config.num_aus
-    tokens = encoder(torch.cat([torch.eye(num_aus), torch.zeros(1, num_aus)]))[:, 0]  # those of each AU alone, of none
+    tokens = encoder(torch.cat([torch.eye(num_aus), torch.zeros(1, num_aus)]))[:, 0]  # of each AU alone, then of none
     return torch.cat([tokens[:-1] - tokens[-1], tokens[-1:]]).T
 
 
@@ -389,8 +391,8 @@ def _affine_map(encoder: AUEncoder) -> torch.Tensor:
 @dataclass(frozen=True)
 class AdapterFiles:
     """
-    The files of one adapter. The published original has no `encoder_config`. In the layout of an IP-Adapter, all but
-    the LoRA is in `attn_processors`. `lora` is None without a LoRA.
+    The files of one adapter. The weights of the paper's authors have no `encoder_config`. In the layout of an
+    IP-Adapter, `attn_processors` holds everything except the LoRA. `lora` is None without a LoRA.
     """
 
     attn_processors: Path
@@ -420,19 +422,18 @@ def find_adapter_files(
     optional: bool = False,
 ) -> AdapterFiles | None:
     r"""
-    Find an adapter in a folder or a Hub repository, in our layout, in that of the published original, or in that of an
-    IP-Adapter. If there are several, the first of these is taken.
+    Find an adapter in a folder or a Hub repository. It may have our layout, the layout of the paper's authors, or that
+    of an IP-Adapter; if several are there, the first in this order is taken.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`):
-            A folder, the id of a Hub repository, or a file `au_ip_adapter.safetensors`, by whatever name.
+            A folder, the id of a Hub repository, or a `.safetensors` file in the layout of an IP-Adapter.
         variant (`str`, *optional*):
-            Of the original layout, take the files whose names begin with it: `"sd15"` for `sd15_au_encoder.ckpt`.
+            Prefix of file names in the layout of the paper's authors: `"sd15"` for `sd15_au_encoder.ckpt`.
         subfolder, revision, token, cache_dir, force_download, local_files_only:
-            As in `huggingface_hub.hf_hub_download`. A folder uses the first alone.
-
+            As in `huggingface_hub.hf_hub_download`. For a folder, only `subfolder` matters.
         optional (`bool`, defaults to `False`):
-            Return None if there is no adapter, instead of raising an error.
+            Return None instead of raising an error if there is no adapter.
 
     Raises:
         OSError: if there is no adapter, or only a part of one, or the Hub repository cannot be reached.
@@ -500,8 +501,8 @@ def find_adapter_files(
 
 def find_adapter_beside(base: str | os.PathLike, **hub_options) -> AdapterFiles | None:
     r"""
-    Find the adapter that a pipeline saved beside its base model, or None. At a Hub repository without one, this asks
-    for a single file.
+    Find the adapter that a pipeline saved beside its base model, or None. If a Hub repository has no adapter, this
+    sends one request.
 
     Args:
         base (`str` or `os.PathLike`):
@@ -531,7 +532,7 @@ def remove_au_adapter(folder: str | os.PathLike) -> None:
     """Remove the files of an adapter that `write_au_adapter` wrote into `folder`, if there are any."""
     folder = Path(folder)
     if (folder / ATTN_PROCESSORS_NAME).is_file():
-        # Without this file a folder is no adapter.
+        # The first file goes first: without it, a folder is no adapter.
         for name in (ATTN_PROCESSORS_NAME, LORA_WEIGHTS_NAME, ENCODER_WEIGHTS_NAME, ENCODER_CONFIG_NAME):
             (folder / name).unlink(missing_ok=True)
         if not any((folder / ENCODER_FOLDER).iterdir()):
@@ -548,8 +549,8 @@ def read_au_adapter(
         files (`AdapterFiles`):
             From `find_adapter_files`.
         unet (`UNet2DConditionModel`, *optional*):
-            The base it has to fit, and whose dtype it takes. It is only looked at. Without one, the adapter is in
-            `float32`, for a base of whatever layers its files have.
+            The base that the adapter has to fit. It gives the dtype and is not changed. Without `unet`, the adapter is
+            in `float32` and has the layers that its files name.
         layers (`dict[str, int]`, *optional*):
             Inner width of each cross-attention layer of `unet` by its name.
 
@@ -589,7 +590,7 @@ def read_au_adapter(
             adapter = AUAdapter(layers, width, **config)
     except ValueError as error:
         raise ValueError(f"{str(source)!r}: {error}") from error
-    # Each tensor is read from the mapped file into its final place: there is never a second copy in memory.
+    # Each tensor goes from the mapped file straight into its final place, so memory never holds a second copy.
     dtype = torch.float32 if unet is None else unet.dtype
     adapter = nn.Module.to(adapter, dtype).to_empty(device="cpu").eval()
     adapter.load_attn_processors_state_dict(values, files.attn_processors)
@@ -606,15 +607,15 @@ def read_au_adapter(
 
 def ip_adapter_numbers(layers: Iterable[str]) -> dict[str, int]:
     r"""
-    The number by which an IP-Adapter calls each cross-attention layer: its place among all attention layers of the
-    UNet, where every cross-attention layer follows its self-attention.
+    The number of each cross-attention layer in the file of an IP-Adapter: the layer's index among all attention layers
+    of the UNet, where every cross-attention layer follows its self-attention.
 
     Args:
         layers (`Iterable[str]`):
             Names of all cross-attention layers of a UNet.
 
     Raises:
-        ValueError: if a name is not that of a layer of a `UNet2DConditionModel`.
+        ValueError: if a `UNet2DConditionModel` has no layer of such a name.
     """
     stages = ("down_blocks", "up_blocks", "mid_block")  # in the order in which a UNet has them as attributes
 
@@ -629,8 +630,8 @@ def ip_adapter_numbers(layers: Iterable[str]) -> dict[str, int]:
 
 def _read_ip_adapter(path: Path, layers: dict[str, int], width: int) -> tuple[dict[str, torch.Tensor], dict]:
     """
-    Of a file that `hub.ip_adapter` has written, the values of a `"direct"` adapter by their names in our layout, and
-    the config of its encoder.
+    Read a file that `hub.ip_adapter` has written. Return the values of a `"direct"` adapter by their names in our
+    layout, and the config of its encoder.
     """
     tensors = read_tensors(path)
     projection, attention = (
@@ -665,7 +666,7 @@ def _read_ip_adapter(path: Path, layers: dict[str, int], width: int) -> tuple[di
     for name, number in ip_adapter_numbers(layers).items():
         shapes |= {f"ip_adapter.{number}.to_{kind}_ip.weight": (layers[name], width) for kind in "kv"}
     check_tensors(tensors, shapes, path)
-    # A token has to be the AUs, a 1, and zeros, whatever the AUs.
+    # For any AUs, the token has to be the AUs, zeros, and a 1 at the index `one`.
     probes = torch.randn(8, num_aus, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3)
     tokens = _project_image(projection, probes)
     one = 2 * num_aus
@@ -687,7 +688,7 @@ def _read_ip_adapter(path: Path, layers: dict[str, int], width: int) -> tuple[di
 
 
 def _project_image(projection: dict[str, torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
-    """What diffusers' `IPAdapterFaceIDImageProjection` does, in double precision."""
+    """Compute diffusers' `IPAdapterFaceIDImageProjection` in double precision."""
     weights = {key: tensor.double() for key, tensor in projection.items()}
     hidden = nn.functional.gelu(nn.functional.linear(embeds, weights["proj.0.weight"], weights["proj.0.bias"]))
     tokens = nn.functional.linear(hidden, weights["proj.2.weight"], weights["proj.2.bias"])
@@ -695,7 +696,7 @@ def _project_image(projection: dict[str, torch.Tensor], embeds: torch.Tensor) ->
 
 
 def read_ip_adapter_au_names(path: Path) -> list[str] | None:
-    """The AUs of an adapter in the layout of an IP-Adapter; None if the file does not say."""
+    """Read the AU names of an adapter in the layout of an IP-Adapter, or None if the file does not name them."""
     try:
         with safe_open(path, framework="pt") as file:
             names = (file.metadata() or {}).get("au_names")
@@ -711,10 +712,10 @@ def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dic
     Read the LoRA of an adapter onto the CPU, in the dtype of `unet`, and check that all of it fits `unet`.
 
     Returns:
-        The state dict in PEFT's names without a prefix, and the LoRA's metadata if the file states ranks and scales.
+        The state dict in PEFT's names without a prefix, and the LoRA's metadata, or None if the file has none.
 
     Raises:
-        ValueError: if the file is broken, or holds a tensor that fits no layer of `unet`. It names the file.
+        ValueError: if the file is broken, or holds a tensor that fits no layer of `unet`. The message names the file.
     """
     state_dict = {key.removeprefix("unet."): tensor for key, tensor in read_tensors(path).items()}
     state_dict = convert_unet_state_dict_to_peft(state_dict)
@@ -722,13 +723,13 @@ def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dic
     for name in {key.partition(".lora_")[0] for key in state_dict}:
         weight = getattr(modules.get(name), "weight", None)
         down = state_dict.get(f"{name}.lora_A.weight")
-        # What is left out here is unexpected.
+        # `check_tensors` reports every key without an expected shape.
         if weight is not None and weight.ndim >= 2 and down is not None and down.ndim >= 2:
             out_features, in_features, *kernel_size = weight.shape
             expected[f"{name}.lora_A.weight"] = (down.shape[0], in_features, *kernel_size)
             expected[f"{name}.lora_B.weight"] = (out_features, down.shape[0], *[1] * len(kernel_size))
     check_tensors(state_dict, expected, path)
-    dtype = unet.dtype  # walks through all modules
+    dtype = unet.dtype  # read once, because `unet.dtype` walks through all modules
     state_dict = {key: tensor.to(dtype, copy=True) for key, tensor in state_dict.items()}
     for key, tensor in state_dict.items():
         _check_finite(key, tensor, path)
@@ -737,10 +738,10 @@ def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dic
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     r"""
-    Map the tensors of a `.safetensors` or `.ckpt` file into memory. Of a pickle nothing but tensors is ever unpacked.
+    Map the tensors of a `.safetensors` or `.ckpt` file into memory. A pickle is read with `weights_only=True`.
 
     Raises:
-        ValueError: if the file is truncated, no such file at all, carries code, or holds anything but named tensors.
+        ValueError: if the file is truncated or of another kind, carries code, or holds anything but named tensors.
     """
     if path.suffix == ".safetensors":
         try:
@@ -755,10 +756,10 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
-        # The chain is cut: PyTorch's own message explains how to run such code all the same.
+        # `from None` hides PyTorch's own message, which explains how to run such code anyway.
         raise ValueError(
-            f"{str(path)!r} carries code or objects other than tensors. It was not run. Better take nothing else from"
-            " its source."
+            f"{str(path)!r} carries code or objects other than tensors. It was not run. Do not trust other files from"
+            " this source."
         ) from None
     except (RuntimeError, ValueError, TypeError, LookupError, EOFError) as error:
         raise ValueError(f"{str(path)!r} is a damaged PyTorch checkpoint: {error}") from error
@@ -770,7 +771,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_zip(path: Path) -> None:
-    """PyTorch stores its tensors as they are. A compressed entry may unpack to thousands of times its size."""
+    """Reject compressed entries: PyTorch never writes them, and they may unpack to thousands of times their size."""
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
@@ -843,34 +844,51 @@ def _read_encoder_config(path: Path) -> dict:
 
 
 def _read_lora_metadata(path: Path, state_dict: dict[str, torch.Tensor]) -> dict | None:
-    """What PEFT needs to scale the LoRA as it was trained, or None if the file says nothing: then the scale is 1."""
+    """Ranks and scales of the LoRA for PEFT, or None if the file states none; PEFT then takes the scale 1."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
     try:
         stated = {key.removeprefix("unet."): value for key, value in json.loads(text).items()}
         if not stated:
             return None
-        metadata = {"r": int(stated["r"]), "lora_alpha": float(stated["lora_alpha"])}
-        for name, convert in (("rank_pattern", int), ("alpha_pattern", float)):
-            metadata[name] = {layer: convert(value) for layer, value in (stated.get(name) or {}).items()}
+        metadata = {"r": _rank(stated["r"]), "lora_alpha": _lora_alpha(stated["lora_alpha"])}
+        for name, convert in (("rank_pattern", _rank), ("alpha_pattern", _lora_alpha)):
+            patterns = stated.get(name) or {}
+            metadata[name] = {pattern: convert(value) for pattern, value in patterns.items()}
+            for pattern in patterns:
+                re.compile(pattern)  # PEFT matches it as a regular expression
         metadata["use_rslora"] = bool(stated.get("use_rslora"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, re.error) as error:
         raise ValueError(f"{str(path)!r} has broken metadata: {error!r}") from error
     ranks = {tensor.shape[0] for key, tensor in state_dict.items() if key.endswith("lora_A.weight")}
     if not ranks <= {metadata["r"], *metadata["rank_pattern"].values()}:
         raise ValueError(f"{str(path)!r} holds a LoRA of rank {sorted(ranks)}, but its metadata say {metadata['r']}.")
-    # Which layers have a LoRA follows from the tensors; the rest of what a file states concerns training.
+    # The tensors tell which layers have a LoRA; other entries of the metadata concern training only.
     metadata["target_modules"] = sorted({key.partition(".lora_")[0] for key in state_dict})
     return metadata
+
+
+def _rank(value) -> int:
+    rank = int(value)
+    if rank != value or rank < 1:
+        raise ValueError(f"a rank has to be a positive integer, but is {value!r}")
+    return rank
+
+
+def _lora_alpha(value) -> float:
+    alpha = float(value)
+    if not abs(alpha) <= MAX_LORA_ALPHA:  # `not … <= …` rejects NaN too
+        raise ValueError(f"a lora_alpha goes from -{MAX_LORA_ALPHA:g} to {MAX_LORA_ALPHA:g}, but is {value!r}")
+    return alpha
 
 
 def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet: nn.Module, lora_name: str) -> None:
     r"""
     Write the adapter, and the LoRA `lora_name` of `unet` if it has one, as a folder that `load_au_adapter` reads.
 
-    All files are first written into a hidden folder in `save_directory`, which may be a volume of its own, and then
-    renamed into place, `au_attn_processors.safetensors` last. Whatever fails on the way, the folder never holds a
-    mixture of two adapters that could be loaded.
+    All files are first written into a hidden folder inside `save_directory`, so that a rename never crosses volumes,
+    and then renamed into place, `au_attn_processors.safetensors` last. If a step fails, the folder holds either one
+    adapter or none that loads, never a mixture of two.
     """
     save_directory = Path(save_directory)
     if save_directory.is_file():
@@ -893,7 +911,7 @@ def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet
                 weight_name=LORA_WEIGHTS_NAME,
             )
         (save_directory / ENCODER_FOLDER).mkdir(exist_ok=True)
-        # Without this file a folder is no adapter.
+        # Without this file a folder is no adapter, so a mixture of old and new files does not load.
         (save_directory / ATTN_PROCESSORS_NAME).unlink(missing_ok=True)
         (save_directory / LORA_WEIGHTS_NAME).unlink(missing_ok=True)
         names = [ENCODER_CONFIG_NAME, ENCODER_WEIGHTS_NAME, *([LORA_WEIGHTS_NAME] if has_lora else [])]
@@ -902,14 +920,14 @@ def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet
 
 
 def write_adapter_weights(folder: Path, adapter: AUAdapter) -> None:
-    """Write the files of `adapter`, without a LoRA, one after the other into `folder`."""
+    """Write the files of `adapter`, without a LoRA, into `folder`."""
     adapter.encoder.save_pretrained(folder / ENCODER_FOLDER)
     state_dict = {key: tensor.cpu().clone() for key, tensor in adapter.attn_processors_state_dict().items()}
     save_file(state_dict, folder / ATTN_PROCESSORS_NAME, metadata={"format": "pt"})
 
 
 def base_unet(unet: nn.Module) -> nn.Module:
-    """`unet` without any LoRA or attention processor that was loaded into it. It shares the weights."""
+    """A copy of `unet` without LoRAs and without processors that were loaded into it. It shares the weights."""
     unet = _unwrap(unet)
     if any(getattr(module, "merged", False) for module in unet.modules()):
         raise ValueError(
@@ -923,5 +941,5 @@ def base_unet(unet: nn.Module) -> nn.Module:
 
 
 def _unwrap(unet: nn.Module) -> nn.Module:
-    """What `torch.compile` has made a module around."""
+    """The module that `torch.compile` has wrapped, or `unet` itself."""
     return getattr(unet, "_orig_mod", unet)

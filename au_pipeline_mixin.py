@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What every pipeline with Action Units (AUs) has, whatever its text encoders: loading and saving an adapter, reading the
-AUs of a call, encoding them, and the branches of guidance. Only the files of pipelines import this one.
+The part that all pipelines with Action Units (AUs) share: loading and saving an adapter, reading the AUs of a call,
+encoding them, and the branches of guidance. Only the files of pipelines import this file.
 """
 
 import functools
@@ -71,15 +71,15 @@ logger = logging.getLogger(__name__)
 
 LORA_NAME = "fineface"
 
-# Beyond this size a scale is a slip, and half precision overflows.
+# A larger scale is more likely a typing error, and half precision overflows.
 MAX_SCALE = 100
 
 
 @dataclass(frozen=True)
 class AUControls:
     """
-    What a call says about AUs, checked and laid out in rows. With masks, all tensors have a dimension of people after
-    that of the batch.
+    The AU arguments of a call, checked and laid out in rows. With masks, all tensors have a dimension of people after
+    the batch dimension.
 
     Args:
         intensities, negative_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
@@ -87,9 +87,9 @@ class AUControls:
         scales (`torch.Tensor` of shape `(batch,)`):
             λ_AU of each row. Rows without AUs have 0.
         masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
-            Where each person is, in the size of the latents.
+            The region of each person, in the size of the latents.
         guidance_scale (`float`, *optional*):
-            The strength of guidance by AUs alone; None where prompt and AUs are guided together.
+            The strength of guidance by AUs alone. None means that prompt and AUs are guided together.
     """
 
     intensities: torch.Tensor
@@ -115,7 +115,7 @@ class AUControls:
         Read the arguments of a call, see `FineFacePipeline.__call__`, for `batch_size` prompts.
 
         Raises:
-            ValueError: if one of them is wrong, or one is given without `aus`.
+            ValueError: if an argument is wrong, or `negative_aus` or `au_masks` come without `aus`.
         """
         check_scale("au_scale", au_scale)
         if au_guidance_scale is not None:
@@ -129,7 +129,7 @@ class AUControls:
         negative_aus = {} if negative_aus is None else negative_aus
         intensities, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people, au_names)
         negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, au_names)
-        # Without AUs, there is nothing to guide to on its own.
+        # Without AUs, a third prediction would equal the second.
         guidance_scale = None if aus is None or au_scale == 0 else au_guidance_scale
         return cls(intensities, negative, au_scale * has_aus, masks, guidance_scale)
 
@@ -143,13 +143,13 @@ def check_scale(name: str, scale: float) -> None:
 
 
 def check_count(name: str, count: int) -> None:
-    """Raise a ValueError unless `count` is a whole number from 1 on."""
+    """Raise a ValueError unless `count` is an integer of at least 1."""
     if not isinstance(count, Integral) or count < 1:
         raise ValueError(f"`{name}` has to be a whole number from 1 on, but is {count!r}.")
 
 
 class _Turns:
-    """Lets one thread in at a time. A thread that is in cannot come in again."""
+    """A lock that raises an error instead of a deadlock if its owner asks for it again."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -169,7 +169,7 @@ class _Turns:
         self._lock.release()
 
 
-# A scheduler keeps the state of a call, and pipelines that are made from each other share it.
+# A scheduler keeps the state of a call, and pipelines that `from_pipe` makes from each other share one scheduler.
 _turns: weakref.WeakKeyDictionary[Any, _Turns] = weakref.WeakKeyDictionary()
 _turns_lock = threading.Lock()
 
@@ -189,11 +189,13 @@ def takes_turns(call: Callable) -> Callable:
 
 class AUPipelineMixin:
     r"""
-    The part of a pipeline that is about AUs, to stand before a pipeline of diffusers with a `UNet2DConditionModel`
-    among the bases of a class. Its constructor takes a component `au_adapter` and calls `_attach_adapter` with it.
+    Base class that adds AUs to a diffusers pipeline with a `UNet2DConditionModel`.
+
+    A subclass names this class before the pipeline in its bases. Its constructor takes a component `au_adapter` and
+    calls `_attach_adapter` with it.
     """
 
-    # The pipeline of diffusers that is extended. Its files are what `save_pretrained` writes.
+    # The extended pipeline of diffusers. `save_pretrained` writes the files of this class.
     base_class: type[DiffusionPipeline]
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -204,7 +206,7 @@ class AUPipelineMixin:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "AUPipelineMixin":
         r"""
         As [`DiffusionPipeline.from_pretrained`]. If an AU adapter stands beside the base model, it is loaded as well;
-        `au_adapter=None` leaves it out. Without `dtype`, all models get that of the UNet.
+        `au_adapter=None` leaves it out. Without `dtype`, all models get the dtype of the UNet.
         """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
@@ -220,7 +222,8 @@ class AUPipelineMixin:
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "AUPipelineMixin":
         """As [`DiffusionPipeline.from_pipe`], with the AU adapter of `pipeline` if it has one."""
-        # A component that is passed is taken as it is. Otherwise diffusers would compare its class with the signature.
+        # Pass the adapter explicitly: diffusers would compare the class of a component of `pipeline` with the
+        # annotation in the signature, and leave it out.
         kwargs.setdefault("au_adapter", getattr(pipeline, "au_adapter", None))
         new_pipeline = super().from_pipe(pipeline, **kwargs)
         new_pipeline._merged_adapters = set(getattr(pipeline, "_merged_adapters", ()))
@@ -231,8 +234,8 @@ class AUPipelineMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         r"""
         As [`DiffusionPipeline.save_pretrained`], with the AU adapter beside the base model: the folder loads as a
-        pipeline of this class with the adapter on, and as a plain pipeline of diffusers without. LoRAs and IP-Adapters
-        that are loaded are not part of the base model. Without an adapter, one that is in the folder is removed.
+        pipeline of this class with the adapter, and as a plain pipeline of diffusers without it. Other LoRAs and
+        IP-Adapters are not saved. If this pipeline has no adapter, an adapter in the folder is removed.
         """
         with self._offloading_paused():
             base = {name: module for name, module in self.components.items() if name != "au_adapter"}
@@ -255,8 +258,8 @@ class AUPipelineMixin:
         local_files_only: bool = False,
     ) -> None:
         r"""
-        Load an AU adapter in place of the one there is. An IP-Adapter and other LoRAs stay on beside it, though LoRAs
-        that are fused are fused no longer. If loading fails, the pipeline is as it was before.
+        Load an AU adapter, which replaces the present one. An IP-Adapter and other LoRAs stay active, but fused LoRAs
+        are unfused. If a file is missing or wrong, the pipeline stays as it was.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
@@ -268,7 +271,7 @@ class AUPipelineMixin:
                 As in [`DiffusionPipeline.from_pretrained`].
 
         Raises:
-            OSError: if there is no adapter, or not all of it.
+            OSError: if there is no adapter, or a file of it is missing.
             ValueError: if a file is broken, carries code, or does not fit the base model.
         """
         files = find_adapter_files(
@@ -297,8 +300,8 @@ class AUPipelineMixin:
 
     def unload_au_adapter(self) -> None:
         """
-        Take the AU adapter and its LoRA off. The base model is again what it was, bit for bit; after `fuse_lora`, up
-        to rounding.
+        Remove the AU adapter and its LoRA. This restores the base model bit for bit; after `fuse_lora`, it restores it
+        up to rounding.
         """
         with self._offloading_paused():
             self._remove_adapter()
@@ -316,7 +319,7 @@ class AUPipelineMixin:
             source = files.encoder_config or files.encoder or files.attn_processors
             raise ValueError(f"{str(source)!r}: {error}") from error
         lora = None if files.lora is None else read_lora(files.lora, self.unet)
-        # All is read and checked. Only now the pipeline changes.
+        # All files are read and checked here, so the pipeline can change now.
         with self._offloading_paused():
             self._remove_adapter()
             if lora is not None:
@@ -334,7 +337,7 @@ class AUPipelineMixin:
 
     @property
     def au_names(self) -> tuple[str, ...]:
-        """The AUs that the adapter knows, in the order of its intensities; without an adapter the paper's twelve."""
+        """The AUs of the adapter, in the order of its intensities; without an adapter, the paper's twelve."""
         return AU_NAMES if self.au_adapter is None else _au_names_of(self.au_adapter)
 
     def _remove_adapter(self) -> None:
@@ -367,7 +370,7 @@ class AUPipelineMixin:
         self.register_modules(au_adapter=adapter)
 
     def _unify_dtypes(self) -> None:
-        """Models of transformers come in the dtype of their files, those of diffusers in float32."""
+        """Cast models of transformers, which load in the dtype of their files, to the dtype of the UNet."""
         dtype = self.unet.dtype
         for module in self.components.values():
             is_quantized = getattr(module, "is_quantized", False)
@@ -376,7 +379,7 @@ class AUPipelineMixin:
 
     @contextmanager
     def _offloading_paused(self) -> Iterator[None]:
-        """Weights are on their devices inside; then offloading is on again, for new components too."""
+        """Turn CPU offloading off, and on again at the end, so that it includes new components."""
         model_offload, sequential_offload, _ = self._optionally_disable_offloading(self)
         try:
             yield
@@ -388,7 +391,7 @@ class AUPipelineMixin:
 
     @contextmanager
     def _loras_kept_active(self, *names: str) -> Iterator[None]:
-        """Loading a LoRA makes it the only active one. Here those of `names` that are active stay so beside it."""
+        """Keep active LoRAs of `names` active, because loading a LoRA makes it the only active one."""
         kept = [name for name in self._active_loras() if name in names]
         yield
         active = self._active_loras()
@@ -400,21 +403,21 @@ class AUPipelineMixin:
         return [active] if isinstance(active, str) else list(active or [])
 
     def load_lora_weights(self, *args, **kwargs) -> None:
-        """As [`~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`], with the adapter's LoRA on beside it."""
+        """As [`~loaders.StableDiffusionLoraLoaderMixin.load_lora_weights`], but the adapter's LoRA stays active."""
         with self._loras_kept_active(LORA_NAME):
             super().load_lora_weights(*args, **kwargs)
 
     def load_ip_adapter(self, *args, **kwargs) -> None:
-        """As [`~loaders.IPAdapterMixin.load_ip_adapter`], with the adapter's LoRA on beside that of the IP-Adapter."""
+        """As [`~loaders.IPAdapterMixin.load_ip_adapter`], but the adapter's LoRA stays active."""
         with self._loras_kept_active(LORA_NAME):
             super().load_ip_adapter(*args, **kwargs)
 
     def _check_lora(self) -> None:
         """
-        See that the LoRA that the adapter was loaded with is on. It may be switched off, which is said once.
+        Check that the LoRA of the adapter is active. If the user switched it off, log one warning.
 
         Raises:
-            ValueError: if others are fused and it is not, which switches it off unseen.
+            ValueError: if other LoRAs are fused, but this one is not: PEFT then switches it off without a message.
         """
         if not self._has_lora:
             return
@@ -453,7 +456,7 @@ class AUPipelineMixin:
         width: int | None = None,
     ) -> AUControls:
         """
-        Check what a call with `batch_size` prompts says about AUs.
+        Check and read the AU arguments of a call with `batch_size` prompts.
 
         Raises:
             ValueError: if an argument is wrong, or there is no adapter for `aus`.
@@ -483,10 +486,10 @@ class AUPipelineMixin:
         generator,
         guidance_scale: float,
     ) -> None:
-        """Raise a ValueError for what diffusers does not check in the arguments of a call that all pipelines have."""
+        """Raise a ValueError for wrong arguments that all pipelines have and diffusers does not check."""
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
-            raise ValueError(f"`prompt` has to be a string or a list of at least one, but is {prompt!r}.")
+            raise ValueError(f"`prompt` has to be a string or a list of at least one string, but is {prompt!r}.")
         batch_size = len(prompt_embeds if prompts is None else prompts)
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries, but `prompt` has {batch_size}.")
@@ -496,13 +499,13 @@ class AUPipelineMixin:
         if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but the call makes {batch_size * num_images_per_prompt}"
-                " images. Pass one for each image, or one alone."
+                " images. Pass one generator for each image, or a single one."
             )
 
     def take_au_tags(self, prompt, aus):
         """
-        Move AU tags from the prompt, or prompts, to `aus`. What the tokenizer knows as a token of its own, such as a
-        textual inversion `<happy>`, stays; without an adapter, so does what only the name of a preset makes a tag.
+        Move AU tags from the prompt, or prompts, to `aus`. Tokens that were added to the tokenizer, such as a textual
+        inversion `<happy>`, stay in the prompt. Without an adapter, names of presets stay too.
 
         Raises:
             ValueError: if a tag cannot be read, or there are both tags and `aus`.
@@ -518,7 +521,7 @@ class AUPipelineMixin:
         if all(tag is None for _, tag in pairs):
             return prompt, aus
         if aus is not None:
-            raise ValueError("AUs stand in `prompt` and in `aus`. Write them in one of the two.")
+            raise ValueError("Both `prompt` and `aus` contain AUs. Write them in one of the two.")
         return pairs[0] if isinstance(prompt, str) else ([text for text, _ in pairs], [tag for _, tag in pairs])
 
     def _added_tokens(self) -> set[str]:
@@ -539,23 +542,23 @@ class AUPipelineMixin:
         width: int | None = None,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         r"""
-        Encode AUs into what the UNet takes as `cross_attention_kwargs`. It is the same at every denoising step.
+        Encode AUs into the `cross_attention_kwargs` of the UNet, which are the same at every denoising step.
 
         Args:
             aus, negative_aus, au_scale, au_masks, height, width:
                 See `__call__`.
             device (`torch.device`):
-                Where the tensors go.
+                Device of the result.
             num_images_per_prompt (`int`, defaults to 1):
-                How often each row is repeated.
+                Number of times that each row is repeated.
             batch_size (`int`, defaults to 1):
                 Number of prompts.
             lora_scale (`float`, defaults to 1.0):
                 The `scale` in the call's `cross_attention_kwargs`.
 
         Returns:
-            `cross_attention_kwargs` for the branch with `aus` and for the other branches, `batch_size *
-            num_images_per_prompt` rows each. Rows without AUs, which are all if `aus` is None, add exactly nothing.
+            `cross_attention_kwargs` for the branch with `aus`, and for the other branches, with `batch_size *
+            num_images_per_prompt` rows each. Rows without AUs add exactly nothing; if `aus` is None, that is all rows.
         """
         controls = self.read_au_controls(
             aus,
@@ -573,7 +576,7 @@ class AUPipelineMixin:
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         if self.au_adapter is None:
             return {}, {}
-        # The hook on the UNet would do it too, but not inside a graph that `torch.compile` has to take whole.
+        # The hook on the UNet does this too, but it would break a graph that `torch.compile` compiles as a whole.
         attach_au_processors(self.unet)
 
         def for_each_image(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
@@ -616,17 +619,16 @@ class AUPipelineMixin:
 
         Args:
             aus, negative_aus, au_scale, au_masks, height, width:
-                See `__call__`. Height and width of the picture matter to masks only.
+                See `__call__`. The height and width of the picture matter only for masks.
             batch_size (`int`, defaults to 1):
                 Number of prompts of the other call.
             num_images_per_prompt, guidance_scale:
-                As in the other call, whose defaults are the same. Image-to-image pipelines have fewer steps than asked
-                for, but AUs are the same at every step.
+                As in the other call. The defaults are the same.
             cross_attention_kwargs (`dict`, *optional*):
-                What else the other call should get, such as `{"scale": 0.7}` for the LoRA.
+                Other entries for the other call, such as `{"scale": 0.7}` for the LoRA.
             pag_scale (`float`, defaults to 0.0):
                 As in the call of a pipeline with perturbed-attention guidance (PAG), whose default is 3.0. Above 0,
-                such a pipeline makes a prediction more for each picture, with the same AUs.
+                such a pipeline makes one more prediction for each picture, with the same AUs.
 
         Returns:
             The `cross_attention_kwargs` of the other call.
@@ -689,16 +691,17 @@ class AUPipelineMixin:
         timestep_cond: torch.Tensor | None,
     ) -> torch.Tensor:
         r"""
-        The guided prediction of one denoising step.
+        Predict the noise of one denoising step, with guidance.
 
         Args:
             prompt_embeds (`torch.Tensor`), added_cond (`dict`):
-                Rows without the prompt, if there is guidance, then rows with it.
+                With guidance, unconditional rows and then the rows of the prompts; otherwise only the latter.
             au_kwargs, negative_au_kwargs:
                 From `encode_aus`.
         """
         num_images = len(latents)
-        # One branch for each prediction: [without prompt and AUs,] [with the prompt alone,] with both.
+        # The branches in order: without prompt and AUs (with guidance), with the prompt alone (with AU guidance), and
+        # with both.
         num_branches = 1 + self.do_classifier_free_guidance + self.do_au_guidance
         branch_kwargs = dict(self.cross_attention_kwargs or {})
         for name, tensor in au_kwargs.items():
@@ -719,7 +722,6 @@ class AUPipelineMixin:
             return_dict=False,
         )[0]
 
-        # Guidance, by prompt and AUs together or by each on its own.
         predictions = noise_pred.chunk(num_branches)
         noise_pred_full = predictions[-1]
         noise_pred_text = predictions[-2] if self.do_au_guidance else noise_pred_full
@@ -733,7 +735,7 @@ class AUPipelineMixin:
         return noise_pred
 
     def _expand_to_branches(self, embeds: torch.Tensor, num_images: int) -> torch.Tensor:
-        """From [unconditional,] conditional rows to those of each branch: AU guidance has two conditional branches."""
+        """Repeat the conditional rows for AU guidance, which has two conditional branches."""
         conditional = embeds[-num_images:]
         unconditional = [embeds[:-num_images]] if self.do_classifier_free_guidance else []
         return torch.cat([*unconditional, *[conditional] * (1 + self.do_au_guidance)])
@@ -765,10 +767,10 @@ class AUPipelineMixin:
 
 def _au_names_of(adapter: ModelMixin) -> tuple[str, ...]:
     """
-    The AUs of an adapter; one without names has the paper's twelve.
+    The AUs of an adapter. An adapter without names has the paper's twelve.
 
     Raises:
-        ValueError: if it has no names and not twelve AUs, or names that are not those of FACS, see `au_columns`.
+        ValueError: if it has no names but other than twelve AUs, or names that `au_columns` rejects.
     """
     names = tuple(adapter.config.au_names or AU_NAMES)
     au_columns(names)

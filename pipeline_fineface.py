@@ -16,7 +16,7 @@ from diffusers.utils import replace_example_docstring
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
-# diffusers copies only files that this one names, so those that the mixin needs are named too.
+# diffusers copies only the files that this file imports, so it also imports the files that the mixin needs.
 if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
@@ -60,8 +60,8 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
     [Towards Localized Fine-Grained Control for Facial Expression
     Generation](https://huggingface.co/papers/2407.20175).
 
-    It is a [`StableDiffusionPipeline`] in every other respect. What it adds is one component, `au_adapter`, and a LoRA
-    named `"fineface"` on the UNet. `load_au_adapter` brings both.
+    It is a [`StableDiffusionPipeline`] in every other respect. It adds one component, `au_adapter`, and a LoRA named
+    `"fineface"` on the UNet. `load_au_adapter` loads both.
 
     Args:
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
@@ -87,12 +87,12 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         feature_extractor: CLIPImageProcessor,
         image_encoder: CLIPVisionModelWithProjection | None = None,
         requires_safety_checker: bool = True,
-        # Not `AUAdapter`: from the Hub, the component comes with a class object of its own.
+        # The annotation is not `AUAdapter`, because a component from the Hub has its own copy of this class.
         au_adapter: ModelMixin | None = None,
     ):
         if getattr(unet, "config", {}).get("addition_embed_type") == "text_time":
             raise ValueError(
-                "The UNet is one of Stable Diffusion XL: it takes sizes and a pooled text beside the prompt. Use"
+                "The UNet belongs to Stable Diffusion XL: it takes sizes and a pooled text beside the prompt. Use"
                 " `FineFaceXLPipeline`."
             )
         super().__init__(
@@ -125,7 +125,7 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         generator=None,
         guidance_scale=7.5,
     ):
-        """Raise a ValueError for anything wrong with the arguments of a call that are not about AUs."""
+        """Raise a ValueError if an argument of a call is wrong. `read_au_controls` checks the AU arguments."""
         super().check_inputs(
             prompt,
             height,
@@ -145,8 +145,8 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         """As [`StableDiffusionPipeline.encode_prompt`]."""
         if kwargs.get("clip_skip") is None or hasattr(self.text_encoder or self, "text_model"):
             return super().encode_prompt(*args, **kwargs)
-        # diffusers finds the last norm in `text_model`, a level that transformers 5 has removed. For the time of the
-        # call it is there again, past `nn.Module`, which would take it for a child.
+        # diffusers looks for the last norm in `text_model`, which transformers 5 has removed. Provide it during the
+        # call, in `__dict__`, because `nn.Module.__setattr__` would register it as a child.
         self.text_encoder.__dict__["text_model"] = self.text_encoder
         try:
             return super().encode_prompt(*args, **kwargs)
@@ -192,32 +192,33 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
-                What to draw. AUs may stand in it, for callers that can send only text: `"a boy <AU6=3 AU12=5>"`.
+                Description of the image. It may contain AUs: `"a boy <AU6=3 AU12=5>"`.
             num_inference_steps (`int`, defaults to 50):
                 Number of denoising steps, at least 1.
             guidance_scale (`float`, defaults to 7.5):
-                How far to go from the unconditional prediction to that with prompt and AUs. Guidance is on above 1.
+                Factor on the difference between the prediction with prompt and AUs and the unconditional prediction.
+                Guidance is on above 1.
             aus (`str`, `dict[str, float]`, `torch.Tensor` or `list`, *optional*):
                 The facial expression, in any form that `parse_aus` reads: `{"AU6": 2.5, "AU12": 5}`, FACS notation
-                `"6C+12D"`, a preset as `"doubtful@0.5"`, a tensor of shape `(12,)` or `(batch, 12)`, … Intensities go
-                from 0 (absent) to 5 (grade E); beyond, up to ±10, they extrapolate. A list has one entry for each
-                prompt, None for a prompt without AUs; one expression alone serves all prompts. `{}` is the neutral
-                face, while None leaves the face to the prompt.
+                `"6C+12D"`, a preset as `"doubtful@0.5"`, a tensor of shape `(n,)` or `(batch, n)` in the order of
+                `au_names`, … Intensities go from 0 (absent) to 5 (grade E); values up to ±10 extrapolate. A list has
+                one entry for each prompt, None for a prompt without AUs; a single expression serves all prompts. `{}`
+                is the neutral face, while None leaves the face to the prompt.
             negative_aus (as `aus`, *optional*):
                 The AUs to guide away from. None is the neutral face, as in the paper.
             au_scale (`float`, defaults to 1.0):
                 λ_AU of Eq. 2. 0 is the same as `aus=None`.
             au_guidance_scale (`float`, *optional*):
-                None guides prompt and AUs together by `guidance_scale`, as in the paper. A number guides the AUs on
-                their own, with `guidance_scale` for the prompt, at the cost of a third prediction for each step:
+                None guides prompt and AUs together by `guidance_scale`, as in the paper. A number guides the AUs
+                separately, and `guidance_scale` guides the prompt. This costs a third prediction for each step:
                 e(∅,0) + guidance_scale · (e(c,0) − e(∅,0)) + au_guidance_scale · (e(c,au) − e(c,0)).
             au_masks (`torch.Tensor` or `list`, *optional*):
-                Where each of several people is: a PIL image for each, white on black, or a tensor of shape `(people,
-                height, width)` from 0 to 1. Then `aus` is a list with an expression for each person, or None for one
-                without AUs; where there are several prompts, this list serves all, or `aus` is a list of such lists.
-                `negative_aus` likewise; and `au_masks` may hold the masks of each prompt, `(batch, people, height,
-                width)`. Masks are stretched to the layers of the UNet; soft edges stay soft. Outside, there are no
-                AUs, and where masks overlap, they add up.
+                The region of each of several people: a list of PIL images, white on black, or a tensor of shape
+                `(people, height, width)` with values from 0 to 1. Then `aus` is a list with an expression for each
+                person, or None for a person without AUs. This list serves all prompts; a list of such lists has one
+                for each prompt. The same holds for `negative_aus`, and masks for each prompt have the shape `(batch,
+                people, height, width)`. Soft edges stay soft. Outside all masks there are no AUs; where masks overlap,
+                the effects of the AUs add up.
 
         Examples:
 
@@ -226,7 +227,7 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             images and their NSFW flags.
 
         Raises:
-            ValueError: if an argument is wrong. No model has run then.
+            ValueError: if an argument is wrong. This is checked before any model runs.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
@@ -272,7 +273,7 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         device = self._execution_device
         lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
 
-        # 2. Encode prompts, AUs and the images of an IP-Adapter. Unconditional rows come before the prompts' rows.
+        # 2. Encode prompts, AUs and the images of an IP-Adapter. Unconditional rows come first.
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt,
             device,
@@ -298,7 +299,7 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             )
             added_cond["image_embeds"] = [embeds.to(prompt_embeds.dtype) for embeds in image_embeds]
 
-        # 3. Prepare timesteps, latents and what the scheduler takes.
+        # 3. Prepare timesteps, latents and the arguments of the scheduler.
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler, num_inference_steps, device, timesteps, sigmas
         )

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from conftest import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from PIL import Image
 
 from au_attention_processor import (
@@ -176,6 +181,15 @@ def test_processors_that_are_set_later_take_aus_too(unet):
     unet.set_attn_processor(shared)
     assert torch.equal(predict(unet, adapter), expected)
     assert set(unet.attn_processors.values()) == {shared} and isinstance(shared, AUAttnProcessor)
+
+
+def test_the_default_processors_of_diffusers_take_aus_too(unet):
+    unet.set_default_attn_processor()
+    assert all(isinstance(processor, AttnProcessor) for processor in unet.attn_processors.values())
+    assert all(isinstance(processor, AUAttnProcessor) for processor in unet.attn_processors.values())
+    detach_au_processors(unet)
+    assert {type(processor) for processor in unet.attn_processors.values()} == {AttnProcessor}
+    assert "set_default_attn_processor" not in vars(unet)
 
 
 def test_a_copied_unet_keeps_its_own_processors(unet):

@@ -242,7 +242,7 @@ def test_self_attention_guidance(tiny_pipe, plain_sd, guidance_scale):
 def test_aus_for_another_call_name_the_cause(tiny_pipe, change):
     other = make_other(StableDiffusionImg2ImgPipeline, tiny_pipe)
     au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE, **change)
-    with pytest.raises(ValueError, match="this call of the UNet has 2. Make them for the call they go into"):
+    with pytest.raises(ValueError, match="this call of the UNet has 2. Make them with the values of this call"):
         other(PROMPTS[0], some_picture(), num_inference_steps=2, cross_attention_kwargs=au_kwargs)
 
 

@@ -544,7 +544,7 @@ def still_pipe(tiny_pipe, monkeypatch):
         ({"prompt": "a boy <AU12>", "aus": SMILE}, "Write them in one of the two"),
         ({"prompt": "a boy <AU7>"}, "AU7"),
         ({"prompt": ["a boy", "a girl <AU7>"]}, "`prompt\\[1\\]`"),
-        ({"prompt": []}, "a list of at least one, but is \\[\\]"),
+        ({"prompt": []}, "a list of at least one string, but is \\[\\]"),
         ({"prompt": ["a boy", 3]}, "has to be a string or a list"),
         ({"au_scale": 1e30}, "`au_scale` goes from -100 to 100, but is 1e\\+30"),
         ({"guidance_scale": 1e30}, "`guidance_scale` goes from -100 to 100"),
@@ -771,7 +771,7 @@ def test_the_adapter_knows_the_aus_of_the_pipeline(tiny_pipe):
 
 
 def test_a_base_of_another_family_is_an_error(tiny_sd_dir, tiny_xl_dir, tiny_xl_adapter_dir):
-    with pytest.raises(ValueError, match="The UNet is one of Stable Diffusion XL.*Use `FineFaceXLPipeline`"):
+    with pytest.raises(ValueError, match="The UNet belongs to Stable Diffusion XL.*Use `FineFaceXLPipeline`"):
         FineFacePipeline.from_pretrained(tiny_xl_dir)
     components = {**FAMILIES["sdxl"].make_components(), "unet": FAMILIES["sd"].make_components()["unet"]}
     with pytest.raises(ValueError, match="none of Stable Diffusion XL. .*use `FineFacePipeline`"):
