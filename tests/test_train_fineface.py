@@ -321,12 +321,14 @@ def test_an_adapter_knows_the_aus_that_it_was_trained_for(train, arguments, tmp_
 
 def test_validation_draws_what_the_adapter_can(arguments):
     config = parse_args(arguments("run", "--validation_prompt boy"))
-    assert choose_validation_aus(config, AU_NAMES) == config.validation_aus
-    assert choose_validation_aus(config, ("AU4", "AU6", "AU12")) == ("neutral", "AU6=3 AU12=5", "AU4=5")
+    notes: list[str] = []
+    assert choose_validation_aus(config, AU_NAMES, notes) == config.validation_aus and not notes
+    assert choose_validation_aus(config, ("AU4", "AU6", "AU12"), notes) == ("neutral", "AU6=3 AU12=5", "AU4=5")
+    assert len(notes) == 1 and "leaves out AU1=4 AU2=4 AU5=4 AU26=4; AU1=4 AU15=5 AU17=3" in notes[0]
     config = dataclasses.replace(config, validation_aus=("smirk", "AU4=5"))
-    assert choose_validation_aus(config, ("AU4", "AU12L", "AU12R")) == config.validation_aus
+    assert choose_validation_aus(config, ("AU4", "AU12L", "AU12R"), []) == config.validation_aus
     with pytest.raises(ValueError, match="`--validation_aus` is the preset 'smirk', which needs AU12R"):
-        choose_validation_aus(config, AU_NAMES)
+        choose_validation_aus(config, AU_NAMES, [])
 
 
 def test_a_step_may_be_divided_otherwise_when_resumed_but_not_be_another(train, arguments, tmp_path):
@@ -371,7 +373,7 @@ def test_a_full_disk_is_reported_and_no_checkpoint_is_lost(train, arguments, run
     (message,) = [line for line in answer["messages"].splitlines() if "error: " in line]
     expected = r"error: checkpoint-3 cannot be written to '.*/run', where \d+ MiB are free: .*File too large"
     assert re.search(expected, message)
-    assert "What was written before is kept. Make room" in message
+    assert "Earlier files are kept. Free some space" in message
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert_equal(train("run", options), whole)
 
@@ -720,7 +722,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_weights(arguments,
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "base/unet")
     torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
     unet.save_pretrained(tmp_path / "base/unet")
-    message = r"The loss is nan at step 1, with the samples Row \d \('\d.png'\), Row \d \('\d.png'\)\. .*no step be"
+    message = r"The loss is nan at step 1, with the samples Row \d \('\d.png'\), Row \d \('\d.png'\)\. .*no step w"
     with pytest.raises(FloatingPointError, match=message):
         main([*arguments("run"), "--pretrained_model_name_or_path", str(tmp_path / "base")])
 

@@ -84,7 +84,9 @@ def test_a_broken_checkpoint_is_named(resume, tmp_path, name, content, message):
     path = tmp_path / "run/checkpoint-4" / name
     assert path.is_file()
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(ValueError, match=f"checkpoint '.*checkpoint-4' cannot be read: .*{message}.*Delete it to go"):
+    with pytest.raises(
+        ValueError, match=f"checkpoint '.*checkpoint-4' cannot be read: .*{message}.*Delete it to resume"
+    ):
         resume()
 
 

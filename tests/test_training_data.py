@@ -215,7 +215,7 @@ def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_
         ({(0, "text"): None}, (), r"Row 0 \('0.png'\): `text` has to be a caption, but is None"),
         ({(row, "AU3"): 1.0 for row in range(5)}, (), "AU columns of the data set are AU1, .*'AU3', which is no AU"),
         ({(row, "au7"): 1.0 for row in range(5)}, (), "'au7', which is no AU of FACS. Names are written AU12"),
-        ({(row, "AU7L"): 1.0 for row in range(5)}, (), "both AU7L and AU7R, .* Name those to train by `--aus`"),
+        ({(row, "AU7L"): 1.0 for row in range(5)}, (), "both AU7L and AU7R, .* Choose AUs with `--aus`"),
         ({}, AU_NAMES, "has no column of an AU, such as AU12. It has "),
         ({}, ("text",), "has no column text.*`--caption_column`"),
     ],
@@ -230,7 +230,7 @@ def test_a_wrong_label_is_named_before_any_model_is_loaded(arguments, tmp_path, 
 
 def test_aus_that_are_asked_for_have_to_be_there(arguments, tmp_path):
     folder = write_faces(tmp_path / "ten", (), ("AU9", "AU26"))
-    with pytest.raises(ValueError, match=r"has no column AU9, AU26. It has .*AU12.* AUs by `--aus`"):
+    with pytest.raises(ValueError, match=r"has no column AU9, AU26. It has .*AU12.* `--aus` names AUs"):
         load_training_data(parse_args(arguments("run", f"--train_data_dir {folder} --aus {' '.join(AU_NAMES)}")))
 
 
@@ -391,8 +391,8 @@ def test_repeated_and_contradictory_rows_are_counted(arguments, tmp_path):
     assert data.notes == [
         "WARNING: 1 rows have the picture of an earlier row, but other AUs: Row 6 ('copy.png') contradicts"
         " Row 1 ('1.png').",
-        "1 rows repeat picture, caption and AUs of an earlier row, as Row 5 ('0.png') does those of Row 0 ('0.png')."
-        " They count each time.",
+        "1 rows repeat picture, caption and AUs of an earlier row; Row 5 ('0.png'), for example, repeats Row 0"
+        " ('0.png'). All of them are used.",
     ]
 
 

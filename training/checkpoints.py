@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: what changes during training, how it is written and read, and which checkpoint a run goes on from."""
+"""Checkpoints: the state that changes during training, how it is written and read, and where a run resumes."""
 
 import json
 import os
@@ -35,19 +35,19 @@ EMA_PARAMETERS_NAME = "ema_parameters.safetensors"
 @dataclass
 class TrainingState:
     """
-    What changes during training, and what a checkpoint holds beside optimizer and schedule.
+    The state that changes during training. A checkpoint holds it, and the state of optimizer and schedule.
 
     Args:
         model (`FineFaceModel`):
-            Without the wrappers of accelerate.
+            The model without the wrappers of accelerate.
         ema (`EMAModel`, *optional*):
-            The moving average of what is trained.
+            The moving average of the trained parameters.
         samples_per_step (`int`):
-            Over all processes and accumulated batches.
+            Samples of an optimizer step, over all processes and accumulated batches.
         num_samples (`int`):
-            The number of rows of the data set.
+            Number of rows of the data set.
         step (`int`):
-            How many optimizer steps are done.
+            Number of optimizer steps done.
     """
 
     model: nn.Module
@@ -58,7 +58,7 @@ class TrainingState:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights, if there are any."""
+        """Put the averaged weights, if there are any, into the model, and restore its own weights at the end."""
         parameters = list(self.model.trained_parameters().values())
         if self.ema is not None:
             self.ema.store(parameters)
@@ -100,7 +100,7 @@ class TrainingState:
 
 
 def register_state(accelerator: Accelerator, state: TrainingState) -> None:
-    """Make `accelerator.save_state` write what is trained instead of the whole frozen base, and read it back."""
+    """Make accelerate save and load only the trained parameters instead of the whole model with its frozen base."""
 
     def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
         weights.clear()
@@ -116,22 +116,25 @@ def register_state(accelerator: Accelerator, state: TrainingState) -> None:
 
 
 def if_deepspeed(accelerator: Accelerator, **options) -> dict:
-    """`options`, which only DeepSpeed knows, or none of them without it."""
+    """`options` if DeepSpeed is used, and otherwise none, because only DeepSpeed accepts them."""
     return options if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The checkpoints in `output_dir`, the oldest first."""
+    """The checkpoints in `output_dir`, oldest first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: TrainConfig) -> None:
-    """Write `checkpoint-<step>` under another name, rename it, and only then remove old ones, renamed as well."""
+    """
+    Write `checkpoint-<step>` under a hidden name and rename it when it is complete. Then remove old checkpoints, which
+    are renamed first, so that a checkpoint under its own name is always complete.
+    """
     folder = config.output_dir / f"checkpoint-{state.step}"
     unfinished = config.output_dir / f".{folder.name}.part"
     if accelerator.is_main_process:
-        # A process that was killed while it wrote or removed one has left it.
+        # Remove what a killed process left behind while it wrote or removed a checkpoint.
         for path in config.output_dir.glob(".checkpoint-*"):
             shutil.rmtree(path)
         unfinished.mkdir()
@@ -140,7 +143,7 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
         try:
             if accelerator.is_main_process:
                 (unfinished / CONFIG_NAME).write_text(config.to_json())
-            # DeepSpeed would write the base too.
+            # By default, DeepSpeed writes the frozen base too.
             accelerator.save_state(unfinished, **if_deepspeed(accelerator, exclude_frozen_parameters=True))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -157,15 +160,15 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """
-    Read weights, optimizer, schedule and random state back; `register_state` comes before.
+    Load weights, optimizer, schedule and random state. Call `register_state` first.
 
     Raises:
-        ValueError: if one of its files is missing or broken.
+        ValueError: if a file of the checkpoint is missing or broken.
     """
     try:
-        # DeepSpeed has not written the base.
+        # A checkpoint of DeepSpeed does not contain the base.
         accelerator.load_state(checkpoint, **if_deepspeed(accelerator, load_module_strict=False))
-    # torch, pickle and accelerate have errors of many kinds for a file that is cut off.
+    # torch, pickle and accelerate raise errors of many types for a truncated file.
     except Exception as error:
         broken = [f"{path.name} is broken" for path in sorted(checkpoint.glob("*.bin")) if not _is_loadable(path)]
         raise _broken(checkpoint, ", ".join(broken) or str(error) or type(error).__name__) from error
@@ -181,7 +184,7 @@ def _is_loadable(path: Path) -> bool:
 
 def _broken(checkpoint: Path, reason: str) -> ValueError:
     return ValueError(
-        f"The checkpoint {str(checkpoint)!r} cannot be read: {reason}. Delete it to go on from the one before."
+        f"The checkpoint {str(checkpoint)!r} cannot be read: {reason}. Delete it to resume from the one before."
     )
 
 
@@ -197,10 +200,11 @@ def _read_json(checkpoint: Path, name: str) -> dict:
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
     """
-    The checkpoint to resume from, or None for a new run.
+    Find the checkpoint to resume from, or return None for a new run.
 
     Raises:
-        ValueError: if `--output_dir` holds another run, or the checkpoint is broken or of a run with other settings.
+        FileNotFoundError: if `--resume_from_checkpoint` names no checkpoint.
+        ValueError: if `--output_dir` holds another run, or the checkpoint is broken or has other settings.
     """
     present = list_checkpoints(config.output_dir)
     if config.resume_from_checkpoint is None:
@@ -214,7 +218,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         checkpoint = present[-1] if present else None
     else:
         checkpoint = Path(config.resume_from_checkpoint)
-        # A bare name means the one in `--output_dir`, as in the scripts of diffusers.
+        # A bare name means a checkpoint in `--output_dir`, as in the scripts of diffusers.
         if checkpoint.name in [path.name for path in present] and len(checkpoint.parts) == 1:
             checkpoint = config.output_dir / checkpoint
         if not (checkpoint / STATE_NAME).is_file():
@@ -223,7 +227,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         if present and checkpoint.resolve() != present[-1].resolve():
             raise ValueError(
                 f"{str(config.output_dir)!r} holds {present[-1].name}, which is not {str(checkpoint)!r}. Delete later"
-                " checkpoints to go on from an earlier one, or set another `--output_dir`."
+                " checkpoints to resume from an earlier one, or set another `--output_dir`."
             )
     if checkpoint is not None:
         _read_json(checkpoint, STATE_NAME)
@@ -238,7 +242,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
-    """Raise a ValueError if a step had another number of samples: they are counted through, on any processes."""
+    """Raise a ValueError if a step had another number of samples: `step` then does not tell the next sample."""
     saved = _read_json(checkpoint, STATE_NAME).get("samples_per_step", samples_per_step)
     if saved != samples_per_step:
         raise ValueError(
@@ -255,7 +259,7 @@ def check_same_data(checkpoint: Path, num_samples: int, au_names: Sequence[str])
             f"The AUs to train are {', '.join(au_names)}, but {str(checkpoint)!r} was trained with {', '.join(saved)}."
             " Name these by `--aus`, or begin a new run."
         )
-    # With another number of rows, the samples of the steps to come would be others.
+    # The order of the samples depends on the number of rows.
     saved = _read_json(checkpoint, STATE_NAME).get("num_samples") or num_samples
     if saved != num_samples:
         raise ValueError(
@@ -271,13 +275,13 @@ def write_config(config: TrainConfig) -> None:
 
 @contextmanager
 def disk_errors_explained(what: str, folder: Path) -> Iterator[None]:
-    """Report what fails to be written into `folder` inside as an OSError with the space that is left."""
+    """Turn an error of writing into `folder` into an OSError that tells the free space."""
     try:
         yield
-    # The writers of torch and safetensors raise errors of their own for a full disk.
+    # torch and safetensors raise their own types of errors if the disk is full.
     except (OSError, RuntimeError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free / 2**20
         raise OSError(
-            f"{what} cannot be written to {str(folder)!r}, where {free:.0f} MiB are free: {error}. What was written"
-            " before is kept. Make room, and go on with `--resume_from_checkpoint latest`."
+            f"{what} cannot be written to {str(folder)!r}, where {free:.0f} MiB are free: {error}. Earlier files are"
+            " kept. Free some space, and continue with `--resume_from_checkpoint latest`."
         ) from error

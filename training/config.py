@@ -30,13 +30,13 @@ TRAINING_PRESETS = {
         "timestep_bias_begin": 400,
         "timestep_bias_multiplier": 4.0,
         "timestep_sampling": "stratified",
-        # Ten times that of the LoRA, if that is the default.
+        # Ten times the default learning rate of the LoRA.
         "au_learning_rate": 1e-3,
         "au_drop_prob": 0.1,
         "au_noise_variance": 0.05,
     },
 }
-"""Flags by the name of `--preset`: the paper's, which are the defaults, and what did best in docs/results.md."""
+"""Flags for each `--preset`: "paper" keeps the defaults; "best" has the flags that did best in docs/results.md."""
 
 
 def option(default, description: str, *, low: float | None = None, high: float | None = None, resumable: bool = False):
@@ -51,8 +51,8 @@ def option(default, description: str, *, low: float | None = None, high: float |
         low, high (`float`, *optional*):
             The range of a number, both ends included.
         resumable (`bool`, defaults to `False`):
-            Whether a run may be resumed with another value. This holds for paths, for the length of the run, for what
-            is shown of it, and for what costs time or memory only.
+            Whether a run may be resumed with another value. True for paths, the length of the run, logging and
+            validation, and options that change only time or memory.
     """
     metadata = {"help": description, "low": low, "high": high, "resumable": resumable}
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,8 +61,8 @@ def option(default, description: str, *, low: float | None = None, high: float |
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """
-    The settings of a training run, each of which is a flag of the same name. The defaults are the paper's, where it
-    names a value. Building a config checks values and touches no disk; `check_machine` does the rest.
+    The settings of a training run. Each field is a flag of the same name, and its default is the paper's value if the
+    paper names one. The constructor checks values without reading the disk; `check_machine` checks the rest.
     """
 
     pretrained_model_name_or_path: str = option(
@@ -81,11 +81,11 @@ class TrainConfig:
         None, "Folder with pictures and metadata, or with Parquet files.", resumable=True
     )
     dataset_name: str | None = option(None, "Hub id of a data set, instead of --train_data_dir.", resumable=True)
-    streaming: bool = option(False, "Read Parquet files, here or on the Hub, while training: nothing is copied.")
+    streaming: bool = option(False, "Read Parquet files from a folder or the Hub while training, without a copy.")
     shuffle_buffer_size: int = option(4096, "Rows that are shuffled together with --streaming.", low=1)
     image_column: str = option("image", "Column of the pictures.")
     caption_column: str = option("text", "Column of the captions.")
-    max_train_samples: int | None = option(None, "Use only so many rows, the first ones.", low=1)
+    max_train_samples: int | None = option(None, "Use only this number of rows from the start.", low=1)
     resolution: int | None = option(
         None, "Side of the training pictures in pixels; by default the base model's.", low=1
     )
@@ -97,20 +97,20 @@ class TrainConfig:
     )
 
     aus: tuple[str, ...] = option(
-        (), "AUs to train: AU12, or AU12L AU12R; by default all that the data have columns for.", resumable=True
+        (), "AUs to train: AU12, or AU12L AU12R; by default all AUs that have a column.", resumable=True
     )
     adapter_name_or_path: str | None = option(
         None,
-        "Folder or Hub id of an AU adapter to go on from. Its encoder, AUs and LoRA stay as they are.",
+        "Folder or Hub id of an AU adapter to start from. It sets encoder type, AUs and rank.",
         resumable=True,
     )
     encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
     au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
     num_au_tokens: int = option(1, "Tokens that the AU encoder makes.", low=1)
     au_kv_init: Literal[KV_INITS] = option(
-        "text", "Keys and values start as copies of the text's, at random, or with values of zero."
+        "text", "Initial keys and values: copies of the text's, random, or values of zero."
     )
-    rank: int = option(32, "Rank of the LoRA, and its alpha.", low=1)
+    rank: int = option(32, "Rank and alpha of the LoRA.", low=1)
 
     au_noise_variance: float = option(
         0.2, "Label smoothing: variance of the Gaussian noise on the intensities.", low=0
@@ -126,40 +126,42 @@ class TrainConfig:
     au_drop_prob: float = option(0.0, "Share of samples trained with all AUs at 0.", low=0, high=1)
     caption_drop_prob: float = option(0.0, "Share of samples trained with an empty caption.", low=0, high=1)
     snr_gamma: float | None = option(None, "Min-SNR loss weighting, usually with 5.0; by default none.", low=0)
-    noise_offset: float = option(0.0, "Standard deviation of a noise that is the same all over a channel.", low=0)
+    noise_offset: float = option(0.0, "Standard deviation of noise that is constant over each channel.", low=0)
     timestep_sampling: Literal["uniform", "stratified"] = option(
-        "uniform", "Timesteps drawn freely, or one from each of as many equal intervals as a step has samples."
+        "uniform", "Draw timesteps independently, or one from each of N equal intervals for the N samples of a step."
     )
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
         "none", "Draw more timesteps of the first or last --timestep_bias_portion, or from begin to end."
     )
-    timestep_bias_multiplier: float = option(1.0, "How many times as often these timesteps are drawn.", low=0)
+    timestep_bias_multiplier: float = option(1.0, "Factor on the probability of these timesteps.", low=0)
     timestep_bias_begin: int = option(0, 'First timestep of the strategy "range".', low=0)
     timestep_bias_end: int = option(1000, 'Timestep before which the strategy "range" ends.', low=1)
     timestep_bias_portion: float = option(0.25, 'Share of the timesteps for "earlier" and "later".', low=1e-3, high=1)
 
     au_feedback_meter: str | None = option(
         None,
-        "A meter that reads AUs from pictures drawn in training, whose error is sent back: a folder, or"
+        "Read the AUs of pictures drawn in training with this meter, and train on its error: a folder, or"
         " package.module:callable.",
         resumable=True,
     )
-    au_feedback_weight: float = option(1.0, "Weight of that error, in squared intensities, beside the loss.", low=0)
+    au_feedback_weight: float = option(
+        1.0, "Weight of the meter's error (in squared intensities), which is added to the loss.", low=0
+    )
     au_feedback_start: int = option(0, "Optimizer steps before the feedback begins.", low=0)
     au_feedback_steps: int = option(4, "Denoising steps of these pictures.", low=1)
     au_feedback_backprop: int | None = option(
-        None, "How many of them, the last ones, carry gradient; by default all.", low=1
+        None, "Number of last denoising steps that carry gradient; by default all.", low=1
     )
     au_feedback_guidance_scale: float = option(7.5, "Guidance scale of these pictures.", low=0)
     au_feedback_batch_size: int | None = option(
-        None, "Pictures that a process draws in a forward pass; by default as many as it has samples.", low=1
+        None, "Pictures of a process in a forward pass; by default --train_batch_size.", low=1
     )
 
     max_train_steps: int = option(20_000, "Optimizer steps.", low=1, resumable=True)
     train_batch_size: int = option(16, "Samples for each process and forward pass.", low=1, resumable=True)
     gradient_accumulation_steps: int = option(1, "Forward passes for each optimizer step.", low=1, resumable=True)
     learning_rate: float = option(
-        1e-4, "Learning rate of the LoRA, and of the rest unless --au_learning_rate is set.", low=0
+        1e-4, "Learning rate of the LoRA, and of everything else unless --au_learning_rate is set.", low=0
     )
     au_learning_rate: float | None = option(None, "Learning rate of the AU encoder, keys and values.", low=0)
     lr_scheduler: Literal[
@@ -176,21 +178,23 @@ class TrainConfig:
     adam_weight_decay: float = option(1e-2, "AdamW: weight decay.", low=0)
     adam_epsilon: float = option(1e-8, "AdamW: epsilon.", low=0)
     max_grad_norm: float = option(
-        1.0, "Norm to which the gradient of all trained parameters together is clipped.", low=0
+        1.0, "Largest norm of the gradient of all trained parameters together; a larger one is clipped.", low=0
     )
     use_ema: bool = option(False, "Save an exponential moving average of the trained parameters.")
     ema_decay: float = option(0.9999, "Largest decay of the moving average.", low=0)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "By default what accelerate is set to.", resumable=True
     )
-    allow_tf32: bool = option(False, "Multiply float32 matrices as TF32, on GPUs that can.", resumable=True)
-    torch_compile: bool = option(False, "Compile the UNet: a minute of waiting, then faster steps.", resumable=True)
+    allow_tf32: bool = option(False, "Multiply float32 matrices as TF32, on GPUs that support it.", resumable=True)
+    torch_compile: bool = option(
+        False, "Compile the UNet, which takes about a minute and makes steps faster.", resumable=True
+    )
     gradient_checkpointing: bool = option(False, "Save memory, at the cost of a second forward pass.", resumable=True)
     seed: int = option(0, "Seed of everything that is random.", low=0)
 
     checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", low=1, resumable=True)
     checkpoints_total_limit: int | None = option(
-        None, "Keep only so many checkpoints, the last ones.", low=1, resumable=True
+        None, "Keep only this number of checkpoints, the newest.", low=1, resumable=True
     )
     resume_from_checkpoint: str | None = option(
         None, 'A checkpoint folder, or "latest" for the last one if any.', resumable=True
@@ -215,13 +219,13 @@ class TrainConfig:
         resumable=True,
     )
     num_validation_images: int = option(
-        1, "Pictures of each prompt and expression, from as many seeds.", low=1, resumable=True
+        1, "Pictures of each prompt and expression, each from another seed.", low=1, resumable=True
     )
     validation_inference_steps: int = option(25, "Denoising steps of these pictures.", low=1, resumable=True)
     validation_guidance_scale: float = option(7.5, "Guidance scale of these pictures.", low=0, resumable=True)
     push_to_hub: bool = option(
         False,
-        "Upload a repository as hub.export makes it, at the end. Log in before: `hf auth login`, or HF_TOKEN.",
+        "At the end, upload a repository as hub.export makes it. Log in first: `hf auth login`, or HF_TOKEN.",
         resumable=True,
     )
     hub_model_id: str | None = option(
@@ -241,7 +245,7 @@ class TrainConfig:
             except ValueError as error:
                 raise ValueError(f"`--aus`: {error}") from error
         for aus in self.validation_aus:
-            # Which of them the data have is seen later.
+            # The AUs of the data are not known yet.
             read_aus(aus, "--validation_aus", ALL_AU_NAMES)
         if any(not prompt.strip() for prompt in self.validation_prompt):
             raise ValueError("`--validation_prompt` must not contain empty prompts.")
@@ -257,7 +261,7 @@ class TrainConfig:
             self._check("au_feedback_batch_size", False, f"at most `--train_batch_size`, {self.train_batch_size}")
         if self.streaming and self.cache_latents:
             raise ValueError(
-                "`--cache_latents` writes every row to disk, which `--streaming` is there to avoid: leave one out."
+                "`--cache_latents` writes every row to disk, but `--streaming` exists to avoid that: leave one out."
             )
         if self.report_to not in (None, "none", "all"):
             trackers = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
@@ -285,10 +289,10 @@ class TrainConfig:
 
     def check_machine(self) -> None:
         """
-        Check what depends on this machine, before a run begins.
+        Check settings that depend on this machine, before a run begins.
 
         Raises:
-            ValueError: if a folder is not there, or a package that an option needs is not installed.
+            ValueError: if a folder does not exist, or a package that an option needs is not installed.
         """
         if self.train_data_dir is not None and not self.train_data_dir.is_dir():
             raise ValueError(f"`--train_data_dir` has to be a folder, but {str(self.train_data_dir)!r} is none.")
@@ -307,7 +311,7 @@ class TrainConfig:
 
     @property
     def repo_id(self) -> str:
-        """Where `--push_to_hub` uploads to."""
+        """The repository for `--push_to_hub`."""
         return self.hub_model_id or self.output_dir.resolve().name
 
     def to_json(self) -> str:
@@ -316,8 +320,8 @@ class TrainConfig:
 
 def published_settings(settings: dict) -> dict:
     """
-    What a model card may show of the settings in a `train_config.json`: what decides the weights, and neither paths
-    nor prompts, which are the business of whoever trained.
+    The settings of a `train_config.json` that a model card may show: those that decide the weights, without paths and
+    prompts, which are private.
     """
     more = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision")
     names = [f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["resumable"] or f.name in more]
@@ -326,7 +330,7 @@ def published_settings(settings: dict) -> dict:
 
 
 def default_settings() -> dict:
-    """The settings that have a default, as `TrainConfig.to_json` writes them."""
+    """The default settings, as `TrainConfig.to_json` writes them."""
     fields = dataclasses.fields(TrainConfig)
     defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     return json.loads(json.dumps(defaults, default=str))
@@ -334,7 +338,7 @@ def default_settings() -> dict:
 
 @functools.cache
 def _value_type(field_name: str):
-    """The type of a field of `TrainConfig`, where it is not None."""
+    """The type of a field of `TrainConfig`, without None."""
     hint = typing.get_type_hints(TrainConfig)[field_name]
     if typing.get_origin(hint) in (Literal, tuple):
         return hint
@@ -343,7 +347,7 @@ def _value_type(field_name: str):
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
-    """The command line as a `TrainConfig`. What is wrong with it is printed, with exit status 2."""
+    """Read the command line. An error is printed, and the program exits with status 2."""
     parser = argparse.ArgumentParser(
         description="Fine-tune an AU adapter on a frozen Stable Diffusion base.", allow_abbrev=False
     )
@@ -367,7 +371,7 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         "--preset",
         choices=TRAINING_PRESETS,
         default="paper",
-        help='Other defaults: "best" has what did best in docs/results.md. Flags that are given count all the same.',
+        help='Set of defaults: "best" did best in docs/results.md. Flags on the command line override it.',
     )
     parser.set_defaults(**TRAINING_PRESETS[parser.parse_args(argv).preset])
     arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}

@@ -1,11 +1,11 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-From a data set to training samples: rows that are checked, pictures and captions that are encoded, now or once for all
-in a cache on disk, and the endless sequence of samples.
+From a data set to training samples: checked rows, pictures and captions that are encoded in each step or once into a
+cache on disk, and the endless sequence of samples.
 
 Each sample is a function of the seed and of its number in the run. Memory does not grow with the pictures: labels are
-arrays, everything else stays in files that are mapped or read piece by piece.
+arrays, and everything else stays in files that are mapped or read in parts.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 ROWS_PER_SHARD = 1024
 CACHE_FORMAT = 2
-"""Part of the name of a cache: another number leaves the caches of older versions alone."""
+"""Part of the name of a cache. A change of the format needs a new number, so that older caches are not read."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class TrainingData:
 
     Args:
         table (`pyarrow.Table`):
-            With the columns of pictures, captions, AUs, and with `--face_loss_weight` of the face's box.
+            Has the columns of pictures, captions and AUs; with `--face_loss_weight`, also those of the face's box.
         config (`TrainConfig`):
             Names the columns.
         first_row (`int`, defaults to 0):
@@ -75,10 +75,10 @@ class TrainingData:
 
     Attributes:
         notes (`list[str]`):
-            Sentences about what is left out or doubtful, for the user to read once.
+            Sentences about rows that are left out or doubtful. The run prints them once.
 
     Raises:
-        ValueError: if a column is missing, or a value is not what it has to be. It names the row.
+        ValueError: if a column is missing, or a value has a wrong type or range. The message names the row.
     """
 
     def __init__(self, table: pa.Table, config: TrainConfig, first_row: int = 0):
@@ -97,7 +97,7 @@ class TrainingData:
         for index, name in enumerate(self.au_names):
             found = [columns[column] for column in _sources_of(name, table.column_names)]
             self.au_intensities[:, index] = found[0] if len(found) == 1 else sum(found) / len(found)
-        # In a mirrored picture.
+        # Order of the AUs in a mirrored picture.
         self.mirrored_aus = mirrored_columns(self.au_names) if config.random_flip else None
         self.face_boxes = None
         if config.face_loss_weight != 1:
@@ -109,21 +109,21 @@ class TrainingData:
         return len(self.au_intensities)
 
     def locate(self, row: int) -> tuple["TrainingData", int]:
-        """The table that holds a row, and its index there."""
+        """The table that holds a row, and the index of the row in it."""
         return self, row
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, epoch)).permutation(len(self))
 
     def picture(self, row: int) -> dict:
-        """`{"path": …, "bytes": …}`, one of which may be None."""
+        """The picture of a row as `{"path": …, "bytes": …}`. One of the two may be None."""
         entry = self.pictures[row].as_py()
         if isinstance(entry, dict):
             return entry
         return {"path": entry, "bytes": None} if isinstance(entry, str) else {"path": None, "bytes": entry}
 
     def open_picture(self, row: int) -> BinaryIO:
-        """The file of a picture. Bytes in the table are not copied."""
+        """Open the file of a picture, or its bytes in the table without a copy."""
         entry = self.pictures[row]
         content, path = (entry["bytes"], entry["path"]) if isinstance(entry, pa.StructScalar) else (entry, entry)
         is_bytes = pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
@@ -134,7 +134,7 @@ class TrainingData:
         return open(path.as_py(), "rb")
 
     def picture_size(self, row: int) -> np.ndarray:
-        """Width and height, for which only the head of the file is read, and only once."""
+        """Width and height of a picture. Only the head of the file is read, and only once."""
         if not self.picture_sizes[row].any():
             with self.open_picture(row) as file, Image.open(file) as picture:
                 is_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
@@ -142,7 +142,7 @@ class TrainingData:
         return self.picture_sizes[row]
 
     def name(self, row: int) -> str:
-        """What messages call a row."""
+        """Name of a row in messages."""
         path = self.picture(row)["path"]
         if path and self.folder is not None and Path(path).is_relative_to(self.folder):
             path = Path(path).relative_to(self.folder)
@@ -166,7 +166,7 @@ class TrainingData:
             column = table.column(name)
             wrong = np.ones(len(table), bool)
             if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
-                # What is missing becomes NaN, which is in no range.
+                # A missing value becomes NaN, which is in no range.
                 numbers[:, index] = column.cast(pa.float64()).to_numpy()
                 wrong = ~((numbers[:, index] >= 0) & (numbers[:, index] <= highest))
             if wrong.any():
@@ -179,22 +179,21 @@ class TrainingData:
 
 class StreamedData:
     """
-    The rows of Parquet files, here or on the Hub, read a row group at a time when they are needed.
+    The rows of Parquet files in a folder or on the Hub. A row group is read when one of its rows is needed.
 
-    An epoch goes through the row groups in another order each time, and shuffles the rows of as many of them together
-    as hold `shuffle_buffer_size` rows. About twice as many rows are in memory.
+    Each epoch has another order of row groups. It collects row groups until they have `shuffle_buffer_size` rows, and
+    shuffles these rows together. Memory holds about twice this number of rows.
     """
 
     def __init__(self, urls: list[str], config: TrainConfig, notes: list[str]):
         with ThreadPoolExecutor(16) as pool:
             footers = list(tqdm(pool.map(_read_footer, urls), "Parquet files", len(urls), leave=False))
-        # Files with other columns than the first are an error.
+        # The first file decides. `TrainingData` raises an error if another file lacks a column.
         self.au_names = choose_aus(footers[0].schema.to_arrow_schema().names, config)
         self.config, self.notes = dataclasses.replace(config, aus=self.au_names), notes
         self.groups = [(url, f, i) for url, f in zip(urls, footers, strict=True) for i in range(f.num_row_groups)]
         sizes = [footer.row_group(index).num_rows for _, footer, index in self.groups]
         self.ends = np.cumsum(sizes)
-        # Some may be left out by `--max_train_samples`.
         self.num_rows = min(int(self.ends[-1]), config.max_train_samples or int(self.ends[-1]))
         self.most_rows = 2 * config.shuffle_buffer_size + max(sizes)
         self.loaded: OrderedDict[int, TrainingData] = OrderedDict()
@@ -230,10 +229,10 @@ class StreamedData:
 
 def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
     """
-    Load and check all labels and captions; those of a stream are checked when they are read.
+    Load and check all labels and captions. With `--streaming`, they are checked when they are read.
 
     Raises:
-        ValueError: if the data cannot be read, or a label is wrong. It names the file or the row.
+        ValueError: if the data cannot be read, or a label is wrong. The message names the file or the row.
     """
     folder, notes = config.train_data_dir or Path(config.dataset_name), []
     if config.streaming:
@@ -244,7 +243,7 @@ def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
         raise ValueError(
             f"{str(folder)!r} holds {metadata_files[0].relative_to(folder)}, and {len(parquet_files)} Parquet files,"
             f" such as {parquet_files[0].relative_to(folder)}. Training reads either pictures with metadata or Parquet"
-            " files: move one of the kinds away."
+            " files: move one of the two elsewhere."
         )
     if metadata_files:
         table = _read_metadata_files(folder, metadata_files, config, notes)
@@ -267,7 +266,7 @@ def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
 
 
 def _load_table(source: str, notes: list[str] | None = None, **options) -> pa.Table:
-    """A data set of the `datasets` library as a table, which stays mapped from its files."""
+    """Load a data set with the `datasets` library as a table that stays in its mapped files."""
     try:
         dataset = load_dataset(source, split="train", **options)
     except DatasetsError as error:
@@ -281,7 +280,7 @@ def _load_table(source: str, notes: list[str] | None = None, **options) -> pa.Ta
 
 
 def _files_in(folder: Path) -> Iterator[Path]:
-    """All files in a folder and its folders, but for hidden ones."""
+    """All files in a folder and its subfolders, except hidden ones."""
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
@@ -292,7 +291,7 @@ def _find_parquet_in(folder: Path) -> list[Path]:
 
 
 def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, notes: list[str]) -> pa.Table:
-    """The rows of all metadata files of a folder, with the pictures' paths in the column `--image_column`."""
+    """Read the rows of all metadata files of a folder, with the paths of pictures in the column `--image_column`."""
     tables = []
     for path in paths:
         same_folder = [other.name for other in paths if other.parent == path.parent]
@@ -326,7 +325,7 @@ def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, n
 def _read_metadata(path: Path) -> pa.Table:
     if path.suffix == ".parquet":
         return pq.read_table(path)
-    # As one block, whose column types follow from all rows.
+    # Read one block, so that all rows decide the type of a column.
     block_size = min(path.stat().st_size + 1, 2**31 - 1)
     if path.suffix == ".csv":
         options = pa.csv.ReadOptions(block_size=block_size)
@@ -345,7 +344,9 @@ def _find_parquet_files(config: TrainConfig, folder: Path, notes: list[str]) -> 
             notes.append(f"Only the split train of {config.dataset_name!r} is used, not {', '.join(left_out)}.")
     if not urls or not all(url.endswith(".parquet") for url in urls):
         source = config.dataset_name or config.train_data_dir
-        raise ValueError(f"`--streaming` reads Parquet files, but {str(source)!r} has others, or none. Leave it out.")
+        raise ValueError(
+            f"`--streaming` reads Parquet files, but {str(source)!r} has others, or none. Leave the flag out."
+        )
     return urls
 
 
@@ -359,10 +360,10 @@ def _read_footer(url: str) -> pq.FileMetaData:
 
 def check_pictures(data: TrainingData) -> None:
     """
-    Open every picture, and add to `data.notes` which rows repeat one.
+    Open every picture, and add a note to `data.notes` if rows repeat a picture.
 
     Raises:
-        ValueError: if a picture is missing, cut off or no picture. It names the row and the file.
+        ValueError: if a picture is missing, truncated or no picture. The message names the row and the file.
     """
     rows = range(len(data))
     parts = [rows[start : start + ROWS_PER_SHARD] for start in range(0, len(rows), ROWS_PER_SHARD)]
@@ -384,23 +385,24 @@ def check_pictures(data: TrainingData) -> None:
     if same:
         first, row = same[0]
         data.notes.append(
-            f"{len(same):,} rows repeat picture, caption and AUs of an earlier row, as {data.name(row)} does those of"
-            f" {data.name(first)}. They count each time."
+            f"{len(same):,} rows repeat picture, caption and AUs of an earlier row; {data.name(row)}, for example,"
+            f" repeats {data.name(first)}. All of them are used."
         )
 
 
 def _check_picture(data: TrainingData, row: int) -> bytes:
-    """Raise an error unless the file has a head that Pillow knows, and an end. Returns a digest of size and end."""
+    """Raise an error unless the file has a head that Pillow knows and is complete. Return a digest of size and end."""
     try:
         with data.open_picture(row) as file, Image.open(file) as picture:
             size = file.seek(0, 2)
             file.seek(max(0, size - 64))
             end = file.read(64)
-            # To decode it is safe, and slow: a JPEG file may have more behind its end.
+            # Decode the picture only if its end is unknown, because decoding is slow. A JPEG may have more data behind
+            # its end marker.
             is_whole = {"PNG": b"IEND" in end, "JPEG": b"\xff\xd9" in end}.get(picture.format, False)
             if not is_whole:
                 picture.load()
-    # Decoders have errors of many kinds.
+    # Decoders raise errors of many types.
     except Exception as error:
         raise data.unreadable(row, error) from error
     return hashlib.blake2b(b"%d " % size + end, digest_size=16).digest()
@@ -412,7 +414,7 @@ def _is_same_picture(data: TrainingData, first: int, row: int) -> bool:
 
 
 def count_cut_captions(data: TrainingData, encoders: StableDiffusionEncoders) -> None:
-    """Add to `data.notes` how many captions are longer than what the base reads."""
+    """Add a note to `data.notes` if captions are longer than the base can read."""
     counts = pc.value_counts(data.captions)
     captions, times = counts.field("values"), counts.field("counts").to_numpy()
     cut = [index for index, caption in enumerate(captions) if encoders.is_cut(caption.as_py())]
@@ -425,10 +427,10 @@ def count_cut_captions(data: TrainingData, encoders: StableDiffusionEncoders) ->
 
 def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
     """
-    The AUs to train: those of `--aus`, or else all that there are columns for, by their numbers, left before right.
+    The AUs to train: those of `--aus`, or all that have a column, in the order of their numbers, left before right.
 
     Raises:
-        ValueError: if there are none, if a column looks like an AU and is none, or if one side of an AU is missing.
+        ValueError: if there is no AU, FACS does not have the AU of a column, or one side of an AU is missing.
     """
     if config.aus:
         return config.aus
@@ -440,13 +442,13 @@ def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
         au_columns(au_names)
     except ValueError as error:
         raise ValueError(
-            f"The AU columns of the data set are {', '.join(au_names)}: {error} Name those to train by `--aus`."
+            f"The AU columns of the data set are {', '.join(au_names)}: {error} Choose AUs with `--aus`."
         ) from error
     return au_names
 
 
 def _sources_of(au: str, columns: list[str]) -> tuple[str, ...]:
-    """The columns whose mean is an AU: its own; else that of the whole AU for a side, and those of both sides."""
+    """The columns whose mean is an AU: its own column, or the whole AU's for a side, or the columns of both sides."""
     if au not in columns:
         if whole_au(au) in columns:
             return (whole_au(au),)
@@ -462,8 +464,8 @@ def _check_columns(columns: list[str], config: TrainConfig) -> None:
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(
-            f"The data set has no column {', '.join(missing)}. It has {', '.join(columns)}. Columns of the picture and"
-            " the caption are named by `--image_column` and `--caption_column`, AUs by `--aus`; `--face_loss_weight`"
+            f"The data set has no column {', '.join(missing)}. It has {', '.join(columns)}. `--image_column` and"
+            " `--caption_column` name the columns of picture and caption, and `--aus` names AUs; `--face_loss_weight`"
             f" needs {', '.join(FACE_BOX)}."
         )
 
@@ -474,7 +476,7 @@ def _check_columns(columns: list[str], config: TrainConfig) -> None:
 
 
 class PixelInputs:
-    """Pictures and captions as `pixel_values` and `input_ids`, which the frozen encoders read in each step."""
+    """Pictures and captions as `pixel_values` and `input_ids`, which the frozen encoders encode in each step."""
 
     def __init__(self, data: TrainingData | StreamedData, encoders: StableDiffusionEncoders, resolution: int):
         side = resolution // encoders.vae_scale_factor
@@ -483,27 +485,27 @@ class PixelInputs:
         self.latents_shape = (encoders.latent_channels, side, side)
 
     def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
-        """`pixel_values` of shape `(3, resolution, resolution)`, float32 in [-1, 1], mirrored if `flip`."""
+        """Read `pixel_values` of shape `(3, resolution, resolution)`, float32 in [-1, 1], mirrored if `flip`."""
         data, index = self.data.locate(row)
         try:
             picture, _ = to_rgb(ImageFeature().decode_example(data.picture(index)))
-        # Decoders have errors of many kinds.
+        # Decoders raise errors of many types.
         except Exception as error:
             raise data.unreadable(index, error) from error
-        # The shorter side is resized, the longer one cut.
+        # Resize the shorter side, and crop the longer side.
         picture = ImageOps.fit(picture, (self.resolution, self.resolution))
         pixels = np.asarray(ImageOps.mirror(picture) if flip else picture)
         return {"pixel_values": torch.from_numpy(pixels / np.float32(127.5) - 1).permute(2, 0, 1).contiguous()}
 
     def caption(self, row: int | None) -> dict[str, torch.Tensor]:
-        """`input_ids` of the caption of a row, or for None of the empty one."""
+        """The `input_ids` of the caption of a row, or of the empty caption for None."""
         if row is None:
             return {"input_ids": self.encoders.tokenize("")}
         data, index = self.data.locate(row)
         caption = data.captions[index].as_py()
         if isinstance(self.data, StreamedData) and self.encoders.is_cut(caption):
-            # Python shows the same warning once.
-            warnings.warn("There are captions longer than what the base reads. They are cut.", stacklevel=2)
+            # Python shows the same warning only once.
+            warnings.warn("Some captions are longer than the base can read. They are cut.", stacklevel=2)
         return {"input_ids": self.encoders.tokenize(caption)}
 
 
@@ -513,11 +515,11 @@ class LatentInputs:
 
     Args:
         pictures (`list[CachedRows]`):
-            The latents of all rows, and with `--random_flip` those of the mirrored pictures behind them.
+            The latents of all rows, and with `--random_flip` the latents of all mirrored pictures.
         captions (`CachedRows`):
-            Each different caption once, the empty one first.
+            Each different caption once, the empty caption first.
         caption_indices (`numpy.ndarray`):
-            Which of `captions` each row has.
+            Index in `captions` of each row's caption.
         takes_sizes (`bool`):
             Whether the base takes the `original_size` of pictures.
     """
@@ -562,9 +564,9 @@ class _RowsToEncode(torch.utils.data.Dataset):
 
 
 def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelerator) -> LatentInputs:
-    """`inputs` encoded and kept on disk, by the hash of what they and the encoders are."""
+    """Encode `inputs` into a cache on disk. Its name is a hash of the inputs and the encoders."""
     data, encoders = inputs.data, inputs.encoders
-    # Half precision is ample for latents; bfloat16 is not.
+    # float16 is precise enough for latents, but bfloat16 is not.
     dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
     settings = (CACHE_FORMAT, encoders.fingerprint(), dtype)
     pictures_digest = _digest_pictures(data)
@@ -583,7 +585,7 @@ def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelera
         )
         for flip in ((False, True) if config.random_flip else (False,))
     ]
-    # Many rows share a caption. Offsets of 32 bits would end at 2 GiB of text.
+    # Encode each caption once, because many rows share one. `large_string` has no limit of 2 GiB of text.
     encoded = data.captions.cast(pa.large_string()).combine_chunks().dictionary_encode()
     captions = pa.concat_arrays([pa.array([""], pa.large_string()), encoded.dictionary])
     embeddings = cache_rows(
@@ -607,8 +609,8 @@ def encode_rows(
     accelerator: Accelerator,
 ) -> CachedRows:
     """
-    Encode the rows that are not in `folder` yet. Files are renamed into place when they are complete, so an
-    interrupted run leaves nothing wrong behind, and the next one goes on with the missing files.
+    Encode the rows that are not in `folder` yet. A file is renamed into place when it is complete, so an interrupted
+    run leaves only complete files, and the next run writes the missing ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{shard:05d}.safetensors" for shard in range(math.ceil(num_rows / ROWS_PER_SHARD))]
@@ -617,7 +619,7 @@ def encode_rows(
     size = config.train_batch_size
     for path in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
         lock = path.with_suffix(".lock")
-        # Another run with the same cache may be at work on this file, and have it ready after that.
+        # Another run with the same cache may be writing this file, so check again after waiting for the lock.
         with FileLock(lock):
             if not path.exists():
                 first = int(path.stem) * ROWS_PER_SHARD
@@ -645,7 +647,7 @@ def _hash(*values) -> str:
 
 
 def _digest_pictures(data: TrainingData) -> str:
-    """A hash of all pictures: of files path, size and time of the last change, of others their bytes."""
+    """A hash of all pictures: of path, size and time of change for files, and of the bytes for others."""
     digest = hashlib.blake2b(digest_size=16)
     for row in range(len(data)):
         entry = data.picture(row)
@@ -672,7 +674,7 @@ def smooth_au_intensities(
 
 
 def timestep_probabilities(num_train_timesteps: int, config: TrainConfig) -> np.ndarray:
-    """How likely each timestep is: all alike, but for those that `--timestep_bias_strategy` names."""
+    """The probability of each timestep. It is uniform except for the timesteps of `--timestep_bias_strategy`."""
     weights = np.ones(num_train_timesteps)
     portion = round(num_train_timesteps * config.timestep_bias_portion)
     favoured = {
@@ -691,15 +693,15 @@ def face_weights(box: np.ndarray, picture_size: np.ndarray, side: int, weight: f
 
     Args:
         box (`numpy.ndarray` of shape `(4,)`):
-            Left, top, right and bottom, from 0 to 1 of the whole picture.
+            Left, top, right and bottom, as fractions of the whole picture from 0 to 1.
         picture_size (`numpy.ndarray` of shape `(2,)`):
-            Width and height of the picture, of which training sees the square in the middle.
+            Width and height of the picture. Training uses the square in its middle.
     """
     shorter_side = picture_size.min()
     cut = (picture_size - shorter_side) / 2
     corners = (box.reshape(2, 2) * picture_size - cut) / shorter_side * side
     cells = np.arange(side)[:, None]
-    # How much of each column and row of latents the box covers.
+    # Fraction of each column and row of latents that the box covers.
     covered = np.clip(np.minimum(corners[1], cells + 1) - np.maximum(corners[0], cells), 0, 1)
     weights = 1 + (weight - 1) * np.outer(covered[:, 1], covered[:, 0])
     return (weights / weights.mean()).astype(np.float32)
@@ -707,8 +709,8 @@ def face_weights(box: np.ndarray, picture_size: np.ndarray, side: int, weight: f
 
 class TrainingSamples(torch.utils.data.Dataset):
     """
-    The endless sequence of training samples. Sample n is a function of the seed and n alone, and with stratified
-    timesteps of `samples_per_step`.
+    The endless sequence of training samples. Sample n is a function of only the seed and n, and with stratified
+    timesteps also of `samples_per_step`.
     """
 
     def __init__(
@@ -728,7 +730,7 @@ class TrainingSamples(torch.utils.data.Dataset):
         config, inputs = self.config, self.inputs
         row = self._row(number)
         data, index = inputs.data.locate(row)
-        # All is drawn always, in the same order: one option more leaves the other draws as they are.
+        # Always draw all numbers in the same order, so that an option does not change the draws of others.
         rng = np.random.default_rng((config.seed, 1, number))
         noise, latent_noise = rng.standard_normal((2, *inputs.latents_shape), np.float32)
         timestep = self._timestep(number, rng.random())
@@ -760,7 +762,7 @@ class TrainingSamples(torch.utils.data.Dataset):
     def _row(self, number: int) -> int:
         epoch, place = divmod(number, len(self.inputs.data))
         if epoch not in self.orders:
-            # A batch may lie in two epochs.
+            # Keep the previous epoch, because a batch may lie in two epochs.
             self.orders = {e: order for e, order in self.orders.items() if e == epoch - 1}
             self.orders[epoch] = self.inputs.data.order(self.config.seed, epoch)
         return int(self.orders[epoch][place])
@@ -773,7 +775,7 @@ class TrainingSamples(torch.utils.data.Dataset):
 
 
 def read_batches(dataloader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """The batches. An error in a worker process has the message that it has in the main process."""
+    """Iterate over batches, and give an error from a worker process the message that it has in the main process."""
     try:
         yield from dataloader
     except ValueError as error:
@@ -794,6 +796,6 @@ def make_dataloader(
         batch_sampler=[range(start, start + size) for start in starts],
         num_workers=config.dataloader_num_workers,
         pin_memory=accelerator.device.type != "cpu",
-        # Its seeds are not used, but it would draw them from the global random state.
+        # The loader draws seeds that nobody uses. With its own generator, it leaves the global random state alone.
         generator=torch.Generator(),
     )

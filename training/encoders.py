@@ -1,9 +1,10 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The frozen part of a base model that training reads with: pictures to latents, captions to the conditions of the UNet.
+The frozen part of a base model that prepares the inputs of training: pictures become latents, and captions become the
+conditions of the UNet.
 
-`model_index.json` says which family a base belongs to. All that differs between families is in one class each.
+`model_index.json` tells the family of a base. One class for each family contains everything that differs.
 """
 
 import gc
@@ -26,7 +27,7 @@ class StableDiffusionEncoders:
 
     Args:
         tokenizer (`CLIPTokenizer`), text_encoder (`CLIPTextModel`), vae (`AutoencoderKL`):
-            The models, where they are. They get frozen.
+            The models, on the device of training. This object freezes them.
     """
 
     takes_sizes = False
@@ -56,7 +57,7 @@ class StableDiffusionEncoders:
         return self.vae is not None
 
     def unload(self) -> None:
-        """Free the memory of VAE and text encoder. What needs neither goes on working."""
+        """Free the memory of VAE and text encoder. Methods that need neither still work."""
         self.text_encoder = self.vae = None
         gc.collect()
         if torch.cuda.is_available():
@@ -69,31 +70,31 @@ class StableDiffusionEncoders:
         return tokens.input_ids[0]
 
     def is_cut(self, caption: str) -> bool:
-        """Whether `tokenize` leaves out the end of a caption."""
+        """Whether `tokenize` cuts the end of a caption off."""
         length = self.tokenizer.model_max_length
-        # Each token has a byte or more, and two mark the start and the end.
+        # A token has at least one byte, and two tokens mark start and end, so short captions need no tokenizer.
         return len(caption.encode()) > length - 2 and len(self.tokenizer(caption, verbose=False).input_ids) > length
 
     @torch.no_grad()
     def encode_captions(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """`(batch, tokens)` → `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`."""
+        """Encode ids `(batch, tokens)` to `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`."""
         return {"prompt_embeds": self.text_encoder(input_ids.to(self.text_encoder.device))[0]}
 
     @torch.no_grad()
     def encode_pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        `(batch, 3, height, width)` in [-1, 1] → mean and standard deviation of the latents, before scaling, of shape
-        `(batch, channels, height, width)`.
+        Encode pictures `(batch, 3, height, width)` in [-1, 1] to the mean and the standard deviation of the unscaled
+        latents, each of shape `(batch, channels, height, width)`.
         """
         distribution = self.vae.encode(pixel_values.to(self.vae.device, self.vae.dtype)).latent_dist
         return {"latents_mean": distribution.mean, "latents_std": distribution.std}
 
     def added_cond_kwargs(self, batch: dict[str, torch.Tensor]) -> dict | None:
-        """What the UNet of this family needs beside text and AUs, made of the entries of `batch`."""
+        """Conditions of the UNet beside text and AUs, from the entries of `batch`. This family has none."""
         return None
 
     def make_pipeline(self, unet: UNet2DConditionModel, au_adapter: AUAdapter, scheduler: DDIMScheduler):
-        """A pipeline of these models that draws."""
+        """Make a pipeline from these models."""
         return FineFacePipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -107,7 +108,7 @@ class StableDiffusionEncoders:
         )
 
     def fingerprint(self) -> str:
-        """A hash of all that the encodings depend on."""
+        """A hash of everything that the encodings depend on."""
         # Both tokenizers of Stable Diffusion XL have this vocabulary.
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         digest = hashlib.blake2b(repr((vocabulary, self.tokenizer.model_max_length)).encode(), digest_size=16)
@@ -121,14 +122,15 @@ class StableDiffusionEncoders:
 class StableDiffusionXLEncoders(StableDiffusionEncoders):
     """
     The tokenizers, text encoders and VAE of Stable Diffusion XL. Its UNet takes the tokens of both text encoders side
-    by side, the pooled text of the second, and the sizes that a picture had and was cut to.
+    by side, the pooled text of the second encoder, the original size of a picture, and the position and size of the
+    crop.
 
     Args:
         tokenizer, tokenizer_2, text_encoder, text_encoder_2, vae:
-            The models, where they are. They get frozen.
+            The models, on the device of training. This object freezes them.
         zeros_for_empty (`bool`):
-            Whether the empty caption is zeros, as `force_zeros_for_empty_prompt` of the base has it for a call without
-            a negative prompt.
+            Whether zeros encode the empty caption. `force_zeros_for_empty_prompt` of the base sets this for calls
+            without a negative prompt.
     """
 
     takes_sizes = True
@@ -166,7 +168,7 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
         super().unload()
 
     def tokenize(self, caption: str) -> torch.Tensor:
-        """Token ids of both tokenizers, of shape `(2, tokens)`. They differ in how they pad."""
+        """Token ids of both tokenizers, of shape `(2, tokens)`. The two pad differently."""
         length = self.tokenizer.model_max_length
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         return torch.cat([tokenizer(caption, **options).input_ids for tokenizer in (self.tokenizer, self.tokenizer_2)])
@@ -174,15 +176,15 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
     @torch.no_grad()
     def encode_captions(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """
-        `(batch, 2, tokens)` → `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`, and `text_embeds`, the
-        pooled text, of shape `(batch, projection_dim)`.
+        Encode ids `(batch, 2, tokens)` to `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`, and to
+        `text_embeds`, the pooled text, of shape `(batch, projection_dim)`.
         """
         input_ids = input_ids.to(self.text_encoder.device)
         outputs = [
             encoder(ids, output_hidden_states=True)
             for encoder, ids in zip((self.text_encoder, self.text_encoder_2), input_ids.unbind(1), strict=True)
         ]
-        # As `StableDiffusionXLPipeline.encode_prompt` has it.
+        # `StableDiffusionXLPipeline.encode_prompt` also takes the last but one layer.
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         text_embeds = outputs[1].text_embeds
         if self.zeros_for_empty:
@@ -192,20 +194,20 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
         return {"prompt_embeds": prompt_embeds, "text_embeds": text_embeds}
 
     def added_cond_kwargs(self, batch: dict[str, torch.Tensor]) -> dict:
-        """The pooled text, and as `time_ids` original height and width, top and left of the cut, and its size."""
+        """The pooled text, and `time_ids`: original height and width, top and left of the crop, and its size."""
         sizes = batch["original_size"].float()  # (batch, 2), height and width
         side = float(batch["noise"].shape[-1] * self.vae_scale_factor)
-        # The shorter side is resized, and the longer one cut in the middle.
+        # `PixelInputs` resizes the shorter side and crops the middle of the longer side.
         resized = sizes * (side / sizes.min(dim=1, keepdim=True).values)
         cut = ((resized - side) / 2).round()
         return {
-            # From a cache they may be in half precision, which the UNet does not mix with sizes.
+            # A cache may hold half precision, but the UNet concatenates this with float32 sizes.
             "text_embeds": batch["text_embeds"].float(),
             "time_ids": torch.cat([sizes, cut, torch.full_like(sizes, side)], dim=1),
         }
 
     def make_pipeline(self, unet: UNet2DConditionModel, au_adapter: AUAdapter, scheduler: DDIMScheduler):
-        """A pipeline of these models that draws."""
+        """Make a pipeline from these models."""
         return FineFaceXLPipeline(
             vae=self.vae,
             text_encoder=self.text_encoder,
@@ -225,13 +227,13 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
 
 def load_vae(config: TrainConfig, dtype: torch.dtype, can_overflow: bool = False) -> AutoencoderKL:
     """
-    The VAE of the base or of `--pretrained_vae_model_name_or_path`, in `dtype`; one that `can_overflow` in float16,
-    unless its config says otherwise, in float32.
+    Load the VAE of the base or of `--pretrained_vae_model_name_or_path` in `dtype`. If it `can_overflow` and its
+    config has `force_upcast`, it is in float32 instead of float16.
     """
     options = {"subfolder": "vae", "revision": config.revision, "variant": config.variant}
     source = config.pretrained_model_name_or_path
     if config.pretrained_vae_model_name_or_path is not None:
-        # Most such repositories hold nothing but a VAE.
+        # Most repositories of a VAE have it at their root.
         source, options = config.pretrained_vae_model_name_or_path, {}
     vae = AutoencoderKL.from_pretrained(source, **options)
     if can_overflow and dtype == torch.float16 and vae.config.force_upcast:
@@ -240,15 +242,15 @@ def load_vae(config: TrainConfig, dtype: torch.dtype, can_overflow: bool = False
 
 
 FAMILIES = {("text_encoder",): StableDiffusionEncoders, ("text_encoder", "text_encoder_2"): StableDiffusionXLEncoders}
-"""The class of each family of bases with a UNet, by the text encoders that `model_index.json` names."""
+"""The class for each family of bases with a UNet, by the text encoders in `model_index.json`."""
 
 
 def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionEncoders:
     """
-    The encoders of the base, as its family needs them.
+    Load the encoders of the base with the class of its family.
 
     Raises:
-        ValueError: if the base belongs to no family that can be trained.
+        ValueError: if the base belongs to no family in `FAMILIES`.
     """
     base = config.pretrained_model_name_or_path
     index = DiffusionPipeline.load_config(base, revision=config.revision)

@@ -3,11 +3,11 @@
 """
 AU feedback: draw pictures while training, read their AUs with a frozen meter, and send the error back.
 
-The diffusion loss hardly feels AUs: they explain about a hundredth of it. A meter feels nothing else. The gradient of
-its error goes through the decoder and through the denoising steps into everything that is trained, as in DRaFT
-(https://huggingface.co/papers/2309.17400) and AlignProp (https://huggingface.co/papers/2310.03739). A meter can be
-cheated, so the pictures are shaken before it sees them, the diffusion loss goes on beside it, and another meter than
-this one has to judge the result.
+AUs explain only about a hundredth of the diffusion loss, so it teaches them slowly. A meter depends on nothing else.
+The gradient of its error goes through the decoder and the denoising steps into all trained parameters, as in DRaFT
+(https://huggingface.co/papers/2309.17400) and AlignProp (https://huggingface.co/papers/2310.03739). Training can
+exploit the mistakes of a meter. Therefore the pictures are perturbed before the meter reads them, the diffusion loss
+stays in the sum, and a different meter has to judge the result.
 """
 
 import importlib
@@ -30,7 +30,7 @@ METER_CLASSES = {
     "PictureReader": "toy_faces.networks:PictureReader",
     "SecondMeter": "toy_faces.networks:SecondMeter",
 }
-"""Where the classes of meters that `ModelMixin.save_pretrained` wrote are defined, by their names."""
+"""Import path of each class of meter that `ModelMixin.save_pretrained` can write, by the name of the class."""
 
 
 def load_meter(name: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -39,14 +39,15 @@ def load_meter(name: str, device: torch.device | str = "cpu") -> nn.Module:
 
     Args:
         name (`str`):
-            A folder with the `config.json` of a class in `METER_CLASSES`, or `package.module:callable`. The callable
-            takes nothing and returns a `torch.nn.Module` that takes pictures, `(batch, 3, height, width)` in [-1, 1],
-            and returns intensities, `(batch, n)` in FACS units from 0 to 5, differentiably. Its attribute `au_names`
-            names the n AUs; without it, they are the paper's twelve.
+            A folder with the `config.json` of a class in `METER_CLASSES`, or an import path `package.module:callable`.
+            The callable takes no arguments and returns a `torch.nn.Module`. The module takes pictures of shape
+            `(batch, 3, height, width)` in [-1, 1] and returns intensities of shape `(batch, n)` in FACS units from 0
+            to 5; gradients must pass through. Its attribute `au_names` names the n AUs; without it, they are the
+            paper's twelve.
 
     Raises:
         FileNotFoundError: if `name` is neither a folder with a meter nor an import path.
-        ValueError: if the callable is not there or returns something else than a module.
+        ValueError: if the callable does not exist or does not return a module.
     """
     folder = Path(name)
     if (folder / "config.json").is_file():
@@ -80,12 +81,13 @@ def _import(path: str):
 
 def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """
-    Pictures `(batch, 3, height, width)` in [-1, 1], shifted by up to a sixty-fourth of their size, with another
-    brightness and contrast and some noise: what a meter must not depend on, and a picture cannot be fitted to.
+    Perturb pictures of shape `(batch, 3, height, width)` in [-1, 1]: shift them by up to 1/64 of their height, change
+    brightness and contrast, and add noise. A true expression survives this, but a pattern that only deceives the meter
+    does not.
     """
 
     def random(*shape: int) -> torch.Tensor:
-        # On the CPU, where a seed gives the same numbers whatever the device.
+        # Draw on the CPU, so that a seed gives the same numbers on every device.
         return torch.randn(*shape, generator=generator).to(pixel_values)
 
     batch, _, height, width = pixel_values.shape
@@ -99,24 +101,25 @@ def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) 
 
 class AUFeedback:
     r"""
-    Draws pictures with the model that is trained, and compares their AUs with the commanded ones.
+    Draw pictures with the model in training, and compare their AUs with the commanded AUs.
 
     Args:
         meters (`list[nn.Module]`):
-            From `load_meter`, on the device of the model. Several are averaged: it is harder to cheat all of them.
+            From `load_meter`, on the device of the model. The errors of several meters are averaged, because several
+            are harder to deceive than one.
         encoders (`StableDiffusionEncoders`):
-            The frozen part of the base. Its decoder is kept, also if `encoders.unload` is called later.
+            The frozen part of the base. This object keeps the decoder even if `encoders.unload` is called later.
         scheduler (`DDIMScheduler`):
-            Of the base. It takes `steps` deterministic steps.
+            The scheduler of the base. It takes `steps` deterministic steps.
         au_names (`tuple[str, ...]`):
-            The AUs of the adapter. A meter that reads sides is asked for both sides alike; AUs that only one of the
-            two has are left out.
+            The AUs of the adapter. If the meter reads sides and the adapter does not know them, both sides should
+            show the commanded AU. AUs that only the meter or only the adapter has are left out.
         steps (`int`):
             Denoising steps of a picture.
         backprop (`int`, *optional*):
-            How many of them, the last ones, carry gradient; by default all.
+            Number of last denoising steps that carry gradient. The default is all.
         guidance_scale (`float`):
-            As in sampling: prompt and AUs together, away from the empty prompt and the neutral face. The
+            As in sampling. It guides prompt and AUs together, away from the empty prompt and the neutral face. The
             unconditional predictions carry no gradient.
 
     Raises:
@@ -158,22 +161,27 @@ class AUFeedback:
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """
-        Mean squared error, in FACS intensity units, between what the meters read and what was commanded.
+        Mean squared error between the intensities that the meters read and the commanded ones, in squared FACS units.
 
         Args:
-            model: is called as `FineFaceModel.forward`.
-            batch: has `prompt_embeds`, and what else `encoders.added_cond_kwargs` takes from it.
-            noise: has the shape of the latents.
-            au_intensities: the commanded ones, `(batch, number of AUs)`.
-            generator: draws on the CPU how the pictures are shaken.
+            model (`FineFaceModel`):
+                The model in training.
+            batch (`dict[str, torch.Tensor]`):
+                Has `prompt_embeds`, and the entries that `encoders.added_cond_kwargs` needs.
+            noise (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Standard normal noise in the shape of the latents.
+            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
+                The commanded intensities.
+            generator (`torch.Generator`, *optional*):
+                Draws the perturbations of the pictures, on the CPU.
         """
         return self.error(self.draw(model, batch, noise, au_intensities), au_intensities, generator)
 
     def draw(
         self, model: nn.Module, batch: dict[str, torch.Tensor], noise: torch.Tensor, au_intensities: torch.Tensor
     ) -> torch.Tensor:
-        """Pictures `(batch, 3, height, width)`, about [-1, 1], differentiable in what is trained. As `loss` takes."""
-        # The scheduler computes on the CPU, so that no step waits for the device.
+        """Draw pictures of shape `(batch, 3, height, width)`, about in [-1, 1]. The arguments are those of `loss`."""
+        # The timesteps stay on the CPU, so that no step waits for the device.
         self.scheduler.set_timesteps(self.steps)
         empty = {name: tensor.expand(len(noise), *tensor.shape[1:]) for name, tensor in self.empty.items()}
         conditions, unconditions = self._conditions(batch), self._conditions(batch | empty)
@@ -199,12 +207,12 @@ class AUFeedback:
     def error(
         self, pictures: torch.Tensor, au_intensities: torch.Tensor, generator: torch.Generator | None = None
     ) -> torch.Tensor:
-        """As `loss`, of pictures that are there already."""
+        """The error of `loss` for pictures that are already drawn."""
         shaken = shake(pictures, generator)
         errors = []
         for meter, projection in zip(self.meters, self.projections, strict=True):
             projection = projection.to(au_intensities)
-            # What a meter reads beyond the AUs of the adapter was not commanded.
+            # Only the AUs that both the meter and the adapter have count.
             commanded = projection.any(0)
             errors.append((meter(shaken) - au_intensities @ projection)[:, commanded].square().mean())
         return torch.stack(errors).mean()
@@ -213,7 +221,7 @@ class AUFeedback:
 def make_feedback(
     config: TrainConfig, encoders: StableDiffusionEncoders, au_names: Sequence[str], device: torch.device
 ) -> AUFeedback | None:
-    """The feedback that the flags `--au_feedback_…` ask for, or None without a meter."""
+    """Make the feedback from the flags `--au_feedback_…`, or return None without a meter."""
     if config.au_feedback_meter is None:
         return None
     if config.gradient_checkpointing:
@@ -233,5 +241,5 @@ def make_feedback(
 
 
 def feedback_generator(seed: int, step: int, first_row: int) -> torch.Generator:
-    """On the CPU, from what names a batch alone: a run that is resumed draws what it would have drawn."""
+    """A generator on the CPU that depends only on the batch, so that a resumed run draws the same pictures."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step, first_row)).generate_state(1)[0]))

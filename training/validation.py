@@ -19,15 +19,16 @@ from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders, load_encoders
 
 
-def choose_validation_aus(config: TrainConfig, au_names: Sequence[str]) -> tuple[str, ...]:
+def choose_validation_aus(config: TrainConfig, au_names: Sequence[str], notes: list[str]) -> tuple[str, ...]:
     """
-    `--validation_aus`, of the default ones those that an adapter with `au_names` can draw.
+    The expressions of `--validation_aus` that an adapter with `au_names` can draw. `notes` gets a sentence about
+    defaults that it cannot draw.
 
     Raises:
-        ValueError: if others were asked for, which it cannot draw.
+        ValueError: if the user asked for an expression that it cannot draw.
     """
     is_default = config.validation_aus == TrainConfig.__dataclass_fields__["validation_aus"].default
-    chosen = []
+    chosen, left_out = [], []
     for aus in config.validation_aus:
         try:
             read_aus(aus, "--validation_aus", au_names)
@@ -35,6 +36,12 @@ def choose_validation_aus(config: TrainConfig, au_names: Sequence[str]) -> tuple
         except ValueError:
             if not is_default:
                 raise
+            left_out.append(aus)
+    if left_out:
+        notes.append(
+            f"The validation sheet leaves out {'; '.join(left_out)}, because the data have not all of these AUs. Set"
+            " others with `--validation_aus`."
+        )
     return tuple(chosen)
 
 
@@ -42,7 +49,7 @@ def choose_validation_aus(config: TrainConfig, au_names: Sequence[str]) -> tuple
 def draw_validation(
     state: TrainingState, config: TrainConfig, encoders: StableDiffusionEncoders, device: torch.device
 ) -> Image.Image:
-    """Draw the sheet. Its noise is the same every time."""
+    """Draw the sheet, with the same noise every time."""
     base, model = config.pretrained_model_name_or_path, state.model
     scheduler = DDIMScheduler.from_pretrained(base, subfolder="scheduler", revision=config.revision)
     pipeline = encoders.make_pipeline(model.unet, model.au_adapter, scheduler)
@@ -52,7 +59,7 @@ def draw_validation(
     jobs = [(prompt, aus, seed) for prompt, seed in rows for aus in config.validation_aus]
     pictures: list[Image.Image] = []
     model.eval()
-    # The shapes differ from those of training, for which the UNet would be compiled again.
+    # The shapes differ from those of training, so a compiled UNet would be compiled again.
     with state.ema_weights(), torch.compiler.set_stance("force_eager"):
         for start in tqdm(range(0, len(jobs), config.train_batch_size), "validation", leave=False):
             prompts, aus, seeds = zip(*jobs[start : start + config.train_batch_size], strict=True)
@@ -76,13 +83,13 @@ def draw_validation(
 def validate(
     accelerator: Accelerator, state: TrainingState, config: TrainConfig, encoders: StableDiffusionEncoders
 ) -> None:
-    """Draw the sheet, keep it in the folder `validation`, and show it in TensorBoard or W&B."""
-    for_the_moment = not encoders.are_loaded
-    if for_the_moment:
+    """Draw the sheet, write it into the folder `validation`, and show it in TensorBoard or W&B."""
+    are_temporary = not encoders.are_loaded
+    if are_temporary:
         encoders = load_encoders(config, accelerator.device, state.model.unet.dtype)
     with accelerator.autocast():
         sheet = draw_validation(state, config, encoders, accelerator.device)
-    if for_the_moment:
+    if are_temporary:
         encoders.unload()
     path = config.output_dir / "validation" / f"step-{state.step:06}.png"
     with disk_errors_explained(path.name, config.output_dir), replacing(path) as unfinished:
