@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from action_units import AU_NAMES, au_columns, whole_au
+from action_units import AU_NAMES, au_projection
 from face_data.au_tables import AU_TABLE_TOOLS, AURow, read_au_table
 from program import TOY_MODEL, file_digest, folder_digest
 
@@ -112,16 +112,11 @@ class ToyMeter:
 
 def _choose_aus(measured: np.ndarray, names: Sequence[str], au_names: Sequence[str]) -> np.ndarray:
     """
-    From readings of the AUs `names`, `(pictures, n)`, to those of `au_names`: of an AU that is read as a whole, for
-    each side, and of one that is read for each side, the mean. NaN for others.
+    Convert readings of the AUs `names`, of shape `(pictures, n)`, to readings of `au_names`, see `au_projection`. AUs
+    that were not read are NaN.
     """
-    columns = au_columns(names)
-    chosen = np.full((len(measured), len(au_names)), np.nan, np.float32)
-    for index, name in enumerate(au_names):
-        found = columns.get(name) or columns.get(whole_au(name))
-        if found is not None:
-            chosen[:, index] = measured[:, list(found)].mean(axis=1)
-    return chosen
+    projection = au_projection(names, au_names).numpy()
+    return np.where(projection.any(axis=0), measured @ projection, np.float32(np.nan))
 
 
 def read_picture(path: Path) -> Image.Image:

@@ -4,10 +4,9 @@
 AU intensities from the tables of other tools: LibreFace, py-feat 2, OpenFace 2, ARKit and MediaPipe blendshapes, the
 published `affectnet_metadata.csv`, and tables in this project's own columns. Files are read row by row.
 
-Which AUs are read follows from `au_names`, the list of an adapter. Blendshapes and this project's own columns have
-sides. What a tool measures of the whole face sets both sides, and two sides that an adapter does not tell apart give
-their mean. AU43 and AU45, eyes that are closed for long or briefly, look the same in a picture: one stands for the
-other.
+`au_names`, the list of an adapter, decides which AUs are read. Blendshapes and this project's own columns have sides.
+A measurement of the whole face sets both sides, and two sides give their mean if the adapter moves both alike. Eyes
+that are closed for long (AU43) or briefly (AU45) look the same in a picture, so each AU can replace the other.
 
 Example:
     >>> blendshapes_to_aus({"mouthSmileLeft": 0.8, "mouthSmileRight": 0.6})[6]
@@ -36,9 +35,9 @@ AU_TABLE_TOOLS = ("openface", "libreface", "pyfeat", "arkit", "mediapipe", "fine
 _ALIASES = {"mediapipe": "arkit"}
 MAX_AU = 5.0
 
-# Tables of fewer rows may well be of faint expressions only.
+# A table with fewer rows may contain only faint expressions, so it says nothing about the scale.
 _MIN_ROWS_OF_A_SCALE = 10
-# How C libraries, spreadsheets and pandas write that there is no number.
+# Texts that C libraries, spreadsheets and pandas write for a missing number.
 _NO_NUMBER = re.compile(r"[+-]?(nan(\(\w*\))?|1\.#(ind|[qs]nan)\d*)|#?n/?a|null|none|", re.IGNORECASE)
 _NO = ("", "0", "0.0", "false", "no", "nan")
 
@@ -49,9 +48,9 @@ _PAPERS_NUMBERS = {int(name.removeprefix("AU")) for name in AU_NAMES}
 @dataclass(frozen=True)
 class _Scale:
     """
-    How a tool writes AUs, in lower case: the column of an AU by its number, what turns a value into an intensity, how
-    far a value may leave [0, 5] and still be an estimate that overshot, the column of a mere presence (0 or 1), and
-    whether the letters l and r after a column tell sides.
+    The format of a tool's AUs. `column` is the name of an AU's column in lower case, `factor` turns a value into an
+    intensity, `overshoot` is the distance from [0, 5] that an intensity may have before clipping, `presence` is the
+    column of a presence (0 or 1), and `has_sides` says whether columns may end with l or r for a side.
     """
 
     column: str
@@ -62,14 +61,14 @@ class _Scale:
 
 
 _SCALES = {
-    # Regressors, which older versions did not clamp.
+    # OpenFace uses regressors, and older versions did not clamp them.
     "openface": _Scale("au{:02}_r", overshoot=1.0, presence="au{:02}_c"),
-    # Sigmoid × 5.
+    # LibreFace multiplies a sigmoid by 5.
     "libreface": _Scale("au_{}_intensity", overshoot=0.01, presence="au_{}"),
-    # Probabilities; times 5 is the usual convention and no calibration.
+    # py-feat gives probabilities. The factor 5 is the usual convention, not a calibration.
     "pyfeat": _Scale("au{:02}", 5.0, 0.05),
     "fineface": _Scale("au{}", has_sides=True),
-    # The AU columns of the original FineFace's data, LibreFace divided by 5.
+    # The data of the paper's authors have LibreFace's intensities divided by 5.
     "affectnet": _Scale("au{}_rec", 5.0, 0.05),
 }
 _COLUMN_PATTERNS = {
@@ -81,17 +80,17 @@ _COLUMN_PATTERNS = {
 }
 _SAME_IN_A_PICTURE = {43: 45, 45: 43}
 
-# Where a picture's name is looked for, the likeliest first; a frame number names a picture of a video.
+# Columns that may hold a picture's name, the most likely first. A frame number names a picture of a video.
 _NAME_COLUMNS = (
     *("file_name", "filename", "image", "image_path", "imagename", "subdirectory_filepath", "input", "file", "path"),
     *("frame", "frame_idx"),
 )
-# OpenFace, its tables of single pictures, and others number the faces of a picture.
+# Columns that hold the number of a face in its picture.
 _FACE_COLUMNS = ("face_id", "faceid", "face_idx", "face", "person_id")
 _SIGNS_OF_A_FACE = ("success", "hasface", "confidence")
-# Columns of py-feat alone, where two-digit AUs would do for FineFace's too.
+# Columns that only py-feat writes. They decide if all AUs have two digits, which FineFace writes alike.
 _PYFEAT_SIGNS = ("facescore", "facerectx")
-# The mean of these; a star stands for left and right.
+# An AU is the mean of these blendshapes; a star stands for left and right.
 _SHAPES_OF_AUS = {
     "AU1": ("browinnerup",),
     "AU2": ("browouterup*",),
@@ -160,13 +159,13 @@ class AURow:
         face_found (`bool`):
             False where the tool reports no face.
         line (`int`):
-            Of the file, from 1, header included; of a Parquet file or a JSON list the number of the row, from 1.
+            Line in the file, from 1, header included; for a Parquet file or a JSON list, number of the row, from 1.
         record (`dict`):
-            The row as it was read, for its other columns.
+            The row as it was read, with all columns.
         face (`int`, *optional*):
-            Number of the face in its picture or video, where the tool gives one.
+            Number of the face in its picture or video, if the tool gives one.
         confidence (`float`):
-            How sure the tool is of the face; 0 if it does not say.
+            The tool's confidence in the face, or 0 if the table has none.
     """
 
     name: str
@@ -194,27 +193,28 @@ def read_au_table(
         path (`str` or `os.PathLike`):
             A .csv, .tsv, .jsonl, .json or .parquet file, see `table_files.read_records`.
         tool (`str`, *optional*):
-            One of `AU_TABLE_TOOLS`; by default the columns tell, see `detect_tool`.
+            One of `AU_TABLE_TOOLS`; by default `detect_tool` finds it from the columns.
 
-            - `"openface"`: OpenFace 2, `AU01_r`, intensities from 0 to 5; for AUs without one the presence `AU28_c`,
-              taken as 3, which is what FACS notation means by an AU without a grade.
-            - `"libreface"`: LibreFace, `au_1_intensity`, from 0 to 5; for AUs without one the presence `au_7`, as 3.
+            - `"openface"`: OpenFace 2, `AU01_r`, intensities from 0 to 5. An AU that has only a presence, `AU28_c`,
+              becomes 3 if it is present, because FACS notation reads an AU without a grade as C.
+            - `"libreface"`: LibreFace, `au_1_intensity`, from 0 to 5; a presence such as `au_7` becomes 3 too.
             - `"pyfeat"`: py-feat, `AU01`, probabilities from 0 to 1, times 5.
             - `"arkit"`, `"mediapipe"`: blendshapes as columns, or as MediaPipe's own results have them; see
               `blendshapes_to_aus`.
             - `"fineface"`: `AU1`, `AU12L`, …, from 0 to 5; or a column `aus` in any form that `parse_aus` reads.
             - `"affectnet"`: the published `affectnet_metadata.csv`, `AU1_rec`, from 0 to 1, times 5.
         image_column (`str`, *optional*):
-            Column of the name; by default the first usual one that the table has, such as `file_name` or `frame`.
+            Column of the picture's name; by default the first usual one in the table, such as `file_name` or `frame`.
         on_error (`Callable`, *optional*):
-            Is called with the error of a row whose AUs cannot be read, and the row left out; by default it is raised.
+            Called with the error of a row whose AUs cannot be read; the row is then left out. By default the error is
+            raised.
         say (`Callable`, *optional*):
-            Is called with a sentence for each kind of thing that was guessed, left out or taken as 0; by default the
-            log has it.
+            Called with a sentence about each kind of value that was guessed, left out or taken as 0. By default the
+            sentence is logged.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The AUs to read.
         unmeasured (`float`, defaults to 0.0):
-            What AUs are that the table does not have; NaN to tell them from a face at rest.
+            Value of AUs that the table does not have. NaN distinguishes them from a face at rest.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -277,7 +277,7 @@ def _notes(
     au_names: Sequence[str],
     unmeasured: float,
 ) -> Iterator[str]:
-    """What there is to say of a table that was read to its end."""
+    """Sentences about a table that was read to its end."""
     missing = [name for name in au_names if counts[name]]
     if missing:
         taken = "taken as 0" if unmeasured == 0 else "left out"
@@ -285,24 +285,24 @@ def _notes(
         yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): {taken}."
     present = [name for name in au_names if counts[name, "presence"]]
     if present:
-        yield f"{tool} says of {', '.join(present)} only whether they are there: present is taken as {GRADES['C']}."
+        yield f"{tool} measures only the presence of {', '.join(present)}: present is taken as {GRADES['C']}."
     if counts["decimal commas"]:
         yield f"{counts['decimal commas']:,} numbers have a decimal comma."
     if tool in _SCALES and _SCALES[tool].factor == 1 and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
         yield (
-            f"the largest AU of {num_faces:,} faces is {largest:.3g}, where {tool} measures from 0 to {MAX_AU:g}. If"
-            f" they go from 0 to 1, they are five times too weak: multiply them by {MAX_AU:g}."
+            f"the largest AU of {num_faces:,} faces is {largest:.3g}, but {tool} measures from 0 to {MAX_AU:g}. If"
+            f" the values go from 0 to 1, they are five times too weak: multiply them by {MAX_AU:g}."
         )
 
 
 def detect_tool(columns: Iterable[str]) -> str:
     """
-    The tool of `AU_TABLE_TOOLS` whose columns these are. Letter case and spaces around a name do not matter. A tool
-    all of whose columns are there goes before one of which there are some. A real table of py-feat 2 has AUs and
-    blendshapes: AUs go before blendshapes.
+    Find the tool of `AU_TABLE_TOOLS` that writes these columns. Letter case and spaces around a name do not matter. A
+    tool with all of its columns has priority over a tool with some, and AUs have priority over blendshapes, because a
+    table of py-feat 2 has both.
 
     Raises:
-        ValueError: if there are no columns of a tool, or AUs of several.
+        ValueError: if no tool writes such columns, or the table has AUs of several tools.
     """
     columns = [str(column) for column in columns]
     found = _tools_of(columns)
@@ -312,7 +312,7 @@ def detect_tool(columns: Iterable[str]) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"The columns are those of {' and '.join(found)}. Say which to read by naming the tool.")
+        raise ValueError(f"The columns are those of {' and '.join(found)}. Name the tool to read.")
     examples = ", ".join(f"{tool} {scale.column.format(1)!r}" for tool, scale in _SCALES.items())
     hint = " There is one column: commas, semicolons, tabs and bars divide columns." if len(columns) == 1 else ""
     raise ValueError(
@@ -322,14 +322,14 @@ def detect_tool(columns: Iterable[str]) -> str:
 
 
 def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
-    """The tools of which there are any columns, and whether all of them are there."""
+    """The tools that have columns in the table, and whether each has all of its columns."""
     present = {column.strip().lower() for column in columns}
     found = {}
     for tool, pattern in _COLUMN_PATTERNS.items():
         numbers = {int(match[1]) for match in (re.fullmatch(pattern, column) for column in present) if match}
         if numbers:
             found[tool] = numbers >= _PAPERS_NUMBERS
-    # Both write AUs of two digits alike, AU12, and differ in AU01 or AU1; sides are our own.
+    # py-feat and FineFace both write AU12, but AU01 is py-feat's, and AU1 and columns of sides are FineFace's.
     own = {"pyfeat": r"au0\d", "fineface": r"au([1-9]|\d+[lr])"}
     own = {tool: any(re.fullmatch(pattern, column) for column in present) for tool, pattern in own.items()}
     if not any(own.values()):
@@ -402,22 +402,22 @@ def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple
 
 def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str] = AU_NAMES) -> np.ndarray:
     """
-    The AUs of ARKit or MediaPipe blendshapes. Most AUs have blendshapes of their own, times 5: that of the side, or
-    the mean of both. Lips part (AU25) as far as the jaw opens against closed lips, or as a lip is drawn from the
-    other: max(jawOpen · (1 − mouthClose), mouthLowerDown, mouthUpperUp). The factor 5 is a convention and no
-    calibration. Left and right are the person's own, if the picture that was measured was not mirrored.
+    Compute AUs from ARKit or MediaPipe blendshapes. Most AUs are 5 times their own blendshape, of one side or the mean
+    of both. The lips part (AU25) if the jaw opens while the lips do not close, or if one lip moves away from the
+    other: max(jawOpen · (1 − mouthClose), mouthLowerDown, mouthUpperUp). The factor 5 is a convention, not a
+    calibration. Left and right are the person's own, unless the measured picture was mirrored.
 
     Args:
         blendshapes (`Mapping[str, float]`):
             Values in [0, 1] by name, `browDownLeft`, `BrowDownLeft` or `browDown_L`; names that are left out are 0.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
-            The AUs to compute; those without blendshapes are 0.
+            The AUs to compute. AUs without blendshapes are 0.
 
     Returns:
         `numpy.ndarray` of shape `(len(au_names),)`, float32, in [0, 5], in the order of `au_names`.
 
     Raises:
-        ValueError: for a name that is none of the 52, or a value that is not in [0, 1].
+        ValueError: if a name is none of the 52 blendshapes, or a value is outside [0, 1].
 
     Example:
         >>> blendshapes_to_aus({"eyeBlinkLeft": 1}, ("AU43L", "AU43R")).tolist()
@@ -445,7 +445,10 @@ _Reader = Callable[[dict], np.ndarray]
 
 @dataclass(frozen=True)
 class _Source:
-    """The columns whose mean is an AU, what turns them into intensities, and how far they may leave [0, `high`]."""
+    """
+    The columns whose mean is an AU. `factor` turns a value into an intensity, and a value may lie outside [0, `high`]
+    by `overshoot`.
+    """
 
     columns: tuple[str, ...]
     factor: float
@@ -455,7 +458,7 @@ class _Source:
 
 
 def _sources_of(name: str, scale: _Scale) -> Iterator[_Source]:
-    """Where an AU may stand in a table, the best first."""
+    """The columns that may hold an AU, the best first."""
     whole, side = whole_au(name), name[len(whole_au(name)) :].lower()
     number = int(whole.removeprefix("AU"))
     numbers = [number, *([_SAME_IN_A_PICTURE[number]] if number in _SAME_IN_A_PICTURE else [])]
@@ -486,7 +489,7 @@ def _scale_reader(tool: str) -> Callable[[list[str], Counter, tuple[str, ...]], 
         if not of_columns:
             wanted = [next(_sources_of(name, _SCALES[tool])).columns[0] for name in au_names]
             _require_any([], wanted, columns)
-        # From the values in order of `of_columns` to the AUs: the mean of an AU's columns, 0 without any.
+        # `weights` maps the values in the order of `of_columns` to AUs: the mean of an AU's columns, or 0 without any.
         weights = np.zeros((len(of_columns), len(au_names)), np.float32)
         positions = {column: position for position, column in enumerate(of_columns)}
         for index, source in enumerate(sources):
@@ -560,8 +563,8 @@ def _require_any(names: list[str | None], wanted: Sequence[str], columns: list[s
 
 def _split_faces(record: dict) -> Iterator[dict]:
     """
-    The rows of a record in which MediaPipe's results are as they are: for each face a list of categories with a name
-    and a score, in JavaScript within `faceBlendshapes` and `categories`, in Python within `face_blendshapes`.
+    Split a record of raw MediaPipe results into one row for each face. A face is a list of categories with a name and
+    a score, within `faceBlendshapes` and `categories` (JavaScript) or `face_blendshapes` (Python).
     """
     key = next((name for name in record if name.lower().replace("_", "") in ("faceblendshapes", "categories")), None)
     if key is None or not isinstance(record[key], list):
@@ -583,7 +586,7 @@ def _split_faces(record: dict) -> Iterator[dict]:
 
 def _aus_of_shapes(values: dict[str, float], au_names: Sequence[str]) -> np.ndarray:
     for shape, value in values.items():
-        # Calibrated trackers overshoot a little.
+        # Calibrated trackers slightly exceed the range.
         if not -0.1 <= value <= 1.25:
             raise ValueError(f"the blendshape {shape!r} is {value:g}. Blendshapes go from 0 to 1.")
     values = {shape: min(max(value, 0.0), 1.0) for shape, value in values.items()}
@@ -652,7 +655,7 @@ def _check_gaps(values: list[float], names: list[str | None]) -> None:
 
 
 def read_number(value, column: str, counts: Counter) -> float:
-    """NaN for an empty cell, and for what tools write where there is no number."""
+    """Read a number, with a decimal point or comma. An empty cell, and texts such as "n/a", are NaN."""
     try:
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):

@@ -105,7 +105,7 @@ WIDGET_PROMPTS = (
 )
 
 
-SPACE_TEXT = "A prompt, twelve sliders for the muscles of the face, and a picture. The code is in this Space."
+SPACE_TEXT = "A prompt, sliders for {num_aus} muscles of the face, and a picture. The code is in this Space."
 PLAIN_USE = """\
 Without any code but that of diffusers, on the plain base model:
 
@@ -572,6 +572,7 @@ def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_f
     shutil.copyfile(SOURCE_DIR / "LICENSE", folder / "LICENSE")
     (folder / "requirements.txt").write_text(requirements(SPACE_REQUIREMENTS), encoding="utf-8")
     (folder / SPACE_MARKER).touch()
+    num_aus = _count_aus(pipeline.au_names)
     metadata = {
         "title": title,
         "emoji": "🙂",
@@ -581,11 +582,12 @@ def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_f
         **_gradio_version(),
         "app_file": APP.name,
         "license": facts.license,
-        "short_description": "Faces from text and twelve facial muscles",
+        "short_description": f"Faces from text and {num_aus} facial muscles",
         **({"models": [facts.base_model]} if facts.base_model else {}),
     }
     lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in metadata.items()]
-    (folder / "README.md").write_text("---\n" + "\n".join(lines) + f"\n---\n\n{SPACE_TEXT}\n", encoding="utf-8")
+    text = SPACE_TEXT.format(num_aus=num_aus)
+    (folder / "README.md").write_text("---\n" + "\n".join(lines) + f"\n---\n\n{text}\n", encoding="utf-8")
 
 
 def imported_files(path: Path) -> list[Path]:

@@ -20,6 +20,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from drawing.jobs import read_model_defaults
 from evaluation.run import check_settings, write_settings
 from evaluation.systems import UNET_FOLDER, append_tokens, au_words, aus_in_words, is_toy_model
 from pipeline_fineface import LORA_NAME
-from program import Parser, run_program, write_atomically
+from program import Parser, only_run_in, run_program, write_atomically
 from train_fineface import (
     LORA_TARGETS,
     attention_for_training,
@@ -61,7 +62,15 @@ from train_fineface import (
 from training.checkpoints import TrainingState, check_samples_per_step, find_checkpoint
 from training.config import TrainConfig, default_settings
 from training.config import parse_args as parse_training_args
-from training.data import LatentInputs, PixelInputs, TrainingData, TrainingSamples, cache_inputs, load_training_data
+from training.data import (
+    LatentInputs,
+    PixelInputs,
+    TrainingData,
+    TrainingSamples,
+    cache_inputs,
+    check_pictures,
+    load_training_data,
+)
 from training.encoders import StableDiffusionEncoders, load_encoders
 
 
@@ -74,7 +83,7 @@ PRIOR_WEIGHT = 1.0
 """As in DreamBooth: as many pictures of the prior as of the data in each step, with the same weight."""
 SETTINGS_NAME = "baseline.json"
 DONE_NAME = "done.json"
-NOT_FOR_BASELINES = ("streaming", "push_to_hub", "validation_prompt")
+NOT_FOR_BASELINES = ("streaming", "push_to_hub", "validation_prompt", "adapter_name_or_path", "au_feedback_meter")
 """Flags of train_fineface.py that a baseline cannot follow."""
 
 
@@ -358,14 +367,23 @@ def run(system: str, config: TrainConfig) -> None:
     has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
     if steps_trained(config.output_dir) >= config.max_train_steps:
         return
-    checkpoint = find_checkpoint(config)
     accelerator = make_accelerator(config)
+    with only_run_in(config.output_dir) if accelerator.is_main_process else nullcontext():
+        _train(system, config, accelerator, settings if accelerator.is_main_process and not has_settings else None)
+    accelerator.end_training()
+
+
+def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings: dict | None) -> None:
+    """Train a baseline, and write `settings`, if there are any, when the data have been checked."""
+    checkpoint = find_checkpoint(config)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     if checkpoint is not None:
         check_samples_per_step(checkpoint, samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
-    if accelerator.is_main_process and not has_settings:
+        if accelerator.is_main_process:
+            check_pictures(data)
+    if settings is not None:
         write_settings(config.output_dir / SETTINGS_NAME, settings)
     init_trackers(accelerator, config)
     device = accelerator.device
@@ -405,7 +423,6 @@ def run(system: str, config: TrainConfig) -> None:
     if accelerator.is_main_process:
         state.save_adapter(config.output_dir)
         write_settings(config.output_dir / DONE_NAME, {"steps": config.max_train_steps})
-    accelerator.end_training()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -328,7 +328,7 @@ def test_a_whole_table_between_0_and_1_is_said_to_be_weak(tmp_path, tool):
     columns = {"libreface": "au_{}_intensity", "openface": "AU{:02}_r", "fineface": "AU{}"}[tool]
     rows = [{columns.format(number): 0.9 if number == 12 else 0.1 for number in NUMBERS}] * 12
     (note,) = read(write_csv(tmp_path / "t.csv", rows))[1]
-    assert f"the largest AU of 12 faces is 0.9, where {tool} measures from 0 to 5" in note
+    assert f"the largest AU of 12 faces is 0.9, but {tool} measures from 0 to 5" in note
     assert read(write_csv(tmp_path / "t.csv", [*rows, rows[0] | {columns.format(1): 1.5}]))[1] == []
     # A few faint faces are no table of another scale.
     assert read(write_csv(tmp_path / "t.csv", rows[:3]))[1] == []
@@ -361,13 +361,13 @@ def test_openface_sets_both_sides_and_brings_its_other_aus(tmp_path):
     aus, said = read_one(tmp_path, row)
     expected = {"AU4": 1, "AU7": 2, "AU12L": 3, "AU12R": 3, "AU25": 4.8, "AU28": 3, "AU43L": 3.5, "AU43R": 3.5}
     assert aus == pytest.approx(expected)
-    assert len(said) == 1 and "openface says of AU28 only whether they are there: present is taken as 3" in said[0]
+    assert len(said) == 1 and "openface measures only the presence of AU28: present is taken as 3" in said[0]
 
 
 def test_libreface_and_pyfeat_bring_what_they_measure(tmp_path):
     aus, said = read_one(tmp_path, libreface_row() | {"au_7": 1, "au_24": 0}, ("AU7", "AU12", "AU24", "AU43"))
     assert aus == pytest.approx({"AU7": 3, "AU12": 3, "AU24": 0, "AU43": 0})
-    assert "no column for AU43" in said[0] and "AU7, AU24 only whether" in said[1]
+    assert "no column for AU43" in said[0] and "measures only the presence of AU7, AU24" in said[1]
     aus, said = read_one(tmp_path, pyfeat_row() | {"AU07": 0.3, "AU43": 1.0, "AU28": 0.1})
     assert aus["AU7"] == pytest.approx(1.5) and aus["AU43L"] == aus["AU43R"] == 5 and not said
     assert aus["AU28"] == pytest.approx(0.5)

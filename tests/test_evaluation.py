@@ -45,7 +45,7 @@ from paper import baselines, trials
 from paper import tables as paper_tables
 from paper.experiment import BUDGETS, Experiment
 from paper.workers import run_jobs
-from program import write_atomically
+from program import only_run_in, write_atomically
 from toy_faces import networks
 from toy_faces.pictures import captions_of
 from toy_faces.renderer import attributes_in
@@ -260,7 +260,10 @@ STAND_INS = {
             if "AU12=2" in path:
                 return {}
             numbers = (1, 2, 4, 5, 6, 9, 12, 15, 17, 20, 25, 26)
-            return {"au_intensities": {f"au_{number}_intensity": 0.5 * number / 26 for number in numbers}}
+            return {
+                "detected_aus": {f"au_{number}": int(number != 24) for number in (1, 2, 4, 6, 7, 10, 23, 24)},
+                "au_intensities": {f"au_{number}_intensity": 0.5 * number / 26 for number in numbers},
+            }
         """,
     "feat": """
         import pandas
@@ -286,6 +289,10 @@ def test_a_tool_runs_in_its_own_python(tmp_path, pictures, tool, module, first, 
     readings = make_meter(f"{tool}:{command}", CPU).measure(pictures)
     assert [reading.num_faces for reading in readings] == [faces, 0, faces]
     assert readings[0].aus[0] == pytest.approx(first, abs=1e-4)
+    if tool == "libreface":
+        # It measures more AUs than the paper's twelve.
+        readings = make_meter(f"{tool}:{command}", CPU, ("AU7", "AU12", "AU24")).measure(pictures)
+        assert readings[0].aus == pytest.approx([3, 0.5 * 12 / 26, 0], abs=1e-4)
 
 
 MEDIAPIPE = """
@@ -700,6 +707,8 @@ def test_a_baseline_that_was_stopped_ends_as_if_it_had_not_been(prepared, system
     before = read_files_in(stopped)
     train_baseline(prepared, system, f"{system}_stopped", 2)
     assert read_files_in(stopped) == before
+    with only_run_in(stopped), pytest.raises(ValueError, match="is being written by another run"):
+        train_baseline(prepared, system, f"{system}_stopped", 3)
     with pytest.raises(ValueError, match="`learning_rate` was 0.02 and is now 0.03"):
         train_baseline(prepared, system, f"{system}_stopped", 2, learning_rate=0.03)
 

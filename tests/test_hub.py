@@ -355,6 +355,7 @@ def test_a_space_has_the_app_and_all_that_it_imports(tiny_pipe, tmp_path):
     space = tmp_path / "space"
     assert export.main([str(tmp_path / "model"), str(space), "--space", "--license", "openrail++"]) == 0
     metadata = yaml.safe_load((space / "README.md").read_text().split("---\n")[1])
+    assert metadata["short_description"] == "Faces from text and twelve facial muscles"
     assert metadata["sdk"] == "gradio" and metadata["license"] == "openrail++"
     assert (space / metadata["app_file"]).is_file() and "gradio" not in (space / "requirements.txt").read_text()
     for path in space.rglob("*.py"):

@@ -3,8 +3,9 @@
 """
 AU intensities by LibreFace: `python libreface_table.py PICTURES.txt TABLE.csv`.
 
-Runs in LibreFace's environment (Python 3.9), so it needs nothing of this repository. PICTURES.txt names a picture a
-line; the table gets a row for each, with empty cells where LibreFace finds no face.
+Runs in LibreFace's environment (Python 3.9), so it needs nothing of this repository. Each line of PICTURES.txt names a
+picture, and each picture gets a row of the table with all AUs that LibreFace measures: intensities (`au_12_intensity`)
+and presences (`au_7`). If LibreFace finds no face, the cells are empty.
 """
 
 import csv
@@ -15,6 +16,7 @@ import tempfile
 import libreface
 
 
+# Columns of a table without any face.
 COLUMNS = [f"au_{number}_intensity" for number in (1, 2, 4, 5, 6, 9, 12, 15, 17, 20, 25, 26)]
 
 
@@ -24,12 +26,17 @@ def main(listing, table):
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for number, path in enumerate(paths):
-            attributes = libreface.get_facial_attributes(path, temp_dir=temporary)
-            intensities = (attributes or {}).get("au_intensities") or {}
-            rows.append([path] + [intensities.get(column, "") for column in COLUMNS])
+            attributes = libreface.get_facial_attributes(path, temp_dir=temporary) or {}
+            measured = {"path": path}
+            for kind in ("au_intensities", "detected_aus"):
+                measured.update(attributes.get(kind) or {})
+            rows.append(measured)
             print(f"{number + 1} of {len(paths)}", file=sys.stderr)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
     with open(table + ".part", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([["path"] + COLUMNS] + rows)
+        writer = csv.DictWriter(file, columns if len(columns) > 1 else ["path"] + COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
     os.replace(table + ".part", table)
 
 
