@@ -285,19 +285,12 @@ def test_other_pipelines_draw_what_they_draw_with_our_processors(
         pipe.set_progress_bar_config(disable=True)
         return draw_by(pipe, generator=torch.Generator().manual_seed(0), **shared, **kwargs).images
 
-    au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE)
+    au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE, **options)
     plain = plain_pipe(exported, pipeline_class, **extra)
     found = draw_with(plain, ip_adapter_image_embeds=au_image_embeds(SMILE))
     assert not torch.allclose(draw_with(plain, ip_adapter_image_embeds=au_image_embeds("1+4")), found, atol=1e-3)
-    if pipeline_class is not StableDiffusionPAGPipeline:
-        other = pipeline_class.from_pipe(tiny_pipe, dtype=tiny_pipe.dtype, **extra)
-        assert_same(draw_with(other, cross_attention_kwargs=au_kwargs), found)
-    else:
-        # Without its own guidance it is text to image.
-        found = draw_with(plain, ip_adapter_image_embeds=au_image_embeds(SMILE), **{})
-        shared["pag_scale"] = 0.0
-        found = draw_with(plain, ip_adapter_image_embeds=au_image_embeds(SMILE))
-        assert_same(draw(tiny_pipe, aus=SMILE), found)
+    other = pipeline_class.from_pipe(tiny_pipe, dtype=tiny_pipe.dtype, **extra)
+    assert_same(found, draw_with(other, cross_attention_kwargs=au_kwargs))
 
 
 def test_each_frame_of_an_animation_is_the_picture_where_nothing_moves(exported, tiny_pipe):

@@ -665,6 +665,7 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
         ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
         ("--report_to paper", "`--report_to` has to be all, none or one of"),
         ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` 5 has to be after"),
+        ("--encoder_type direct --num_au_tokens 2", "`--num_au_tokens` has to be 1 with `--encoder_type direct`"),
         ("--max_train_step 3", "unrecognized arguments: --max_train_step"),
     ],
 )

@@ -249,6 +249,8 @@ class TrainConfig:
             read_aus(aus, "--validation_aus", ALL_AU_NAMES)
         if any(not prompt.strip() for prompt in self.validation_prompt):
             raise ValueError("`--validation_prompt` must not contain empty prompts.")
+        if self.encoder_type == "direct":
+            self._check("num_au_tokens", self.num_au_tokens == 1, "1 with `--encoder_type direct`, which has no keys")
         if self.timestep_bias_begin >= self.timestep_bias_end:
             raise ValueError(
                 f"`--timestep_bias_end` {self.timestep_bias_end} has to be after `--timestep_bias_begin`."
