@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What every program shares: parser, errors and exit status, checks of values, files that appear whole, the options of
-the model, the device and processes. Importing it does not import torch, so `--help` and typing errors answer at once.
+Helpers that all programs share: parser, errors and exit status, checks of values, files that appear whole, the options
+of the model, the device and processes. It does not import torch, so `--help` and typing errors answer at once.
 """
 
 import argparse
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         module (`str`, *optional*):
-            For a program that runs as `python -m module`.
+            The program's name in `python -m module`.
         description (`str`, *optional*):
             Shown as it is, line by line.
         options:
@@ -77,7 +77,7 @@ def run_program(
         out_of_memory (`str`):
             What to try if the memory does not suffice.
         failures, refusals (`tuple` of exception types):
-            Errors with the exit status 1 and 2. All others keep their traceback, because they are faults of ours.
+            Errors with the exit status 1 and 2. All others keep their traceback, because they are bugs.
 
     Returns:
         `int`: the exit status. 0: done. 1: out of memory, or one of `failures`. 2: the request is wrong, or a disk
@@ -97,7 +97,7 @@ def run_program(
             raise
         _say(f"error: {message}", sys.stderr)
         return status
-    # Of several processes that share the work, the first one reports.
+    # If several processes share the work, only the first one reports.
     if done is not None and int(os.environ.get("RANK", 0)) == 0:
         _say(str(done), sys.stdout)
     return 0
@@ -110,7 +110,7 @@ def _say(line: str, stream) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # Without torch, no error can be one of torch's.
+    # An error can be one of torch's only if torch has been imported.
     torch = sys.modules.get("torch")
     return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
@@ -133,7 +133,7 @@ def is_integer(value) -> bool:
 
 
 def is_real(value) -> bool:
-    """Whether `value` is a number that a float can hold: finite, and no whole number of 400 digits."""
+    """Whether `value` is a finite number that a float can hold. A whole number of 400 digits is too large."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -143,7 +143,7 @@ def is_real(value) -> bool:
 
 
 def show_value(value) -> str:
-    """`repr(value)`, cut if it is long: what came from a file or a network may be endless."""
+    """`repr(value)`, shortened, because a value from a file or a network may be of any length."""
     if is_integer(value) and abs(value) > 2**64:
         return f"a whole number of {value.bit_length()} bits"
     text = repr(value)
@@ -176,15 +176,15 @@ def check_folder_or_hub_id(name: str, what: str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
-    Yield a path in the folder of `path`, which is made if need be. What the block writes there takes the place of
-    `path` if it ends without an error, and is gone if not.
+    Yield a temporary path beside `path`, whose folder is created if needed. If the block ends without an error, the
+    file that it has written there replaces `path`; otherwise that file is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.part")
     try:
         with _disk_errors(path):
             yield unfinished
-            # Some libraries write files that nobody else may read.
+            # Some libraries write files that only their owner may read.
             unfinished.chmod(0o666 & ~_umask())
             os.replace(unfinished, path)
     finally:
@@ -204,15 +204,18 @@ def _umask() -> int:
 
 
 def _work_folder(folder: Path) -> Path:
-    """Where `new_folder` writes: in `folder` if it is there, as it may be a volume, out of which no rename leads."""
+    """
+    The folder that `new_folder` writes into. It is inside `folder` if that exists, because `folder` may be a mounted
+    volume, and a rename cannot cross the border of a volume.
+    """
     return (folder if folder.is_dir() else folder.parent) / f".{folder.name or 'volume'}.part"
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """
-    Yield an empty folder. Its entries take the place of all that is in `folder` if the block ends without an error,
-    and are gone if not. What a killed run has left goes first.
+    Yield an empty folder. If the block ends without an error, its entries replace all that is in `folder`; otherwise
+    they are deleted. Leftovers of a killed run are deleted first.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +227,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             new.mkdir(parents=True)
             yield new
             for path in new.rglob("*"):
-                # Some libraries write files that nobody else may read.
+                # Some libraries write files that only their owner may read.
                 path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
             if not folder.exists():
                 os.replace(new, folder)
@@ -251,7 +254,7 @@ def _swap(folder: Path, new: Path, old: Path) -> None:
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """Raise an OSError in place of the errors by which libraries say that a disk is full."""
+    """Turn the errors by which libraries report a full disk into an OSError."""
     try:
         yield
     except Exception as error:
@@ -265,8 +268,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
 
 def check_new_folder(folder: Path, overwrite: bool, marker: str) -> None:
     """
-    Raise an OSError if `folder` cannot be written. One with something in it needs `overwrite`, and has to hold the
-    file `marker`, so that nobody loses another folder by a slip. Creates nothing.
+    Raise an OSError if `folder` cannot be written. A folder that is not empty needs `overwrite` and has to hold the
+    file `marker`, so that nobody deletes another folder by mistake. Creates nothing.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{str(folder)!r} has to be a folder, but is a file.")
@@ -308,7 +311,7 @@ def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """
-    Keep other runs out of `folder`, which is made if need be, until the block ends, however it ends.
+    Keep other runs out of `folder`, which is created if needed, until the block ends with or without an error.
 
     Raises:
         ValueError: if another run is at work in it.
@@ -327,7 +330,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the lock is given back: after it, the file may be that of another run.
+        # The file is deleted before the lock is released: afterwards it may belong to another run.
         with contextlib.suppress(OSError):
             (folder / LOCK_NAME).unlink(missing_ok=True)
         lock.release()
@@ -338,7 +341,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def folder_digest(folder: Path) -> str:
-    """A short digest of the files in a folder: names, sizes, and the first and last megabyte of each."""
+    """A short digest of the files in a folder: their names, sizes, and first and last megabytes."""
     digest, part = hashlib.blake2b(digest_size=8), 2**20
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
         size = path.stat().st_size
@@ -361,7 +364,7 @@ def file_digest(path: Path) -> str:
 
 
 def add_model_options(parser) -> None:
-    """Which model, where and in which precision, to a parser or a group of one; `settle_device` completes them."""
+    """Add the options of model, device and dtype to a parser or an argument group. `settle_device` completes them."""
     parser.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the toy model)")
     parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
     parser.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
@@ -372,7 +375,7 @@ def add_model_options(parser) -> None:
 
 
 def settle_device(args: argparse.Namespace) -> None:
-    """Put the device, and the dtype that suits it if none was named, in the place of what was asked for."""
+    """Replace `args.device` by a `torch.device`, and an `args.dtype` of None by the dtype that suits the device."""
     args.device = pick_device(args.device)
     args.dtype = args.dtype or ("float32" if args.device.type == "cpu" else "float16")
 
@@ -384,7 +387,7 @@ def pick_device(name: str | None):
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     devices = {"cpu": 1} | ({accelerator.type: torch.accelerator.device_count()} if accelerator else {})
     if name is None:
-        # What accelerate calls its option to leave the GPU alone.
+        # accelerate sets this variable if it was asked to leave the GPU alone.
         cpu_only = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
         return torch.device("cpu" if cpu_only else list(devices)[-1])
     match = re.fullmatch("([a-z]+)(?::([0-9]+))?", name)
@@ -395,8 +398,8 @@ def pick_device(name: str | None):
 
 def start_processes(device):
     """
-    The `accelerate.PartialState` of the processes that `accelerate launch` or `torchrun` has started together; mostly
-    this one alone.
+    The `accelerate.PartialState` of all processes that `accelerate launch` or `torchrun` has started; without these
+    launchers, of this process alone.
     """
     from accelerate import PartialState
 
@@ -405,12 +408,12 @@ def start_processes(device):
             f"`--device` is {str(device)!r}, which all processes would share. Leave out the number: each takes a"
             " device of its own."
         )
-    # The process that is done first waits for the last one.
+    # The first process to finish waits for the last one, which may take days.
     return PartialState(cpu=device.type == "cpu", timeout=timedelta(days=7))
 
 
 def on_main_process(state, work: Callable):
-    """What `work` returns on the main process, on all of them. If it fails there, all end, with one message."""
+    """Run `work` on the main process and return its result on all processes. If it fails, all end with one message."""
     if state.num_processes == 1:
         return work()
     from accelerate.utils import broadcast_object_list
@@ -429,5 +432,5 @@ def on_main_process(state, work: Callable):
 
 
 def share_of(state, entries: list) -> list:
-    """Every n-th of `entries`, another one for each process."""
+    """This process's share of `entries`: every n-th one of n processes."""
     return entries[state.process_index :: state.num_processes]

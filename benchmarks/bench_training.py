@@ -140,14 +140,16 @@ def measure(row: Row, folder: Path, args: argparse.Namespace) -> Measured:
     if row.textbook:
         model = TextbookModel(unet, model.au_adapter)
     model.to(args.device)
+    samples_per_step = args.batch_size * accelerator.num_processes
     noise_scheduler = DDPMScheduler.from_config(components["scheduler"].config)
-    samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config)
+    samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
+    state = TrainingState(model, None, samples_per_step, len(inputs.data))
     marks = []
 
     # A step ends with its loss on the CPU, so nothing is under way when the next forward pass begins.
     model.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
     with attention_for_training(args.device, DTYPES[args.dtype]):
-        train(config, accelerator, TrainingState(model, None), samples, noise_scheduler, encoders)
+        train(config, accelerator, state, samples, noise_scheduler, encoders)
     seconds = [later - earlier for earlier, later in itertools.pairwise(marks)][args.warm_up :]
     peak = torch.cuda.max_memory_allocated(args.device) if args.device.type == "cuda" else None
     return Measured(row.label, statistics.median(seconds), peak)

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Drawings of a run: the paper's Figs. 4, 5, 6 and 8 as grids, dose–response curves, and a heat map."""
+"""Draws a run: the paper's Figs. 4, 5, 6 and 8 as grids of pictures, dose–response curves, and a heat map."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ CURVE, OTHER_CURVE = "#1f6fb2", "#c9d6e2"
 
 
 def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
-    """The drawings that the results have the pictures for, by name."""
+    """Draw every figure for which `results` have the pictures. Returns the drawings by name."""
     drawings = {}
     shown = results.drop_duplicates("name")
     first = shown["prompt_index"].min()
@@ -61,7 +61,7 @@ def _neutral_name(rows: pd.DataFrame) -> str:
 
 
 def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """All AUs alone at 5, and the neutral face."""
+    """Draw the neutral face and each AU alone at 5. None if a picture is missing."""
     names = {au: _name_at(rows, "single", au, 5) for au in commanded_aus(rows)}
     if None in names.values():
         return None
@@ -69,7 +69,7 @@ def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
 
 
 def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image | None:
-    """Combinations."""
+    """Draw the neutral face and the first `count` combinations. None if there is no combination."""
     chosen = rows[rows["part"] == "combination"].head(count)
     if chosen.empty:
         return None
@@ -80,12 +80,12 @@ def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image 
 
 
 def figure6(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """Each AU from 0 to 5."""
+    """Draw each AU from 0 to 5. None if a picture is missing."""
     return _intensity_sheet(rows, pictures, (0, 1, 2, 3, 4, 5))
 
 
 def figure8(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """Each AU from −3 to 8."""
+    """Draw each AU from −3 to 8. None if a picture is missing."""
     return _intensity_sheet(rows, pictures, (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8))
 
 
@@ -119,7 +119,7 @@ def _in_bands(names: dict[str, str], pictures: Path, title: str) -> Image.Image:
 
 
 def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str) -> Image.Image:
-    """The same pictures of several runs: a row for each of `folders`, a column for each of `names`."""
+    """Draw the same pictures of several runs: a row for each of `folders`, a column for each of `names`."""
     rows = [[_open(folder, name) for name in names.values()] for folder in folders.values()]
     return draw_sheet([[Table(rows, list(folders), list(names))]], title)
 
@@ -130,7 +130,7 @@ def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str)
 
 
 def draw_dose_response(measured: pd.DataFrame, meter: str, side: int = 220) -> Image.Image:
-    """A panel for each AU: measured against commanded intensity, each prompt in pale, their mean in blue."""
+    """Draw measured against commanded intensity, a panel for each AU: prompts in pale, their mean in blue."""
     columns, gap, top = 4, 34, 54
     au_names = commanded_aus(measured)
     height = top + -(-len(au_names) // columns) * (side + gap)
@@ -182,9 +182,8 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: tuple, au: str, rows: pd.DataF
 
 def draw_heat_map(measured: pd.DataFrame, meter: str, cell: int = 46) -> Image.Image:
     """
-    Commanded against measured AUs: how much each AU (column) has moved from the neutral face, on average over the
-    intensities 1–5, when one AU alone (row) was commanded, divided by the mean command. A perfect model is a diagonal
-    of ones.
+    Draw `movement_matrix`: a row for each commanded AU, a column for each measured AU. A perfect model gives ones on
+    the diagonal and zeros elsewhere.
     """
     left, top = 84, 96
     side = len(commanded_aus(measured)) * cell + 20
@@ -201,7 +200,7 @@ def draw_heat_map(measured: pd.DataFrame, meter: str, cell: int = 46) -> Image.I
         for column, value in enumerate(values):
             x = left + column * cell
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), _heat_color(value))
-            # Adding 0 makes a rounded −0 one of the other sign.
+            # Rounding can give −0. Adding 0 makes it 0, so that no "-0.00" is printed.
             text = "–" if np.isnan(value) else f"{round(value, 2) + 0:.2f}"
             ink = "white" if abs(value) > 0.6 else INK
             draw.text((x + cell / 2 - 1, y + cell / 2 - 1), text, ink, small, anchor="mm")
@@ -209,7 +208,10 @@ def draw_heat_map(measured: pd.DataFrame, meter: str, cell: int = 46) -> Image.I
 
 
 def movement_matrix(measured: pd.DataFrame) -> pd.DataFrame:
-    """Of one meter's `with_neutral` table: commanded AU by measured AU, 1 where a command is obeyed to the grade."""
+    """
+    How far each AU (column) moved from the neutral face when another or the same AU (row) was commanded alone: the
+    mean over the intensities 1–5, divided by the mean command. `measured` is what `with_neutral` returns.
+    """
     single = measured[measured["part"] == "single"]
     matrix, au_names = [], commanded_aus(measured)
     for au in au_names:

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Embeddings of pictures for CLIP-I (Eq. 4), and how well a picture shows what its prompt says."""
+"""Image encoders embed pictures for CLIP-I (Eq. 4), and measure how well a picture shows what its prompt says."""
 
 import json
 import re
@@ -17,27 +17,27 @@ from program import TOY_MODEL, folder_digest
 
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""What CLIP models are trained with, for folders that do not say."""
+"""The normalization that CLIP models are trained with, for folders without a preprocessor_config.json."""
 
 
 class ImageEncoder(Protocol):
     settings: dict
     agreement_name: str
-    """What `agreement` means, in words; "" if this encoder cannot tell."""
+    """Describes in the report what `agreement` measures; "" if this encoder cannot measure it."""
 
     def embed(self, images: list[Image.Image]) -> np.ndarray:
         """`(images, width)` float32."""
 
     def agreement(self, images: list[Image.Image], prompts: list[str]) -> np.ndarray:
-        """How well each picture agrees with its prompt, `(images,)`; NaN where that cannot be told."""
+        """How well each picture agrees with its prompt, `(images,)`; NaN where that cannot be measured."""
 
 
 def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
     """
     Args:
         spec (`str`):
-            `"toy"` for that of the toy model, `"toy:FOLDER"` for that of another model of the toy world, or
-            the folder or Hub id of a CLIP model of transformers.
+            `"toy"` for the encoder of the toy model, `"toy:FOLDER"` for the encoder of another model of the toy
+            world, or the folder or Hub id of a CLIP model of transformers.
     """
     kind, _, where = spec.partition(":")
     if kind == "toy":
@@ -46,7 +46,7 @@ def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
 
 
 class ToyImageEncoder:
-    """The toy world's CLIP image encoder, and its attribute reader for what the prompt names."""
+    """The toy world's CLIP image encoder. The toy world's attribute reader measures the agreement with the prompt."""
 
     agreement_name = "attributes as prompted"
 
@@ -92,7 +92,7 @@ class ToyImageEncoder:
 
 
 class CLIPImageEncoder:
-    """Any CLIP of transformers. With its text half, it also tells the agreement of picture and prompt."""
+    """A CLIP model of transformers. If it has its text half, it also measures the agreement with the prompt."""
 
     def __init__(self, name: str, device: torch.device):
         if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -143,7 +143,7 @@ class CLIPImageEncoder:
         return self.model
 
     def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
-        """The shorter side resized, the middle cut out, CLIP's normalisation; `(images, 3, size, size)`."""
+        """Resize the shorter side, cut out the middle and normalize, as CLIP does: `(images, 3, size, size)`."""
         cut = []
         for image in images:
             scale = self.size / min(image.size)

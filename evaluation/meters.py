@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What reads AU intensities from pictures: the toy world's own meter, and LibreFace, py-feat 2 and OpenFace 2, which
-run in environments of their own and hand over tables.
+Meters read AU intensities from pictures. The toy world's meter runs here; LibreFace, py-feat 2 and OpenFace 2 run in
+environments of their own and write tables.
 """
 
 import os
@@ -34,14 +34,14 @@ WAYS_TO_NAME_A_METER = (
 
 
 class ToolError(RuntimeError):
-    """Another program, which was asked to measure, did not."""
+    """A program that was called to measure pictures has failed."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """
-    `aus`, float32, one for each AU that was asked for, is NaN without a face, and for AUs that the meter does not
-    read. Of several faces, the one the tool is surest of.
+    What a meter reads from a picture. `aus` are float32, one for each AU that was asked for; they are NaN if there is
+    no face, and for AUs that the meter does not read. If there are several faces, the tool's surest one counts.
     """
 
     aus: np.ndarray
@@ -55,7 +55,7 @@ class Reading:
 class Meter(Protocol):
     name: str
     settings: dict
-    """What its readings depend on."""
+    """Everything that the readings depend on. Readings made with other settings are not used again."""
 
     def measure(self, paths: list[Path]) -> list[Reading]: ...
 
@@ -70,7 +70,7 @@ def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAM
 
     Raises:
         FileNotFoundError: if there is no such table, folder or program.
-        ValueError: if it names no meter.
+        ValueError: if `spec` names no meter.
     """
     tool, _, where = spec.partition(":")
     if tool == "toy":
@@ -88,7 +88,7 @@ def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAM
 
 
 class ToyMeter:
-    """The network that reads the AUs of the toy world's portraits. It takes every picture for a face."""
+    """The network that reads the AUs of the toy world's portraits. It assumes that every picture shows a face."""
 
     name = "toy"
 
@@ -142,8 +142,8 @@ class TableMeter:
             raise FileNotFoundError(f"`--meter`: there is no table {str(path)!r}.")
         self.name, self.path, self.au_names = tool, path, au_names
         self.tool = None if tool == "table" else tool
-        # The columns of another tool are an error before anything is drawn. What there is to say of the table is said
-        # when it is read.
+        # One row is read now, so that the columns of another tool are an error before anything is drawn. Notes on the
+        # table are logged when all of it is read.
         if next(read_au_table(path, self.tool, say=lambda sentence: None, au_names=au_names), None) is None:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
         self.settings = {"table": file_digest(path)}
@@ -166,7 +166,7 @@ def _read_table(path: Path, tool: str | None, au_names: Sequence[str]) -> Iterat
 
 
 def rows_by_picture(rows: Iterable[AURow]) -> dict[str, list[AURow]]:
-    """The rows of each picture by its file name; some tools leave the ending out."""
+    """Group the rows by the file name of their picture. Some tools leave out its ending, so `.png` is added."""
     by_name: dict[str, list[AURow]] = {}
     for row in rows:
         name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
@@ -182,7 +182,7 @@ def surest_face(rows: Iterable[AURow], num_aus: int) -> Reading:
 
 
 class OpenFaceMeter:
-    """OpenFace 2's `FaceLandmarkImg`, which measures a folder of pictures and is not calibrated on a person."""
+    """OpenFace 2's `FaceLandmarkImg`. It measures a folder of pictures and is not calibrated on a person."""
 
     name = "openface"
 
@@ -194,20 +194,20 @@ class OpenFaceMeter:
         with tempfile.TemporaryDirectory() as folder:
             pictures, tables = Path(folder) / "pictures", Path(folder) / "tables"
             pictures.mkdir()
-            # Its own names: OpenFace cuts a name at its first dot.
+            # OpenFace cuts a file name at its first dot, so the copies get names without one.
             for number, path in enumerate(paths):
                 shutil.copy(path, pictures / f"{number:05d}.png")
             run_tool([*self.command, "-fdir", str(pictures), "-out_dir", str(tables), "-aus"])
             found = [tables / f"{number:05d}.csv" for number in range(len(paths))]
             if not any(path.exists() for path in found):
                 raise ToolError(f"{self.settings['command']} measured none of {len(paths)} pictures.")
-            # It writes no table where it finds no face.
+            # OpenFace writes no table for a picture without a face.
             tables = (_read_table(path, "openface", self.au_names) if path.exists() else () for path in found)
             return [surest_face(rows, len(self.au_names)) for rows in tables]
 
 
 class ScriptMeter:
-    """LibreFace or py-feat: a script of ours, run by the Python that has the tool, which writes the tool's table."""
+    """LibreFace or py-feat. The Python of the tool's environment runs our script, which writes the tool's table."""
 
     def __init__(self, tool: str, command: list[str], au_names: Sequence[str]):
         self.au_names = au_names
@@ -224,7 +224,7 @@ class ScriptMeter:
 
 
 def run_tool(command: list[str]) -> None:
-    # Not our module path: the tool has its own environment, with other versions.
+    # The tool's environment has other versions of our packages, so it must not get our module path.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     if finished.returncode:

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers, each as a small function of arrays: the paper's two (Eq. 3 and 4), and what they leave out."""
+"""Metrics as small functions of arrays: the paper's two (Eq. 3 and 4), and others that see what these two miss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from action_units import AU_NAMES, whole_au
 
 
 HARD_AUS = ("AU15", "AU17", "AU20")
-"""No detector reads these from photographs with any reliability."""
+"""No detector reads these reliably from photographs."""
 
 
 def is_hard(au_names: Sequence[str]) -> np.ndarray:
-    """Which of them no detector reads with any reliability."""
+    """A boolean for each of `au_names`: whether it is one of `HARD_AUS`, or a side of one."""
     return np.array([whole_au(name) in HARD_AUS for name in au_names])
 
 
@@ -71,11 +71,11 @@ def unrequested_movement(commanded: np.ndarray, measured: np.ndarray, neutral: n
 
 def outside_change(picture: np.ndarray, neutral: np.ndarray, face_box: tuple[float, float, float, float]) -> float:
     """
-    Root mean squared difference of the pixels outside `face_box`, of 1 from black to white.
+    Root mean squared difference of the pixels outside `face_box`, where black and white differ by 1.
 
     Args:
         picture, neutral (`np.ndarray` of shape `(height, width, 3)`, uint8):
-            With AUs, and without.
+            The picture with AUs, and the neutral one.
         face_box (`tuple` of four `float`):
             Left, top, right and bottom of the face, in parts of width and height.
     """
@@ -89,7 +89,7 @@ def outside_change(picture: np.ndarray, neutral: np.ndarray, face_box: tuple[flo
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, the interval that holds 95 % of its bootstrap, and how many pictures of how many prompts it is of."""
+    """A value, its 95 % bootstrap interval, and the numbers of pictures and prompts from which it was computed."""
 
     value: float
     low: float
@@ -111,12 +111,12 @@ def bootstrap(
     statistic: Callable[..., float], *columns: np.ndarray, prompts: np.ndarray, draws: int = 1000, seed: int = 0
 ) -> Figure:
     """
-    `statistic(*columns)` with its bootstrap interval. Prompts are drawn with replacement, and then the pictures of
-    each drawn prompt: pictures of one prompt are alike, and count for less than as many independent ones.
+    Compute `statistic(*columns)` and its bootstrap interval. Prompts are drawn with replacement, and then the pictures
+    of each drawn prompt, because pictures of one prompt are alike and tell less than independent ones.
 
     Args:
         columns (`np.ndarray` of shape `(pictures, …)`):
-            Rows with a NaN are left out of all of them.
+            Rows in which any column has a NaN are left out.
         prompts (`np.ndarray` of shape `(pictures,)`):
             Which prompt a picture belongs to.
     """

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From a row for each picture to figures with intervals, and from figures to Markdown."""
+"""Summarizes results, which have a row for each picture, to figures with intervals, and writes these as Markdown."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +24,7 @@ from evaluation.metrics import (
 
 
 MEASURED = [f"measured_{name}" for name in AU_NAMES]
-"""Of the paper's twelve AUs."""
+"""The columns of measurements for the paper's twelve AUs."""
 PICTURE_METRICS = ("clip_i", "agreement", "outside", "reference_similarity", "seconds")
 WITHOUT_HARD = " without " + ", ".join(HARD_AUS)
 METRIC_NAMES = {
@@ -54,17 +54,18 @@ PART_NAMES = {
 
 def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     """
-    All figures of a run.
+    Compute all figures of a run.
 
     Args:
         results (`pd.DataFrame`):
             A row for each picture and meter, as `evaluation.run` writes them.
         draws (`int`, defaults to 1000):
-            Of the bootstrap.
+            The number of bootstrap draws.
 
     Returns:
         `pd.DataFrame` with the columns `meter`, `part`, `au` ("" for all together), `metric`, `value`, `low`, `high`,
-        `pictures`, `prompts`. `no_face` counts pictures where the meter found none; they are in no other figure.
+        `pictures`, `prompts`. The metric `no_face` counts pictures in which the meter found no face. They are in no
+        other figure.
     """
     rows = []
     for (part, metric), figure in _picture_figures(results, draws):
@@ -92,20 +93,20 @@ def commanded_aus(table: pd.DataFrame) -> list[str]:
 
 
 def unmeasured_aus(table: pd.DataFrame) -> list[str]:
-    """Those that the meter of a table does not read: not one picture has a number."""
+    """The AUs that the meter of a table does not read: no picture has a number for them."""
     found = table[table["num_faces"] > 0]
     return [name for name in commanded_aus(table) if len(found) and found[f"measured_{name}"].isna().all()]
 
 
 def without_unmeasured(table: pd.DataFrame) -> pd.DataFrame:
-    """The pictures of one meter without AUs that it does not read, and without pictures that command one of them."""
+    """Leave out the AUs that the meter of a table does not read, and the pictures that command one of them."""
     unmeasured = unmeasured_aus(table)
     kept = table[(table[unmeasured] == 0).all(axis=1)]
     return kept.drop(columns=[*unmeasured, *(f"measured_{name}" for name in unmeasured)])
 
 
 def with_neutral(table: pd.DataFrame) -> pd.DataFrame:
-    """The pictures of one meter where it has found a face, with `neutral_…` columns: the neutral face beside each."""
+    """Keep the pictures in which the meter found a face, and add its readings of their neutral face: `neutral_…`."""
     found = table[table["num_faces"] > 0]
     au_names = commanded_aus(table)
     measured = [f"measured_{name}" for name in au_names]
@@ -163,7 +164,7 @@ def _overall_figures(group: pd.DataFrame, part: str, draws: int) -> Iterator[tup
 
     errors = au_mse(commanded, measured)
     yield "au_mse", mean(errors)
-    # Alone, a hard AU is a picture to leave out; among others, a column.
+    # If a hard AU was commanded alone, its picture is left out; in a combination, only its column is.
     easy = ~(commanded[:, hard] != 0).any(axis=1) if part == "single" else np.ones(len(group), dtype=bool)
     yield "au_mse_easy", mean(au_mse(commanded, measured, with_hard_aus=False, au_names=au_names), easy)
     for domain in ("in", "out"):
@@ -179,7 +180,7 @@ def _overall_figures(group: pd.DataFrame, part: str, draws: int) -> Iterator[tup
 
 
 def _mean_over_aus(function, columns: Iterable[int], only_where_commanded: bool):
-    """The mean of `function(commanded, measured)` over AUs, for those for which it can be told."""
+    """Make a statistic: the mean of `function(commanded, measured)` over the AUs for which it is defined."""
 
     def statistic(commanded: np.ndarray, measured: np.ndarray) -> float:
         values = []
@@ -224,7 +225,7 @@ def _extrapolation_figures(group: pd.DataFrame, column: int, draws: int) -> Iter
 
 
 def find_figure(summary: pd.DataFrame, metric: str, part: str, meter: str = "", au: str = "") -> Figure:
-    """One figure of `summarize`; `NO_FIGURE` if it is not there."""
+    """Find one figure in the table of `summarize`. `NO_FIGURE` if it is not there."""
     rows = summary[
         (summary["metric"] == metric)
         & (summary["part"] == part)
@@ -248,7 +249,7 @@ def format_report(
     pictures: list[str],
     unmeasured: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> str:
-    """`unmeasured` has, for meters that do not read all AUs, those that they do not."""
+    """Write the report as Markdown. `unmeasured` has the AUs that a meter does not read, by its name."""
     names = ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
     chosen = ", ".join(f"`{name}={settings[name]}`" for name in names)
     lines = ["# Does it obey?", "", f"{chosen}.", ""]

@@ -1,7 +1,7 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Does a model do what its AUs say? The paper's test set, made and measured (paper §5):
+Draws the paper's test set (§5) with a model, and measures whether the faces show the AUs that were commanded:
 
   python -m evaluation.run --output out                                   # the toy model, its own meter
   python -m evaluation.run --output out --model BASE --adapter ADAPTER --only generate
@@ -10,9 +10,9 @@ Does a model do what its AUs say? The paper's test set, made and measured (paper
       --image-encoder openai/clip-vit-large-patch14
   accelerate launch --num_processes 4 -m evaluation.run …                 # split over processes
 
-Pictures go to OUTPUT/pictures, under names that say which prompt, AUs and seed; what was measured to
-OUTPUT/measurements; and the results to OUTPUT: report.md, results.csv and .parquet with a row for each picture and
-meter, summary.csv, and drawings in OUTPUT/figures. A run that was stopped goes on when the same command runs again.
+OUTPUT/pictures gets the pictures, whose names tell prompt, AUs and seed, and OUTPUT/measurements what was measured.
+OUTPUT gets the results: report.md, results.csv and results.parquet with a row for each picture and meter, summary.csv,
+and drawings in figures/. A run that was stopped goes on when the same command runs again.
 """
 
 import argparse
@@ -66,7 +66,7 @@ from program import (
 
 
 TOY_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
-"""Where the toy world's portraits have their face."""
+"""The face in the toy world's portraits: left, top, right and bottom, in parts of the picture."""
 PAPER_PARTS = ("single", "combination")
 SAMPLING_NAMES = tuple(field.name for field in fields(Sampling))
 
@@ -74,13 +74,13 @@ SAMPLING_NAMES = tuple(field.name for field in fields(Sampling))
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """
-    What is evaluated and how. Building one checks values and touches no disk.
+    What is evaluated, and how. Creating one checks values and touches no disk.
 
     Args:
         sampling (`dict`):
-            Arguments of `Sampling`, in place of what the `fineface.json` of the model says.
+            Arguments of `Sampling`. They replace those in the model's `fineface.json`.
         meters (`tuple` of `str`), image_encoder (`str`, *optional*):
-            As `make_meter` and `make_image_encoder` take them. By default those of the toy world, for its models.
+            As `make_meter` and `make_image_encoder` take them. Models of the toy world default to its own.
         only (`str`, *optional*):
             `"generate"` or `"measure"`; by default both.
     """
@@ -211,7 +211,7 @@ def make_sampling(config: EvaluationConfig) -> Sampling:
 
 @dataclass(frozen=True)
 class Task:
-    """All that was asked for, checked. Nothing is loaded yet."""
+    """A checked request, before anything is loaded."""
 
     output: Path
     system: str
@@ -221,11 +221,11 @@ class Task:
     batch_size: int
     items: list[Item]
     au_names: tuple[str, ...]
-    """The AUs of what is evaluated."""
+    """The AUs that the system draws."""
     ip_adapter: Path | None
     references: list[Path]
     settings: dict
-    """What the pictures depend on."""
+    """Everything that the pictures depend on."""
 
     @property
     def pictures(self) -> Path:
@@ -302,11 +302,11 @@ def digest_if_folder(name: str | None) -> str | None:
 
 def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = MappingProxyType({})) -> bool:
     """
-    Whether `settings` are on file already, at `path`. Those that the file, of an older version, does not have count as
-    `defaults`.
+    Whether the file `path` holds `settings`; False if there is no file. Settings that a file of an older version does
+    not have count as `defaults`.
 
     Raises:
-        ValueError: if others are. It names those that differ.
+        ValueError: if the file holds other settings. The message names those that differ.
     """
     if not path.exists():
         return False
@@ -340,9 +340,9 @@ def write_settings(path: Path, settings: dict) -> None:
 
 
 def generate(task: Task, state: PartialState) -> None:
-    """Draw the pictures that are not there yet, this process's share of them."""
+    """Draw this process's share of the missing pictures."""
     missing = [item for item in task.items if not task.path(item).exists()]
-    # All processes look before one of them draws, so they share the same list out.
+    # No process draws before all have looked, so that all divide the same list.
     state.wait_for_everyone()
     batches = [missing[start : start + task.batch_size] for start in range(0, len(missing), task.batch_size)]
     mine = batches[state.process_index :: state.num_processes]
@@ -361,7 +361,7 @@ def generate(task: Task, state: PartialState) -> None:
             ) as bar:
                 for number, batch in enumerate(mine):
                     draw_batch(task, system, batch, is_first=number == 0)
-                    # The other processes are as fast, more or less.
+                    # The other processes are about as fast.
                     bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
     state.wait_for_everyone()
 
@@ -387,7 +387,7 @@ def draw_batch(task: Task, system: System, batch: list[Item], is_first: bool) ->
             "part": item.part,
             "system": task.system,
             "batch_size": len(batch),
-            # The first call of a process warms up what the others find warm.
+            # The first call of a process is slower, because it warms up the device, so its time does not count.
             "seconds": None if is_first else round(seconds, 4),
         }
         write_picture(image, task.path(item), metadata)
@@ -411,8 +411,8 @@ def measure(
     name: str, task: Task, settings: dict, measure_group: Callable[[list[Item]], pd.DataFrame], state: PartialState
 ) -> None:
     """
-    Write a table for each group of pictures that has none yet into OUTPUT/measurements/`name`: this process's share.
-    A table appears when it is complete.
+    Measure this process's share of the groups of pictures that have no table yet, and write their tables into
+    OUTPUT/measurements/`name`. A table appears when it is complete.
     """
     folder = task.output / "measurements" / name
     if not check_settings(folder / "settings.json", settings, "measurements") and state.is_main_process:
@@ -441,7 +441,7 @@ def measure_aus(task: Task, meter: Meter, items: list[Item]) -> pd.DataFrame:
 def compare_pictures(
     task: Task, encoder: ImageEncoder | None, face_box: tuple[float, ...] | None, items: list[Item]
 ) -> pd.DataFrame:
-    """What is measured without a meter: likeness to the neutral picture, agreement with the prompt, and time."""
+    """Measure what needs no meter: likeness to the neutral picture, agreement with the prompt, and time."""
     images = [read_picture(task.path(item)) for item in items]
     neutral = read_picture(task.path(Item("neutral", items[0].prompt, "")))
     table = pd.DataFrame({"name": [item.name for item in items]})
@@ -466,7 +466,7 @@ def compare_pictures(
 
 
 def collect(task: Task, meters: list[str]) -> pd.DataFrame:
-    """All measurements as one table, a row for each picture and meter."""
+    """Join all measurements to one table with a row for each picture and meter."""
     commands = pd.DataFrame(
         {
             "name": [item.name for item in task.items],
@@ -495,7 +495,7 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
 
 
 def run(config: EvaluationConfig) -> Path | None:
-    """Check all that is asked for, do it, and return the report, if there is one."""
+    """Check the request, carry it out, and return the path of the report; None where no report is written."""
     state = PartialState(cpu=config.device == "cpu")
     task = make_task(config, state.device)
     is_toy = is_toy_model(config.model)
@@ -514,7 +514,7 @@ def run(config: EvaluationConfig) -> Path | None:
     has_settings = check_settings(task.output / "settings.json", task.settings, "pictures")
     if config.only == "measure":
         check_pictures(task)
-    # Every process has looked before the first one writes.
+    # The settings are written after every process has looked for them.
     state.wait_for_everyone()
     if not has_settings and state.is_main_process:
         write_settings(task.output / "settings.json", task.settings)

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of the paper's Table 1, each as something that draws prompts with AUs."""
+"""The systems of the paper's Table 1. Each of them draws prompts with AUs."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ UNET_FOLDER = "unet"
 
 @dataclass(frozen=True)
 class Sampling:
-    """As the arguments of `FineFacePipeline.__call__`. `au_guidance_scale` is for `"fineface"` only."""
+    """Arguments of `FineFacePipeline.__call__`. Only `"fineface"` uses `au_guidance_scale` and `au_scale`."""
 
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
@@ -37,12 +37,12 @@ class Sampling:
 
 
 def is_toy_model(model: str) -> bool:
-    """Whether a model is one of the toy world: its folder has that world's attribute reader."""
+    """Whether a model belongs to the toy world: then its folder has the attribute reader."""
     return (Path(model) / "attribute_reader" / "config.json").is_file()
 
 
 def au_words(is_toy: bool) -> tuple[str, ...]:
-    """What each AU is called in a prompt: in the words of the toy world's captions, or by its FACS name."""
+    """The words for each AU in a prompt: those of the toy world's captions, or its FACS name."""
     if is_toy:
         from toy_faces.renderer import EXPRESSION_WORDS
 
@@ -52,8 +52,8 @@ def au_words(is_toy: bool) -> tuple[str, ...]:
 
 def aus_in_words(intensities, words: tuple[str, ...]) -> str:
     """
-    AUs as the end of a prompt, `", very parted lips"`, "" for a neutral face. Words have three degrees, which is all
-    that the systems with AUs as text are told of an intensity; below half a grade it is not worth a word.
+    Write AUs as the end of a prompt, such as `", very parted lips"`; "" for a neutral face. Words tell three degrees
+    of intensity ("slightly", no adverb, "very"). AUs up to half a grade are left out.
     """
     named = []
     for word, intensity in zip(words, intensities, strict=True):
@@ -64,7 +64,7 @@ def aus_in_words(intensities, words: tuple[str, ...]) -> str:
 
 
 def check_system(system: str, weights: Weights) -> None:
-    """Raise an error if what the system was trained to is not in `weights.adapter`."""
+    """Raise an error if `weights.adapter` lacks the files that training this system writes."""
     if system == "sd":
         if weights.adapter is not None:
             raise ValueError("`--system sd` is the base model alone: leave out `--adapter`.")
@@ -84,7 +84,7 @@ def check_system(system: str, weights: Weights) -> None:
 
 
 class System:
-    """A loaded system. The same prompt, seed and neutral face give comparable pictures in all of them."""
+    """A loaded system. All systems start from the same noise for a seed, so their pictures can be compared."""
 
     def __init__(self, system: str, weights: Weights, device: torch.device, dtype: torch.dtype, sampling: Sampling):
         self.system, self.device, self.sampling = system, device, sampling
@@ -122,7 +122,7 @@ class System:
         settings = asdict(self.sampling)
         if self.system != "fineface":
             del settings["au_scale"], settings["au_guidance_scale"]
-        # A generator each, on the CPU: then a picture depends neither on its neighbours nor on the device.
+        # Each picture has its own generator on the CPU, so it depends neither on its neighbours nor on the device.
         settings["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self.has_image_prompt:
             settings["ip_adapter_image_embeds"] = self._embed_references(references)
@@ -151,7 +151,7 @@ class System:
 
 
 def append_tokens(encoder_hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """AU tokens at the end of the text sequence."""
+    """Append AU tokens to the text sequence."""
     return torch.cat([encoder_hidden_states, tokens.to(encoder_hidden_states.dtype)], dim=1)
 
 

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's test set (§5.1): which pictures are made, and what their files are called."""
+"""The paper's test set (§5.1): the pictures to draw, and the names of their files."""
 
 import csv
 import re
@@ -26,7 +26,7 @@ PARTS = ("neutral", "single", "combination", "extrapolation")
 
 @dataclass(frozen=True)
 class Prompt:
-    """`domain` is "in" or "out" of what the model was trained on, or "" where nobody has said."""
+    """`domain` says whether the model was trained on such pictures: "in", "out", or "" if nobody has said."""
 
     index: int
     text: str
@@ -43,7 +43,7 @@ class Item:
     aus: str
     """As `format_aus` writes them."""
     number: int = 0
-    """Which combination it is."""
+    """The index of the combination; 0 in other parts."""
 
     @property
     def name(self) -> str:
@@ -54,13 +54,13 @@ class Item:
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     """
-    The prompts of a file: a `.csv` with the columns `prompt`, and if it likes `domain` and `seed`; or any other text
-    file with a prompt a line. Empty lines of a text file are no prompts. A prompt without a seed has one that follows
-    from its words.
+    Read the prompts of a file: a `.csv` with the column `prompt` and optionally `domain` and `seed`, or any other text
+    file with one prompt a line, where empty lines are skipped. A prompt without a seed gets one that follows from its
+    words.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it holds no prompt, or a row is broken; with its line.
+        ValueError: if it holds no prompt, or a row is broken. The message names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"`--prompts` is {str(path)!r}, which is no file.")
@@ -86,7 +86,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
 
 
 def read_combinations(path: Path, limit: int | None = None, au_names: Sequence[str] = AU_NAMES) -> list[str]:
-    """The AU combinations of a `.csv` with the column `aus`, as `format_aus` writes them."""
+    """Read the AU combinations of a `.csv` with the column `aus`, as `format_aus` writes them."""
     if not path.is_file():
         raise FileNotFoundError(f"`--combinations` is {str(path)!r}, which is no file.")
     combinations = []
@@ -119,7 +119,7 @@ def _read_csv(path: Path, required: tuple[str, ...], allowed: tuple[str, ...]) -
 def make_items(
     prompts: Iterable[Prompt], combinations: list[str], parts: Iterable[str], au_names: Sequence[str] = AU_NAMES
 ) -> list[Item]:
-    """The pictures of `parts`, and always the neutral ones, to which the others are compared."""
+    """List the pictures of `parts`, and always the neutral ones, with which the others are compared."""
     singles = {"single": INTENSITIES, "extrapolation": BEYOND}
     items = []
     for prompt in prompts:

@@ -1,7 +1,7 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-How a run of `train_fineface.py` went, as one picture: the curve of its loss, and its validation sheets below.
+Shows a run of `train_fineface.py` in one picture: the curve of its loss, with validation sheets below.
 
   python -m evaluation.training_picture fineface-adapter training.png
 
@@ -28,7 +28,7 @@ SMOOTHING = 0.04
 
 def read_losses(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """
-    Steps and losses of a run, from the event files of all its parts: a run that was resumed has several.
+    Read steps and losses from all event files of a run: a run that was resumed has several.
 
     Raises:
         FileNotFoundError: if the run has kept no losses.
@@ -57,7 +57,7 @@ def smooth(losses: np.ndarray, window: int) -> np.ndarray:
 
 
 def draw_losses(steps: np.ndarray, losses: np.ndarray, width: int) -> Image.Image:
-    """The loss of each step in pale, and its mean in blue; a tenth of the pale range may be cut off at the top."""
+    """Draw the loss of each step in pale and its mean in blue. The chart may cut off a twentieth at either end."""
     image = Image.new("RGB", (width, CHART_HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     mean = smooth(losses, max(1, round(SMOOTHING * len(losses))))
@@ -82,7 +82,7 @@ def draw_losses(steps: np.ndarray, losses: np.ndarray, width: int) -> Image.Imag
 
 
 def draw_training(folder: Path, num_sheets: int = 3) -> Image.Image:
-    """The curve, and at most `num_sheets` of the validation sheets, from the first to the last."""
+    """Draw the curve, and at most `num_sheets` validation sheets, spread evenly from the first to the last."""
     steps, losses = read_losses(folder)
     paths = sorted((folder / "validation").glob("step-*.png"))
     chosen = sorted({round(index) for index in np.linspace(0, len(paths) - 1, min(num_sheets, len(paths)))})

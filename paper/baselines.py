@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Train the other systems of the paper's Table 1, and the small IP-Adapter of its Fig. 7, on the data that
-`train_fineface.py` trains on, with its flags:
+Trains the other systems of the paper's Table 1, and the small IP-Adapter of its Fig. 7, on the same data and with the
+same flags as `train_fineface.py`:
 
   python -m paper.baselines --system lora_t --pretrained_model_name_or_path BASE \\
       --train_data_dir DATA --output_dir OUT --max_train_steps 5000
@@ -12,8 +12,8 @@ Train the other systems of the paper's Table 1, and the small IP-Adapter of its 
   lora_au      a LoRA, and an encoder that makes the AUs a token at the end of the text sequence
   ip_adapter   keys and values for a token or more from the image encoder beside the base model
 
-The output folder is what `python -m evaluation.run --system … --adapter OUT` reads. Training goes on where it was
-stopped, when the same command runs again.
+`python -m evaluation.run --system … --adapter OUT` reads the output folder. A training that was stopped goes on when
+the same command runs again.
 """
 
 import io
@@ -80,20 +80,20 @@ IMAGE_TOKENS = 4
 PRIOR_FOLDER = "prior"
 PRIOR_PICTURES = 200
 PRIOR_WEIGHT = 1.0
-"""As in DreamBooth: as many pictures of the prior as of the data in each step, with the same weight."""
+"""Weight of the prior in the loss. As in DreamBooth, each step has as many pictures of the prior as of the data."""
 SETTINGS_NAME = "baseline.json"
 DONE_NAME = "done.json"
 NOT_FOR_BASELINES = ("streaming", "push_to_hub", "validation_prompt", "adapter_name_or_path", "au_feedback_meter")
-"""Flags of train_fineface.py that a baseline cannot follow."""
+"""Flags of train_fineface.py that baselines do not have."""
 
 
 class BaselineModel(nn.Module):
     """
-    What is trained, in one module. It predicts as a UNet does, from text and whatever else its system has.
+    All that a system trains, in one module. It predicts as a UNet does, from the text and the inputs of its system.
 
     Args:
         au_adapter (`AUEncoder`, *optional*):
-            Of LoRA-AU: makes the AUs a token of the text sequence.
+            For LoRA-AU only: it makes the AUs a token of the text sequence.
     """
 
     def __init__(self, unet: UNet2DConditionModel, au_adapter: AUEncoder | None = None):
@@ -102,9 +102,9 @@ class BaselineModel(nn.Module):
         self.au_adapter = au_adapter
 
     def forward(self, noisy_latents, timesteps, prompt_embeds, au_intensities, added_cond_kwargs=None):
-        """`au_intensities`, `(batch, 12)`, are for LoRA-AU; an IP-Adapter finds its own in `added_cond_kwargs`."""
+        """`au_intensities`, `(batch, 12)`, are for LoRA-AU; an IP-Adapter takes its input from `added_cond_kwargs`."""
         dtype = self.unet.dtype
-        # From a cache they come in float16, which autocast on a CPU cannot put beside the tokens' bfloat16.
+        # A cache has them in float16, and autocast on a CPU cannot concatenate these with bfloat16 tokens.
         prompt_embeds = prompt_embeds.to(dtype)
         if self.au_adapter is not None:
             prompt_embeds = append_tokens(prompt_embeds, self.au_adapter(au_intensities))
@@ -118,7 +118,7 @@ class BaselineModel(nn.Module):
 def make_baseline(
     system: str, config: TrainConfig, dtype: torch.dtype = torch.float32, image_embed_dim: int = 0
 ) -> BaselineModel:
-    """A new model of a system: what is frozen is in `dtype`, what is trained in float32."""
+    """Make the model of a system. Frozen weights are in `dtype`, trained ones in float32."""
     unet = UNet2DConditionModel.from_pretrained(
         config.pretrained_model_name_or_path, subfolder="unet", revision=config.revision, variant=config.variant
     )
@@ -139,7 +139,7 @@ def make_baseline(
         )
     if system == "ip_adapter":
         add_ip_adapter(unet, image_embed_dim)
-    # Not `ModelMixin.to`, which warns of casts.
+    # Use `nn.Module.to`: `ModelMixin.to` logs a warning on casts.
     nn.Module.to(unet, dtype)
     model = BaselineModel(unet, token_encoder)
     cast_training_params(model)
@@ -147,7 +147,7 @@ def make_baseline(
 
 
 def add_ip_adapter(unet: UNet2DConditionModel, image_embed_dim: int) -> None:
-    """A new IP-Adapter by diffusers' own loader: its keys and values begin as those of the text."""
+    """Add a new IP-Adapter by diffusers' own loader. Its keys and values start as copies of the text's."""
     width = unet.config.cross_attention_dim
     layers = {}
     for number, name in _ip_layers(unet).items():
@@ -168,14 +168,14 @@ def add_ip_adapter(unet: UNet2DConditionModel, image_embed_dim: int) -> None:
 
 
 def _ip_layers(unet: UNet2DConditionModel) -> dict[int, str]:
-    """Cross-attention layers by their number among all attention layers, as published files name them."""
+    """Cross-attention layers by their number among all attention layers, which published files use as names."""
     widths = au_layers(unet)
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
     return {number: name for number, name in enumerate(names) if name in widths}
 
 
 def ip_adapter_state_dict(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
-    """In the form of published IP-Adapter `.safetensors` files."""
+    """The tensors of the IP-Adapter, by the names in published `.safetensors` files."""
     tensors = {}
     for number, name in _ip_layers(unet).items():
         processor = unet.get_submodule(name).processor
@@ -189,7 +189,7 @@ def ip_adapter_state_dict(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]
 
 
 def save_baseline(system: str, model: BaselineModel, folder: Path) -> None:
-    """What `evaluation.run` reads."""
+    """Write the files that `evaluation.run` reads."""
     unet = model.unet
     if system == "dreambooth":
         unet.save_pretrained(folder / UNET_FOLDER)
@@ -208,7 +208,7 @@ def save_baseline(system: str, model: BaselineModel, folder: Path) -> None:
 
 @dataclass
 class BaselineState(TrainingState):
-    """The state of `train_fineface.py`, which writes a baseline in place of an adapter."""
+    """The training state of `train_fineface.py`, but it saves a baseline instead of an adapter."""
 
     system: str = ""
 
@@ -224,7 +224,7 @@ class BaselineState(TrainingState):
 
 
 def word_captions(data, words: tuple[str, ...]) -> None:
-    """Put the AUs of each row into its caption."""
+    """Append the AUs of each row to its caption, in words."""
     rows = zip(data.captions.to_pylist(), data.au_intensities.tolist(), strict=True)
     data.captions = pa.chunked_array([pa.array([text + aus_in_words(aus, words) for text, aus in rows], pa.string())])
 
@@ -239,7 +239,7 @@ class WithPrior(torch.utils.data.Dataset):
         samples, priors = [self.samples[number] for number in numbers], [self.prior[number] for number in numbers]
         side = self.inputs.latents_shape[-1]
         for sample, prior in zip(samples, priors, strict=True):
-            # Messages name the training sample of a pair.
+            # Error messages name the training sample of a pair.
             prior["row"] = sample["row"]
             # The loss is a mean over both halves, but has to be the sum of their means.
             sample["loss_weights"] = 2 * sample.get("loss_weights", torch.ones(side, side))
@@ -255,13 +255,13 @@ class WithPictures(torch.utils.data.Dataset):
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         sample, config = self.samples[number], self.samples.config
-        # Dropped as often as captions, and apart from them, so that guidance can do without either.
+        # It is dropped as often as the caption but independently, because guidance needs predictions without each.
         keep = np.random.default_rng((config.seed, 2, number)).random() >= config.caption_drop_prob
         return sample | {"image_embeds": self.image_embeds[sample["row"]] * keep}
 
 
 class EncodersWithPictures(StableDiffusionEncoders):
-    """Those of Stable Diffusion, for a UNet that has an IP-Adapter as well."""
+    """The encoders of Stable Diffusion, for a UNet that also has an IP-Adapter."""
 
     def added_cond_kwargs(self, batch: dict[str, torch.Tensor]) -> dict:
         return {"image_embeds": [batch["image_embeds"][:, None]]}
@@ -270,8 +270,8 @@ class EncodersWithPictures(StableDiffusionEncoders):
 @torch.no_grad()
 def make_prior(config: TrainConfig, captions: list[str], device: torch.device, count: int, seed: int = 0) -> Path:
     """
-    What the base draws for captions of the data before it is trained: a data set of `count` pictures, all AUs 0, which
-    appears when it is complete.
+    Draw captions of the data with the untrained base, as a data set of `count` pictures with all AUs 0. Its metadata
+    appear when it is complete. Returns its folder.
     """
     folder = config.output_dir / PRIOR_FOLDER
     if (folder / "metadata.jsonl").exists():
@@ -340,7 +340,7 @@ def check_flags(config: TrainConfig) -> None:
 
 
 def steps_trained(folder: Path) -> int:
-    """How many steps a finished baseline was trained for; 0 if it is not finished."""
+    """The number of steps that a finished baseline was trained for; 0 if it is not finished."""
     done = folder / DONE_NAME
     return json.loads(done.read_text(encoding="utf-8"))["steps"] if done.exists() else 0
 
@@ -352,15 +352,15 @@ def encode_data(
     encoders: StableDiffusionEncoders,
     unet: nn.Module,
 ) -> PixelInputs | LatentInputs:
-    """The inputs of training, from the same cache as those of `train_fineface.py`, with `--cache_latents`."""
+    """The inputs of training. With `--cache_latents`, they come from the same cache as in `train_fineface.py`."""
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     return cache_inputs(inputs, config, accelerator) if config.cache_latents else inputs
 
 
 def run(system: str, config: TrainConfig) -> None:
-    """Train a baseline, or what is left of it."""
+    """Train a baseline, or continue a training that was stopped."""
     check_flags(config)
-    # The paper's systems know its twelve AUs.
+    # The paper's systems have its twelve AUs and no others.
     config = replace(config, aus=AU_NAMES)
     config.check_machine()
     settings = {"system": system, **config.fixed_settings()}

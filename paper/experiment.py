@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 An experiment: a data set of the toy world, systems that are trained on it under one budget, and their evaluations.
-All of it is kept in one folder, and what is there is not made again. The paper's tables and the trials share one.
+One folder keeps all of it, and nothing is made twice. The paper's tables and the trials share one experiment.
 """
 
 import importlib.util
@@ -40,8 +40,8 @@ SETTINGS_NAME = "experiment.json"
 @dataclass(frozen=True)
 class Budget:
     """
-    How much is spent on a system: it is trained on `pictures` for `steps` optimizer steps of `batch_size` samples. The
-    rest says how much is evaluated; None is everything.
+    How much is spent on a system. It is trained on `pictures` for `steps` optimizer steps of `batch_size` samples, and
+    evaluated with so many `prompts` and `combinations`; None means all.
     """
 
     name: str
@@ -49,17 +49,18 @@ class Budget:
     steps: int
     batch_size: int
     rank: int
-    workers: int
-    mixed_precision: str
-    torch_compile: bool
-    prompts: int | None
-    combinations: int | None
-    evaluation_batch: int
+    workers: int = 0
+    # On some CPUs bfloat16 and compiling make a step twice as fast, on others no faster at all.
+    mixed_precision: str = "no"
+    torch_compile: bool = False
+    prompts: int | None = None
+    combinations: int | None = None
+    evaluation_batch: int = 16
     bootstrap_draws: int = 1000
 
     @property
     def training(self) -> dict:
-        """What the trained systems depend on."""
+        """The settings on which the trained systems depend."""
         names = ("name", "pictures", "steps", "batch_size", "rank", "mixed_precision")
         return {name: value for name, value in asdict(self).items() if name in names}
 
@@ -71,13 +72,8 @@ BUDGETS = {
         steps=1_000,
         batch_size=8,
         rank=16,
-        workers=0,
-        # On some CPUs bfloat16 and compiling make a step twice as fast, on others no faster at all.
-        mixed_precision="no",
-        torch_compile=False,
         prompts=4,
         combinations=12,
-        evaluation_batch=16,
     ),
     "full": Budget(
         name="full",
@@ -88,8 +84,6 @@ BUDGETS = {
         workers=8,
         mixed_precision="bf16",
         torch_compile=True,
-        prompts=None,
-        combinations=None,
         evaluation_batch=110,
     ),
     "tiny": Budget(
@@ -98,12 +92,8 @@ BUDGETS = {
         steps=2,
         batch_size=2,
         rank=4,
-        workers=0,
-        mixed_precision="no",
-        torch_compile=False,
         prompts=1,
         combinations=2,
-        evaluation_batch=16,
         bootstrap_draws=20,
     ),
 }
@@ -114,14 +104,14 @@ class Experiment:
     """
     Args:
         folder (`Path`):
-            For the data, the trained systems and their evaluations.
+            The folder of the data, the trained systems and their evaluations.
         budget (`Budget`):
-            Of everything in it.
+            The budget of each system in it.
         model (`str`):
             The frozen base: a model of the toy world.
         sampling (`dict`, *optional*):
-            In place of what the model's `fineface.json` says, but for `au_guidance_scale`: in the paper AUs and text
-            are guided together.
+            Replaces `num_inference_steps` and `guidance_scale` of the model's `fineface.json`. The file's
+            `au_guidance_scale` is not used, because the paper guides AUs and text together.
 
     Raises:
         ValueError: if the folder was made with another budget, model or sampling.
@@ -148,7 +138,7 @@ class Experiment:
         return self.folder / "data" / "pictures"
 
     def prepare(self) -> None:
-        """The data, and the caches that all systems share, before processes train beside each other."""
+        """Make the data, and the caches that all systems share, before several processes train side by side."""
         with PartialState().main_process_first():
             self.render()
         config = self.config("prepared")
@@ -162,7 +152,7 @@ class Experiment:
         baselines.encode_data(data, config, accelerator, encoders, unet)
 
     def render(self) -> None:
-        """The training pictures as an image folder, with captions that do not name the expression, and face boxes."""
+        """Render the training pictures as an image folder, with face boxes and captions that name no expression."""
         from toy_faces.pictures import Pictures, aus_of, captions_of, render_seed
 
         metadata = self.data / "metadata.jsonl"
@@ -200,7 +190,7 @@ class Experiment:
             use_ema=True,
             # An average over a tenth of the run.
             ema_decay=max(0.9, 1 - 10 / budget.steps),
-            # The unconditional branch has to stay what it was under the LoRA.
+            # Some captions are empty, so that the LoRA leaves the unconditional prediction as it was.
             caption_drop_prob=0.1,
             dataloader_num_workers=budget.workers,
             mixed_precision=budget.mixed_precision,
@@ -213,7 +203,7 @@ class Experiment:
         return replace(config, **changes)
 
     def train_fineface(self, name: str, **changes) -> Path:
-        """An adapter, by the script that users run."""
+        """Train an adapter by the script that users run, if it is not trained yet. Returns its folder."""
         folder = self._system_folder(name, changes)
         if not (folder / ATTN_PROCESSORS_NAME).exists():
             torch.compiler.reset()
@@ -228,7 +218,7 @@ class Experiment:
         return folder / IP_ADAPTER_NAME if system == "ip_adapter" else folder
 
     def _system_folder(self, name: str, changes: dict) -> Path:
-        """The folder of a system, which holds the settings that it is, or will be, trained with."""
+        """The folder of a system. It records the training's settings, and other settings than those are an error."""
         folder = self.folder / "systems" / name
         settings = self.config(name, **changes).fixed_settings()
         with PartialState().main_process_first():
@@ -239,7 +229,7 @@ class Experiment:
     # ---- evaluation ------------------------------------------------------------------------------------------------
 
     def evaluate(self, name: str, adapter: Path | None, system: str = "fineface", sampling=None, **changes) -> None:
-        """Evaluate a system, with `sampling` in place of the experiment's own, and `changes` of the other settings."""
+        """Evaluate a system. `sampling` replaces the experiment's own, and `changes` replace other settings."""
         sampling = {**self.sampling, **(sampling or {})}
         if system == "fineface":
             sampling.setdefault("au_guidance_scale", None)
@@ -271,7 +261,7 @@ class Experiment:
         return pd.read_csv(path) if path.exists() else None
 
     def results(self, name: str) -> pd.DataFrame:
-        """A row for each picture and meter of a run that has been evaluated."""
+        """The results of an evaluated run, a row for each picture and meter."""
         return pd.read_csv(self.folder / "runs" / name / "results.csv")
 
     def pictures(self, name: str) -> Path:
@@ -279,7 +269,7 @@ class Experiment:
 
 
 def can_compile() -> bool:
-    """Whether there is what `torch.compile` needs: a C++ compiler and Python's headers, and on a GPU Triton."""
+    """Whether `torch.compile` finds what it needs: a C++ compiler, Python's headers, and on a GPU Triton."""
     if torch.accelerator.is_available() and importlib.util.find_spec("triton") is None:
         return False
     compilers = (os.environ.get("CXX"), "g++", "clang++")

@@ -1,13 +1,13 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The paper's Tables 1–3 and Fig. 7 on the toy world, beside the paper's own numbers:
+Repeats the paper's Tables 1–3 and Fig. 7 on the toy world, and sets the results beside the paper's own numbers:
 
   python -m paper.tables --quick      # two cores, within an hour
   python -m paper.tables --full       # a GPU; accelerate launch splits it over several
 
-It trains what is missing, evaluates each system by `evaluation.run`, and writes docs/results.md. Stopped, it goes on
-where it was when the same command runs again. The section on trials of docs/results.md stays as it is.
+It trains the systems that are missing, evaluates each of them by `evaluation.run`, and writes docs/results.md, whose
+section on trials it keeps. A run that was stopped goes on when the same command runs again.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from evaluation import figures
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import ToolError, read_picture
 from evaluation.metrics import Figure, au_mse, bootstrap
-from evaluation.report import MEASURED, find_figure, markdown_table
+from evaluation.report import MEASURED, PICTURE_METRICS, find_figure, markdown_table
 from evaluation.testset import (
     COMBINATIONS,
     INTENSITIES,
@@ -53,7 +53,7 @@ TRIALS_HEADING = "\n## Trials\n"
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: the paper's four numbers, and how ours is made."""
+    """A row of a table: the paper's four numbers, and the settings by which our system is trained."""
 
     label: str
     paper: tuple[float, float, float, float]
@@ -64,7 +64,7 @@ class Method:
 
 
 OURS = Method("FineFace (Res + MLP64)", (4.71, 0.92, 7.54, 0.83), "fineface")
-"""The paper's design, which stands in all three tables."""
+"""The paper's design. All three tables have it."""
 LORA_T = Method("LoRA-T", (7.45, 0.91, 9.06, 0.86), "lora_t", "lora_t")
 TABLES = {
     "Table 1: other systems": (
@@ -104,7 +104,7 @@ COLUMNS = (
     ("AU MSE, combinations ↓", "au_mse", "combination", False),
     ("CLIP-I, combinations", "clip_i", "combination", True),
 )
-"""Heading, metric, part, and whether more is better."""
+"""Heading, metric, part, and whether a higher value is better."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -113,14 +113,14 @@ COLUMNS = (
 
 
 def make(experiment: Experiment, method: Method) -> None:
-    """Train a method, if it is not trained, and evaluate it."""
+    """Train a method, if it is not trained yet, and evaluate it."""
     changes = dict(method.changes)
     adapter = None
     if method.system == "fineface":
         adapter = experiment.train_fineface(method.name, **changes)
     elif method.system != "sd":
         adapter = experiment.train_baseline(method.name, method.system, **changes)
-    # Of the paper's design also what lies beyond [0, 5], its Fig. 8.
+    # The paper's design is also evaluated beyond [0, 5], for Fig. 8.
     parts = {"parts": ("single", "combination", "extrapolation")} if method == OURS else {}
     experiment.evaluate(method.name, adapter, method.system, **parts)
 
@@ -131,7 +131,10 @@ FIGURE7_RUNS = {"image_prompt": "with the IP-Adapter", "no_image_prompt": "witho
 
 
 def make_image_prompts(experiment: Experiment) -> tuple[Path, Path, list[str]]:
-    """Portraits of people nobody was trained on, the prompts that go with them, and captions of all that they show."""
+    """
+    Render portraits of people whom no model was trained on. Returns their folder, the file of their prompts, and
+    captions of all that they show.
+    """
     from toy_faces.pictures import UNSEEN
     from toy_faces.renderer import caption, render, sample_portrait
 
@@ -149,12 +152,8 @@ def make_image_prompts(experiment: Experiment) -> tuple[Path, Path, list[str]]:
     return folder, prompts, [caption(portrait) for portrait in portraits]
 
 
-def make_ip_adapter(experiment: Experiment) -> None:
-    experiment.train_baseline("ip_adapter", "ip_adapter")
-
-
 def make_figure7(experiment: Experiment, name: str) -> None:
-    """FineFace beside the IP-Adapter that was trained apart from it (Eq. 5), or without it."""
+    """Evaluate FineFace with the IP-Adapter, which was trained separately (Eq. 5), or without it."""
     adapter = experiment.train_fineface(OURS.name)
     references, prompts, _ = make_image_prompts(experiment)
     ip_adapter = experiment.train_baseline("ip_adapter", "ip_adapter") if name == "image_prompt" else None
@@ -162,11 +161,12 @@ def make_figure7(experiment: Experiment, name: str) -> None:
 
 
 def make_all(experiment: Experiment, processes: int) -> None:
-    """All that `write_results` writes of, what is missing of it."""
+    """Make all that `write_results` needs and that is not there yet."""
     experiment.prepare()
     make_image_prompts(experiment)
     methods = [functools.partial(make, experiment, method) for method in all_methods()]
-    run_jobs([*methods, functools.partial(make_ip_adapter, experiment)], processes)
+    ip_adapter = functools.partial(experiment.train_baseline, "ip_adapter", "ip_adapter")
+    run_jobs([*methods, ip_adapter], processes)
     run_jobs([functools.partial(make_figure7, experiment, name) for name in FIGURE7_RUNS], processes)
 
 
@@ -190,12 +190,11 @@ def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
 
 
 def figure_of(experiment: Experiment, run: str, metric: str, part: str) -> Figure:
-    meter = "" if metric in ("clip_i", "agreement", "outside", "reference_similarity", "seconds") else METER
-    return find_figure(experiment.summary(run), metric, part, meter)
+    return find_figure(experiment.summary(run), metric, part, "" if metric in PICTURE_METRICS else METER)
 
 
 def picture_values(experiment: Experiment, run: str, metric: str, part: str) -> pd.DataFrame:
-    """AU MSE or CLIP-I of each picture of a run, by its name; pictures without a face are NaN."""
+    """AU MSE or CLIP-I of each picture of a run, by its name; NaN if no face was found."""
     results = experiment.results(run)
     rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index("name")
     values = rows[metric] if metric in rows else au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy())
@@ -204,8 +203,8 @@ def picture_values(experiment: Experiment, run: str, metric: str, part: str) -> 
 
 def paired_difference(experiment: Experiment, runs: tuple[str, str], metric: str, part: str) -> Figure:
     """
-    How much higher the first of two runs is than the second, picture by picture: the same prompts, AUs and seeds. What
-    is hard for both does not widen the interval.
+    The mean of the first run minus the second, over pictures of the same prompt, AUs and seed. Pictures that are hard
+    for both runs do not widen the interval.
     """
     first, second = (picture_values(experiment, run, metric, part) for run in runs)
     both = first.join(second["value"].rename("other"), how="inner")
@@ -218,9 +217,9 @@ Pairs = dict[str, list[tuple[int, int]]]
 
 def compare_orders(paper: Sequence[float], difference: Callable[[int, int], Figure], more_is_better: bool) -> Pairs:
     """
-    The pairs of methods, the one that is better in the paper first: those that are "agree" or "turned" here, and those
-    that are "open", because the interval of `difference(first, second)` has 0 in it. Pairs that the paper has equal
-    are left out.
+    Compare the order of each pair of methods with the paper's. Returns the pairs by verdict: "agree", "turned", or
+    "open", where the interval of `difference(first, second)` has 0 in it. In each pair, the method that is better in
+    the paper comes first. Pairs that are equal in the paper are left out.
     """
     pairs = {"agree": [], "turned": [], "open": []}
     for first, second in itertools.combinations(range(len(paper)), 2):
@@ -243,11 +242,11 @@ def order_in_words(
     words = [f"**{heading}** Ours, from best to worst: {', '.join(label for label, _ in ranked)}."]
     words.append(
         f"Pairs in the paper's order: {counts['agree']} of {sum(counts.values())}; in the opposite order:"
-        f" {counts['turned']}; open, since the interval of their difference has 0 in it: {counts['open']}."
+        f" {counts['turned']}; open, because the interval of their difference has 0 in it: {counts['open']}."
     )
     if pairs["turned"]:
         turned = "; ".join(f"{labels[first]} before {labels[second]}" for first, second in pairs["turned"])
-        words.append(f"So in the paper, and the other way round here: {turned}.")
+        words.append(f"In this order in the paper, and in the opposite order here: {turned}.")
     return " ".join(words)
 
 
@@ -296,29 +295,29 @@ def format_figure7(experiment: Experiment) -> list[str]:
     header = ["FineFace", "attributes of the image prompt ↑", "likeness to it ↑", "AU MSE, single ↓"]
     header += ["AU MSE, combinations ↓", "slope, single", "pictures"]
     words = (
-        "The prompt says no more than man, woman, boy or girl; who it is, the image prompt says. Both adapters were"
-        " trained apart and work together by Eq. 5. The paper shows this in pictures and gives no number."
+        "The prompt says only man, woman, boy or girl; the image prompt says who it is. The two adapters were trained"
+        " separately and work together by Eq. 5. The paper shows this in pictures and gives no number."
     )
     return ["", "## Fig. 7: with an image prompt", "", words, "", *markdown_table(header, rows)]
 
 
 def read_trials(document: Path) -> str:
-    """The section on trials of an older `document`, which is written by hand and stays; "" if there is none."""
+    """The section on trials of `document`, which is kept, as it is written by hand; "" if there is none."""
     text = document.read_text(encoding="utf-8") if document.is_file() else ""
     return text[text.index(TRIALS_HEADING) :] if TRIALS_HEADING in text else ""
 
 
 def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
     """
-    The paper's Figs. 4 to 8, the systems of Table 1 below each other where it compares them, and what the paper's
-    design was measured to do.
+    Draw the paper's Figs. 4 to 8, with a row for each system of Table 1 where the paper compares systems, and the
+    charts of the paper's design. Returns the sheets by name.
     """
     methods = TABLES["Table 1: other systems"]
     folders = {_row_label(method): experiment.pictures(method.name) for method in methods}
     prompt = read_prompts(TOY_PROMPTS)[0]
     title = f"{prompt.text} · seed {prompt.seed}"
     singles = {"neutral": Item("neutral", prompt, "")}
-    singles |= {aus.removesuffix("=5"): Item("single", prompt, aus) for aus in _singles_at_5()}
+    singles |= {au: Item("single", prompt, f"{au}=5") for au in AU_NAMES}
     combinations = {"neutral": Item("neutral", prompt, "")}
     count = min(10, experiment.budget.combinations or 10)
     for number, aus in enumerate(read_combinations(COMBINATIONS, count)):
@@ -344,7 +343,7 @@ def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
 
 
 def draw_intensities(experiment: Experiment, prompt: Prompt) -> Image.Image:
-    """The paper's Fig. 6: one AU after the other from 0 to 5, by LoRA-T and by FineFace."""
+    """Draw the paper's Fig. 6: some AUs from 0 to 5, each by LoRA-T and by FineFace."""
     rows, labels = [], []
     for au in ("AU12", "AU4", "AU26"):
         for method in (LORA_T, OURS):
@@ -359,16 +358,12 @@ def _row_label(method: Method) -> str:
     return method.label.replace(" (", "\n").removesuffix(")")
 
 
-def _singles_at_5() -> list[str]:
-    return [f"{au}=5" for au in AU_NAMES]
-
-
 def _names(items: dict[str, Item]) -> dict[str, str]:
     return {label: item.name for label, item in items.items()}
 
 
 def write_results(experiment: Experiment, output: Path) -> None:
-    """`output` and the sheets beside it."""
+    """Write `output`, and the sheets of pictures beside it."""
     budget = experiment.budget
     sampling = ", ".join(f"`{name}={value}`" for name, value in experiment.sampling.items())
     lines = [
@@ -377,23 +372,22 @@ def write_results(experiment: Experiment, output: Path) -> None:
         f"By `python -m paper.tables --{budget.name}`: every system trained for {budget.steps} steps of"
         f" {budget.batch_size} samples on the same {budget.pictures} pictures, from the same base, with the same"
         f" seeds, and sampled with {sampling} and AUs guided together with the text, as in the paper. The loss and the"
-        " label smoothing are the paper's. Otherwise than there, the learning rate is 1e-3 (of DB 1e-4) and falls as a"
-        " cosine, a tenth of the captions is empty, and what is evaluated is a running average of the weights.",
+        " label smoothing are the paper's. Other than in the paper, the learning rate is 1e-3 (for DB 1e-4) and falls"
+        " along a cosine, a tenth of the captions is empty, and a running average of the weights is evaluated.",
         "",
-        "A figure of ours is followed by the interval that holds 95 % of its bootstrap over prompts and pictures. Ours"
-        " and the paper's are not comparable as numbers: another world, another base, and an AU meter that knows the"
-        " truth instead of one that shares its training data with the method. What can be compared is the order of"
-        " methods, as far as the same pictures of two methods differ by more than chance. CLIP-I alone is no merit: a"
-        " system that ignores the AUs has it at 1.",
+        "Each of our figures is followed by its 95 % bootstrap interval over prompts and pictures. Do not compare our"
+        " numbers with the paper's: world and base differ, and our AU meter knows the truth, while the paper's shares"
+        " its training data with the method. Compare the order of methods, where the same pictures of two methods"
+        " differ by more than chance. A high CLIP-I alone is no merit: a system that ignores the AUs has 1.",
         "",
         "Half of the captions that the base was trained with name the expression, in the very words that *SD*, *DB*"
-        " and *LoRA-T* are given: more than Stable Diffusion was told of AUs.",
+        " and *LoRA-T* get. So this base was told more about AUs than Stable Diffusion was.",
     ]
     if budget.name == "quick":
         lines += [
             "",
-            "This is a small budget, so the faces of all systems under-shoot: the adapter of the toy model, in"
-            " [its report](../toy_faces/weights/REPORT.md), has seen thirty times as many samples.",
+            "This budget is small, so the faces of all systems under-shoot. The adapter of the toy model, see"
+            " [its report](../toy_faces/weights/REPORT.md), was trained on thirty times as many samples.",
         ]
     for title, methods in TABLES.items():
         lines += format_paper_table(experiment, title, methods)

@@ -1,15 +1,14 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Trials: variants of the paper's design, trained and evaluated under one budget on the toy world.
+Trains and evaluates variants of the paper's design under one budget on the toy world.
 
   python -m paper.trials --quick                       # all of them
   python -m paper.trials --full --only tokens_4 au_drop
   python -m paper.trials --list
 
-A trial changes settings of train_fineface.py, of sampling, or both. The table goes to trials.csv of the working
-folder, which is that of `paper.tables`, with the trials that diverged. docs/results.md has the table of all that were
-run; here are the paper's design, what did well, and one of each kind that did not.
+A trial changes settings of train_fineface.py, of sampling, or both. The table goes to trials.csv in the working folder,
+which `paper.tables` shares, and has the trials that diverged, too. docs/results.md has all trials that were run. Here are the paper's design, the trials that did well, and one of each kind that did not.
 """
 
 import csv
@@ -45,9 +44,9 @@ class Trial:
     """
     Args:
         why (`str`):
-            What is hoped for.
+            The reason to try it.
         train (`dict`):
-            Flags of train_fineface.py. Trials with equal ones share one adapter.
+            Flags of train_fineface.py. Trials with equal flags share one adapter.
         sampling (`dict`):
             Options of `evaluation.run`.
     """
@@ -59,7 +58,7 @@ class Trial:
 
 TRIALS_NAME = "trials.csv"
 GOAL = -0.25
-"""AU MSE of combinations against the paper's design."""
+"""The wanted change of the AU MSE of combinations, relative to the paper's design."""
 SLOPES = (0.85, 1.15)
 GUIDED = {"au_guidance_scale": 3.0}
 WEIGHTED = {
@@ -68,9 +67,9 @@ WEIGHTED = {
     "timestep_bias_begin": 400,
     "timestep_bias_multiplier": 4.0,
 }
-"""With these the adapter of the toy model is trained."""
+"""The weights of the loss in the recipe of the toy model."""
 BEST = {**TRAINING_PRESETS["best"], "au_learning_rate": 1e-2}
-"""`--preset best`: ten times the learning rate of the LoRA, which is 1e-3 here."""
+"""`--preset best`. The AUs learn at ten times the rate of the LoRA, which is 1e-3 here."""
 TRIALS = {
     "paper": Trial("the paper's design: Res + MLP64, one token, joint guidance"),
     "au_guidance_3": Trial("AUs guided apart from the text, by MagicFace's optimum", sampling=GUIDED),
@@ -105,7 +104,7 @@ HEADER = (
 
 
 def adapter_name(trial: Trial) -> str:
-    """The folder of its adapter: the same for the same training, that of the paper's tables if they have it."""
+    """The name of a trial's adapter. Equal trainings have one name, and that of `paper.tables` if it has the same."""
     for method in all_methods():
         if method.system == "fineface" and dict(method.changes) == trial.train:
             return method.name
@@ -119,17 +118,20 @@ def check_trials(names: Sequence[str]) -> None:
             raise ValueError(f"There is no trial {name!r}. There are {', '.join(TRIALS)}.")
         unknown = set(TRIALS[name].train) - known
         if unknown:
-            raise ValueError(f"The trial {name!r} needs flags that train_fineface.py has not: {', '.join(unknown)}.")
+            raise ValueError(f"train_fineface.py has no flag {', '.join(unknown)}, but the trial {name!r} needs it.")
 
 
 def make_trials(experiment: Experiment, names: Sequence[str]) -> None:
-    """Trials that share an adapter. One that diverges is a result, too: it is kept, and the others go on."""
+    """
+    Train the adapter that the trials `names` share, and evaluate each trial. A training that diverges is a result
+    too: it is recorded, and no error is raised.
+    """
     if has_diverged(experiment, names[0]):
         return
     try:
         adapter = experiment.train_fineface(adapter_name(TRIALS[names[0]]), **TRIALS[names[0]].train)
     except FloatingPointError as error:
-        # Without it there is nothing to compare with.
+        # All trials are compared with the paper's design, so it has to work.
         if "paper" in names:
             raise
         write_atomically(_divergence(experiment, names[0]), f"{error}\n")
@@ -153,7 +155,7 @@ def _divergence(experiment: Experiment, name: str) -> Path:
 
 
 def has_diverged(experiment: Experiment, name: str) -> bool:
-    """Whether the training of a trial has ended with a loss that is not finite."""
+    """Whether the training of a trial ended with a loss that is not finite."""
     return _divergence(experiment, name).exists()
 
 
@@ -191,7 +193,7 @@ def format_row(experiment: Experiment, name: str) -> list[str]:
 
 
 def finished_trials(experiment: Experiment) -> list[str]:
-    """All that have been evaluated in this folder, or have diverged, in the order of `TRIALS`."""
+    """The trials that have been evaluated or have diverged in this experiment, in the order of `TRIALS`."""
     return [
         name for name in TRIALS if experiment.summary(run_name(name)) is not None or has_diverged(experiment, name)
     ]
@@ -207,8 +209,8 @@ def write_table(experiment: Experiment) -> Path:
 
 def best_trial(experiment: Experiment) -> str | None:
     """
-    The trial with the lowest AU MSE of combinations, of those whose CLIP-I and agreement with the prompt are not
-    clearly below those of the paper's design: the interval reaches up to its figure. None if there is none.
+    Of the trials whose CLIP-I and agreement with the prompt are not clearly below the paper's design, the one with the
+    lowest AU MSE of combinations, or None. Clearly below means that the whole interval is below the paper's value.
     """
 
     def figure(name: str, metric: str) -> Figure:
@@ -239,10 +241,10 @@ def describe_best(experiment: Experiment) -> str:
 
 
 def run(names: Sequence[str], experiment: Experiment, processes: int) -> str | None:
-    """Make trials, and say where their table is and which is the best, on the main process."""
+    """Make the trials. On the main process, returns a sentence: where their table is, and which trial is the best."""
     check_trials(names)
     experiment.prepare()
-    # The paper's design is what the others are compared with.
+    # The other trials are compared with the paper's design, so it is always made.
     groups = group_by_adapter(dict.fromkeys(["paper", *names]))
     run_jobs([functools.partial(make_trials, experiment, group) for group in groups], processes)
     if not PartialState().is_main_process:

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Several jobs at once, in processes of their own. Importing it does not import torch."""
+"""Runs several jobs at once, each in a process of its own. Importing this module does not import torch."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -13,12 +13,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 
 
 def num_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_processes() -> int:
-    """As many systems at once as there are cores: a small UNet gains little by a second one. On a GPU, one."""
+    """How many systems to train at once: one for each core, as a small UNet gains little by a second; one on a GPU."""
     import torch
 
     if torch.accelerator.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -27,7 +27,7 @@ def default_processes() -> int:
 
 
 def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
-    """Do `jobs`, which can be pickled, in this process or in several others. The first error ends all of them."""
+    """Run `jobs`, which must be picklable, in this process or in several others. The first error ends all of them."""
     jobs = list(jobs)
     if processes == 1 or len(jobs) < 2:
         for job in jobs:
@@ -40,7 +40,7 @@ def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
             for future in as_completed([pool.submit(job) for job in jobs]):
                 future.result()
         except BaseException:
-            # Nothing is lost: what is written appears when it is complete.
+            # Ending a worker leaves no broken file: files appear when they are complete.
             for child in multiprocessing.active_children():
                 child.terminate()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -48,16 +48,19 @@ def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
 
 
 def _begin_worker(threads: int) -> None:
-    # Ctrl-C is for the process that has started this one.
+    # The process that has started this one handles Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # For a torch that is not imported yet, and for one that is.
+    # The variable sets the threads of a torch that is imported later, the call those of one that already is.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
 
 
 def _end_with_parent() -> None:
-    """Killed, it cannot end its workers, and when it is started again, two would train the same system."""
+    """
+    End this worker when its parent ends. A parent that is killed cannot end its workers, and when it is started again,
+    two processes would train the same system.
+    """
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
