@@ -1,7 +1,7 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What AU control costs, as a multiple of plain Stable Diffusion: `python -m benchmarks.bench_inference`.
+Measures the cost of AU control as a multiple of plain Stable Diffusion: `python -m benchmarks.bench_inference`.
 
 Each row of a table is a whole call, from the prompt to the pictures. The calls of all rows are interleaved, a ratio is
 taken within one round of calls, and the table has the median of the rounds. The architectures sd21, sd15 and sdxl have
@@ -229,7 +229,7 @@ class TextbookAUAttnProcessor(nn.Module):
 
 
 class TextbookPipeline(StableDiffusionPipeline):
-    """The AU token goes in behind the text's, through the arguments of plain Stable Diffusion."""
+    """Passes the AU token behind the tokens of the text, by the arguments of plain Stable Diffusion."""
 
     def __call__(self, prompt: list[str], aus: str, **kwargs):
         embeds = self.encode_prompt(prompt, self._execution_device, 1, do_classifier_free_guidance=True)
@@ -298,7 +298,7 @@ def make_variant(
     kwargs: dict | None = None,
     baseline: str = "plain",
 ) -> Variant:
-    """A pipeline of `components`. Variants share all weights that they do not change."""
+    """Make a pipeline from `components`. Variants share all weights that they do not change."""
     unet, kwargs = base_unet(components["unet"]).eval(), dict(kwargs or {})
     if lora in ("fused", "baked in"):
         unet = copy.deepcopy(unet)  # fusing writes into the weights
@@ -393,11 +393,11 @@ class Measured:
     label: str
     baseline: str
     peak_bytes: int | None = None
-    """Most memory of the device in a call, with the weights of all rows; None where torch does not know."""
+    """The peak memory of the device in a call, with the weights of all rows; None where torch cannot tell."""
     calls: list[float] = field(default_factory=list)
     """Seconds of each call."""
     steps: list[float] = field(default_factory=list)
-    """Seconds of a denoising step in each call, without the first; empty if there is only one."""
+    """Seconds of a denoising step in each call, without the first step; empty if there is only one step."""
 
 
 def measure(
@@ -413,7 +413,7 @@ def measure(
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             variant(batch_size, WARM_UP_STEPS if mode != "no" or device.type != "cpu" else 1, **size)
-            # The pool of recorded CUDA graphs is in no statistics.
+            # The statistics leave out the memory of recorded CUDA graphs, so there is no figure with them.
             if device.type == "cuda" and mode == "no":
                 measured[row].peak_bytes = torch.cuda.max_memory_allocated(device)
             bar.update()
@@ -547,7 +547,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.models = args.models or (["toy"] if on_cpu else list(ARCHITECTURES))
     args.dtypes = args.dtypes or ["float32" if on_cpu else "float16"]
     args.steps = args.steps or (10 if on_cpu else 50)
-    # A ratio needs what it is a ratio to.
+    # The baseline of each row is measured too.
     needed = {"plain", *(ROWS[row][1].get("baseline", "plain") for row in args.rows)}
     args.rows = [row for row in ROWS if row in needed.union(args.rows)]
     return args
@@ -561,7 +561,7 @@ def make_table(components: dict, lora_rank: int, batch_size: int, mode: str, arg
         return format_counts(variants, batch_size, args.resolution)
     size = {"height": args.resolution, "width": args.resolution} if args.resolution else {}
     torch._dynamo.reset()
-    # All variants run the code of one class, and each is compiled on its own.
+    # All variants run the code of one class, but each is compiled by itself, which would exceed the usual limit.
     with torch._dynamo.config.patch(recompile_limit=16 * len(ROWS)):
         return format_measured(measure(variants, batch_size, args.steps, args.repeats, mode, **size))
 

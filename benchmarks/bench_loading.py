@@ -1,12 +1,12 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What loading costs: `python -m benchmarks.bench_loading`.
+Measures the cost of loading an adapter: `python -m benchmarks.bench_loading`.
 
 An adapter of full size (Stable Diffusion 2.1, one token, LoRA of rank 32) with random weights is written to a
-temporary folder and loaded from there, first into a pipeline without an adapter, then in place of itself: as trained,
-folded into a few vectors for each layer, and as an IP-Adapter for plain diffusers. The table has the size of the files
-without that of the LoRA, the time, the bytes that stay, and the most that were taken on the way.
+temporary folder and loaded from there, first into a pipeline without an adapter, then in place of itself. It has three
+forms: as trained, folded into a few vectors for each layer, and as an IP-Adapter for plain diffusers. The table has
+the size of the files without the LoRA, the time, the memory that the adapter keeps, and the peak while it is loaded.
 """
 
 import argparse
@@ -42,7 +42,7 @@ SAMPLING_INTERVAL = 0.001
 
 
 def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -> FineFacePipeline:
-    """A pipeline of which only the UNet is there; its weights are whatever was in memory."""
+    """Make a pipeline that has only a UNet, with uninitialized weights."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(**unet_config)
     unet = nn.Module.to(unet, dtype).to_empty(device=device).eval()
@@ -54,10 +54,10 @@ def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -
 FORMS = ("as trained", "folded", "as an IP-Adapter")
 
 
-def write_adapter(folder: Path, unet_config: dict, dtype: torch.dtype, form: str = FORMS[0]) -> int:
-    """An adapter with a LoRA, random, in files of `dtype`. Returns their bytes without the LoRA."""
-    unet = make_pipeline(unet_config, torch.device("cpu"), dtype).unet
-    adapter = nn.Module.to(AUAdapter(au_layers(unet), unet.config.cross_attention_dim), dtype)
+def write_adapter(folder: Path, unet_config: dict, form: str = FORMS[0]) -> int:
+    """Write a random adapter with a LoRA, in float32. Returns the bytes of its files without the LoRA."""
+    unet = make_pipeline(unet_config, torch.device("cpu"), torch.float32).unet
+    adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim)
     unet.add_adapter(LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS), LORA_NAME)
     write_au_adapter(folder, adapter if form == FORMS[0] else adapter.fold(), unet, LORA_NAME)
     if form == FORMS[2]:
@@ -82,8 +82,8 @@ def adapter_bytes(pipeline: FineFacePipeline) -> int:
 @contextmanager
 def peak_growth(device: torch.device) -> Iterator[Callable[[], int | None]]:
     """
-    Gives a function that says, afterwards, by how much memory on `device` has grown at most; None where that cannot be
-    seen. On the CPU this is memory of the process's own: pages of mapped files can be given up at any time.
+    Yield a function that returns by how much memory on `device` has grown at most since; None where that cannot be
+    measured. On the CPU, pages of mapped files do not count, because the system can take them back at any time.
     """
     gc.collect()
     if device.type == "cuda":
@@ -120,7 +120,7 @@ def _own_bytes() -> int:
 
 
 def time_loading(pipeline: FineFacePipeline, folder: Path, repeats: int) -> tuple[float, float, int | None]:
-    """Seconds of a first load, the median of later ones, and the most memory that the first one took."""
+    """Returns the seconds of a first load, the median of later ones, and the peak of memory in the first."""
     device = pipeline.unet.device
 
     def load() -> float:
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace, unet_config: dict) -> None:
     report, rows = Report(args.output, args.device), []
     for form, dtype in itertools.product(FORMS, args.dtypes):
         with tempfile.TemporaryDirectory() as folder:
-            size = write_adapter(Path(folder), unet_config, torch.float32, form)
+            size = write_adapter(Path(folder), unet_config, form)
             pipeline = make_pipeline(unet_config, args.device, DTYPES[dtype])
             first, later, peak = time_loading(pipeline, Path(folder), args.repeats)
         sizes = (size, adapter_bytes(pipeline), peak)

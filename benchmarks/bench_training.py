@@ -1,12 +1,12 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What each measure of `train_fineface.py` is worth: `python -m benchmarks.bench_training`.
+Measures how much each optimization of `train_fineface.py` saves: `python -m benchmarks.bench_training`.
 
-A textbook implementation of the paper's recipe is trained first: two attentions with matrices of scores in each layer,
-gradient checkpointing, and pictures and captions encoded at every step. Then ours, with one measure more in each row.
-All rows go through the loop of `train_fineface.py`, on pictures that are read from files, with everything that belongs
-to a step: data, forward and backward pass, clipping, optimizer. Only the toy model's weights are not random.
+The first row trains a textbook implementation of the paper's recipe: two attentions with matrices of scores in each
+layer, gradient checkpointing, and pictures and captions that are encoded at every step. The next rows train ours, each
+with one optimization more. All rows run the loop of `train_fineface.py` on pictures from files, with everything that
+belongs to a step: data, forward and backward pass, clipping, optimizer. All weights but the toy model's are random.
 """
 
 import argparse
@@ -62,7 +62,7 @@ ROWS = {
 
 
 class TextbookModel(FineFaceModel):
-    """The AU token goes in behind the text's, and each layer attends to both."""
+    """Passes the AU token behind the tokens of the text, and each layer attends to both."""
 
     def __init__(self, unet: nn.Module, au_adapter: nn.Module):
         super().__init__(unet, au_adapter)
@@ -75,7 +75,7 @@ class TextbookModel(FineFaceModel):
                 keys, values = (weights[f"{name}.{kind}.weight"] for kind in ("to_k_au", "to_v_au"))
                 processors[name] = TextbookAUAttnProcessor(keys.detach().clone(), values.detach().clone())
         unet.set_attn_processor(processors)
-        # The layers have their own now.
+        # The layers have copies of these now.
         au_adapter.to_k_au.requires_grad_(False)
         au_adapter.to_v_au.requires_grad_(False)
 
@@ -93,7 +93,7 @@ class Measured:
 
 
 def write_pictures(folder: Path, resolution: int) -> None:
-    """Portraits in the size of training, as the image folder that the trainer reads."""
+    """Write portraits in the size of training, as an image folder that the trainer reads."""
     folder.mkdir()
     lines = []
     for seed in range(PICTURES):
@@ -146,7 +146,7 @@ def measure(row: Row, folder: Path, args: argparse.Namespace) -> Measured:
     state = TrainingState(model, None, samples_per_step, len(inputs.data))
     marks = []
 
-    # A step ends with its loss on the CPU, so nothing is under way when the next forward pass begins.
+    # A step ends by copying its loss to the CPU, so the device is idle when the next forward pass begins.
     model.register_forward_pre_hook(lambda *_: marks.append(time.perf_counter()))
     with attention_for_training(args.device, DTYPES[args.dtype]):
         train(config, accelerator, state, samples, noise_scheduler, encoders)

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks print: Markdown tables, under the machine and the versions that they come from."""
+"""Prints the results of benchmarks: Markdown tables under the names of the machine and the versions."""
 
 import argparse
 import platform
@@ -14,7 +14,7 @@ from program import write_atomically
 
 
 class Report:
-    """Prints as it grows, and is written to `path` after every part, so that a stopped run leaves what it has."""
+    """Prints each part, and writes all parts to `path` after each, so that a run that was stopped leaves its parts."""
 
     def __init__(self, path: Path | None, device: torch.device):
         self.path, self.parts = path, []
@@ -48,7 +48,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def count(text: str) -> int:
-    """For argparse: a whole number from 1 on."""
+    """A type for argparse: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on.")
     return int(text)

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled sheets of pictures: tables beside and below each other, on white. And animations."""
+"""Draws sheets of pictures, which are labelled tables side by side and one below the other, and writes animations."""
 
 import itertools
 import textwrap
@@ -31,9 +31,9 @@ class Table(Generic[Cell]):
         rows (`list[list[Cell]]`):
             The cells.
         row_labels (`list[str]`):
-            One for each row, at its left; what follows a line break is small and grey. Empty for a table without.
+            The label at the left of each row, its text after a line break small and grey. Empty for no labels.
         column_labels (`list[str]`):
-            One for each column, above it.
+            The label above each column.
     """
 
     rows: list[list[Cell]]
@@ -41,12 +41,12 @@ class Table(Generic[Cell]):
     column_labels: list[str]
 
     def map(self, function: Callable[[Cell], object]) -> "Table":
-        """The same table with `function` of each cell."""
+        """The table in which each cell is `function` of the cell here."""
         return replace(self, rows=[[function(cell) for cell in row] for row in self.rows])
 
 
 def draw_sheet(bands: list[list[Table[Image.Image]]], title: str) -> Image.Image:
-    """Tables beside each other in bands below each other, under a title."""
+    """Draw `bands` one below the other under a title. The tables of a band stand side by side."""
     unit = _unit(bands[0][0])
     rows = [[draw_table(table) for table in band] for band in bands]
     width = max(sum(image.width + unit for image in row) for row in rows) - unit
@@ -67,7 +67,7 @@ def draw_sheet(bands: list[list[Table[Image.Image]]], title: str) -> Image.Image
 
 
 def draw_table(table: Table[Image.Image]) -> Image.Image:
-    """The pictures with thin gaps, and their labels. All sizes follow the height of a picture."""
+    """Draw the pictures of a table with thin gaps and labels. All sizes follow from the height of a picture."""
     width, height = table.rows[0][0].size
     unit, gap = _unit(table), max(1, height // 32)
     font, small_font = ImageFont.load_default(unit), ImageFont.load_default(0.85 * unit)
@@ -94,30 +94,29 @@ def draw_table(table: Table[Image.Image]) -> Image.Image:
 
 
 def _unit(table: Table[Image.Image]) -> int:
-    """Size of the letters, from which the margins follow, in pixels."""
+    """The size of letters and margins, in pixels."""
     return max(8, table.rows[0][0].height // 9)
 
 
 def check_animation(path: Path) -> None:
-    """Raise a ValueError if what `write_animation` needs for this kind of file is not installed."""
+    """Raise a ValueError if the package that `write_animation` needs for this kind of file is not installed."""
     if path.suffix.lower() == ".mp4":
         _import_av()
 
 
 def write_animation(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str = "") -> None:
     """
-    Write an endless GIF, or an MP4 (H.264), from pictures of one size. At `path` there is never less than a whole
-    file.
+    Write an endless GIF, or an MP4 (H.264), from pictures of one size. `path` appears when the file is complete.
 
     Args:
         pictures (`Iterable[Image.Image]`):
             The frames, taken one by one. An MP4 needs even sides.
         path (`Path`):
-            Ends in one of `ANIMATION_SUFFIXES`.
+            A path with one of `ANIMATION_SUFFIXES`.
         fps (`float`):
             Frames a second. A GIF counts the time of a frame in hundredths of a second, and viewers take at least 2.
         comment (`str`, *optional*):
-            Kept in the file.
+            Text that is written into the file.
     """
     writers: dict[str, Callable] = {".gif": _write_gif, ".mp4": _write_mp4}
     with replacing(path) as unfinished:

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures on the disk: PNG files that say how they were made, written beside the drawing."""
+"""Writes pictures as PNG files that record how they were made, and finds out which of them are finished."""
 
 import functools
 import json
@@ -28,7 +28,7 @@ MAX_UNWRITTEN = 64
 
 
 def write_picture(image: Image.Image, path: Path, metadata: Mapping) -> None:
-    """Write a PNG with `metadata` in it. At `path` there is never less than a whole file."""
+    """Write a PNG that contains `metadata`. `path` appears when the file is complete."""
     chunks = PngInfo()
     chunks.add_text("Software", "FineFace")
     aus = f" [{metadata['aus']}]" if metadata.get("aus") else ""
@@ -38,17 +38,17 @@ def write_picture(image: Image.Image, path: Path, metadata: Mapping) -> None:
 
 
 def write_png(image: Image.Image, path: Path, **options) -> None:
-    """Write a PNG; `options` go to `Image.save`. At `path` there is never less than a whole file."""
+    """Write a PNG; `options` go to `Image.save`. `path` appears when the file is complete."""
     with replacing(path) as unfinished:
-        # Half the time of Pillow's own level, for a tenth more bytes: the model draws on a CPU meanwhile.
+        # Level 3 takes half the time of Pillow's default, for a tenth more bytes. On a CPU, the model needs that time.
         image.save(unfinished, "PNG", **{"compress_level": 3, **options})
 
 
 @contextmanager
 def background_writer() -> Iterator[Callable[[Image.Image, Path, Mapping], None]]:
     """
-    `write_picture` in a thread, so that the model draws on meanwhile. When the block is left, also by an error, all is
-    written. An error in writing comes up at one of the next pictures.
+    Yield a function that does `write_picture` in a thread, so that the model draws on meanwhile. When the block ends,
+    with or without an error, all pictures are written. If writing fails, one of the next calls raises the error.
     """
     unwritten = deque()
     with ThreadPoolExecutor(1) as pool:
@@ -65,13 +65,13 @@ def background_writer() -> Iterator[Callable[[Image.Image, Path, Mapping], None]
 
 def read_metadata(path: str | os.PathLike) -> dict:
     """
-    What a picture of this program says about itself: the fields of its `Job` and of `Weights`, the `dtype`, and the
-    `versions` of the libraries. A sheet has `rows`, the AUs of each of its pictures, in place of `aus`. Of a local
-    model or adapter it says the folder's name, and in `model_files` or `adapter_files` a digest of what is in it.
+    Read how a picture of this program was made: the fields of its `Job` and of `Weights`, the `dtype`, and the
+    `versions` of the libraries. A sheet has `rows`, the AUs of each of its pictures, instead of `aus`. A local model
+    or adapter is recorded by the name of its folder and a digest of its files (`model_files`, `adapter_files`).
 
     Raises:
-        ValueError: if the file carries nothing of the kind.
-        OSError: if it is no picture.
+        ValueError: if the picture has no such metadata.
+        OSError: if the file is no picture.
     """
     try:
         with Image.open(path) as image:
@@ -85,18 +85,18 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 
 def describe(weights: Weights, dtype: str) -> dict:
-    """What pictures say about how they were made."""
+    """The metadata that all pictures of a run share: `weights`, `dtype` and the versions of the libraries."""
     return _names(weights) | {"dtype": dtype, "versions": _library_versions()}
 
 
 @functools.cache
 def _library_versions() -> dict[str, str]:
-    # Looked up anew for every picture, they would cost a twentieth of drawing one with the toy model.
+    # They are cached, because looking them up takes a twentieth of the time in which the toy model draws a picture.
     return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 
 def _names(weights: Weights) -> dict[str, str | None]:
-    """`weights` without where on this disk they are: that is private, and another in every clone."""
+    """`weights` without paths of this disk, which are private and differ from clone to clone."""
     names = asdict(weights)
     for part in ("model", "adapter"):
         folder = Path(names[part] or "")
@@ -109,11 +109,11 @@ def _names(weights: Weights) -> dict[str, str | None]:
 
 def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
     """
-    Whether `path` is a whole picture with all of `wanted` in its metadata. Versions, dtype and device, which change a
-    picture by rounding, may differ.
+    Whether `path` is a complete picture whose metadata contain `wanted`. Versions, dtype and device may differ,
+    because they change a picture only by rounding.
 
     Raises:
-        ValueError: if it shows something else, unless `overwrite`.
+        ValueError: if `path` is another picture, unless `overwrite`.
     """
     if not path.exists():
         return False
@@ -142,7 +142,7 @@ def _is_whole(path: Path) -> bool:
 def find_unfinished(
     jobs: Mapping[str, Job], folder: Path, weights: Weights, overwrite: bool
 ) -> tuple[dict[Job, list[Path]], int]:
-    """Where the pictures go that are not there yet, by their jobs, and the number of those that are."""
+    """Returns the paths of the pictures that are not finished, by their jobs, and the number of finished pictures."""
     paths_by_job, num_finished, names = {}, 0, _names(weights)
     for name, job in jobs.items():
         path = folder / name

@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What is to be drawn: a `Job` is one picture. Jobs come from options, JSON Lines or tables of AUs, and are laid out in
-sheets. Everything is checked here, and nothing needs a model.
+A `Job` says what to draw in one picture. Jobs come from options, JSON Lines or tables of AUs, and are laid out in
+sheets. Everything is checked here, without a model.
 """
 
 import itertools
@@ -36,10 +36,10 @@ MODEL_DEFAULTS_NAME = "fineface.json"
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 8192
 MAX_PROMPT_LENGTH = 10_000
-"""In characters. A tokenizer takes 25 s for a million, and the model reads about 300."""
+"""In characters. The model reads about 300, and a tokenizer would take 25 s for a million."""
 DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
 DEMO_SEED = 5
-"""Chosen by eye, of six: the one whose named expressions come out best."""
+"""Of six seeds that were looked at, this one shows the named expressions best."""
 MAX_SWEEP_COUNT = 50
 GRID_INTENSITIES = (0, 1, 2, 3, 4, 5)
 DEMO_PRESETS = (
@@ -51,8 +51,8 @@ DEMO_PRESETS = (
 @dataclass(frozen=True)
 class Job:
     """
-    One picture. `aus` and `negative_aus` are as `format_aus` writes them, or None for none; the rest is as in
-    `FineFacePipeline.__call__`, with the same defaults. Equal jobs give equal pictures.
+    One picture. `aus` and `negative_aus` are written by `format_aus`, or None if there are none; the other fields are
+    arguments of `FineFacePipeline.__call__`, with the same defaults. Equal jobs give equal pictures.
     """
 
     prompt: str
@@ -73,8 +73,8 @@ JOB_FIELDS = tuple(field.name for field in fields(Job))
 
 def make_job(values: Mapping, spell: Callable[[str], str] = str, au_names: Sequence[str] = AU_NAMES) -> Job:
     """
-    A checked `Job` from raw values of its fields. `spell` gives the name of a field in messages; `au_names` are the
-    AUs of the adapter that will draw it.
+    Check raw values of the fields of a `Job`, and make it. `spell` gives the name of a field in messages; `au_names`
+    are the AUs of the adapter that will draw it.
     """
     for name in ("prompt", "negative_prompt"):
         text = values.get(name)
@@ -94,7 +94,7 @@ def make_job(values: Mapping, spell: Callable[[str], str] = str, au_names: Seque
 
     for name in ("prompt", "negative_prompt"):
         text = getattr(job, name)
-        # The command line and JSON can both carry halves of characters, which no file can.
+        # The command line and JSON can contain lone surrogates (halves of characters), which no file can.
         if text is not None and (not isinstance(text, str) or re.search("[\ud800-\udfff]", text)):
             raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {text!r}.")
     _check_numbers(job, spell)
@@ -120,7 +120,7 @@ def _check_numbers(job: Job, spell: Callable[[str], str]) -> None:
 
 
 def canonical_aus(aus, label: str, au_names: Sequence[str] = AU_NAMES) -> str:
-    """One expression in any form of `parse_aus`, as `format_aus` writes it; `label` is its name in messages."""
+    """Rewrite one expression, in any form of `parse_aus`, as `format_aus` does; `label` is its name in messages."""
     intensities = read_aus(aus, label, au_names)
     if len(intensities) != 1:
         raise ValueError(f"`{label}` holds {len(intensities)} expressions, but a picture has one. Make a job of each.")
@@ -138,8 +138,8 @@ def intensities_of(job: Job, au_names: Sequence[str] = AU_NAMES) -> dict[str, fl
 
 def read_model_defaults(model: str) -> dict:
     """
-    What suits a model best, from the optional `fineface.json` in its folder: `num_inference_steps`, `guidance_scale`,
-    `au_guidance_scale`, and `size`, which is height and width in pixels.
+    Read the settings that suit a model best, from the optional `fineface.json` in its folder: `num_inference_steps`,
+    `guidance_scale`, `au_guidance_scale`, and `size`, which becomes `height` and `width` in pixels.
     """
     path = Path(model) / MODEL_DEFAULTS_NAME
     if not path.is_file():
@@ -155,11 +155,11 @@ def read_model_defaults(model: str) -> dict:
 
 def read_jobs(path: Path, defaults: Mapping, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
     """
-    The jobs of a JSON Lines file, by the name of the picture each makes. A job without `output` is named by its line:
+    Read the jobs of a JSON Lines file, by the names of their pictures. A job without `output` is named by its line:
     `00001.png`.
 
     Raises:
-        ValueError: if a line is no JSON object, or has an unknown key or a value that cannot be; with its number.
+        ValueError: if a line is no JSON object, or has an unknown key or a wrong value. The message has its number.
     """
     jobs, line_numbers = {}, {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -169,7 +169,7 @@ def read_jobs(path: Path, defaults: Mapping, au_names: Sequence[str] = AU_NAMES)
             values = read_json_object(line)
             check_keys(values, (*JOB_FIELDS, "output"))
             name = _check_name(values.pop("output", f"{number:05d}.png"))
-            # Not every disk tells upper from lower case.
+            # Some file systems do not distinguish upper from lower case.
             first_number = line_numbers.setdefault(name.casefold(), number)
             if first_number != number:
                 raise ValueError(f"`output` is {name!r}, as in line {first_number}. Each job needs its own.")
@@ -218,13 +218,13 @@ def check_keys(values: Mapping, known: tuple[str, ...]) -> None:
 
 
 def is_animation(args) -> bool:
-    """Whether the arguments of `generate.py` ask for an animation of a table."""
+    """Whether the arguments of `generate.py` ask for an animation."""
     return args.aus_from is not None and args.output.suffix.lower() in ANIMATION_SUFFIXES
 
 
 def _check_name(name) -> str:
     is_name = isinstance(name, str) and name.isprintable() and name.lower().endswith(".png")
-    # The same names everywhere: a folder that is made here may be copied to Windows.
+    # The rules of Windows hold on every system, because a folder that is made here may be copied there.
     if not is_name or set(name) & set('\\:*?"<>|') or Path(name).is_absolute() or ".." in Path(name).parts:
         raise ValueError(
             f"`output` has to name a .png file inside the `--output` folder, but is {show_value(name)}. Folders are"
@@ -250,20 +250,21 @@ def read_table_jobs(
     au_names: Sequence[str] = AU_NAMES,
 ) -> tuple[dict[str, Job], int]:
     """
-    `job` with the AUs of each row of a table, by the name of the picture it makes, and the number of rows that were
-    left out because no face was found in them. A picture is named by the row's line and name: `00002_frame_1.png`.
+    Make a job from each row of a table: `job` with the AUs of the row. Returns the jobs by the names of their
+    pictures, which have the row's line and name (`00002_frame_1.png`), and the number of rows that are skipped because
+    no face was found.
 
     Args:
         tool (`str`, *optional*), say (`Callable`, *optional*), au_names (`Sequence[str]`, *optional*):
             As `read_au_table` takes them.
         face (`int`, *optional*):
-            In a table that numbers the faces of a picture (`face_id`), the one that is drawn; by default that of the
-            first row with a face. Rows of others are left out, counted and said.
+            The face to draw, if the table numbers the faces of a picture (`face_id`); by default that of the first row
+            with a face. Rows of other faces are skipped, and `say` gets their number.
         max_rows (`int`, *optional*):
-            Reading ends with an error at the first row after so many.
+            The largest number of rows; more are an error.
 
     Raises:
-        OSError, ValueError: if the table cannot be read, has too many rows, or shows no such face at all.
+        OSError, ValueError: if the table cannot be read, has too many rows, or has no row to draw.
     """
     jobs, num_skipped, asked_face, others = {}, 0, face, Counter()
     for row in read_au_table(path, tool, say=say, au_names=au_names):
@@ -292,10 +293,10 @@ def read_table_jobs(
 
 
 def interpolate_jobs(key_jobs: list[Job], frames_between: int, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
-    """The frames of an animation: `frames_between` more between two of `key_jobs`, in which the AUs go evenly over."""
+    """Make the frames of an animation: between two of `key_jobs`, the AUs change evenly over `frames_between` more."""
     keys, count = [intensities_of(job, au_names) for job in key_jobs], frames_between + 1
     frames = [
-        # Thousandths, which nobody can see, keep the AUs of a frame readable.
+        # Rounding to thousandths, which nobody can see, keeps the AUs in the metadata readable.
         {name: round(value + (second[name] - value) * step / count, 3) for name, value in first.items()}
         for first, second in itertools.pairwise(keys)
         for step in range(count)
@@ -310,7 +311,7 @@ def interpolate_jobs(key_jobs: list[Job], frames_between: int, au_names: Sequenc
 
 
 def sweep_table(job: Job, sweep: str, au_names: Sequence[str] = AU_NAMES) -> Table[Job]:
-    """One row in which an AU rises beside the other AUs of `job`; of `"AU12=0:5:6"`, 6 pictures from 0 to 5."""
+    """A row in which one AU rises and the other AUs of `job` stay. `"AU12=0:5:6"` means 6 pictures from 0 to 5."""
     match = re.fullmatch("(?:AU)?0*([0-9]+[LR]?)=([^:]+):([^:]+):([0-9]{1,9})", sweep.strip(), flags=re.IGNORECASE)
     count = int(match[4]) if match else 0
     if not 2 <= count <= MAX_SWEEP_COUNT:
@@ -330,20 +331,20 @@ def sweep_table(job: Job, sweep: str, au_names: Sequence[str] = AU_NAMES) -> Tab
 
 
 def grid_table(job: Job, au_names: Sequence[str] = AU_NAMES, rows: slice = slice(None)) -> Table[Job]:
-    """A row of rising intensities for each of `au_names`, or some of them, beside the other AUs of `job`."""
+    """For each of `au_names[rows]`, a row in which it rises and the other AUs of `job` stay."""
     names = au_names[rows]
     jobs = [[_with_au(job, name, value, au_names) for value in GRID_INTENSITIES] for name in names]
     return Table(jobs, [_label(name) for name in names], [str(value) for value in GRID_INTENSITIES])
 
 
 def preset_table(job: Job, expressions: list[str], au_names: Sequence[str] = AU_NAMES) -> Table[Job]:
-    """A row of expressions in any form of `parse_aus`, each under what it was called."""
+    """A row of expressions in any form of `parse_aus`, each labelled as it was written."""
     jobs = [replace(job, aus=canonical_aus(aus, "--presets", au_names)) for aus in expressions]
     return Table([jobs], [], expressions)
 
 
 def demo_tables(job: Job, au_names: Sequence[str] = AU_NAMES) -> list[list[Table[Job]]]:
-    """All AUs in two blocks, and presets below, in the same columns."""
+    """All AUs in two blocks side by side, and rows of presets below them."""
     half = (len(au_names) + 1) // 2
     grids = [grid_table(job, au_names, rows) for rows in (slice(half), slice(half, None)) if au_names[rows]]
     known = available_presets(au_names)

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""A labelled data set for training, of expressions and prompts that are drawn at random from a distribution."""
+"""Makes a labelled data set for training. Its expressions and prompts are drawn at random from a distribution."""
 
 import json
 import random
@@ -22,8 +22,8 @@ PICTURES_PER_FOLDER = 1000
 @dataclass(frozen=True)
 class Expressions:
     """
-    One kind of expression. `aus` are drawn as they are, or with `intensity`, each from this range; or else `count`
-    AUs, at least and at most, are chosen from all.
+    One kind of expression. Either `aus` names its AUs, or `count` says how many AUs are chosen at random: (least,
+    most). With `intensity`, (least, most), each AU gets a random intensity; without it, `aus` keep theirs.
     """
 
     weight: float
@@ -35,8 +35,8 @@ class Expressions:
 @dataclass(frozen=True)
 class Distribution:
     """
-    What a data set is drawn from. In one of `prompts`, `{person}` becomes one of `words["person"]`. Prompt and seed
-    stay for `pictures_per_subject` pictures, each with an expression of its own.
+    The distribution of a data set. In a prompt, `{person}` is replaced by one of `words["person"]`. Each prompt and
+    seed make `pictures_per_subject` pictures, each with an expression of its own.
     """
 
     source: str
@@ -50,7 +50,7 @@ def read_distribution(path: Path, au_names: Sequence[str] = AU_NAMES) -> Distrib
     """
     Raises:
         OSError: if there is no such file.
-        ValueError: if it is no JSON, or has an unknown key or a value that cannot be; with its path.
+        ValueError: if it is no JSON, or has an unknown key or a wrong value. The message names the file.
     """
     with errors_at(path):
         values = read_json_object(path.read_bytes())
@@ -110,8 +110,8 @@ def draw_dataset(
     distribution: Distribution, num_pictures: int, defaults: Mapping, au_names: Sequence[str] = AU_NAMES
 ) -> tuple[dict[str, Job], dict[str, dict]]:
     """
-    Jobs by the name of the picture each makes, and the rows of the data set's metadata by the same names, as
-    `train_fineface.py` reads them. A picture depends on its number alone: a larger data set begins as a smaller one.
+    Returns jobs by the names of their pictures, and by the same names the rows of metadata that `train_fineface.py`
+    reads. A picture depends only on its number, so a larger data set begins with the pictures of a smaller one.
     """
     values, jobs, rows = dict(defaults), {}, {}
     seed = values.pop("seed", 0)
@@ -149,7 +149,7 @@ def write_dataset_metadata(rows: Sequence[Mapping], folder: Path) -> None:
 
 
 def check_dataset_folder(folder: Path, num_pictures: int) -> None:
-    """Raise an error if a larger data set is there, finished or not: pictures without a label would be left."""
+    """Raise an error if `folder` has a larger data set, finished or not: some of its pictures would have no label."""
     numbers = [int(path.stem) for path in folder.glob("images/*/*.png") if path.stem.isdecimal()]
     num_found = max(numbers, default=-1) + 1
     if num_found > num_pictures:

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""From weights to pictures: loading a pipeline, and drawing jobs with it in batches."""
+"""Loads a pipeline, and draws jobs with it in batches."""
 
 import json
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ class Weights:
 
 
 def check_weights(weights: Weights) -> None:
-    """Raise an error for a path without a model. Whether there is a Hub id, only the Hub knows."""
+    """Raise an error for a path without a model. Only the Hub knows whether a Hub id exists."""
     for option, name in (("--model", weights.model), ("--adapter", weights.adapter)):
         if name is None:
             continue
@@ -43,8 +43,8 @@ def check_weights(weights: Weights) -> None:
 
 def read_au_names(weights: Weights) -> tuple[str, ...]:
     """
-    The AUs of the adapter, from its config, before any weights are loaded. The paper's twelve if it does not say, or
-    is not there, which loading it will say.
+    Read the AUs of the adapter from its config, before any weights are loaded. They are the paper's twelve if the
+    config names none, or if there is no adapter; a missing adapter is an error when it is loaded.
 
     Raises:
         ValueError: if they are not names of AUs, see `au_columns`.
@@ -69,7 +69,7 @@ def read_au_names(weights: Weights) -> tuple[str, ...]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars while weights are loaded, and nothing from transformers about parts that are not in use."""
+    """Show no progress bars while weights are loaded, and no warnings of transformers about unused weights."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -129,15 +129,15 @@ def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
 
 def fuse_lora(pipeline) -> None:
     """
-    Make the LoRA part of the weights, for good: from then on a step costs what one of plain Stable Diffusion does.
-    The pictures change by rounding.
+    Fuse the LoRA into the weights. It cannot be taken out again, but a step then costs what a step of plain Stable
+    Diffusion costs. The pictures change by rounding.
     """
     pipeline.fuse_lora(components=["unet"])
     pipeline.unload_lora_weights()
 
 
 def group_jobs(jobs: list[Job]) -> list[list[Job]]:
-    """Jobs of equal settings, which calls of the pipeline can serve together."""
+    """Group jobs by their settings. One call of the pipeline can draw several jobs of a group."""
     by_settings = {}
     for job in jobs:
         settings = replace(job, prompt="", aus=job.aus and "", seed=0, negative_prompt=None, negative_aus=None)
@@ -146,12 +146,12 @@ def group_jobs(jobs: list[Job]) -> list[list[Job]]:
 
 
 def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
-    """Jobs that one call of the pipeline can serve, at most `batch_size` in each."""
+    """Divide jobs into batches of at most `batch_size`, each of which one call of the pipeline can draw."""
     return [group[i : i + batch_size] for group in group_jobs(jobs) for i in range(0, len(group), batch_size)]
 
 
 def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
-    """The pictures of one of `make_batches`. With a generator for each, they do not depend on their neighbours."""
+    """Draw one batch of `make_batches`. Each picture has its own generator, so it does not depend on the others."""
     shared = jobs[0]
     has_aus = shared.aus is not None
     return pipeline(
@@ -159,7 +159,7 @@ def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
         negative_prompt=[job.negative_prompt or "" for job in jobs],
         aus=[job.aus for job in jobs] if has_aus else None,
         negative_aus=[job.negative_aus for job in jobs] if has_aus else None,
-        # On the CPU, where a seed gives the same numbers whatever the device.
+        # On the CPU, a seed gives the same numbers for every device.
         generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
         au_scale=shared.au_scale,
         guidance_scale=shared.guidance_scale,
@@ -179,7 +179,7 @@ def draw_jobs(
     num_finished: int = 0,
     silent: bool = False,
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """Load the model and yield each job with its picture, behind one progress bar."""
+    """Load the model and yield each job with its picture, under one progress bar."""
     with quiet():
         pipeline = load_pipeline(weights, device, getattr(torch, dtype))
         if pipeline.au_adapter is None and any(job.aus is not None for job in jobs):

@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""The ways in which `generate.py` makes pictures. All that is asked for is checked before a model is loaded."""
+"""The modes of `generate.py`: picture, sheet, folder and animation. All is checked before a model is loaded."""
 
 import argparse
 import contextlib
@@ -63,7 +63,7 @@ def run_single(job: Job, weights: Weights, args: argparse.Namespace) -> str:
 
 def run_sheet(job: Job, bands: list[list[Table[Job]]], weights: Weights, args: argparse.Namespace) -> str:
     rows = [row for band in bands for table in band for row in table.rows]
-    # Each picture once: in a grid, all AUs begin at the same face.
+    # Each picture is drawn once: in a grid, the rows of all AUs begin with the same face.
     pictures = dict(_draw(list(dict.fromkeys(job for row in rows for job in row)), weights, args))
     sheet = draw_sheet(
         [[table.map(pictures.__getitem__) for table in band] for band in bands], f"{job.prompt} · seed {job.seed}"
@@ -73,7 +73,7 @@ def run_sheet(job: Job, bands: list[list[Table[Job]]], weights: Weights, args: a
 
 
 def _sheet_metadata(job: Job, rows: list[list[Job]]) -> dict:
-    """The fields of `job`, with the AUs of each picture in place of `aus`."""
+    """The fields of `job`, but with the AUs of all pictures in `rows` instead of `aus`."""
     values = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]}
     del values["aus"]
     return values
@@ -89,8 +89,8 @@ def run_folder(
     finish: Callable[[], object] = lambda: None,
 ) -> str:
     """
-    Write each picture as soon as it is drawn, but for those that are finished already. Then `finish`, on the main
-    process. Returns how many pictures are new, in words.
+    Draw the pictures that are not finished, and write each as soon as it is drawn. Then call `finish` on the main
+    process. Returns in words how many pictures are new.
     """
     with contextlib.ExitStack() as stack:
 
@@ -99,7 +99,7 @@ def run_folder(
             return find_unfinished(jobs, folder, weights, overwrite)
 
         paths_by_job, num_finished = on_main_process(processes, begin)
-        # Every process gets as much of each kind of work.
+        # Jobs of equal settings stand together, so every process gets an equal share of them.
         share = share_of(processes, [job for group in group_jobs(list(paths_by_job)) for job in group])
         if share:
             num_before = len(jobs) - len(paths_by_job) if processes.num_processes == 1 else 0
@@ -120,7 +120,7 @@ def run_batch(values: Mapping, weights: Weights, args: argparse.Namespace, proce
 
 
 def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
-    """A picture for each row of the table, or an animation, whose frames stand in a hidden folder until it is done."""
+    """Draw each row of the table, or an animation, whose frames are kept in a hidden folder until it is written."""
 
     def read() -> tuple[dict[str, Job], int]:
         job = make_job(values, spell_option, au_names)
@@ -145,7 +145,7 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
         write_animation(tqdm(frames, "encoding", len(jobs), unit="frame"), args.output, args.fps, json.dumps(about))
         shutil.rmtree(frames_folder)
 
-    # Frames of another animation of this name are of no use.
+    # Old frames in this folder belong to another animation of the same name, so they are overwritten.
     run_folder(jobs, frames_folder, weights, args, processes, overwrite=True, finish=encode)
     return f"{args.output}: {len(jobs)} frames from {len(key_jobs)} rows{skipped}"
 
@@ -169,7 +169,7 @@ def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, pro
 
 
 def run(args: argparse.Namespace) -> str | None:
-    """Check all that is asked for, do it, and say where the result is; None where other processes do it."""
+    """Check the request, carry it out, and return where the result is; None on processes with nothing to report."""
     settle_device(args)
     weights = Weights(args.model, args.adapter, args.adapter_variant)
     in_folder = {"batch": run_batch, "aus_from": run_table, "dataset": run_dataset}

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a run: the paper's Figs. 4, 5, 6 and 8 as grids of pictures, dose–response curves, and a heat map."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
     for name, draw in (
         ("figure4_single_aus", figure4),
         ("figure5_combinations", figure5),
-        ("figure6_intensity", figure6),
-        ("figure8_extrapolation", figure8),
+        ("figure6_intensity", functools.partial(intensity_sheet, values=(0, 1, 2, 3, 4, 5))),
+        ("figure8_extrapolation", functools.partial(intensity_sheet, values=(-3, -2, -1, 0, 2, 4, 5, 6, 7, 8))),
     ):
         sheet = draw(shown[shown["prompt_index"] == first], pictures)
         if sheet is not None:
@@ -79,22 +80,13 @@ def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image 
     return _in_bands(names, pictures, _title(rows))
 
 
-def figure6(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """Draw each AU from 0 to 5. None if a picture is missing."""
-    return _intensity_sheet(rows, pictures, (0, 1, 2, 3, 4, 5))
-
-
-def figure8(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """Draw each AU from −3 to 8. None if a picture is missing."""
-    return _intensity_sheet(rows, pictures, (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8))
-
-
 def _name_at(rows: pd.DataFrame, part: str, au: str, value: float) -> str | None:
     found = rows.loc[(rows["part"] == part) & (rows[au] == value), "name"]
     return None if found.empty else found.iloc[0]
 
 
-def _intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
+def intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
+    """Draw each AU at `values`, in a row of its own. None if a picture is missing."""
     table, au_names = [], commanded_aus(rows)
     for au in au_names:
         names = [

@@ -1,12 +1,12 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The pipeline as one file, in the form that `examples/community` of diffusers takes.
+Writes the pipeline as one file, in the form that `examples/community` of diffusers takes.
 
   python -m hub.bundle fineface.py
 
-It is put together from the pipeline's file and the leaves that it imports, so there is nothing in it to maintain:
-their imports are merged, and the rest follows in the order in which they need each other.
+The file is made from the pipeline's file and the modules that it imports, so nobody has to maintain it. Their imports
+are merged, and their code follows in the order in which they need each other.
 """
 
 import argparse
@@ -62,8 +62,8 @@ def leaf_modules(source_dir: Path = SOURCE_DIR) -> dict[str, list[str]]:
 
 
 def bundle(source_dir: Path = SOURCE_DIR) -> str:
-    r"""
-    The text of the one file.
+    """
+    Make the text of the one file.
 
     Raises:
         ValueError: if two modules give different things the same name.
@@ -85,7 +85,7 @@ def bundle(source_dir: Path = SOURCE_DIR) -> str:
 
 
 def merge_imports(nodes: list[ast.Import | ast.ImportFrom]) -> str:
-    """Every import once, in the order of isort: the standard library first, `import x` before `from x import y`."""
+    """Write every import once, in isort's order: standard library first, `import x` before `from x import y`."""
     whole = {alias.name: alias for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     members: dict[str, set[str]] = {}
     for node in nodes:
@@ -131,7 +131,7 @@ def _defined_names(tree: ast.Module) -> list[str]:
 
 
 def _heading(module: str, docstring: str | None) -> str:
-    """The module's name, and its docstring, which no longer is one, as a comment."""
+    """The module's name and docstring as a comment."""
     rule = "# " + "-" * (LINE_LENGTH - 3)
     lines = [rule, f"# {module}.py", rule]
     for line in (docstring or "").splitlines():
@@ -141,10 +141,10 @@ def _heading(module: str, docstring: str | None) -> str:
 
 
 def _body(source: str, tree: ast.Module) -> str:
-    """What is left of a module without its docstring, its imports and the comments above them."""
+    """The code of a module without its docstring, its imports and the comments above them."""
     lines = source.splitlines()
     first = next(node for node in tree.body if not _is_left_out(node))
-    # From the end of the last import on: the comments above the first definition belong to it.
+    # The body starts after the last import, so that it has the comments above the first definition.
     start = max((n.end_lineno for n in tree.body if _is_left_out(n) and n.end_lineno < first.lineno), default=0)
     replaced = {node.lineno - 1: node.end_lineno for node in tree.body if _assigns_example(node)}
     dropped = {i for n in tree.body if _is_left_out(n) for i in range(n.lineno - 1, n.end_lineno)}
@@ -166,7 +166,7 @@ def _is_left_out(node: ast.stmt) -> bool:
 
 
 def _is_import_block(node: ast.stmt) -> bool:
-    """`if "." in __name__:`, in which the files find each other."""
+    """Whether `node` is `if "." in __name__:`, the block in which our files import each other."""
     return isinstance(node, ast.If) and ast.unparse(node.test) == "'.' in __name__"
 
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-The adapter files that the paper's authors published, to ours, and ours to theirs. Every number stays what it is.
+Converts the adapter files that the paper's authors published to our layout, and ours to theirs. No number changes.
 
   theirs to ours   python -m hub.convert_original Tvaranka/fineface FOLDER
   ours to theirs   python -m hub.convert_original FOLDER OTHER_FOLDER
@@ -103,7 +103,7 @@ def write_original(files: AdapterFiles, folder: Path, variant: str | None = None
 
 
 def _read_attn_processors(path: Path, pattern: re.Pattern) -> tuple[dict[tuple[str, str], torch.Tensor], int]:
-    """The keys and values by layer and kind ("k" or "v"), and the width of the text embedding they take."""
+    """Read the keys and values by layer and kind ("k" or "v"), and the width of the text embedding that they take."""
     tensors = read_tensors(path)
     matches = {key: pattern.fullmatch(key) for key in tensors}
     layers = {match[1] for match in matches.values() if match}
@@ -125,7 +125,7 @@ def _read_attn_processors(path: Path, pattern: re.Pattern) -> tuple[dict[tuple[s
 
 
 def _encoder_with(weights: dict[str, torch.Tensor], config: dict, source: Path) -> AUEncoder:
-    """An encoder that holds just these tensors, in whatever dtype they are."""
+    """Make an encoder that holds exactly these tensors, in their own dtype."""
     try:
         with torch.device("meta"):
             encoder = AUEncoder(**config)
@@ -140,11 +140,12 @@ def _encoder_with(weights: dict[str, torch.Tensor], config: dict, source: Path) 
 
 def write_unscaled_lora(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """
-    Copy a LoRA for readers that know no metadata and take every scale for 1, such as the original code. Where ours is
-    another, it moves into the weights: they are then no longer the same, but the model is. None keeps the dtype.
+    Copy a LoRA for programs that do not read its metadata and assume a scale of 1, such as the original code. If the
+    scale is another, it is multiplied into the weights, which then differ, while the model stays the same. With a
+    `dtype` of None, the tensors keep theirs.
     """
     tensors = read_tensors(source)
-    # diffusers 0.27 already names its LoRAs as PEFT does, and older files have no metadata.
+    # From diffusers 0.27 on, LoRAs have the names of PEFT. Older files have no metadata.
     metadata = _read_lora_metadata(source, {key.removeprefix("unet."): tensor for key, tensor in tensors.items()})
     scales = {} if metadata is None else {key: _lora_scale(metadata, key) for key in tensors if ".lora_B." in key}
     for key, tensor in tensors.items():
@@ -158,7 +159,7 @@ def write_unscaled_lora(source: Path, target: Path, dtype: torch.dtype | None = 
 
 def _lora_scale(metadata: dict, key: str) -> float:
     layer = key.removeprefix("unet.").partition(".lora_")[0]
-    # A pattern names a layer by the end of its name.
+    # A pattern is the end of a layer's name.
     rank, alpha = (
         next((v for pattern, v in metadata[f"{kind}_pattern"].items() if layer.endswith(pattern)), metadata[default])
         for kind, default in (("rank", "r"), ("alpha", "lora_alpha"))

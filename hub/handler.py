@@ -1,12 +1,12 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What a Hugging Face Inference Endpoint runs: `handler.py` at the root of an exported repository.
+The handler that a Hugging Face Inference Endpoint runs: `handler.py` at the root of an exported repository.
 
     {"inputs": "a boy in a park", "parameters": {"aus": "6C+12D", "seed": 3}}
 
-is answered by a picture, and a request that is wrong in any way by {"error": what is wrong, "error_type": ...}.
-Callers that can send only text write AUs into it: "a boy <AU6=3 AU12=5> in a park".
+is answered by a picture, and a wrong request by {"error": message, "error_type": ...}. Callers that can send only text
+write AUs into the prompt: "a boy <AU6=3 AU12=5> in a park".
 """
 
 import json
@@ -60,17 +60,17 @@ class EndpointHandler:
         ).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.defaults = _read_defaults(Path(path) / MODEL_DEFAULTS_NAME)
-        # A pipeline keeps the settings of its call in itself, so it serves one at a time.
+        # A pipeline stores the settings of a call in itself, so it can serve only one call at a time.
         self.lock = threading.Lock()
 
     def __call__(self, data: dict) -> Image.Image | dict[str, str]:
         r"""
         Args:
             data (`dict`):
-                `{"inputs": prompt, "parameters": {…}}`. All parameters are optional, and None is the same as none:
-                `aus` and `negative_aus` in any form that fits into JSON, `au_scale`, `au_guidance_scale`,
-                `guidance_scale`, `num_inference_steps`, `width`, `height`, `negative_prompt`, as in the pipeline's
-                `__call__`; and `seed`, a whole number from 0 on, without which each picture is another.
+                `{"inputs": prompt, "parameters": {…}}`. All parameters may be left out or None: `aus` and
+                `negative_aus` in any form that fits into JSON, `au_scale`, `au_guidance_scale`, `guidance_scale`,
+                `num_inference_steps`, `width`, `height`, `negative_prompt`, as in the pipeline's `__call__`; and
+                `seed`, a whole number from 0 on. Without a seed, every call draws another picture.
 
         Returns:
             A picture, or `{"error": message, "error_type": "invalid_request" or "out_of_memory"}`.
@@ -89,8 +89,8 @@ class EndpointHandler:
 
     def check(self, data: dict) -> dict:
         """
-        The arguments of the pipeline's call, and the seed: known names, numbers and texts within their limits. The
-        pipeline checks the rest before it runs a model.
+        Check names, and the limits of numbers and texts. Returns the arguments of the pipeline's call, and the seed.
+        The pipeline checks the rest before it runs a model.
 
         Raises:
             ValueError: if the request has another form, or asks for too much.
@@ -134,7 +134,7 @@ class EndpointHandler:
 
 
 def _read_defaults(path: Path) -> dict:
-    """What suits the model best, if its repository says so."""
+    """The settings that suit the model best; none if its repository has no such file."""
     if not path.is_file():
         return {}
     defaults = json.loads(path.read_text(encoding="utf-8"))
@@ -153,14 +153,14 @@ def _check_text(name: str, value) -> str:
         raise ValueError(f"`{name}` has to be one text, but is {_show(value)}.")
     if len(value) > MAX_TEXT_LENGTH:
         raise ValueError(f"`{name}` has {len(value)} characters, and may have {MAX_TEXT_LENGTH}.")
-    # JSON can carry halves of characters, which no tokenizer can.
+    # JSON can contain lone surrogates (halves of characters), which tokenizers cannot read.
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"`{name}` has to be Unicode text, but has a half of a character in it.")
     return value
 
 
 def _check_expression(name: str, value) -> None:
-    """Forms only: in JSON, numbers may be endless, and lists as deep as they like."""
+    """Check the form only. It has to be checked here: JSON allows endless numbers and lists of any depth."""
     if isinstance(value, str):
         _check_text(name, value)
         return
@@ -173,12 +173,12 @@ def _check_expression(name: str, value) -> None:
 
 
 def _is_number(value) -> bool:
-    # A comparison, because a whole number of 400 digits becomes no float.
+    # A comparison works for a whole number of 400 digits, which math.isfinite cannot convert to a float.
     return isinstance(value, (int, float)) and -math.inf < value < math.inf
 
 
 def _show(value) -> str:
-    """A short form of anything: error messages go back to the caller, who may have sent a lot."""
+    """Write any value in short. Error messages go back to the caller, who may have sent a very long value."""
     if isinstance(value, (dict, list)):
         return "an object" if isinstance(value, dict) else "a list"
     # Python refuses to print whole numbers of more than some thousand digits.

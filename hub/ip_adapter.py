@@ -1,24 +1,24 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-An AU adapter as an IP-Adapter, which plain diffusers loads.
+Writes an AU adapter as an IP-Adapter, which plain diffusers loads.
 
-With one token that is affine in the n intensities, A·au + c, which is what all encoders make that were ever published,
-the values of a layer are W_v·(A·au + c) = (W_v·A)·au + W_v·c, and its keys have no influence. diffusers loads any file
-in the layout of IP-Adapter-FaceID. What it does with an embedding is
+All encoders that were ever published make one token that is affine in the n intensities, A·au + c. Then the values of
+a layer are W_v·(A·au + c) = (W_v·A)·au + W_v·c, and its keys have no influence. diffusers loads any file in the layout
+of IP-Adapter-FaceID, and turns an embedding into
 
     token = LayerNorm(proj.2(GELU(proj.0(embedding))))
     key, value = to_k_ip(token), to_v_ip(token)             in each cross-attention layer
 
-and numbers can be chosen such that a vector of AUs as the embedding becomes the token (au, …, 1, …), up to rounding:
+With these numbers, a vector of AUs as the embedding becomes the token (au, …, 1, …), up to rounding:
 
     proj.0   (2n, n)   S times the identity, below it minus that; bias 0
     proj.2   (d, 2n)   rows 0 … n-1: (I, -I)/S, which gives au, because GELU(x) - GELU(-x) = x for every x;
                        rows n … 2n-1: (-I, I)/S, so that the mean of the token is 0;
                        the next m rows: weight 0, bias +C, -C, +C, …, so that its variance is m·C²/d, whatever the AUs;
                        the rest: 0
-    norm     weight C·sqrt(m/d), which takes the normalization back, on rows 0 … n-1, and sqrt(m/d) on row 2n, where it
-             makes 1 of C; 0 elsewhere; bias 0
+    norm     weight C·sqrt(m/d) on rows 0 … n-1, which undoes the normalization; sqrt(m/d) on row 2n, which turns C
+             into 1; 0 elsewhere; bias 0
     to_v_ip  columns 0 … n-1: W_v·A; column 2n: W_v·c; 0 elsewhere. to_k_ip is 0
 
 `LayerNorm` divides by sqrt((m·C² + 2·|au|²)/d), so C has to be large; with m·C² near 2^28, the AUs move that by 4e-6
@@ -43,14 +43,14 @@ GELU_SCALE = 64.0
 
 
 def fits_ip_adapter(adapter: AUAdapter) -> bool:
-    """Whether `adapter` has a place in this layout: its values are affine, and a token has room for its AUs."""
+    """Whether this layout can hold `adapter`: its values are affine, and a token has room for its AUs."""
     return adapter.is_affine and 2 * adapter.config.num_aus + 2 <= adapter.config.cross_attention_dim
 
 
 def image_projection(num_aus: int, width: int) -> dict[str, torch.Tensor]:
     r"""
-    The projection that turns `num_aus` intensities into a token of `width` numbers: the intensities, and a 1 at
-    `2 * num_aus`.
+    Make the projection that turns `num_aus` intensities into a token of `width` numbers, which are the intensities and
+    a 1 at `2 * num_aus`.
 
     Raises:
         ValueError: if the token has no room for them.
@@ -86,7 +86,7 @@ def image_projection(num_aus: int, width: int) -> dict[str, torch.Tensor]:
 
 def ip_adapter_state_dict(adapter: AUAdapter) -> dict[str, torch.Tensor]:
     r"""
-    All tensors of the file, by the names that `load_ip_adapter` looks for, in the dtype of `adapter`.
+    Make all tensors of the file, by the names that `load_ip_adapter` looks for, in the dtype of `adapter`.
 
     Raises:
         ValueError: if the values are not affine in the intensities, or a token has no room for them.

@@ -7,8 +7,9 @@ Trains and evaluates variants of the paper's design under one budget on the toy 
   python -m paper.trials --full --only tokens_4 au_drop
   python -m paper.trials --list
 
-A trial changes settings of train_fineface.py, of sampling, or both. The table goes to trials.csv in the working folder,
-which `paper.tables` shares, and has the trials that diverged, too. docs/results.md has all trials that were run. Here are the paper's design, the trials that did well, and one of each kind that did not.
+A trial changes settings of train_fineface.py, of sampling, or both. The table, which has diverged trials too, goes to
+trials.csv in the working folder, which `paper.tables` shares. docs/results.md has all trials that were run. The code
+has the paper's design, the trials that did well, and one of each kind that did not.
 """
 
 import csv

@@ -12,7 +12,7 @@ from conftest import add_lora, make_adapter, make_components, make_xl_components
 from torch.profiler import ProfilerActivity, profile
 
 from au_attention_processor import au_layers
-from benchmarks import bench_inference, bench_loading
+from benchmarks import bench_inference, bench_loading, bench_training
 from benchmarks.bench_inference import ROWS, Variant, make_row
 from benchmarks.tables import Report, markdown_table
 from pipeline_fineface import LORA_NAME, FineFacePipeline
@@ -256,7 +256,7 @@ WIDE_UNET = {
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
 def test_loading_an_adapter_holds_no_second_copy(tmp_path):
-    bench_loading.write_adapter(tmp_path, WIDE_UNET, torch.float32)
+    bench_loading.write_adapter(tmp_path, WIDE_UNET)
     pipeline = bench_loading.make_pipeline(WIDE_UNET, CPU, torch.float32)
     _, _, peak = bench_loading.time_loading(pipeline, tmp_path, repeats=1)
     stays = bench_loading.adapter_bytes(pipeline)
@@ -329,7 +329,7 @@ def test_the_count_runs_on_no_device(monkeypatch, capsys):
 def test_a_folded_adapter_is_small(tmp_path):
     unet_config = dict(make_components(cross_attention_dim=WIDTH)["unet"].config)
     sizes = [
-        bench_loading.write_adapter(tmp_path / str(number), unet_config, torch.float32, form)
+        bench_loading.write_adapter(tmp_path / str(number), unet_config, form)
         for number, form in enumerate(bench_loading.FORMS)
     ]
     assert sizes[1] < sizes[0] / 2 and sizes[2] > sizes[1]
@@ -343,6 +343,16 @@ def test_the_table_of_loading(capsys):
     assert [row[0] for row in rows] == expected
     # As many numbers, half as many bytes.
     assert float(rows[1][4]) == pytest.approx(float(rows[0][4]) / 2, abs=0.1)
+
+
+def test_the_table_of_training(tiny_architecture, monkeypatch, capsys):
+    monkeypatch.setattr(bench_training, "PICTURES", 4)
+    rows = ["textbook", "one-token", "cached"]
+    steps = ["--batch-size", "2", "--warm-up", "1", "--steps", "2"]
+    assert bench_training.main(["--device", "cpu", "--resolution", "32", *steps, "--rows", *rows]) == 0
+    ((header, *measured),) = read_tables(capsys.readouterr().out)
+    assert [row[0] for row in measured] == [bench_training.ROWS[row].label for row in rows]
+    assert header[1] == "images/s" and all(float(row[1]) > 0 for row in measured)
 
 
 def test_markdown_and_an_unwritable_report(tmp_path):
