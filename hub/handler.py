@@ -99,8 +99,9 @@ class EndpointHandler:
             raise ValueError('The request has to be an object: {"inputs": prompt, "parameters": {…}}.')
         _check_names(data, ("inputs", "parameters"), "the request")
         prompt = _check_text("inputs", data.get("inputs"))
-        if not prompt.strip():
-            raise ValueError("`inputs` is empty. Say what to draw, such as 'a girl in a park'.")
+        # A tag of AUs alone says nothing of the picture either.
+        if not self.pipeline.take_au_tags(prompt, None)[0].strip():
+            raise ValueError("`inputs` is an empty prompt. Say what to draw, such as 'a girl in a park'.")
         parameters = {} if data.get("parameters") is None else data["parameters"]
         if not isinstance(parameters, dict):
             raise ValueError("`parameters` has to be an object.")
