@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 from conftest import CROSS_ATTENTION_DIM, FAMILIES
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
+from test_feedback import TinyMeter
 from training_runs import (  # noqa: F401
     arguments_fixture,
     datasets_cache_fixture,
@@ -13,11 +14,13 @@ from training_runs import (  # noqa: F401
     fresh_accelerator_fixture,
 )
 
+from action_units import AU_NAMES
 from au_encoder import find_adapter_files, read_au_adapter
-from train_fineface import FineFaceModel, diffusion_loss, main
+from train_fineface import FineFaceModel, diffusion_loss, main, make_model
 from training.config import parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data, make_dataloader
 from training.encoders import StableDiffusionXLEncoders, load_encoders
+from training.feedback import AUFeedback
 
 
 pytestmark = pytest.mark.parametrize("arguments", ["sdxl"], indirect=True)
@@ -124,3 +127,21 @@ def test_a_short_run_lowers_the_loss_and_moves_the_picture(arguments, tmp_path, 
     assert after < 0.95 * loss(pipe)
     pipe.unload_au_adapter()
     assert torch.equal(draw(pipe), base)
+
+
+def test_pictures_of_au_feedback_are_those_of_the_pipeline(config, encoders):
+    model = make_model(FAMILIES["sdxl"].make_components()["unet"], config)
+    scheduler = DDIMScheduler.from_pretrained(config.pretrained_model_name_or_path, subfolder="scheduler")
+    feedback = AUFeedback([TinyMeter()], encoders, scheduler, AU_NAMES, steps=3, guidance_scale=2.5)
+    prompts, noise = ["a boy", "a girl"], torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = encoders.encode_captions(torch.stack([encoders.tokenize(prompt) for prompt in prompts]))
+    batch |= {"original_size": torch.tensor([[32, 32]] * 2), "noise": noise}
+    aus = 5 * torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        drawn = feedback.draw(model.eval(), batch, noise, aus)
+    pipe = FAMILIES["sdxl"].make_pipe(unet=model.unet, au_adapter=model.au_adapter)
+    options = {"num_inference_steps": 3, "guidance_scale": 2.5, "output_type": "pt"}
+    expected = pipe(prompts, aus=aus, latents=noise, **options).images
+    torch.testing.assert_close((drawn / 2 + 0.5).clamp(0, 1), expected, atol=1e-4, rtol=0)
+    feedback.loss(model.train(), batch, noise, aus).backward()
+    assert model.au_adapter.to_v_au.weight.grad.any()
