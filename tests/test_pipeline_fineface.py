@@ -540,7 +540,7 @@ def still_pipe(tiny_pipe, monkeypatch):
         ({"aus": [[SMILE, None, None]], "au_masks": torch.ones(2, 8, 8)}, "`aus\\[0\\]` has 3 expressions"),
         ({"aus": [[SMILE], [SMILE]], "au_masks": torch.ones(1, 8, 8)}, "for 2 pictures, but there are 1 prompts"),
         ({"aus": [SMILE, "AU7"], "au_masks": torch.ones(2, 8, 8)}, "AU7"),
-        ({"aus": SMILE, "au_masks": torch.ones(2, 8, 16)}, "another shape than the picture"),
+        ({"aus": SMILE, "au_masks": torch.ones(2, 8, 16)}, "the picture has another shape"),
         ({"prompt": "a boy <AU12>", "aus": SMILE}, "Write them in one of the two"),
         ({"prompt": "a boy <AU7>"}, "AU7"),
         ({"prompt": ["a boy", "a girl <AU7>"]}, "`prompt\\[1\\]`"),

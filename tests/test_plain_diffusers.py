@@ -546,7 +546,7 @@ def test_what_is_not_affine_is_refused(format, options, message, tmp_path, capsy
     write_au_adapter(tmp_path / "adapter", AUAdapter.from_unet(unet, hidden_dim=4, **options), unet, LORA_NAME)
     assert export.main([str(tmp_path / "adapter"), str(tmp_path / "out"), "--format", format]) == 2
     error = capsys.readouterr().err
-    assert message in error and "Train one with one token of 'none', 'mlp'" in error and "config.json" in error
+    assert message in error and "Train an adapter with one token of 'none', 'mlp'" in error and "config.json" in error
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 
 
