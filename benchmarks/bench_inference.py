@@ -177,7 +177,7 @@ def toy_components(device: torch.device, dtype: torch.dtype) -> dict:
 
 
 def _make_tokenizer() -> CLIPTokenizer:
-    """It spells: how a prompt is cut has no influence on what its 77 tokens cost."""
+    """A tokenizer that knows only letters. The cost of a prompt is that of 77 tokens, however it is cut."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.<>=-"
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)

@@ -36,7 +36,7 @@ MODEL_DEFAULTS_NAME = "fineface.json"
 MAX_SEED = 2**63 - 1
 MAX_SIDE = 8192
 MAX_PROMPT_LENGTH = 10_000
-"""In characters. The model reads about 300, and a tokenizer would take 25 s for a million."""
+"""Characters of a prompt. The model reads about 300, and a tokenizer would take 25 s for a million."""
 DEMO_PROMPT = "a closeup of a woman with long brown hair and tan skin in a park, wearing a blue sweater"
 DEMO_SEED = 5
 """Of six seeds that were looked at, this one shows the named expressions best."""

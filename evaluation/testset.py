@@ -13,11 +13,7 @@ from action_units import AU_NAMES, format_aus, read_aus
 
 
 DATA = Path(__file__).parent / "data"
-PROMPTS, TOY_PROMPTS, COMBINATIONS = (
-    DATA / "prompts.csv",
-    DATA / "prompts_toy.csv",
-    DATA / "combinations.csv",
-)
+PROMPTS, TOY_PROMPTS, COMBINATIONS = (DATA / f"{name}.csv" for name in ("prompts", "prompts_toy", "combinations"))
 INTENSITIES = (1, 2, 3, 4, 5)
 BEYOND = (-3, -2, -1, 6, 7, 8)
 """Intensities outside [0, 5], which the paper shows in Fig. 8."""
@@ -41,7 +37,7 @@ class Item:
     part: str
     prompt: Prompt
     aus: str
-    """As `format_aus` writes them."""
+    """The AUs in the form that `format_aus` writes."""
     number: int = 0
     """The index of the combination; 0 in other parts."""
 

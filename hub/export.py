@@ -178,6 +178,17 @@ class ExportConfig:
                 f"`--space` writes a pipeline with its weights, not `--format {self.format}`. Leave out one."
             )
 
+    @property
+    def repo_id(self) -> str:
+        """The id that the card has; without `push`, the user has to fill in a name."""
+        return self.push or f"your-name/{self.folder.resolve().name}"
+
+    @property
+    def picture_options(self) -> dict:
+        """The options of the card's pictures, as fields of a `Job`."""
+        steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
+        return steps | {"seed": self.seed}
+
 
 def parse_args(argv: list[str] | None) -> ExportConfig:
     parser = Parser("hub.export", __doc__)
@@ -653,13 +664,11 @@ def run_adapter_format(config: ExportConfig) -> str:
     marker = IP_ADAPTER_NAME if is_ip_adapter else FOLDED_MARKER
     check_new_folder(config.folder, config.overwrite, marker)
     has_pictures = is_ip_adapter and weights is not None and not config.no_pictures
-    options = {"num_inference_steps": config.num_inference_steps} if config.num_inference_steps is not None else {}
     defaults = {} if weights is None else read_model_defaults(weights.model)
-    make_job({**defaults, **options, "seed": config.seed, "prompt": DEMO_PROMPT})  # checks the options
+    make_job({**defaults, **config.picture_options, "prompt": DEMO_PROMPT})  # checks the options
     api = check_push(config.push, "model", marker) if config.push is not None else None
     files = find_adapter_files(config.source, variant=config.adapter_variant)
     facts = gather_facts(config, weights, files.is_original)
-    repo_id = config.push or f"your-name/{config.folder.resolve().name}"
     dtype = getattr(torch, config.dtype)
     # Reading the whole adapter checks it before anything is written.
     adapter = read_au_adapter(files)
@@ -676,7 +685,8 @@ def run_adapter_format(config: ExportConfig) -> str:
     with quiet(), new_folder(config.folder) as folder:
         if is_ip_adapter:
             write_ip_adapter(folder, adapter)
-            card = fill_ip_adapter_card(facts, repo_id, defaults, has_pictures, au_names, files.lora is not None)
+            has_lora = files.lora is not None
+            card = fill_ip_adapter_card(facts, config.repo_id, defaults, has_pictures, au_names, has_lora)
             card = for_family(card, _pipeline_class_for(adapter, weights))
             (folder / "README.md").write_text(card, encoding="utf-8")
         else:
@@ -690,16 +700,19 @@ def run_adapter_format(config: ExportConfig) -> str:
             pipeline_dtype = torch.float32 if device.type == "cpu" else dtype
             pipeline = load_pipeline(Weights(weights.model, str(folder)), device, pipeline_dtype)
             pipeline.set_progress_bar_config(disable=True)
-            jobs = picture_jobs(defaults | options | {"seed": config.seed}, au_names)
-            draw_pictures(pipeline, folder, jobs, {"model": repo_id})
+            jobs = picture_jobs(defaults | config.picture_options, au_names)
+            draw_pictures(pipeline, folder, jobs, {"model": config.repo_id})
     note = ""
     if is_ip_adapter and weights is None and not config.no_pictures:
-        note = " The card has no pictures, because there was no base to draw them with: `--base`."
-    if api is not None:
-        return (
-            f"{config.folder}, and {push(api, config.folder, config.push, False, config.private)}{note and '.' + note}"
-        )
-    return f"{config.folder}{note and '.' + note}"
+        note = ". The card has no pictures, because there was no base to draw them with: `--base`."
+    return finish(config, api) + note
+
+
+def finish(config: ExportConfig, api: HfApi | None) -> str:
+    """Push the folder if that was asked for, and say where it is."""
+    if api is None:
+        return str(config.folder)
+    return f"{config.folder}, and {push(api, config.folder, config.push, config.space, config.private)}"
 
 
 def run(config: ExportConfig) -> str:
@@ -712,16 +725,14 @@ def run(config: ExportConfig) -> str:
     marker = SPACE_MARKER if config.space else REPOSITORY_MARKER
     check_new_folder(config.folder, config.overwrite, marker)
     defaults = read_model_defaults(weights.model)
-    options = {"num_inference_steps": config.num_inference_steps} if config.num_inference_steps is not None else {}
     au_names = read_au_names(weights)
-    jobs = picture_jobs(defaults | options | {"seed": config.seed}, au_names)
+    jobs = picture_jobs(defaults | config.picture_options, au_names)
     api = None
     if config.push is not None:
         api = check_push(config.push, "space" if config.space else "model", marker)
     files = find_adapter_files(config.source, variant=config.adapter_variant)
     facts = gather_facts(config, weights, files.is_original)
     defaults_file = Path(weights.model) / MODEL_DEFAULTS_NAME
-    repo_id = config.push or f"your-name/{config.folder.resolve().name}"
     dtype = getattr(torch, config.dtype)
 
     with quiet(), new_folder(config.folder) as folder:
@@ -729,7 +740,7 @@ def run(config: ExportConfig) -> str:
         pipeline = load_pipeline(weights, torch.device("cpu"), torch.float32)
         if config.space:
             cast(pipeline, dtype)
-            write_space(pipeline, folder, repo_id.split("/")[-1], facts, defaults_file)
+            write_space(pipeline, folder, config.repo_id.split("/")[-1], facts, defaults_file)
         else:
             exported = write_weights(pipeline, folder, dtype)
             has_ip_adapter = fits_ip_adapter(pipeline.au_adapter)
@@ -738,16 +749,14 @@ def run(config: ExportConfig) -> str:
             add_remote_code(folder, type(pipeline))
             if defaults_file.is_file():
                 shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
-            card = fill_card(facts, repo_id, defaults, not config.no_pictures, au_names, has_ip_adapter)
+            card = fill_card(facts, config.repo_id, defaults, not config.no_pictures, au_names, has_ip_adapter)
             card = for_family(card, type(pipeline))
             (folder / "README.md").write_text(card, encoding="utf-8")
             if not config.no_pictures:
                 cast(exported, torch.float32 if device.type == "cpu" else dtype, device)
                 exported.set_progress_bar_config(disable=True)
-                draw_pictures(exported, folder, jobs, {"model": repo_id})
-    if api is None:
-        return str(config.folder)
-    return f"{config.folder}, and {push(api, config.folder, config.push, config.space, config.private)}"
+                draw_pictures(exported, folder, jobs, {"model": config.repo_id})
+    return finish(config, api)
 
 
 def main(argv: list[str] | None = None) -> int:

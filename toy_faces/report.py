@@ -98,7 +98,7 @@ class Bench:
         return torch.cat([network(part.to(self.device)).cpu() for part in pixel_values.split(64)])
 
     def measure(self, meter: str, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the meter of this name reads of the AUs of the adapter, `(pictures, AUs)`."""
+        """Read the AUs of the adapter by the meter of this name, `(pictures, AUs)`."""
         network = self.meters[meter]
         return self.read(network, pixel_values) @ au_projection(network.au_names, self.au_names)
 
