@@ -129,7 +129,7 @@ def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
         what = (
             f"with `{name}` = {found[name]!r} in place of {wanted[name]!r}" if name in found else "by another program"
         )
-        raise ValueError(f"{str(path)!r} is there already, {what}. Use another `--output`, or `--overwrite` it.")
+        raise ValueError(f"{str(path)!r} already exists, {what}. Use another `--output`, or `--overwrite` it.")
     return not differences
 
 

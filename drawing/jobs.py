@@ -99,7 +99,7 @@ def make_job(values: Mapping, spell: Callable[[str], str] = str, au_names: Seque
             raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {text!r}.")
     _check_numbers(job, spell)
     if job.aus is None and job.negative_aus is not None:
-        raise ValueError(f"`{spell('negative_aus')}` says what to guide away from, but no `{spell('aus')}` where to.")
+        raise ValueError(f"`{spell('negative_aus')}`, the AUs to guide away from, needs `{spell('aus')}` to guide to.")
     return job
 
 

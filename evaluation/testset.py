@@ -107,7 +107,7 @@ def _read_csv(path: Path, required: tuple[str, ...], allowed: tuple[str, ...]) -
         rows = []
         for row in reader:
             if None in row or None in row.values():
-                raise ValueError(f"{path}, line {reader.line_num}: this row has not {len(columns)} cells.")
+                raise ValueError(f"{path}, line {reader.line_num}: this row does not have {len(columns)} cells.")
             rows.append((reader.line_num, row))
         return rows
 

@@ -76,7 +76,7 @@ def bundle(source_dir: Path = SOURCE_DIR) -> str:
         for name in _defined_names(tree):
             other = owners.setdefault(name, module)
             if other != module:
-                raise ValueError(f"{other}.py and {module}.py both define {name}. In one file there is place for one.")
+                raise ValueError(f"{other}.py and {module}.py both define {name}. One file can hold only one of them.")
         bodies.append(_heading(module, ast.get_docstring(tree)) + "\n\n\n" + _body(source, tree))
     clashes = owners.keys() & {alias.asname or alias.name for node in imports for alias in node.names}
     if clashes:

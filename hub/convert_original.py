@@ -89,8 +89,7 @@ def write_original(files: AdapterFiles, folder: Path, variant: str | None = None
         )
     if variant and files.lora is not None:
         raise ValueError(
-            f"{str(files.lora)!r} is a LoRA, for which the original layout has no place in a variant. Leave out"
-            " `--variant`."
+            f"A variant of the original layout has no place for a LoRA, {str(files.lora)!r}. Leave out `--variant`."
         )
     encoder = _encoder_with(read_tensors(files.encoder), config, files.encoder)
     weights = {k.replace("intensity_proj.", "au_encoder."): t.clone() for k, t in encoder.state_dict().items()}
@@ -169,7 +168,7 @@ def _lora_scale(metadata: dict, key: str) -> float:
 
 def run(args: argparse.Namespace) -> str:
     if args.output.resolve() == Path(args.input).resolve():
-        raise ValueError("IN and OUT are the same folder. Name another one for the result.")
+        raise ValueError("IN and OUT are the same folder. Name another folder as OUT.")
     files = find_adapter_files(args.input, variant=args.variant, optional=True) if args.variant else None
     files = files or find_adapter_files(args.input)
     if files.is_ip_adapter:

@@ -123,10 +123,10 @@ aus = torch.tensor([{"AU6": 3, "AU12": 5}.get(name, 0.0) for name in au_names]).
 embeds = [torch.cat([torch.zeros_like(aus), aus])]
 image = pipe("a closeup of a boy in a park", ip_adapter_image_embeds=embeds$options).images[0]
 ```"""
-NO_PLAIN_USE = "This adapter has no place in the layout of an IP-Adapter, so it needs the code of this repository."
+NO_PLAIN_USE = "The layout of an IP-Adapter cannot hold this adapter, so it needs the code of this repository."
 BASE_NOTE = "`BASE_MODEL` stands for the base that this adapter was trained on."
 NOT_RECORDED = "Nothing about the training was recorded beside these weights."
-NOT_MEASURED = "Whoever exported these weights has given no measurements of them."
+NOT_MEASURED = "No measurements of these weights were given when they were exported."
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def find_weights(config: ExportConfig) -> Weights | None:
     for name in filter(None, (config.source, config.base)):
         check_folder_or_hub_id(name, "The model or adapter")
     if config.folder.resolve() in [Path(name).resolve() for name in filter(None, (config.source, config.base))]:
-        raise ValueError("FOLDER is what it is made from. Name another one.")
+        raise ValueError("FOLDER is the source or the base itself. Name another folder.")
     model = config.source if config.base is None else config.base
     if config.format != "pipeline" and config.base is None and not _is_base(Path(model)):
         return None

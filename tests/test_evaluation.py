@@ -148,7 +148,7 @@ def test_an_empty_line_is_no_prompt(tmp_path):
         ("text\na boy\n", "no column 'prompt'"),
         ("prompt,seed\na boy,x\n", "line 2: `seed`"),
         ("prompt,domain\na boy,inside\n", "line 2: `domain`"),
-        ("prompt,seed\na boy\n", "line 2: this row has not 2 cells"),
+        ("prompt,seed\na boy\n", "line 2: this row does not have 2 cells"),
         ("prompt\n", "holds no prompt"),
     ],
 )
