@@ -642,7 +642,7 @@ def fails_with(program, arguments: list[str], message: str, capsys) -> None:
         (["{adapter}", "{out}", "--base", "{tmp}/nowhere"], "neither a folder nor the id"),
         (["{adapter}", "{out}", "--base", "{adapter}"], "no model. Name one"),
         (["{base}", "{out}"], "There is no AU adapter in"),
-        (["{adapter}", "{adapter}", "--base", "{base}", "--overwrite"], "made from"),
+        (["{adapter}", "{adapter}", "--base", "{base}", "--overwrite"], "is the source or the base"),
         (["{adapter}", "{full}", "--base", "{base}"], "is not empty"),
         (["{adapter}", "{full}", "--base", "{base}", "--overwrite"], "has not written it"),
         (["{adapter}", "{full}/file", "--base", "{base}"], "is a file"),
