@@ -915,7 +915,11 @@ def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet
         (save_directory / ATTN_PROCESSORS_NAME).unlink(missing_ok=True)
         (save_directory / LORA_WEIGHTS_NAME).unlink(missing_ok=True)
         names = [ENCODER_CONFIG_NAME, ENCODER_WEIGHTS_NAME, *([LORA_WEIGHTS_NAME] if has_lora else [])]
+        umask = os.umask(0)
+        os.umask(umask)
         for name in (*names, ATTN_PROCESSORS_NAME):
+            # safetensors writes files that nobody else may read.
+            (temporary / name).chmod(0o666 & ~umask)
             os.replace(temporary / name, save_directory / name)
 
 

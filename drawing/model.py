@@ -3,6 +3,8 @@
 """Loads a pipeline, and draws jobs with it in batches."""
 
 import json
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -85,6 +87,42 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
+class _MissingWeights(logging.Handler):
+    """Collects the names of weights that transformers did not find in a file, and therefore drew at random."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.names: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        rows = re.findall(r"^(\S+) *\| *(?:\x1b\[\d+m)*MISSING", record.getMessage(), flags=re.MULTILINE)
+        self.names += rows
+
+
+@contextmanager
+def complete_weights(model: str) -> Iterator[None]:
+    """
+    Raise a ValueError if a text encoder that is loaded inside lacks weights: transformers draws them at random, and
+    says so only in its log.
+    """
+    logger, missing = logging.getLogger("transformers.modeling_utils"), _MissingWeights()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(missing)
+    try:
+        yield
+    finally:
+        logger.removeHandler(missing)
+        logger.setLevel(level)
+        logger.propagate = propagate
+    if missing.names:
+        raise ValueError(
+            f"{model!r} lacks {len(missing.names)} weights, such as {missing.names[0]}, which would be random numbers."
+            " Copy or download the model again."
+        )
+
+
 def pipeline_class_of(model: str) -> type:
     """
     The class of pipelines for a base model, by the text encoders that its `model_index.json` names.
@@ -119,10 +157,10 @@ def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
         ValueError: if a file is broken, or the adapter does not fit the model.
     """
     pipeline_class = pipeline_class_of(weights.model)
-    if weights.adapter is None:
-        pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype)
-    else:
-        pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype, au_adapter=None)
+    without_adapter = {} if weights.adapter is None else {"au_adapter": None}
+    with complete_weights(weights.model):
+        pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype, **without_adapter)
+    if weights.adapter is not None:
         pipeline.load_au_adapter(weights.adapter, variant=weights.adapter_variant)
     return pipeline.to(device)
 

@@ -648,3 +648,13 @@ def test_a_compressed_checkpoint_is_refused_before_it_is_unpacked(tmp_path):
 def test_a_config_of_absurd_sizes_is_refused_before_anything_is_made(sizes):
     with pytest.raises(ValueError, match="goes up to"):
         AUEncoder(cross_attention_dim=32, encoder_type="mlp", **sizes)
+
+
+def test_the_files_of_an_adapter_can_be_read_by_whom_the_umask_lets(tmp_path):
+    unet = make_components()["unet"]
+    add_lora(unet, LORA_NAME)
+    write_au_adapter(tmp_path, make_adapter(unet), unet, LORA_NAME)
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 4 and {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import generate
-from drawing.model import Weights, load_pipeline, pipeline_class_of
+from drawing.model import Weights, load_pipeline, pipeline_class_of, quiet
 from pipeline_fineface import FineFacePipeline
 from pipeline_fineface_xl import FineFaceXLPipeline
 
@@ -45,3 +46,14 @@ def test_generate_draws_with_xl(tiny_xl_dir, tiny_xl_adapter_dir, tmp_path, caps
         assert generate.main([*options, "--aus", aus, "--output", str(path)]) == 0, capsys.readouterr().err
         pictures.append(path.read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_a_text_encoder_without_one_of_its_weights_is_refused(tiny_sd_dir, tmp_path):
+    base = shutil.copytree(tiny_sd_dir, tmp_path / "base")
+    path = base / "text_encoder" / "model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in sorted(tensors) if "layer_norm1.weight" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path, metadata={"format": "pt"})
+    with quiet(), pytest.raises(ValueError, match=r"lacks 1 weights, such as .*layer_norm1.weight"):
+        load_pipeline(Weights(str(base)), CPU, torch.float32)
+    load_pipeline(Weights(str(tiny_sd_dir)), CPU, torch.float32)
