@@ -125,9 +125,14 @@ def aus_of(seeds: Iterable[int]) -> torch.Tensor:
     return torch.from_numpy(np.stack([sample_aus(int(seed)) for seed in seeds]))
 
 
-def captions_of(seeds: Iterable[int], wording: int, with_expression: bool = False) -> list[str]:
-    """The captions of rendered seeds; another `wording` words the same people differently."""
+def captions_of(
+    seeds: Iterable[int], wording: int, expression: Callable[[int], np.ndarray] | None = None
+) -> list[str]:
+    """
+    The captions of rendered seeds; another `wording` words the same people differently. `expression` gives the AUs of
+    a seed that its caption names; without it, captions name none.
+    """
     return [
-        caption(sample_portrait(seed), wording * UNSEEN + seed, sample_aus(seed) if with_expression else None)
+        caption(sample_portrait(seed), wording * UNSEEN + seed, expression(seed) if expression else None)
         for seed in map(int, seeds)
     ]

@@ -24,23 +24,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from action_units import AU_NAMES
-from au_attention_processor import attach_au_processors
-from au_encoder import AUAdapter, write_au_adapter
+from au_encoder import write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL, new_folder, pick_device, replacing
 from toy_faces import networks
 from toy_faces.fit import Length, fit
 from toy_faces.networks import PictureReader, SecondMeter
-from toy_faces.pictures import JUDGE_SEEDS, UNSEEN, Pictures, expression_of, to_pixel_values
+from toy_faces.pictures import JUDGE_SEEDS, Pictures, captions_of, expression_of, to_pixel_values
 from toy_faces.renderer import SIZE, TOY_AU_NAMES, caption, sample_portrait
-from train_fineface import LORA_TARGETS, FineFaceModel, diffusion_loss
+from train_fineface import FineFaceModel, diffusion_loss, make_model
+from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders
 from training.feedback import AUFeedback, load_meter, shake
 
@@ -264,14 +263,7 @@ class Recipe:
         # Half of the wordings say what the face does, as captions of photographs do at times: so the base has ways
         # from words to expressions, as Stable Diffusion has, which the AU adapter finds.
         wordings = [
-            [
-                caption(
-                    sample_portrait(seed),
-                    wording * UNSEEN + seed,
-                    expression_of(seed) if wording >= WORDINGS // 2 else None,
-                )
-                for seed in seeds
-            ]
+            captions_of(seeds, wording, expression_of if wording >= WORDINGS // 2 else None)
             for wording in range(WORDINGS)
         ]
         some = seeds[:20_000]
@@ -492,16 +484,14 @@ class Recipe:
             write_au_adapter(unfinished, model.au_adapter.half(), model.unet.half(), LORA_NAME)
 
     def make_model(self, au_names: tuple[str, ...]) -> FineFaceModel:
-        unet = self.load(UNet2DConditionModel, "base/unet")
-        adapter = AUAdapter.from_unet(unet, au_names=au_names).to(self.device)
-        # A softmax over one key is 1 whatever the key: it would get no gradient.
-        adapter.to_k_au.requires_grad_(False)
-        lora = LoraConfig(
-            r=self.size.rank, lora_alpha=self.size.rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS
+        config = TrainConfig(
+            pretrained_model_name_or_path=str(self.folder / "base"),
+            output_dir=self.folder,
+            train_data_dir=self.folder,
+            rank=self.size.rank,
         )
-        unet.add_adapter(lora, LORA_NAME)
-        attach_au_processors(unet)
-        return FineFaceModel(unet, adapter).to(self.device, memory_format=torch.channels_last).train()
+        model = make_model(self.load(UNet2DConditionModel, "base/unet"), config, au_names=au_names)
+        return model.to(self.device, memory_format=torch.channels_last)
 
     def make_feedback(self, au_names: tuple[str, ...]) -> AUFeedback:
         meters = [load_meter(str(self.folder / name), self.device) for name in ("meter", "spare_meter")]
