@@ -71,7 +71,7 @@ from training.data import (
     read_batches,
 )
 from training.encoders import StableDiffusionEncoders, load_encoders
-from training.feedback import AUFeedback, feedback_generator, make_feedback
+from training.feedback import AUFeedback, make_feedback
 from training.validation import choose_validation_aus, validate
 
 
@@ -370,12 +370,8 @@ def train(
                 )
 
                 if feedback is not None and state.step >= config.au_feedback_start:
-                    # Use the AUs of another sample, because an expression must not depend on the person.
-                    size, commanded = config.au_feedback_batch_size, batch["au_intensities"].roll(1, 0)
-                    generator = feedback_generator(config.seed, state.step, rows[-len(commanded)])
-                    first_noise = torch.randn(latents.shape, generator=generator).to(latents)
-                    few = {name: tensor[:size] for name, tensor in batch.items()}
-                    feedback_loss = feedback.loss(model, few, first_noise[:size], commanded[:size], generator)
+                    size = config.au_feedback_batch_size
+                    feedback_loss = feedback.batch_loss(model, batch, noisy_latents, prediction, size)
                     loss = loss + config.au_feedback_weight * feedback_loss
 
                 accelerator.backward(loss)

@@ -16,7 +16,8 @@ import train_fineface
 from action_units import AU_NAMES
 from au_encoder import read_tensors
 from training.checkpoints import PARAMETERS_NAME
-from training.config import parse_args
+from training.config import FEEDBACK_MODES, parse_args
+from training.data import PixelInputs, TrainingSamples, load_training_data
 from training.encoders import StableDiffusionEncoders
 from training.feedback import AUFeedback, load_meter, shake
 
@@ -101,6 +102,87 @@ def test_only_the_last_steps_carry_gradient(config):
     assert calls == [False, False] * 3 + [True, False]
 
 
+def test_one_random_step_carries_gradient_and_the_pictures_are_the_same(config):
+    model, feedback, batch = make_model_and_feedback(config, steps=3, guidance_scale=2.0, mode="random_step")
+    commands, carried = torch.rand(2, 12), set()
+    for seed in range(8):
+        calls = []
+        handle = model.register_forward_hook(lambda module, args, output, to=calls: to.append(output.requires_grad))
+        feedback.loss(model, batch, draw_noise(), commands, torch.Generator().manual_seed(seed)).backward()
+        handle.remove()
+        assert calls[1::2] == [False] * 3 and sum(calls) == 1
+        carried.add(calls.index(True))
+        assert model.au_adapter.to_v_au.weight.grad.any()
+        model.zero_grad()
+    assert carried == {0, 2, 4}
+    feedback_of_all = make_model_and_feedback(config, steps=3, guidance_scale=2.0)[1]
+    with torch.no_grad():
+        drawn = [one.draw(model, batch, draw_noise(), commands) for one in (feedback, feedback_of_all)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_right_prediction_gives_the_clean_picture_and_noise_weighs_it(config, prediction_type):
+    _, feedback, _ = make_model_and_feedback(config, mode="one_step")
+    feedback.scheduler.register_to_config(prediction_type=prediction_type)
+    latents, noise, timesteps = draw_noise(), draw_noise().flip(0), torch.tensor([300, 900])
+    noisy_latents = feedback.scheduler.add_noise(latents, noise, timesteps)
+    prediction = noise if prediction_type == "epsilon" else feedback.scheduler.get_velocity(latents, noise, timesteps)
+    commands, seeds = torch.rand(2, 12), (5, 6)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    loss = feedback.one_step_loss(prediction, noisy_latents, timesteps, commands, generators)
+    pictures = feedback.vae.decode(latents / feedback.encoders.scaling_factor).sample
+    errors = torch.stack(
+        [
+            feedback.error(pictures[i : i + 1], commands[i : i + 1], torch.Generator().manual_seed(seed))
+            for i, seed in enumerate(seeds)
+        ]
+    )
+    signal = feedback.scheduler.alphas_cumprod[timesteps]
+    snr = signal / (1 - signal)
+    assert signal[0] > 10 * signal[1]
+    torch.testing.assert_close(loss, (errors * snr / (1 + snr)).mean(), rtol=1e-3, atol=0)
+
+
+def test_the_one_step_estimate_draws_nothing(config):
+    calls = []
+    model, feedback, batch = make_model_and_feedback(config, mode="one_step")
+    model.register_forward_hook(lambda module, args, output: calls.append(output))
+    timesteps, aus = torch.tensor([100, 500]), torch.rand(2, 12)
+    prediction = model(draw_noise(), timesteps, batch["prompt_embeds"], aus)
+    batch |= {"timesteps": timesteps, "au_intensities": aus, "feedback_seed": torch.tensor([1, 2])}
+    feedback.batch_loss(model, batch, draw_noise(), prediction).backward()
+    assert len(calls) == 1 and model.au_adapter.to_v_au.weight.grad.any()
+
+
+def test_an_unknown_mode_is_refused(config, arguments, capsys):
+    with pytest.raises(ValueError, match="`--au_feedback_mode` has to be one of draw, random_step, one_step, but is"):
+        make_model_and_feedback(config, mode="all")
+    with pytest.raises(SystemExit):
+        parse_args(arguments("run", "--au_feedback_mode one_step --au_feedback_backprop 1"))
+    assert "`--au_feedback_mode` has to be draw with `--au_feedback_backprop`" in capsys.readouterr().err
+
+
+def test_a_picture_is_commanded_the_aus_of_another_row(arguments):
+    """Even in a batch of one, and always the same ones, so that a resumed run goes on with them."""
+    options = f"{FEEDBACK} --train_batch_size 1 --au_noise_variance 0 --au_rounding_prob 0"
+    config = parse_args(arguments("run", options))
+    data = load_training_data(config)
+    encoders = StableDiffusionEncoders(*(make_components()[n] for n in ("tokenizer", "text_encoder", "vae")))
+    samples = [TrainingSamples(PixelInputs(data, encoders, 32), 1000, config) for _ in range(2)]
+    row_of = {tuple(aus): row for row, aus in enumerate(data.au_intensities)}
+    pairs = []
+    for number in range(40):
+        one, again = samples[0][number], samples[1][number]
+        assert torch.equal(one["commanded_aus"], again["commanded_aus"])
+        assert one["feedback_seed"] == again["feedback_seed"]
+        pairs.append((int(one["row"]), row_of[tuple(one["commanded_aus"].numpy())]))
+    assert all(row != other for row, other in pairs) and {other for _, other in pairs} == set(range(5))
+    assert (
+        "commanded_aus" not in TrainingSamples(PixelInputs(data, encoders, 32), 1000, parse_args(arguments("run")))[0]
+    )
+
+
 def test_feedback_makes_the_meter_read_what_was_commanded(config):
     model, feedback, batch = make_model_and_feedback(config, steps=2, guidance_scale=2.0)
     commands = torch.tensor([[5.0] + [0.0] * 11, [0.0] * 11 + [5.0]])
@@ -183,14 +265,15 @@ def test_the_meter_of_the_documentation_loads_and_carries_gradient(tmp_path, mon
     assert pixel_values.grad.any()
 
 
-def test_a_run_with_feedback_learns_otherwise_from_its_start_on_and_resumes_to_the_bit(arguments, tmp_path):
-    save = "--checkpointing_steps 2"
+@pytest.mark.parametrize("mode", FEEDBACK_MODES)
+def test_a_run_with_feedback_learns_otherwise_from_its_start_on_and_resumes_to_the_bit(arguments, tmp_path, mode):
+    save = "--checkpointing_steps 2 --train_batch_size 1"
+    options = f"{save} {FEEDBACK} --au_feedback_start 2 --au_feedback_mode {mode}"
     plain = trained_weights(arguments, tmp_path, "plain", save)
-    whole = trained_weights(arguments, tmp_path, "whole", f"{save} {FEEDBACK} --au_feedback_start 2")
+    whole = trained_weights(arguments, tmp_path, "whole", options)
     name = "au_adapter.to_v_au.weight"
     half = [read_tensors(tmp_path / run / "checkpoint-2" / PARAMETERS_NAME)[name] for run in ("plain", "whole")]
     assert torch.equal(*half) and not torch.equal(plain[name], whole[name])
-    options = f"{save} {FEEDBACK} --au_feedback_start 2"
     train_fineface.main(arguments("parts", f"{options} --max_train_steps 3 --checkpointing_steps 3"))
     parts = trained_weights(arguments, tmp_path, "parts", f"{options} --resume_from_checkpoint latest")
     assert all(torch.equal(parts[key], whole[key]) for key in whole)

@@ -17,6 +17,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from hub_server import TOKEN, running_hub
 from PIL import Image
 from safetensors.torch import load_file
+from test_feedback import FEEDBACK
 from training_runs import (  # noqa: F401
     arguments_fixture,
     config_fixture,
@@ -387,6 +388,8 @@ def free_address() -> dict[str, str]:
 
 def test_two_processes_equal_one_with_twice_the_batch(train, arguments, run_processes, tmp_path):
     options = "--adam_epsilon 1 --timestep_sampling stratified --face_loss_weight 4 --checkpointing_steps 2 --use_ema"
+    # The first steps without feedback, whose error would otherwise be most of the gradient.
+    options += f" {FEEDBACK} --au_feedback_start 2"
     whole = train("whole", f"{options} --train_batch_size 4")
     address = free_address() | {"ACCELERATE_USE_CPU": "true"}
     both = {"arguments": arguments("run", f"{options} --cache_latents"), "environment": address | {"WORLD_SIZE": "2"}}

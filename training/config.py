@@ -38,6 +38,8 @@ TRAINING_PRESETS = {
 }
 """Flags for each `--preset`: "paper" keeps the defaults; "best" has the flags that did best in docs/results.md."""
 
+FEEDBACK_MODES = ("draw", "random_step", "one_step")
+
 
 def option(default, description: str, *, low: float | None = None, high: float | None = None, resumable: bool = False):
     r"""
@@ -148,11 +150,16 @@ class TrainConfig:
         1.0, "Weight of the meter's error (in squared intensities), which is added to the loss.", low=0
     )
     au_feedback_start: int = option(0, "Optimizer steps before the feedback begins.", low=0)
-    au_feedback_steps: int = option(4, "Denoising steps of these pictures.", low=1)
-    au_feedback_backprop: int | None = option(
-        None, "Number of last denoising steps that carry gradient; by default all.", low=1
+    au_feedback_mode: Literal[FEEDBACK_MODES] = option(
+        "draw",
+        "Pictures: drawn from noise; drawn with gradient through one random step; or the one-step estimates of the"
+        " clean pictures in the ordinary training.",
     )
-    au_feedback_guidance_scale: float = option(7.5, "Guidance scale of these pictures.", low=0)
+    au_feedback_steps: int = option(4, "Denoising steps of a drawn picture.", low=1)
+    au_feedback_backprop: int | None = option(
+        None, "Number of last denoising steps that carry gradient in the mode draw; by default all.", low=1
+    )
+    au_feedback_guidance_scale: float = option(7.5, "Guidance scale of a drawn picture.", low=0)
     au_feedback_batch_size: int | None = option(
         None, "Pictures of a process in a forward pass; by default --train_batch_size.", low=1
     )
@@ -257,6 +264,8 @@ class TrainConfig:
             )
         if self.timestep_bias_strategy != "none":
             self._check("timestep_bias_multiplier", self.timestep_bias_multiplier > 0, "greater than 0")
+        if self.au_feedback_backprop is not None and self.au_feedback_mode != "draw":
+            self._check("au_feedback_mode", False, "draw with `--au_feedback_backprop`")
         if (self.au_feedback_backprop or 1) > self.au_feedback_steps:
             self._check("au_feedback_backprop", False, f"at most `--au_feedback_steps`, {self.au_feedback_steps}")
         if (self.au_feedback_batch_size or 1) > self.train_batch_size:

@@ -736,16 +736,13 @@ class TrainingSamples(torch.utils.data.Dataset):
         timestep = self._timestep(number, rng.random())
         flip, drop_aus, drop_caption = rng.random(3) < (0.5, config.au_drop_prob, config.caption_drop_prob)
         flip = flip and config.random_flip
-        au_intensities = data.au_intensities[index]
-        if flip:
-            au_intensities = au_intensities[data.mirrored_aus]
-        au_intensities = smooth_au_intensities(au_intensities, config.au_noise_variance, config.au_rounding_prob, rng)
+        au_intensities = self._aus(data, index, flip, drop_aus, rng)
         offset = rng.standard_normal((len(noise), 1, 1), np.float32)
         sample = {
             "row": torch.tensor(row),
             **inputs.picture(row, bool(flip)),
             **inputs.caption(None if drop_caption else row),
-            "au_intensities": torch.from_numpy(au_intensities * np.float32(not drop_aus)),
+            "au_intensities": au_intensities,
             "noise": torch.from_numpy(noise + np.float32(config.noise_offset) * offset),
             "latent_noise": torch.from_numpy(latent_noise),
             "timesteps": torch.tensor(timestep),
@@ -757,7 +754,21 @@ class TrainingSamples(torch.utils.data.Dataset):
             size, side = data.picture_size(index), inputs.latents_shape[-1]
             weights = face_weights(data.face_boxes[index], size, side, config.face_loss_weight)
             sample["loss_weights"] = torch.from_numpy(np.flip(weights, 1).copy() if flip else weights)
+        if config.au_feedback_meter is not None:
+            # AU feedback commands the AUs of another row; of the same row group with `--streaming`.
+            rng = np.random.default_rng((config.seed, 3, number))
+            other = (index + int(rng.integers(1, max(2, len(data))))) % len(data)
+            flip, drop_aus = rng.random(2) < (0.5 * config.random_flip, config.au_drop_prob)
+            sample["commanded_aus"] = self._aus(data, other, flip, drop_aus, rng)
+            sample["feedback_seed"] = torch.tensor(int(rng.integers(2**63)))
         return sample
+
+    def _aus(self, data: TrainingData, index: int, flip: bool, drop: bool, rng: np.random.Generator) -> torch.Tensor:
+        aus, config = data.au_intensities[index], self.config
+        if flip:
+            aus = aus[data.mirrored_aus]
+        aus = smooth_au_intensities(aus, config.au_noise_variance, config.au_rounding_prob, rng)
+        return torch.from_numpy(aus * np.float32(not drop))
 
     def _row(self, number: int) -> int:
         epoch, place = divmod(number, len(self.inputs.data))

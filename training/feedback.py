@@ -15,14 +15,14 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from action_units import AU_NAMES, au_projection
-from training.config import TrainConfig
+from training.config import FEEDBACK_MODES, TrainConfig
 from training.encoders import StableDiffusionEncoders
 
 
@@ -101,7 +101,7 @@ def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) 
 
 class AUFeedback:
     r"""
-    Draw pictures with the model in training, and compare their AUs with the commanded AUs.
+    Read the AUs of pictures that the model in training makes, and compare them with the commanded AUs.
 
     Args:
         meters (`list[nn.Module]`):
@@ -117,13 +117,18 @@ class AUFeedback:
         steps (`int`):
             Denoising steps of a picture.
         backprop (`int`, *optional*):
-            Number of last denoising steps that carry gradient. The default is all.
+            Number of last denoising steps that carry gradient in the mode `"draw"`. The default is all.
         guidance_scale (`float`):
             As in sampling. It guides prompt and AUs together, away from the empty prompt and the neutral face. The
             unconditional predictions carry no gradient.
+        mode (`str`):
+            Where the pictures come from. `"draw"` draws them from noise, and the last steps carry gradient.
+            `"random_step"` draws the same pictures, but only one step, drawn at random, carries gradient; it passes
+            the later steps as if their predictions were constants. `"one_step"` draws nothing: the prediction of the
+            diffusion loss gives an estimate of the clean picture.
 
     Raises:
-        ValueError: if `backprop` is larger than `steps`, or a meter reads none of the AUs.
+        ValueError: if `mode` is unknown, `backprop` is larger than `steps`, or a meter reads none of the AUs.
     """
 
     def __init__(
@@ -135,12 +140,16 @@ class AUFeedback:
         steps: int = 4,
         backprop: int | None = None,
         guidance_scale: float = 7.5,
+        mode: str = "draw",
     ):
         self.meters, self.encoders, self.vae, self.steps = meters, encoders, encoders.vae, steps
         self.backprop, self.guidance_scale = steps if backprop is None else backprop, guidance_scale
+        self.mode = mode
         self.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
         self.empty = encoders.encode_captions(encoders.tokenize("")[None])
         self.projections = [au_projection(au_names, meter.au_names) for meter in meters]
+        if mode not in FEEDBACK_MODES:
+            raise ValueError(f"`--au_feedback_mode` has to be one of {', '.join(FEEDBACK_MODES)}, but is {mode!r}.")
         if self.backprop > steps:
             raise ValueError(
                 f"`--au_feedback_backprop` has to be at most `--au_feedback_steps`, {steps}, but is {backprop}."
@@ -152,16 +161,48 @@ class AUFeedback:
                     f" {', '.join(au_names)}."
                 )
 
+    def batch_loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, torch.Tensor],
+        noisy_latents: torch.Tensor,
+        prediction: torch.Tensor,
+        num_pictures: int | None = None,
+    ) -> torch.Tensor:
+        """
+        The loss of a batch of `TrainingSamples`, by the mode. Drawn pictures are commanded the AUs of other rows,
+        because an expression must not depend on the person.
+
+        Args:
+            model (`FineFaceModel`):
+                The model in training.
+            batch (`dict[str, torch.Tensor]`):
+                Has `feedback_seed`, `commanded_aus`, `au_intensities`, `timesteps`, and the entries for `loss`.
+            noisy_latents, prediction (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Input and output of the model for this batch.
+            num_pictures (`int`, *optional*):
+                Use only this number of samples from the start of the batch.
+        """
+        batch = {name: tensor[:num_pictures] for name, tensor in batch.items()}
+        noisy_latents, prediction = noisy_latents[:num_pictures], prediction[:num_pictures]
+        generators = [torch.Generator().manual_seed(seed) for seed in batch["feedback_seed"].tolist()]
+        if self.mode == "one_step":
+            aus, timesteps = batch["au_intensities"], batch["timesteps"]
+            return self.one_step_loss(prediction, noisy_latents, timesteps, aus, generators)
+        noise = randn_tensor(noisy_latents.shape, generators, noisy_latents.device, noisy_latents.dtype)
+        return self.loss(model, batch, noise, batch["commanded_aus"], generators)
+
     def loss(
         self,
         model: nn.Module,
         batch: dict[str, torch.Tensor],
         noise: torch.Tensor,
         au_intensities: torch.Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """
-        Mean squared error between the intensities that the meters read and the commanded ones, in squared FACS units.
+        Mean squared error between the intensities that the meters read from drawn pictures and the commanded ones, in
+        squared FACS units.
 
         Args:
             model (`FineFaceModel`):
@@ -172,29 +213,74 @@ class AUFeedback:
                 Standard normal noise in the shape of the latents.
             au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
                 The commanded intensities.
-            generator (`torch.Generator`, *optional*):
-                Draws the perturbations of the pictures, on the CPU.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Draws the perturbations of the pictures and the random step, on the CPU. A list has one generator for
+                each picture, so that a picture does not depend on the others of its batch.
         """
-        return self.error(self.draw(model, batch, noise, au_intensities), au_intensities, generator)
+        pictures = self.draw(model, batch, noise, au_intensities, generator)
+        return self.error(pictures, au_intensities, generator)
+
+    def one_step_loss(
+        self,
+        prediction: torch.Tensor,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        au_intensities: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        The error of `loss` for the clean pictures that a single `prediction` of noise or velocity implies. The error
+        of a picture has the weight `SNR / (1 + SNR)`, because an estimate from much noise is blurred.
+
+        Args:
+            prediction, noisy_latents (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Output and input of the model.
+            timesteps (`torch.Tensor` of shape `(batch,)`):
+                The timestep of each sample.
+            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
+                The intensities that the model predicted with.
+            generator:
+                As in `loss`.
+        """
+        signal = self.scheduler.alphas_cumprod.to(noisy_latents.device)[timesteps]  # SNR / (1 + SNR)
+        alpha, sigma = (part.sqrt()[:, None, None, None] for part in (signal, 1 - signal))
+        if self.scheduler.config.prediction_type == "v_prediction":
+            latents = alpha * noisy_latents - sigma * prediction.float()
+        else:
+            latents = (noisy_latents - sigma * prediction.float()) / alpha
+        return self.error(self._decode(latents), au_intensities, generator, signal)
 
     def draw(
-        self, model: nn.Module, batch: dict[str, torch.Tensor], noise: torch.Tensor, au_intensities: torch.Tensor
+        self,
+        model: nn.Module,
+        batch: dict[str, torch.Tensor],
+        noise: torch.Tensor,
+        au_intensities: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """Draw pictures of shape `(batch, 3, height, width)`, about in [-1, 1]. The arguments are those of `loss`."""
         # The timesteps stay on the CPU, so that no step waits for the device.
         self.scheduler.set_timesteps(self.steps)
+        steps = range(self.steps)
+        with_gradient = steps[self.steps - self.backprop :]
+        if self.mode == "random_step":
+            first = generator[0] if isinstance(generator, list) else generator
+            with_gradient = [int(torch.randint(self.steps, (), generator=first))]
         empty = {name: tensor.expand(len(noise), *tensor.shape[1:]) for name, tensor in self.empty.items()}
         conditions, unconditions = self._conditions(batch), self._conditions(batch | empty)
         latents, neutral = noise * self.scheduler.init_noise_sigma, torch.zeros_like(au_intensities)
-        for remaining, timestep in zip(range(self.steps, 0, -1), self.scheduler.timesteps, strict=True):
+        for step, timestep in zip(steps, self.scheduler.timesteps, strict=True):
             timesteps = timestep.to(latents.device).expand(len(latents))
-            with torch.set_grad_enabled(remaining <= self.backprop and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(step in with_gradient and torch.is_grad_enabled()):
                 prediction = model(latents, timesteps, au_intensities=au_intensities, **conditions).float()
-                if self.guidance_scale > 1:
-                    with torch.no_grad():
-                        unguided = model(latents, timesteps, au_intensities=neutral, **unconditions).float()
-                    prediction = unguided + self.guidance_scale * (prediction - unguided)
-                latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+            if self.guidance_scale > 1:
+                with torch.no_grad():
+                    unguided = model(latents, timesteps, au_intensities=neutral, **unconditions).float()
+                prediction = unguided + self.guidance_scale * (prediction - unguided)
+            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+        return self._decode(latents)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         latents = (latents / self.encoders.scaling_factor).to(self.vae.dtype)
         return self.vae.decode(latents, return_dict=False)[0].float()
 
@@ -205,17 +291,24 @@ class AUFeedback:
         }
 
     def error(
-        self, pictures: torch.Tensor, au_intensities: torch.Tensor, generator: torch.Generator | None = None
+        self,
+        pictures: torch.Tensor,
+        au_intensities: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The error of `loss` for pictures that are already drawn."""
-        shaken = shake(pictures, generator)
+        """The error of `loss` for pictures that are there. `weights` of shape `(batch,)` are 1 by default."""
+        generators = generator if isinstance(generator, list) else [generator]
+        parts = zip(pictures.chunk(len(generators)), generators, strict=True)
+        shaken = torch.cat([shake(part, generator) for part, generator in parts])
         errors = []
         for meter, projection in zip(self.meters, self.projections, strict=True):
             projection = projection.to(au_intensities)
             # Only the AUs that both the meter and the adapter have count.
             commanded = projection.any(0)
-            errors.append((meter(shaken) - au_intensities @ projection)[:, commanded].square().mean())
-        return torch.stack(errors).mean()
+            errors.append((meter(shaken) - au_intensities @ projection)[:, commanded].square().mean(1))
+        errors = torch.stack(errors).mean(0)
+        return (errors if weights is None else weights * errors).mean()
 
 
 def make_feedback(
@@ -237,9 +330,5 @@ def make_feedback(
         config.au_feedback_steps,
         config.au_feedback_backprop,
         config.au_feedback_guidance_scale,
+        config.au_feedback_mode,
     )
-
-
-def feedback_generator(seed: int, step: int, first_row: int) -> torch.Generator:
-    """A generator on the CPU that depends only on the batch, so that a resumed run draws the same pictures."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence((seed, step, first_row)).generate_state(1)[0]))
