@@ -23,10 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
-from action_units import ACTION_UNITS, AU_NAMES, GRADES, au_columns, parse_aus, whole_au
+from action_units import ACTION_UNITS, AU_NAMES, GRADES, au_columns, read_aus, whole_au
 from face_data.table_files import read_records
 
 
@@ -39,46 +40,40 @@ MAX_AU = 5.0
 _MIN_ROWS_OF_A_SCALE = 10
 # Texts that C libraries, spreadsheets and pandas write for a missing number.
 _NO_NUMBER = re.compile(r"[+-]?(nan(\(\w*\))?|1\.#(ind|[qs]nan)\d*)|#?n/?a|null|none|", re.IGNORECASE)
-_NO = ("", "0", "0.0", "false", "no", "nan")
+NO = ("", "0", "0.0", "false", "no", "nan")
 
 _logger = logging.getLogger(__name__)
-_PAPERS_NUMBERS = {int(name.removeprefix("AU")) for name in AU_NAMES}
 
 
 @dataclass(frozen=True)
-class _Scale:
+class _Tool:
     """
-    The format of a tool's AUs. `column` is the name of an AU's column in lower case, `factor` turns a value into an
-    intensity, `overshoot` is the distance from [0, 5] that an intensity may have before clipping, `presence` is the
-    column of a presence (0 or 1), and `has_sides` says whether columns may end with l or r for a side.
+    How a tool writes AUs. `column` is the name of an AU's column in lower case, which may end with l or r if the tool
+    `has_sides`; `factor` turns a value into an intensity; `overshoot` is how far a value may lie below and above its
+    range before it is clipped; `presence` is the column of a presence (0 or 1).
     """
 
     column: str
     factor: float = 1.0
-    overshoot: float = 0.0
+    overshoot: tuple[float, float] = (0.0, 0.0)
     presence: str | None = None
     has_sides: bool = False
 
 
-_SCALES = {
+_TOOLS = {
     # OpenFace uses regressors, and older versions did not clamp them.
-    "openface": _Scale("au{:02}_r", overshoot=1.0, presence="au{:02}_c"),
+    "openface": _Tool("au{:02}_r", overshoot=(1.0, 1.0), presence="au{:02}_c"),
     # LibreFace multiplies a sigmoid by 5.
-    "libreface": _Scale("au_{}_intensity", overshoot=0.01, presence="au_{}"),
+    "libreface": _Tool("au_{}_intensity", overshoot=(0.01, 0.01), presence="au_{}"),
     # py-feat gives probabilities. The factor 5 is the usual convention, not a calibration.
-    "pyfeat": _Scale("au{:02}", 5.0, 0.05),
-    "fineface": _Scale("au{}", has_sides=True),
+    "pyfeat": _Tool("au{:02}", 5.0, (0.01, 0.01)),
+    "fineface": _Tool("au{}", has_sides=True),
     # The data of the paper's authors have LibreFace's intensities divided by 5.
-    "affectnet": _Scale("au{}_rec", 5.0, 0.05),
+    "affectnet": _Tool("au{}_rec", 5.0, (0.01, 0.01)),
 }
-_COLUMN_PATTERNS = {
-    "openface": r"au(\d\d)_r",
-    "libreface": r"au_(\d{1,2})_intensity",
-    "pyfeat": r"au(\d\d)",
-    "fineface": r"au([1-9]\d?)[lr]?",
-    "affectnet": r"au(\d{1,2})_rec",
-}
-_SAME_IN_A_PICTURE = {43: 45, 45: 43}
+# Blendshapes have names of their own. Calibrated trackers slightly exceed their range.
+_ARKIT = _Tool("", 5.0, (0.1, 0.25))
+_SAME_IN_A_PICTURE = {"AU43": "AU45", "AU45": "AU43"}
 
 # Columns that may hold a picture's name, the most likely first. A frame number names a picture of a video.
 _NAME_COLUMNS = (
@@ -135,13 +130,8 @@ def _shapes_of(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(pattern.replace("*", side) for pattern in patterns for side in sides))
 
 
-def _used_shapes(au_names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(shape for name in au_names for shape in _shapes_of(name)))
-
-
-_PAPERS_SHAPES = _used_shapes(AU_NAMES)
-_ALL_SHAPES = {
-    *_used_shapes((*_SHAPES_OF_AUS, "AU25")),
+_PAPERS_SHAPES = {shape for name in AU_NAMES for shape in _shapes_of(name)}
+_ALL_SHAPES = {shape for name in (*_SHAPES_OF_AUS, "AU25") for shape in _shapes_of(name)} | {
     *("jawleft", "jawright", "mouthleft", "mouthright", "mouthshrugupper", "neutral"),
 }
 
@@ -223,59 +213,80 @@ def read_au_table(
     if tool is not None and tool not in AU_TABLE_TOOLS:
         raise ValueError(f"`tool` is {tool!r}. The tools are {', '.join(AU_TABLE_TOOLS)}.")
     au_columns(au_names)
-    path = Path(path)
-    counts, largest, num_faces, said = Counter(), 0.0, 0, set()
-    columns = used_tool = read_aus = name_column = None
-    face_columns, signs, confidences = [], [], []
+    path, counts, layout, largest, num_faces = Path(path), Counter(), None, 0.0, 0
     for line, whole in read_records(path, say):
         for record in _split_faces(whole):
-            if columns is None or record.keys() != columns:
-                columns = record.keys()
-                try:
-                    used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
-                    read_aus = _READERS[used_tool](list(columns), counts, tuple(au_names))
-                    name_column = find_name_column(list(columns), image_column)
-                    face_columns = [column for column in columns if column.lower() in _FACE_COLUMNS]
-                    confidences = [column for column in columns if column.lower() in ("confidence", "facescore")]
-                    signs = [column for column in columns if column.lower() in _SIGNS_OF_A_FACE]
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {line}: {error}") from error
-                if tool is None and used_tool != "arkit" and "arkit" in _tools_of(columns) and used_tool not in said:
-                    said.add(used_tool)
-                    say(
-                        f"{path} has AUs of {used_tool} and blendshapes (arkit), which differ. The AUs are read; name"
-                        " the tool to read the blendshapes."
-                    )
             try:
-                face_found = _reports_face(record, signs)
-                aus = read_aus(record) if face_found else None
+                if layout is None or record.keys() != layout.columns:
+                    layout = _Layout(record.keys(), tool, image_column, tuple(au_names), unmeasured, counts)
+                    if layout.has_other_shapes and tool is None and not counts["shapes"]:
+                        counts["shapes"] += 1
+                        say(
+                            f"{path} has AUs of {layout.tool} and blendshapes (arkit), which differ. The AUs are read;"
+                            " name the tool to read the blendshapes."
+                        )
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from error
+            try:
+                row = layout.read(record, line)
             except ValueError as error:
                 placed = ValueError(f"{path}, line {line}: {error}")
                 if on_error is None:
                     raise placed from error
                 on_error(placed)
                 continue
-            if aus is not None and unmeasured != 0:
-                aus[[index for index, name in enumerate(au_names) if counts[name]]] = unmeasured
-            if aus is None or np.isnan(aus).all():
-                face_found, aus = False, np.full(len(au_names), np.nan, np.float32)
-            else:
+            if row.face_found:
                 num_faces += 1
-                largest = max(largest, float(np.nanmax(aus)))
-            name = _name(record[name_column]) if name_column else ""
-            face, confidence = _face(record, face_columns), _confidence(record, confidences)
-            yield AURow(name, aus, face_found, line, record, face, confidence)
-    for sentence in _notes(counts, used_tool, largest, num_faces, au_names, unmeasured):
-        say(f"{path}: {sentence}")
+                largest = max(largest, float(np.nanmax(row.aus)))
+            yield row
+    if layout is not None:
+        for sentence in _notes(counts, layout.tool, largest, num_faces, au_names, unmeasured):
+            say(f"{path}: {sentence}")
+
+
+class _Layout:
+    """What the columns of a table are. Raises a ValueError if they have no AUs that are wanted."""
+
+    def __init__(
+        self,
+        columns: Iterable[str],
+        tool: str | None,
+        image_column: str | None,
+        au_names: tuple[str, ...],
+        unmeasured: float,
+        counts: Counter,
+    ):
+        self.columns = columns
+        self.tool = _ALIASES.get(tool, tool) or detect_tool(columns)
+        self.read_aus = _make_reader(self.tool, list(columns), au_names, unmeasured, counts)
+        self.num_aus = len(au_names)
+        self.name_column = find_name_column(columns, image_column)
+        self.face_column = _first_of(columns, _FACE_COLUMNS)
+        self.confidence_column = _first_of(columns, ("confidence", "facescore"))
+        self.signs = [column for column in columns if column.lower() in _SIGNS_OF_A_FACE]
+        self.has_other_shapes = self.tool != "arkit" and "arkit" in _tools_of(columns)
+
+    def read(self, record: dict, line: int) -> AURow:
+        aus = self.read_aus(record) if all(_says_face(record[column], column) for column in self.signs) else None
+        face_found = aus is not None and not np.isnan(aus).all()
+        if not face_found:
+            aus = np.full(self.num_aus, np.nan, np.float32)
+        name = _name(record[self.name_column]) if self.name_column else ""
+        number = re.fullmatch(r"([0-9]{1,9})(\.0)?", _name(record[self.face_column])) if self.face_column else None
+        face = int(number[1]) if number else None
+        return AURow(name, aus, face_found, line, record, face, self._confidence(record))
+
+    def _confidence(self, record: dict) -> float:
+        column = self.confidence_column
+        try:
+            value = 0.0 if column is None else read_number(record[column], column)
+        except ValueError:
+            return 0.0
+        return value if value > 0 else 0.0
 
 
 def _notes(
-    counts: Counter,
-    tool: str | None,
-    largest: float,
-    num_faces: int,
-    au_names: Sequence[str],
-    unmeasured: float,
+    counts: Counter, tool: str, largest: float, num_faces: int, au_names: Sequence[str], unmeasured: float
 ) -> Iterator[str]:
     """Sentences about a table that was read to its end."""
     missing = [name for name in au_names if counts[name]]
@@ -288,7 +299,8 @@ def _notes(
         yield f"{tool} measures only the presence of {', '.join(present)}: present is taken as {GRADES['C']}."
     if counts["decimal commas"]:
         yield f"{counts['decimal commas']:,} numbers have a decimal comma."
-    if tool in _SCALES and _SCALES[tool].factor == 1 and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
+    is_whole_scale = tool != "arkit" and _TOOLS[tool].factor == 1
+    if is_whole_scale and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
         yield (
             f"the largest AU of {num_faces:,} faces is {largest:.3g}, but {tool} measures from 0 to {MAX_AU:g}. If"
             f" the values go from 0 to 1, they are five times too weak: multiply them by {MAX_AU:g}."
@@ -313,7 +325,7 @@ def detect_tool(columns: Iterable[str]) -> str:
         return found[0]
     if found:
         raise ValueError(f"The columns are those of {' and '.join(found)}. Name the tool to read.")
-    examples = ", ".join(f"{tool} {scale.column.format(1)!r}" for tool, scale in _SCALES.items())
+    examples = ", ".join(f"{tool} {format.column.format(1)!r}" for tool, format in _TOOLS.items())
     hint = " There is one column: commas, semicolons, tabs and bars divide columns." if len(columns) == 1 else ""
     raise ValueError(
         f"The columns are those of no known tool: {', '.join(columns[:30])}.{hint} AUs are read as {examples} and so"
@@ -325,19 +337,15 @@ def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
     """The tools that have columns in the table, and whether each has all of its columns."""
     present = {column.strip().lower() for column in columns}
     found = {}
-    for tool, pattern in _COLUMN_PATTERNS.items():
-        numbers = {int(match[1]) for match in (re.fullmatch(pattern, column) for column in present) if match}
-        if numbers:
-            found[tool] = numbers >= _PAPERS_NUMBERS
+    for name, tool in _TOOLS.items():
+        aus = {whole_au(au) for au in _find_aus(tool.column, tool.has_sides, present)}
+        if aus:
+            found[name] = aus.issuperset(AU_NAMES)
     # py-feat and FineFace both write AU12, but AU01 is py-feat's, and AU1 and columns of sides are FineFace's.
-    own = {"pyfeat": r"au0\d", "fineface": r"au([1-9]|\d+[lr])"}
-    own = {tool: any(re.fullmatch(pattern, column) for column in present) for tool, pattern in own.items()}
-    if not any(own.values()):
-        own["pyfeat"] = bool(present.intersection(_PYFEAT_SIGNS))
-        own["fineface"] = not own["pyfeat"]
-    for tool, is_own in own.items():
-        if not is_own:
-            found.pop(tool, None)
+    own = {"pyfeat": r"au0\d", "fineface": r"au[1-9]|au\d+[lr]"}
+    owners = {name for name, pattern in own.items() if any(re.fullmatch(pattern, column) for column in present)}
+    for name in own.keys() - (owners or {"pyfeat" if present.intersection(_PYFEAT_SIGNS) else "fineface"}):
+        found.pop(name, None)
     if "aus" in present:
         found["fineface"] = True
     shapes = {_shape_key(column) for column in present}
@@ -374,28 +382,17 @@ def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple
         used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if used_tool == "arkit":
-        present = {_shape_key(column) for column in columns}
-    else:
-        present = {column.lower() for column in columns}
-
-    def source(name: str):
-        """The columns of an AU, or None if the table lacks them."""
-        if used_tool != "arkit":
-            return _find_sources(used_tool, present, [name])[0]
-        shapes = _shapes_of(name)
-        is_there = all if name != whole_au(name) else any
-        return shapes if is_there(shape in present for shape in shapes) else None
-
-    names = []
+    find, names = _source_finder(used_tool, columns), []
     for unit in ACTION_UNITS:
         sides = [f"{unit.name}{side}" for side in "LR"] if unit.sided else []
-        left, right = map(source, sides) if sides else (None, None)
-        if unit.name != "AU45" and None not in (left, right) and left != right:
+        left, right = map(find, sides) if sides else (None, None)
+        if unit.name == "AU45":
+            continue
+        if None not in (left, right) and left != right:
             names += sides
-        elif unit.name != "AU45" and source(unit.name):
+        elif find(unit.name):
             names.append(unit.name)
-    if not names and "aus" not in present:
+    if not names and _first_of(columns, ("aus",)) is None:
         raise ValueError(f"{path}: there is no AU that {used_tool} measures. The columns are {', '.join(columns)}.")
     return used_tool, tuple(names)
 
@@ -424,141 +421,134 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str]
         [5.0, 0.0]
     """
     au_columns(au_names)
-    values = {_shape_key(name): value for name, value in blendshapes.items()}
     unknown = [name for name in blendshapes if _shape_key(name) not in _ALL_SHAPES]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
-    shapes = _used_shapes(au_names)
-    return _aus_of_shapes({shape: read_number(values.get(shape, 0.0), shape, Counter()) for shape in shapes}, au_names)
-
-
-def _find_columns(columns: list[str], wanted: Iterable[str], key: Callable[[str], str] = str.lower) -> list[str]:
-    by_key = {key(column): column for column in columns}
-    missing = [name for name in wanted if name not in by_key]
-    if missing:
-        raise ValueError(f"There is no column {', '.join(missing)}. The columns are {', '.join(columns[:30])}.")
-    return [by_key[name] for name in wanted]
-
-
-_Reader = Callable[[dict], np.ndarray]
+    values = dict.fromkeys(_ALL_SHAPES, 0.0) | {_shape_key(name): value for name, value in blendshapes.items()}
+    return _make_reader("arkit", list(_ALL_SHAPES), tuple(au_names), 0.0, Counter())(values)
 
 
 @dataclass(frozen=True)
 class _Source:
     """
-    The columns whose mean is an AU. `factor` turns a value into an intensity, and a value may lie outside [0, `high`]
-    by `overshoot`.
+    What an AU is computed from: `factor` times the mean of `columns`, whose values go from 0 to `high`. None is a
+    blendshape that the table does not have, and counts as 0.
     """
 
-    columns: tuple[str, ...]
+    columns: tuple[str | None, ...]
     factor: float
     high: float
-    overshoot: float = 0.0
+    overshoot: tuple[float, float] = (0.0, 0.0)
     is_presence: bool = False
+    combine: Callable[[list[float]], float] = fmean
+
+    def intensity(self, values: dict[str, float]) -> float:
+        return self.factor * self.combine(
+            [0.0 if column is None else min(max(values[column], 0.0), self.high) for column in self.columns]
+        )
 
 
-def _sources_of(name: str, scale: _Scale) -> Iterator[_Source]:
-    """The columns that may hold an AU, the best first."""
-    whole, side = whole_au(name), name[len(whole_au(name)) :].lower()
-    number = int(whole.removeprefix("AU"))
-    numbers = [number, *([_SAME_IN_A_PICTURE[number]] if number in _SAME_IN_A_PICTURE else [])]
-    limits = (scale.factor, MAX_AU / scale.factor, scale.overshoot / scale.factor)
-    for column in map(scale.column.format, numbers):
-        if side and scale.has_sides:
-            yield _Source((column + side,), *limits)
-        yield _Source((column,), *limits)
-        if not side and scale.has_sides:
-            yield _Source((f"{column}l", f"{column}r"), *limits)
-    for number in numbers if scale.presence else ():
-        yield _Source((scale.presence.format(number),), float(GRADES["C"]), 1.0, is_presence=True)
+def _parted_lips(values: list[float]) -> float:
+    jaw, close, *lips = values
+    return max(jaw * (1 - close), fmean(lips[:2]), fmean(lips[2:]))
 
 
-def _find_sources(tool: str, columns: Iterable[str], au_names: Sequence[str]) -> list[_Source | None]:
-    columns = set(columns)
-    return [
-        next((source for source in _sources_of(name, _SCALES[tool]) if columns.issuperset(source.columns)), None)
-        for name in au_names
-    ]
+def _find_aus(column: str, has_sides: bool, columns: Iterable[str]) -> dict[str, str]:
+    """Map the AUs that have columns of the form `column` to these columns."""
+    number = column.replace("{:02}", r"(\d\d)").replace("{}", r"([1-9]\d?)")
+    pattern = re.compile(number + ("([lr]?)" if has_sides else "()"))
+    found = ((pattern.fullmatch(name.lower()), name) for name in columns)
+    return {f"AU{int(match[1])}{match[2].upper()}": name for match, name in found if match}
 
 
-def _scale_reader(tool: str) -> Callable[[list[str], Counter, tuple[str, ...]], _Reader]:
-    def prepare(columns: list[str], counts: Counter, au_names: tuple[str, ...]) -> _Reader:
-        by_key = {column.lower(): column for column in columns}
-        sources = _find_sources(tool, by_key.keys(), au_names)
-        of_columns = {by_key[column]: source for source in sources if source for column in source.columns}
-        if not of_columns:
-            wanted = [next(_sources_of(name, _SCALES[tool])).columns[0] for name in au_names]
-            _require_any([], wanted, columns)
-        # `weights` maps the values in the order of `of_columns` to AUs: the mean of an AU's columns, or 0 without any.
-        weights = np.zeros((len(of_columns), len(au_names)), np.float32)
-        positions = {column: position for position, column in enumerate(of_columns)}
-        for index, source in enumerate(sources):
-            for column in source.columns if source else ():
-                weights[positions[by_key[column]], index] = source.factor / len(source.columns)
-        seen = [name for name, source in zip(au_names, sources, strict=True) if source is None]
-        seen += [(name, "presence") for name, source in zip(au_names, sources, strict=True) if _is_presence(source)]
+def _source_finder(tool: str, columns: Iterable[str]) -> Callable[[str], _Source | None]:
+    """A function from an AU to what it is computed from, which is None if the table lacks it."""
+    if tool == "arkit":
+        by_key = {_shape_key(column): column for column in columns}
 
-        def read(record: dict) -> np.ndarray:
-            values = [read_number(record[column], column, counts) for column in of_columns]
-            _check_gaps(values, list(of_columns))
-            for (column, source), value in zip(of_columns.items(), values, strict=True):
-                if not math.isnan(value) and not -source.overshoot <= value <= source.high + source.overshoot:
-                    raise ValueError(f"column {column!r} is {value:g}. {tool} measures from 0 to {source.high:g}.")
-            counts.update(seen)
-            return np.clip(np.float32(values) @ weights, 0, MAX_AU)
+        def find_shapes(name: str) -> _Source | None:
+            found = tuple(map(by_key.get, _shapes_of(name)))
+            combine = _parted_lips if name == "AU25" else fmean
+            return _Source(found, _ARKIT.factor, 1.0, _ARKIT.overshoot, combine=combine) if any(found) else None
 
-        return read
+        return find_shapes
+    form = _TOOLS[tool]
+    intensities = _find_aus(form.column, form.has_sides, columns)
+    presences = _find_aus(form.presence, False, columns) if form.presence else {}
 
-    return prepare
+    def find(name: str) -> _Source | None:
+        whole, side = whole_au(name), name[len(whole_au(name)) :]
+        numbers = [whole, _SAME_IN_A_PICTURE.get(whole, whole)]
+        for au in numbers:
+            # The side, the whole face, or both sides, whichever the table has.
+            for wanted in ((f"{au}{side}",), (au,), (f"{au}L", f"{au}R")):
+                if intensities.keys() >= set(wanted):
+                    found = tuple(intensities[au] for au in wanted)
+                    return _Source(found, form.factor, MAX_AU / form.factor, form.overshoot)
+        present = next((presences[au] for au in numbers if au in presences), None)
+        return None if present is None else _Source((present,), GRADES["C"], 1.0, is_presence=True)
 
-
-def _is_presence(source: _Source | None) -> bool:
-    return source is not None and source.is_presence
+    return find
 
 
-def _fineface_reader(columns: list[str], counts: Counter, au_names: tuple[str, ...]) -> _Reader:
+def _make_reader(
+    tool: str, columns: list[str], au_names: tuple[str, ...], unmeasured: float, counts: Counter
+) -> Callable[[dict], np.ndarray]:
+    """
+    A function from a row to its AUs, which are all NaN if all cells are empty. AUs without a column are `unmeasured`.
+    `counts` gets the rows of which an AU is not measured, or only its presence.
+    """
+    find = _source_finder(tool, columns)
+    sources = {name: find(name) for name in au_names}
+    of_columns = {column: source for source in sources.values() if source for column in source.columns if column}
+    expression = _first_of(columns, ("aus",))
+    if tool == "fineface" and expression is not None and None in sources.values():
+        return lambda record: _read_expression(record[expression], expression, au_names)
+    if not of_columns:
+        shapes = [shape for name in au_names for shape in _shapes_of(name)]
+        wanted = shapes if tool == "arkit" else [_TOOLS[tool].column.format(int(whole_au(n)[2:])) for n in au_names]
+        raise _no_column(f"{', '.join(wanted[:2])}{', …' if len(wanted) > 2 else ''}", columns)
+    noted = [name for name, source in sources.items() if source is None]
+    noted += [(name, "presence") for name, source in sources.items() if source and source.is_presence]
+
+    def read(record: dict) -> np.ndarray:
+        values = {column: read_number(record[column], column, counts) for column in of_columns}
+        missing = [column for column, value in values.items() if math.isnan(value)]
+        if 0 < len(missing) < len(values):
+            raise ValueError(
+                f"column {missing[0]!r} is empty, while other AUs have values. A row has all of them or none."
+            )
+        if missing:
+            return np.full(len(au_names), np.nan, np.float32)
+        for column, source in of_columns.items():
+            below, above = source.overshoot
+            if not -below <= values[column] <= source.high + above:
+                raise ValueError(
+                    f"column {column!r} is {values[column]:g}. {tool} measures from 0 to {source.high:g}."
+                )
+        counts.update(noted)
+        return np.float32([source.intensity(values) if source else unmeasured for source in sources.values()])
+
+    return read
+
+
+def _read_expression(value, column: str, au_names: tuple[str, ...]) -> np.ndarray:
+    if value is None:
+        return np.full(len(au_names), np.nan, np.float32)
+    rows = np.float32(read_aus(value, column, au_names))
+    if len(rows) != 1 or not ((rows >= 0) & (rows <= MAX_AU)).all():
+        raise ValueError(f"column {column!r} is {value!r}, but has to be one expression from 0 to 5.")
+    return rows[0]
+
+
+def _first_of(columns: Iterable[str], names: Sequence[str]) -> str | None:
+    """The column with the first of `names` that is there, in any letter case."""
     by_key = {column.lower(): column for column in columns}
-    if "aus" not in by_key or all(_find_sources("fineface", by_key.keys(), au_names)):
-        return _scale_reader("fineface")(columns, counts, au_names)
-
-    def read(record: dict) -> np.ndarray:
-        value = record[by_key["aus"]]
-        if value is None:
-            return np.full(len(au_names), np.nan, np.float32)
-        rows = parse_aus(value, by_key["aus"], au_names).numpy()
-        if len(rows) != 1 or not ((rows >= 0) & (rows <= MAX_AU)).all():
-            raise ValueError(f"column {by_key['aus']!r} is {value!r}, but has to be one expression from 0 to 5.")
-        return rows[0]
-
-    return read
+    return next((by_key[name] for name in names if name in by_key), None)
 
 
-def _arkit_reader(columns: list[str], counts: Counter, au_names: tuple[str, ...]) -> _Reader:
-    by_key = {_shape_key(column): column for column in columns}
-    shapes = _used_shapes(au_names)
-    names = [by_key.get(shape) for shape in shapes]
-    _require_any(names, shapes, columns)
-    present = {shape for shape, name in zip(shapes, names, strict=True) if name is not None}
-    missing = [au for au in au_names if not present.intersection(_shapes_of(au))]
-
-    def read(record: dict) -> np.ndarray:
-        values = [0.0 if name is None else read_number(record[name], name, counts) for name in names]
-        _check_gaps(values, names)
-        if any(map(math.isnan, values)):
-            return np.full(len(au_names), np.nan, np.float32)
-        counts.update(missing)
-        return _aus_of_shapes(dict(zip(shapes, values, strict=True)), au_names)
-
-    return read
-
-
-_READERS = {tool: _scale_reader(tool) for tool in _SCALES} | {"fineface": _fineface_reader, "arkit": _arkit_reader}
-
-
-def _require_any(names: list[str | None], wanted: Sequence[str], columns: list[str]) -> None:
-    if not any(name is not None for name in names):
-        examples = f"{', '.join(wanted[:2])}{', …' if len(wanted) > 2 else ''}"
-        raise ValueError(f"There is no column {examples}. The columns are {', '.join(columns[:30])}.")
+def _no_column(what: str, columns: Iterable[str]) -> ValueError:
+    return ValueError(f"There is no column {what}. The columns are {', '.join(list(columns)[:30])}.")
 
 
 def _split_faces(record: dict) -> Iterator[dict]:
@@ -584,35 +574,24 @@ def _split_faces(record: dict) -> Iterator[dict]:
         yield others | dict.fromkeys(_ALL_SHAPES)
 
 
-def _aus_of_shapes(values: dict[str, float], au_names: Sequence[str]) -> np.ndarray:
-    for shape, value in values.items():
-        # Calibrated trackers slightly exceed the range.
-        if not -0.1 <= value <= 1.25:
-            raise ValueError(f"the blendshape {shape!r} is {value:g}. Blendshapes go from 0 to 1.")
-    values = {shape: min(max(value, 0.0), 1.0) for shape, value in values.items()}
-
-    def activation(name: str) -> float:
-        shapes = _shapes_of(name)
-        if name == "AU25":
-            lower = (values["mouthlowerdownleft"] + values["mouthlowerdownright"]) / 2
-            upper = (values["mouthupperupleft"] + values["mouthupperupright"]) / 2
-            return max(values["jawopen"] * (1 - values["mouthclose"]), lower, upper)
-        return sum(values[shape] for shape in shapes) / max(len(shapes), 1)
-
-    return np.float32([MAX_AU * activation(name) for name in au_names])
-
-
 def _shape_key(name: str) -> str:
     key = name.strip().lower()
     side = {"_l": "left", "_r": "right"}.get(key[-2:])
     return (key[:-2] + side if side else key).replace("_", "")
 
 
-def find_name_column(columns: list[str], image_column: str | None) -> str | None:
-    if image_column is not None:
-        return _find_columns(columns, [image_column.strip().lower()])[0]
-    by_key = {column.lower(): column for column in columns}
-    return next((by_key[name] for name in _NAME_COLUMNS if name in by_key), None)
+def find_name_column(columns: Iterable[str], image_column: str | None) -> str | None:
+    """
+    The column of a picture's name: `image_column`, else the first usual one, if any.
+
+    Raises:
+        ValueError: if there is no `image_column`.
+    """
+    wanted = _NAME_COLUMNS if image_column is None else (image_column.strip().lower(),)
+    found = _first_of(columns, wanted)
+    if found is None and image_column is not None:
+        raise _no_column(wanted[0], columns)
+    return found
 
 
 def _name(value) -> str:
@@ -621,41 +600,14 @@ def _name(value) -> str:
     return "" if value is None else str(value)
 
 
-def _face(record: dict, columns: list[str]) -> int | None:
-    match = re.fullmatch(r"([0-9]{1,9})(\.0)?", _name(record[columns[0]])) if columns else None
-    return int(match[1]) if match else None
+def _says_face(value, column: str) -> bool:
+    if column.lower() == "confidence":
+        return read_number(value, column) != 0
+    return ("" if value is None else str(value).strip().lower()) not in NO
 
 
-def _confidence(record: dict, columns: list[str]) -> float:
-    try:
-        values = [read_number(record[column], column, Counter()) for column in columns[:1]]
-    except ValueError:
-        values = []
-    return max([0.0, *(value for value in values if value > 0)])
-
-
-def _reports_face(record: dict, signs: list[str]) -> bool:
-    for column in signs:
-        value = record[column]
-        if column.lower() == "confidence":
-            if read_number(value, column, Counter()) == 0:
-                return False
-        elif ("" if value is None else str(value).strip().lower()) in _NO:
-            return False
-    return True
-
-
-def _check_gaps(values: list[float], names: list[str | None]) -> None:
-    known = [(value, name) for value, name in zip(values, names, strict=True) if name is not None]
-    missing = [name for value, name in known if math.isnan(value)]
-    if 0 < len(missing) < len(known):
-        raise ValueError(
-            f"column {missing[0]!r} is empty, while other AUs have values. A row has all of them or none."
-        )
-
-
-def read_number(value, column: str, counts: Counter) -> float:
-    """Read a number, with a decimal point or comma. An empty cell, and texts such as "n/a", are NaN."""
+def read_number(value, column: str, counts: Counter | None = None) -> float:
+    """Read a number; decimal commas are counted. An empty cell, and texts such as "n/a", are NaN."""
     try:
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
@@ -664,7 +616,8 @@ def read_number(value, column: str, counts: Counter) -> float:
         if (value is None or isinstance(value, str)) and _NO_NUMBER.fullmatch(text):
             return math.nan
         if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]*,[0-9]+", text):
-            counts["decimal commas"] += 1
+            if counts is not None:
+                counts["decimal commas"] += 1
             return float(text.replace(",", "."))
     if number is None or math.isinf(number):
         shown = repr(value) if len(repr(value)) <= 50 else f"{repr(value)[:50]}…"

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 
 # py-feat 2, the widest known tool, writes about 2,200 columns.
@@ -60,7 +59,7 @@ def read_records(path: str | os.PathLike, say: Callable[[str], None]) -> Iterato
         yield line, record
 
 
-def read_lines(path: Path, say: Callable[[str], None]) -> Iterator[str]:
+def _read_lines(path: Path, say: Callable[[str], None]) -> Iterator[str]:
     """The lines of a text file, with their ends, in the encoding that its bytes tell."""
     number = 0
     with path.open(newline="", encoding=_find_encoding(path, say)) as file:
@@ -74,38 +73,32 @@ def read_lines(path: Path, say: Callable[[str], None]) -> Iterator[str]:
 def _find_encoding(path: Path, say: Callable[[str], None]) -> str:
     with path.open("rb") as file:
         start = file.read(4096)
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return "utf-16"
-        if start.startswith(b"PK\x03\x04"):
-            raise ValueError(f"{path}: this is a workbook or a ZIP file under another name. Save its sheet as CSV.")
-        # Half of the bytes of Latin text in UTF-16 are 0, and none of text in UTF-8.
-        if b"\0" in start:
-            even, odd = start[::2].count(0), start[1::2].count(0)
-            if max(even, odd) < len(start) / 8:
-                raise ValueError(f"{path}: this is no text file.")
-            return "utf-16-be" if even > odd else "utf-16-le"
-        for encoding in ("utf-8-sig", "cp1252"):
-            try:
-                _decode(file, encoding)
-            except UnicodeDecodeError as error:
-                problem = error
-                continue
-            if encoding == "cp1252":
-                say(f"{path} is not in UTF-8. It is read as cp1252 (Windows, Western Europe); save others in UTF-8.")
-            return encoding
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if start.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path}: this is a workbook or a ZIP file under another name. Save its sheet as CSV.")
+    # Half of the bytes of Latin text in UTF-16 are 0, and none of text in UTF-8.
+    if b"\0" in start:
+        even, odd = start[::2].count(0), start[1::2].count(0)
+        if max(even, odd) < len(start) / 8:
+            raise ValueError(f"{path}: this is no text file.")
+        return "utf-16-be" if even > odd else "utf-16-le"
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            with path.open(encoding=encoding) as file:
+                while file.read(2**20):
+                    pass
+        except UnicodeDecodeError as error:
+            problem = error
+            continue
+        if encoding == "cp1252":
+            say(f"{path} is not in UTF-8. It is read as cp1252 (Windows, Western Europe); save others in UTF-8.")
+        return encoding
     raise ValueError(f"{path}: the encoding is none of UTF-8, UTF-16 and cp1252. Save it in UTF-8.") from problem
 
 
-def _decode(file: BinaryIO, encoding: str) -> None:
-    decoder = codecs.getincrementaldecoder(encoding)()
-    file.seek(0)
-    while part := file.read(2**20):
-        decoder.decode(part)
-    decoder.decode(b"", final=True)
-
-
 def _read_separated(path: Path, say: Callable[[str], None], usual: str) -> Iterator[tuple[int, dict]]:
-    lines = read_lines(path, say)
+    lines = _read_lines(path, say)
     first = next(lines, "")
     first_line, separator = 0, _find_separator(first, usual)
     # Excel writes a line for the separator.
@@ -160,7 +153,7 @@ def _check_columns(header: list[str], path: Path) -> None:
 
 
 def _read_json_lines(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
-    for line, text in enumerate(read_lines(path, say), 1):
+    for line, text in enumerate(_read_lines(path, say), 1):
         if text.strip():
             yield line, _flat(_parse_json(text, f"{path}, line {line}"))
 

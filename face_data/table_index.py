@@ -441,6 +441,6 @@ def _read_box(by_key: dict, label: str) -> str | None:
 
 def _coordinate(value, column: str, label: str) -> float:
     try:
-        return read_number(value, column, Counter())
+        return read_number(value, column)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from error
