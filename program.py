@@ -34,25 +34,12 @@ MAX_NAME_BYTES = 249
 
 
 class Parser(argparse.ArgumentParser):
-    """
-    An ArgumentParser that raises ValueError instead of exiting.
-
-    Args:
-        module (`str`, *optional*):
-            The program's name in `python -m module`.
-        description (`str`, *optional*):
-            Shown as it is, line by line.
-        options:
-            More arguments of `argparse.ArgumentParser`.
-    """
+    """An ArgumentParser for `python -m module` that raises ValueError instead of exiting, and wraps no text."""
 
     def __init__(self, module: str | None = None, description: str | None = None, **options):
-        defaults = {
-            "prog": None if module is None else f"python -m {module}",
-            "formatter_class": argparse.RawDescriptionHelpFormatter,
-            "allow_abbrev": False,
-        }
-        super().__init__(description=description, **{**defaults, **options})
+        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        prog = None if module is None else f"python -m {module}"
+        super().__init__(description=description, **{"prog": prog, **defaults, **options})
 
     def error(self, message: str):
         raise ValueError(message)
@@ -70,8 +57,6 @@ def run_program(
     Print what `work` returns, unless it is None, or one line about its error.
 
     Args:
-        work (`Callable`):
-            The program.
         interrupted (`str`, *optional*):
             How to go on after Ctrl-C.
         out_of_memory (`str`):
@@ -80,8 +65,7 @@ def run_program(
             Errors with the exit status 1 and 2. All others keep their traceback, because they are bugs.
 
     Returns:
-        `int`: the exit status. 0: done. 1: out of memory, or one of `failures`. 2: the request is wrong, or a disk
-        fails. 130: Ctrl-C.
+        `int`: the exit status. 0: done. 1: out of memory, or a failure. 2: a refusal. 130: Ctrl-C.
     """
     try:
         done = work()
@@ -184,8 +168,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         with _disk_errors(path):
             yield unfinished
-            # Some libraries write files that only their owner may read.
-            unfinished.chmod(0o666 & ~_umask())
+            _make_readable(unfinished)
             os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -201,6 +184,11 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _make_readable(path: Path) -> None:
+    """Some libraries write files that only their owner may read."""
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 def _work_folder(folder: Path) -> Path:
@@ -227,8 +215,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             new.mkdir(parents=True)
             yield new
             for path in new.rglob("*"):
-                # Some libraries write files that only their owner may read.
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+                _make_readable(path)
             if not folder.exists():
                 os.replace(new, folder)
             else:
@@ -240,16 +227,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def _swap(folder: Path, new: Path, old: Path) -> None:
     """Move the entries of `folder` to `old` and those of `new` to `folder`; if that fails, move them back."""
-    moved = []
-    try:
+    with contextlib.ExitStack() as undo:
         for source, target in ((folder, old), (new, folder)):
             for path in [path for path in source.iterdir() if path != new.parent]:
                 os.replace(path, target / path.name)
-                moved.append((path, target / path.name))
-    except OSError:
-        for before, after in reversed(moved):
-            os.replace(after, before)
-        raise
+                undo.callback(os.replace, target / path.name, path)
+        undo.pop_all()
 
 
 @contextmanager
@@ -289,23 +272,19 @@ def check_writable(path: Path, name: str | None = None) -> None:
     """Raise an OSError if `path` cannot be written; `name` is what messages call it. Creates nothing."""
     existing = next(parent for parent in path.resolve().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{name or str(path)!r} cannot be written: {str(existing)!r} is no folder that takes new files.")
+        raise OSError(f"{name or str(path)!r} cannot be written: nothing can be written into {str(existing)!r}.")
 
 
 def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = (".png",)) -> None:
     """Raise an error if nothing can be written at `path`. Creates nothing."""
-    name = f"`--output` is {str(path)!r}"
     long_part = next((part for part in path.parts if len(os.fsencode(part)) > MAX_NAME_BYTES), None)
     if long_part is not None:
         raise ValueError(f"`--output` holds the name {show_value(long_part)}, which is over {MAX_NAME_BYTES} bytes.")
     if path.exists() and path.is_dir() != is_folder:
-        raise OSError(f"{name}, which is {'no' if is_folder else 'a'} folder.")
+        raise OSError(f"`--output` is {str(path)!r}, which is {'no' if is_folder else 'a'} folder.")
     if not is_folder and path.suffix.lower() not in suffixes:
-        raise ValueError(f"{name}. Pictures are PNG files: give it the ending .png.")
-    folder = (path if is_folder else path.parent).resolve()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{name}, but nothing can be written into {str(existing)!r}.")
+        raise ValueError(f"`--output` is {str(path)!r}. Pictures are PNG files: give it the ending .png.")
+    check_writable(path / LOCK_NAME if is_folder else path, str(path))
 
 
 @contextmanager
@@ -348,9 +327,8 @@ def folder_digest(folder: Path) -> str:
         digest.update(f"{path.relative_to(folder)} {size}\n".encode())
         with path.open("rb") as file:
             digest.update(file.read(part))
-            if size > part:
-                file.seek(max(part, size - part))
-                digest.update(file.read())
+            file.seek(max(part, size - part))
+            digest.update(file.read())
     return digest.hexdigest()
 
 
