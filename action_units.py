@@ -24,7 +24,7 @@ import re
 import struct
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -258,11 +258,6 @@ class Preset:
     aus: dict[str, float]
     source: str
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """Names of the AUs that an adapter must know to draw this preset."""
-        return tuple(self.aus)
-
     def missing_aus(self, au_names: Sequence[str] = AU_NAMES) -> list[str]:
         """Names of the AUs that this preset needs but an adapter with `au_names` does not have."""
         known = au_columns(au_names)
@@ -352,23 +347,17 @@ PRESETS = {
     # These faces need AUs beyond the paper's twelve, or one side alone. Left and right are the person's own.
     "contempt": _preset("R12B+R14C", "Ekman & Friesen 1986: R14 with R12; EMFACS prints R12A+R14A, hardly visible."),
     "smirk": _preset("R12D", "FACS scores a smile of one side by itself: R12."),
-    "wink": _preset(
-        "L43E+6B+12C", "FACS AU46, a wink: AU43 of one eye. A wink meant for somebody comes with a smile."
-    ),
+    "wink": _preset("L43E+6B+12C", "FACS AU46, a wink: AU43 of one eye; meant for somebody, it comes with a smile."),
     "one raised brow": _preset("L1B+L2E", "FACS L1+L2: frontalis of one side lifts one whole brow (Ekman 1979)."),
     "quizzical": _preset("L1B+L2D+R4C", "'skeptical' with sides: one brow up, the other down (Ekman 1979)."),
     "snarl": _preset("4B+L9C+L10E+25B", "Darwin 1872, ch. 10: one canine tooth uncovered, on one side alone."),
-    "sneer": _preset(
-        "4B+9B+10D", "Darwin 1872, ch. 11: the upper lip drawn up, here on both sides; AU10 with some 9."
-    ),
+    "sneer": _preset("4B+9B+10D", "Darwin 1872, ch. 11: the upper lip drawn up, here on both sides: AU10, some AU9."),
     "tight lipped": _preset("17B+24D", "FACS AU24 presses the lips, AU17 supports: a held-back word or anger."),
     "eyes closed": _preset("43E", "FACS AU43E: the lids are shut."),
     "asleep": _preset("25B+26B+43E", "Shut lids over a jaw that no muscle holds."),
     "drowsy": _preset("15A+26A+43C", "FACS 2002 scores drooping lids as weak AU43 (formerly AU41)."),
     "blissful": _preset("6D+12D+43E", "The Duchenne smile with closed eyes."),
-    "yawning": _preset(
-        "25E+27E+43D", "FACS AU27, the mouth stretched open; the eyes close at the peak (Provine 1986)."
-    ),
+    "yawning": _preset("25E+27E+43D", "FACS AU27, the mouth wide open; the eyes close at the peak (Provine 1986)."),
     "kissing": _preset("18D+22B", "FACS AU18 puckers the lips, AU22 pushes them forward."),
     "funny face": _preset("19D+25C+26C+L43E", "Tongue out (AU19) and one eye shut."),
     "puffed cheeks": _preset("34D", "FACS AU34: air held behind closed lips."),
@@ -424,13 +413,13 @@ def parse_aus(
 
 def read_aus(aus, argument: str = "aus", au_names: Sequence[str] = AU_NAMES) -> list[list[float]]:
     """Read AUs like `parse_aus`, but return lists of numbers and do not import torch."""
-    au_names = tuple(au_names)
-    values = _without_arrays(aus, argument, au_names)
+    reader = _Reader(argument, tuple(au_names))
+    values = reader.without_arrays(aus)
     if not isinstance(values, list | tuple) or _are_numbers(values):
-        return [_parse_one(values, argument, au_names)]
+        return [reader.read(values)]
     if len(values) == 0:
-        raise ValueError(f"`{argument}` is empty. {_ways_to_write(au_names)}")
-    return [_parse_one(value, f"{argument}[{index}]", au_names) for index, value in enumerate(values)]
+        raise reader.error(f"is empty. {reader.ways_to_write()}")
+    return [replace(reader, label=f"{argument}[{index}]").read(value) for index, value in enumerate(values)]
 
 
 def format_aus(
@@ -510,28 +499,19 @@ def parse_aus_per_prompt(
     aus, batch_size: int, argument: str = "aus", num_people: int | None = None, au_names: Sequence[str] = AU_NAMES
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""
-    Read the `aus` of a pipeline call: one expression for each prompt, or one for all. None leaves the face to the
-    prompt.
+    Read the `aus` of a pipeline call: one expression for each prompt, or one for all, each in a form of `parse_aus`.
+    None leaves the face to the prompt.
 
-    Args:
-        aus (as for `parse_aus`, or None, or a `list` with None in it):
-            The expressions.
-        batch_size (`int`):
-            Number of prompts.
-        argument (`str`, defaults to `"aus"`):
-            Name of the input in error messages.
-        num_people (`int`, *optional*):
-            Number of people in a picture. Then a list has one expression for each person and serves all prompts; a
-            list of such lists, or a tensor of shape `(batch, people, n)`, has expressions for each prompt.
-        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
-            The n AUs of the adapter.
+    With `num_people`, a list has one expression for each person in a picture and serves all prompts; a list of such
+    lists, or a tensor of shape `(batch, people, n)`, has expressions for each prompt.
 
     Returns:
-        Intensities of shape `(batch_size, n)`, and a mask of shape `(batch_size,)` that is 1 for rows with AUs and 0
-        for rows without. With `num_people`, both have a dimension of people after the batch dimension.
+        Intensities of shape `(batch_size, n)` for the n `au_names`, and a mask of shape `(batch_size,)` that is 1 for
+        rows with AUs and 0 for rows without. With `num_people`, both have a dimension of people after the first.
 
     Raises:
-        ValueError: as for `parse_aus`, or if the number of expressions fits neither prompts nor people.
+        ValueError: as for `parse_aus`, or if the number of expressions fits neither prompts nor people. It calls the
+            input `argument`.
 
     Example:
         >>> intensities, has_aus = parse_aus_per_prompt(["12E", None], 2)
@@ -550,9 +530,7 @@ def parse_aus_per_prompt(
             f"`{argument}` has expressions for {len(aus)} pictures, but there are {batch_size} prompts. Pass a list of"
             " expressions for each prompt, or one list for all."
         )
-    rows = [
-        _parse_expressions(entry, num_people, f"{argument}[{i}]", "masks", au_names) for i, entry in enumerate(aus)
-    ]
+    rows = [_parse_expressions(row, num_people, f"{argument}[{i}]", "masks", au_names) for i, row in enumerate(aus)]
     return torch.stack([intensities for intensities, _ in rows]), torch.stack([has_aus for _, has_aus in rows])
 
 
@@ -604,11 +582,10 @@ def au_image_embeds(
     import torch
 
     if num_people is not None:
-        batch_size = len(aus) if _is_for_each_prompt(aus) else 1
-    elif isinstance(aus, list | tuple) and not _are_numbers(aus):
-        batch_size = max(len(aus), 1)
+        is_batch = _is_for_each_prompt(aus)
     else:
-        batch_size = len(aus) if getattr(aus, "ndim", 1) == 2 else 1
+        is_batch = getattr(aus, "ndim", 1) == 2 or (isinstance(aus, list | tuple) and not _are_numbers(aus))
+    batch_size = max(len(aus), 1) if is_batch else 1
     embeds, _ = parse_aus_per_prompt(aus, batch_size, "aus", num_people, au_names)
     if do_classifier_free_guidance:
         negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, au_names)
@@ -630,16 +607,13 @@ def au_image_masks(
     {"ip_adapter_masks": [masks]}`, together with `ip_adapter_image_embeds=au_image_embeds(aus, num_people=len(aus))`.
 
     Args:
-        num_prompts, num_images_per_prompt (`int`):
-            As in the call.
-        do_classifier_free_guidance (`bool`, defaults to `True`):
-            Whether the call has guidance.
+        num_prompts, num_images_per_prompt, do_classifier_free_guidance:
+            As in the call, which has guidance if its `guidance_scale` is above 1.
         size (`tuple[int, int]`, defaults to `(64, 64)`):
             Height and width, with the aspect ratio of the pictures.
 
     Returns:
-        `torch.Tensor` of shape `(rows, num_prompts, *size)`. In each row, the mask of the row's own prompt is 1 and
-        all other masks are 0.
+        `torch.Tensor` of shape `(rows, num_prompts, *size)`, 1 in the mask of each row's own prompt and 0 elsewhere.
 
     Example:
         >>> au_image_masks(2, do_classifier_free_guidance=False)[:, :, 0, 0].tolist()
@@ -688,162 +662,190 @@ def _parse_expressions(
     return intensities, has_aus
 
 
-def _ways_to_write(au_names: tuple[str, ...]) -> str:
-    return (
-        'Give a dict ({"AU6": 2.5, "AU12": 5}), a string ("AU6=2.5 AU12=5", "6C+12D", "doubtful", "doubtful@0.5"), '
-        f"{len(au_names)} numbers in the order {', '.join(au_names)}, or a list with one of these per prompt."
-    )
+@dataclass(frozen=True)
+class _Reader:
+    """Reads expressions for an adapter with `au_names`. Messages call what is read `label`."""
 
+    label: str
+    au_names: tuple[str, ...]
 
-def _without_arrays(aus, label: str, au_names: tuple[str, ...]):
-    """Turn tensors and numpy arrays into nested lists, and return anything else unchanged."""
-    torch = sys.modules.get("torch")  # if nobody imported torch, `aus` is no tensor
-    if torch is None or not isinstance(aus, torch.Tensor):
-        # Recognize arrays by their methods, so that this file does not need numpy.
-        is_array = hasattr(type(aus), "__array__") and hasattr(type(aus), "tolist") and not isinstance(aus, str)
-        return aus.tolist() if is_array else aus
-    if aus.is_nested or aus.layout != torch.strided or aus.is_complex() or aus.dtype == torch.bool:
-        raise ValueError(f"`{label}` is a tensor of {aus.dtype}, {aus.layout}. It needs dense real numbers.")
-    if aus.ndim not in (1, 2) or aus.shape[-1] != len(au_names) or len(aus) == 0:
-        raise ValueError(
-            f"`{label}` has the shape {tuple(aus.shape)}. It needs ({len(au_names)},) or (batch, {len(au_names)}), in "
-            f"the order {', '.join(au_names)}."
+    def error(self, what: str) -> ValueError:
+        return ValueError(f"`{self.label}` {what}")
+
+    def ways_to_write(self) -> str:
+        return (
+            'Give a dict ({"AU6": 2.5, "AU12": 5}), a string ("AU6=2.5 AU12=5", "6C+12D", "doubtful", "doubtful@0.5"),'
+            f" {len(self.au_names)} numbers in the order {', '.join(self.au_names)}, or a list with one of these per"
+            " prompt."
         )
-    try:
-        return aus.detach().cpu().double().tolist()
-    except RuntimeError as error:
-        raise ValueError(
-            f"`{label}` is a tensor of {aus.dtype} on the device {aus.device}, whose numbers cannot be read. Pass a "
-            "float32 tensor."
-        ) from error
 
+    def without_arrays(self, aus):
+        """Turn tensors and numpy arrays into nested lists, and return anything else unchanged."""
+        torch = sys.modules.get("torch")  # if nobody imported torch, `aus` is no tensor
+        if torch is None or not isinstance(aus, torch.Tensor):
+            # Recognize arrays by their methods, so that this file does not need numpy.
+            is_array = hasattr(type(aus), "__array__") and hasattr(type(aus), "tolist") and not isinstance(aus, str)
+            return aus.tolist() if is_array else aus
+        if aus.is_nested or aus.layout != torch.strided or aus.is_complex() or aus.dtype == torch.bool:
+            raise self.error(f"is a tensor of {aus.dtype}, {aus.layout}. It needs dense real numbers.")
+        count = len(self.au_names)
+        if aus.ndim not in (1, 2) or aus.shape[-1] != count or len(aus) == 0:
+            raise self.error(
+                f"has the shape {tuple(aus.shape)}. It needs ({count},) or (batch, {count}), in the order"
+                f" {', '.join(self.au_names)}."
+            )
+        try:
+            return aus.detach().cpu().double().tolist()
+        except RuntimeError as error:
+            raise self.error(
+                f"is a tensor of {aus.dtype} on the device {aus.device}, whose numbers cannot be read. Pass a float32"
+                " tensor."
+            ) from error
 
-def _parse_one(aus, label: str, au_names: tuple[str, ...]) -> list[float]:
-    """Read one expression as one number for each of `au_names`."""
-    values = _without_arrays(aus, label, au_names)
-    if values is not aus and isinstance(values, list) and values and isinstance(values[0], list):
-        if len(values) > 1:
-            raise ValueError(f"`{label}` holds {len(values)} expressions, but one prompt takes one. Unpack the array.")
-        values = values[0]
-    if isinstance(values, str):
-        return _parse_string(values, label, au_names)
-    if isinstance(values, Preset):
-        values = values.aus
-    if isinstance(values, Mapping):
-        return _place(((_au_name(key, label, au_names), value) for key, value in values.items()), label, au_names)
-    if not isinstance(values, list | tuple):
-        raise ValueError(
-            f"`{label}` has the type {type(values).__name__}, which names no AUs. {_ways_to_write(au_names)}"
-        )
-    if not _are_numbers(values):
-        raise ValueError(
-            f"`{label}` is a {type(values).__name__} of other things than numbers. {_ways_to_write(au_names)}"
-        )
-    if len(values) != len(au_names):
-        raise ValueError(
-            f"`{label}` has the wrong count of numbers, {len(values)}. It needs {len(au_names)}, in the order "
-            f"{', '.join(au_names)}."
-        )
-    return _place(zip(au_names, values, strict=True), label, au_names)
+    def read(self, aus) -> list[float]:
+        """Read one expression as one number for each AU."""
+        values = self.without_arrays(aus)
+        if values is not aus and isinstance(values, list) and values and isinstance(values[0], list):
+            if len(values) > 1:
+                raise self.error(f"holds {len(values)} expressions, but one prompt takes one. Unpack the array.")
+            values = values[0]
+        if isinstance(values, str):
+            return self.read_string(values)
+        if isinstance(values, Preset):
+            values = values.aus
+        if isinstance(values, Mapping):
+            return self.place((self.au_name(key), value) for key, value in values.items())
+        kind = type(values).__name__
+        if not isinstance(values, list | tuple):
+            raise self.error(f"has the type {kind}, which names no AUs. {self.ways_to_write()}")
+        if not _are_numbers(values):
+            raise self.error(f"is a {kind} of other things than numbers. {self.ways_to_write()}")
+        if len(values) != len(self.au_names):
+            raise self.error(
+                f"has the wrong count of numbers, {len(values)}. It needs {len(self.au_names)}, in the order"
+                f" {', '.join(self.au_names)}."
+            )
+        return self.place(zip(self.au_names, values, strict=True))
 
+    def read_string(self, text: str) -> list[float]:
+        text = re.sub(" ?([=@,]) ?", r"\1", " ".join(text.split()))
+        # A plus after = or @ is the sign of a number.
+        parts = re.split(r" ?(?<![=@])\+ ?", text)
+        if "" in parts and len(parts) > 1:
+            raise self.error(f"has a separator without an AU on both sides in {_show(text)}. Take it out.")
+        presets = [part for part in parts if _find_preset(part.partition("@")[0])]
+        pairs = (pair for part in parts if part not in presets for pair in self.read_items(part))
+        rows = [self.place(pairs), *map(self.read_preset, presets)]
+        values = map(sum, zip(*rows, strict=True))
+        return [self.check_intensity(name, value) for name, value in zip(self.au_names, values, strict=True)]
 
-def _parse_string(text: str, label: str, au_names: tuple[str, ...]) -> list[float]:
-    text = re.sub(" ?([=@,]) ?", r"\1", " ".join(text.split()))
-    # A plus after = or @ is the sign of a number.
-    parts = re.split(r" ?(?<![=@])\+ ?", text)
-    if "" in parts and len(parts) > 1:
-        raise ValueError(f"`{label}` has a separator without an AU on both sides in {_show(text)}. Take it out.")
-    presets = [part for part in parts if _find_preset(part.partition("@")[0])]
-    pairs = (pair for part in parts if part not in presets for pair in _read_items(part, label, au_names))
-    rows = [_place(pairs, label, au_names), *(_read_preset(part, label, au_names) for part in presets)]
-    values = map(sum, zip(*rows, strict=True))
-    return [_check_intensity(name, value, label) for name, value in zip(au_names, values, strict=True)]
+    def read_preset(self, text: str) -> list[float]:
+        name, at, strength = text.partition("@")
+        preset = _find_preset(name)
+        missing = preset.missing_aus(self.au_names)
+        if missing:
+            raise self.error(
+                f"is the preset {_show(name)}, which needs {', '.join(missing)}, but this model knows"
+                f" {', '.join(self.au_names)}."
+            )
+        factor = _to_float(strength) if at else 1.0
+        if factor is None or not math.isfinite(factor):
+            raise self.error(
+                f"gives the preset {_show(name)} the strength {_show(strength)}. A strength is a finite number, such"
+                ' as "doubtful@0.5".'
+            )
+        return self.place((au, factor * value) for au, value in preset.aus.items())
 
+    def read_items(self, text: str) -> Iterator[tuple[str, float]]:
+        """Read the AUs of a string that has no presets and no pluses."""
+        if not text:
+            return
+        name, at, _ = text.partition("@")
+        is_assignment = "=" in text
+        if not is_assignment and not re.search("[0-9]", name):
+            presets = available_presets(self.au_names)
+            nearest = difflib.get_close_matches(_preset_key(name[:40]), presets, n=1, cutoff=0.5)
+            way_out = f"Did you mean {nearest[0]!r}?" if nearest else f"The presets are: {', '.join(presets)}."
+            raise self.error(
+                f'is {_show(name)}, which is no preset and no AUs such as "AU6=3 AU12=5" or "6C+12D". {way_out}'
+            )
+        if at and not is_assignment:
+            raise self.error(f"gives {_show(name)} a strength, which only presets take. Write grades: 6C+12D.")
+        # FACS literature writes "AU 12", and spaces around separators carry no meaning.
+        text = re.sub(r"\bAU (?=[LR]?[0-9])", "AU", text, flags=re.ASCII | re.IGNORECASE)
+        items = re.split("[, ]", text)
+        if "" in items:
+            raise self.error(f"has a separator without an AU on both sides in {_show(text)}. Take it out.")
+        yield from map(self.read_assignment if is_assignment else self.read_facs_item, items)
 
-def _read_preset(text: str, label: str, au_names: tuple[str, ...]) -> list[float]:
-    name, at, strength = text.partition("@")
-    preset = _find_preset(name)
-    missing = preset.missing_aus(au_names)
-    if missing:
-        raise ValueError(
-            f"`{label}` is the preset {_show(name)}, which needs {', '.join(missing)}, but this model knows "
-            f"{', '.join(au_names)}."
-        )
-    factor = _to_float(strength) if at else 1.0
-    if factor is None or not math.isfinite(factor):
-        raise ValueError(
-            f"`{label}` gives the preset {_show(name)} the strength {_show(strength)}. A strength is a finite "
-            'number, such as "doubtful@0.5".'
-        )
-    return _place(((name, factor * value) for name, value in preset.aus.items()), label, au_names)
+    def read_assignment(self, item: str) -> tuple[str, float]:
+        # A bare AU is not allowed here: in "AU6=2,5" the 5 is more likely a decimal than AU5.
+        name, equals, value = item.partition("=")
+        number = _to_float(value)
+        if not equals or number is None:
+            raise self.error(
+                f"has {_show(item)} where an AU and its number belong. Write AU6=2.5 AU12=5, with a decimal point,"
+                " with spaces or commas between AUs, and with a plus before or after a preset."
+            )
+        return self.au_name(name), number
 
+    def read_facs_item(self, item: str) -> tuple[str, float]:
+        match = re.fullmatch("(.*[0-9][LR]?)([A-Z]?)", item, flags=re.ASCII | re.IGNORECASE)
+        name, grade = match.groups() if match else (item, "")
+        name = self.au_name(name)
+        if grade and grade.upper() not in GRADES:
+            raise self.error(
+                f"gives {name} the grade {grade!r}. FACS grades are A, B, C, D, E, which are 1, 2, 3, 4, 5; an AU"
+                f" without a grade is C. For other numbers write {name}=2.5."
+            )
+        return name, float(GRADES[grade.upper() or "C"])
 
-def _read_items(text: str, label: str, au_names: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-    """Read the AUs of a string that has no presets and no pluses."""
-    if not text:
-        return
-    name, at, _ = text.partition("@")
-    is_assignment = "=" in text
-    if not is_assignment and not re.search("[0-9]", name):
-        raise ValueError(_unknown_preset_message(name, label, au_names))
-    if at and not is_assignment:
-        raise ValueError(f"`{label}` gives {_show(name)} a strength, which only presets take. Write grades: 6C+12D.")
-    # FACS literature writes "AU 12", and spaces around separators carry no meaning.
-    text = re.sub(r"\bAU (?=[LR]?[0-9])", "AU", text, flags=re.ASCII | re.IGNORECASE)
-    items = re.split("[, ]", text)
-    if "" in items:
-        raise ValueError(f"`{label}` has a separator without an AU on both sides in {_show(text)}. Take it out.")
-    for item in items:
-        yield (_read_assignment if is_assignment else _read_facs_item)(item, label, au_names)
+    def au_name(self, name) -> str:
+        """The key of `au_columns` for any spelling: "AU6", "au06", "6", 6; with a side "AU12L", "12L", "L12"."""
+        if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= name < 1000:
+            name = str(name)
+        known = ", ".join(self.au_names)
+        if not isinstance(name, str):
+            raise self.error(f"names an AU by {_show(name)}. AUs are named by strings: {known}.")
+        spelling = r"([LR]?)(?:AU)?([LR]?)0*([1-9][0-9]*)([LR]?)"
+        match = re.fullmatch(spelling, name.strip(), flags=re.ASCII | re.IGNORECASE)
+        side = (match[1] + match[2] + match[4]).upper() if match else ""
+        whole = f"AU{match[3]}" if match else ""
+        columns = au_columns(self.au_names)
+        if whole + side in columns:
+            return whole + side
+        if whole in columns and len(side) == 1:
+            raise self.error(
+                f"names {_show(name)}, one side of the face, but this model moves both sides of {whole} alike: leave"
+                f" out the L or R. It knows {known}."
+            )
+        unit, nearest = _BY_NAME.get(whole), _nearest_au(whole, side, self.au_names)
+        what = f" ({unit.facs_name})" if unit else ""
+        hint = f" The nearest is {nearest}." if nearest else ""
+        raise self.error(f"names {_show(name)}{what}, which this model does not know. It knows {known}.{hint}")
 
+    def place(self, pairs: Iterable[tuple[str, Real]]) -> list[float]:
+        """Check `pairs`, whose names are keys of `au_columns`, and return intensities in the order of the AUs."""
+        columns, intensities = au_columns(self.au_names), [None] * len(self.au_names)
+        for name, value in pairs:
+            value = self.check_intensity(name, value)
+            for column in columns[name]:
+                if intensities[column] is not None:
+                    sides = f" ({name} is both its sides)" if len(columns[name]) > 1 else ""
+                    raise self.error(f"gives {self.au_names[column]} twice{sides}. Give each AU once.")
+                intensities[column] = value
+        return [0.0 if value is None else value for value in intensities]
 
-def _read_assignment(item: str, label: str, au_names: tuple[str, ...]) -> tuple[str, float]:
-    # A bare AU is not allowed here: in "AU6=2,5" the 5 is more likely a decimal than AU5.
-    name, equals, value = item.partition("=")
-    number = _to_float(value)
-    if not equals or number is None:
-        raise ValueError(
-            f"`{label}` has {_show(item)} where an AU and its number belong. Write AU6=2.5 AU12=5, with a decimal "
-            "point, with spaces or commas between AUs, and with a plus before or after a preset."
-        )
-    return _au_name(name, label, au_names), number
-
-
-def _read_facs_item(item: str, label: str, au_names: tuple[str, ...]) -> tuple[str, float]:
-    match = re.fullmatch("(.*[0-9][LR]?)([A-Z]?)", item, flags=re.ASCII | re.IGNORECASE)
-    name, grade = match.groups() if match else (item, "")
-    name = _au_name(name, label, au_names)
-    if grade and grade.upper() not in GRADES:
-        raise ValueError(
-            f"`{label}` gives {name} the grade {grade!r}. FACS grades are A, B, C, D, E, which are 1, 2, 3, 4, 5; an "
-            f"AU without a grade is C. For other numbers write {name}=2.5."
-        )
-    return name, float(GRADES[grade.upper() or "C"])
-
-
-def _au_name(name, label: str, au_names: tuple[str, ...]) -> str:
-    """The key of `au_columns` for any spelling: "AU6", "au06", "6", 6; with a side "AU12L", "12L", "L12"."""
-    if isinstance(name, Integral) and not isinstance(name, bool) and 0 <= name < 1000:
-        name = str(name)
-    known = ", ".join(au_names)
-    if not isinstance(name, str):
-        raise ValueError(f"`{label}` names an AU by {_show(name)}. AUs are named by strings: {known}.")
-    match = re.fullmatch(r"([LR]?)(?:AU)?([LR]?)0*([1-9][0-9]*)([LR]?)", name.strip(), flags=re.ASCII | re.IGNORECASE)
-    side = (match[1] + match[2] + match[4]).upper() if match else ""
-    whole = f"AU{match[3]}" if match else ""
-    columns = au_columns(au_names)
-    if whole + side in columns:
-        return whole + side
-    if whole in columns and len(side) == 1:
-        raise ValueError(
-            f"`{label}` names {_show(name)}, one side of the face, but this model moves both sides of {whole} alike: "
-            f"leave out the L or R. It knows {known}."
-        )
-    unit = _BY_NAME.get(whole)
-    what = f" ({unit.facs_name})" if unit else ""
-    nearest = _nearest_au(whole, side, au_names)
-    hint = f" The nearest is {nearest}." if nearest else ""
-    raise ValueError(f"`{label}` names {_show(name)}{what}, which this model does not know. It knows {known}.{hint}")
+    def check_intensity(self, name: str, value: Real) -> float:
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise self.error(f"sets {name} to {_show(value)}. An intensity is a number, such as 2.5.")
+        # `not … <= …` rejects NaN too. Compare before `float(value)`, which overflows for a huge integer.
+        if not -MAX_INTENSITY <= value <= MAX_INTENSITY:
+            raise self.error(
+                f"sets {name} to {_show(value)}. Intensities are finite and go from 0 (absent) to 5 (grade E); to"
+                f" extrapolate, from -{MAX_INTENSITY} to {MAX_INTENSITY}."
+            )
+        return float(value)
 
 
 def _nearest_au(whole: str, side: str, au_names: tuple[str, ...]) -> str | None:
@@ -862,31 +864,6 @@ def _nearest_au(whole: str, side: str, au_names: tuple[str, ...]) -> str | None:
     if nearest is None:
         return None
     return f"{nearest.name}{side if nearest.name + side in au_names else ''} ({nearest.facs_name})"
-
-
-def _place(pairs: Iterable[tuple[str, Real]], label: str, au_names: tuple[str, ...]) -> list[float]:
-    """Check `pairs`, whose names are keys of `au_columns`, and return intensities in the order of `au_names`."""
-    columns, intensities = au_columns(au_names), [None] * len(au_names)
-    for name, value in pairs:
-        value = _check_intensity(name, value, label)
-        for column in columns[name]:
-            if intensities[column] is not None:
-                sides = f" ({name} is both its sides)" if len(columns[name]) > 1 else ""
-                raise ValueError(f"`{label}` gives {au_names[column]} twice{sides}. Give each AU once.")
-            intensities[column] = value
-    return [0.0 if value is None else value for value in intensities]
-
-
-def _check_intensity(name: str, value: Real, label: str) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise ValueError(f"`{label}` sets {name} to {_show(value)}. An intensity is a number, such as 2.5.")
-    # `not … <= …` rejects NaN too. Compare before `float(value)`, which overflows for a huge integer.
-    if not -MAX_INTENSITY <= value <= MAX_INTENSITY:
-        raise ValueError(
-            f"`{label}` sets {name} to {_show(value)}. Intensities are finite and go from 0 (absent) to 5 (grade E); "
-            f"to extrapolate, from -{MAX_INTENSITY} to {MAX_INTENSITY}."
-        )
-    return float(value)
 
 
 def _are_numbers(values) -> bool:
@@ -918,13 +895,6 @@ def _preset_key(name: str) -> str:
 
 def _find_preset(name: str) -> Preset | None:
     return PRESETS.get(_preset_key(name))
-
-
-def _unknown_preset_message(name: str, label: str, au_names: tuple[str, ...]) -> str:
-    presets = available_presets(au_names)
-    nearest = difflib.get_close_matches(_preset_key(name[:40]), presets, n=1, cutoff=0.5)
-    way_out = f"Did you mean {nearest[0]!r}?" if nearest else f"The presets are: {', '.join(presets)}."
-    return f'`{label}` is {_show(name)}, which is no preset and no AUs such as "AU6=3 AU12=5" or "6C+12D". {way_out}'
 
 
 def _is_au_tag(content: str, with_presets: bool = True) -> bool:
