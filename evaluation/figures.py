@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a run: the paper's Figs. 4, 5, 6 and 8 as grids of pictures, dose–response curves, and a heat map."""
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK, Table, draw_sheet
 from evaluation.meters import read_picture
-from evaluation.report import commanded_aus, with_neutral, without_unmeasured
+from evaluation.report import commanded_aus, intensities, with_neutral, without_unmeasured
 
 
 PICTURE_SIDE = 128
@@ -21,31 +20,66 @@ CURVE, OTHER_CURVE = "#1f6fb2", "#c9d6e2"
 
 def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
     """Draw every figure for which `results` have the pictures. Returns the drawings by name."""
-    drawings = {}
     shown = results.drop_duplicates("name")
-    first = shown["prompt_index"].min()
-    for name, draw in (
-        ("figure4_single_aus", figure4),
-        ("figure5_combinations", figure5),
-        ("figure6_intensity", functools.partial(intensity_sheet, values=(0, 1, 2, 3, 4, 5))),
-        ("figure8_extrapolation", functools.partial(intensity_sheet, values=(-3, -2, -1, 0, 2, 4, 5, 6, 7, 8))),
-    ):
-        sheet = draw(shown[shown["prompt_index"] == first], pictures)
-        if sheet is not None:
-            drawings[name] = sheet
-    for meter, table in results.groupby("meter", sort=False):
-        if not meter or table["num_faces"].max() == 0:
-            continue
+    shown = shown[shown["prompt_index"] == shown["prompt_index"].min()]
+    drawings = {
+        "figure4_single_aus": figure4(shown, pictures),
+        "figure5_combinations": figure5(shown, pictures),
+        "figure6_intensity": intensity_sheet(shown, pictures, (0, 1, 2, 3, 4, 5)),
+        "figure8_extrapolation": intensity_sheet(shown, pictures, (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8)),
+    }
+    for meter, table in results[results["meter"] != ""].groupby("meter", sort=False):
         measured = with_neutral(without_unmeasured(table))
         if (measured["part"] == "single").any():
             drawings[f"dose_response_{meter}"] = draw_dose_response(measured, meter)
             drawings[f"heat_map_{meter}"] = draw_heat_map(measured, meter)
-    return drawings
+    return {name: image for name, image in drawings.items() if image is not None}
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Grids of pictures
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
+    """Draw the neutral face and each AU alone at 5. None if a picture is missing."""
+    names = {"neutral": _name_of(rows, "neutral")}
+    names |= {au: _name_of(rows, "single", au, 5) for au in commanded_aus(rows)}
+    return None if None in names.values() else _in_bands(names, pictures, _title(rows))
+
+
+def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image | None:
+    """Draw the neutral face and the first `count` combinations. None if there is no combination."""
+    names = {"neutral": _name_of(rows, "neutral")}
+    for _, row in rows[rows["part"] == "combination"].head(count).iterrows():
+        names[" ".join(f"{au[2:]}={row[au]:g}" for au in commanded_aus(rows) if row[au])] = row["name"]
+    return None if len(names) == 1 else _in_bands(names, pictures, _title(rows))
+
+
+def intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
+    """Draw each AU at `values`, in a row of its own. None if a picture is missing."""
+
+    def name_at(au: str, value: int) -> str | None:
+        return _name_of(rows, "single" if 0 <= value <= 5 else "extrapolation", au, value)
+
+    au_names, neutral = commanded_aus(rows), _name_of(rows, "neutral")
+    names = [[neutral if value == 0 else name_at(au, value) for value in values] for au in au_names]
+    if any(None in row for row in names):
+        return None
+    table = Table(names, au_names, [f"{value}" for value in values])
+    return draw_sheet([[table.map(lambda name: _open(pictures, name))]], _title(rows))
+
+
+def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str) -> Image.Image:
+    """Draw the same pictures of several runs: a row for each of `folders`, a column for each of `names`."""
+    rows = [[_open(folder, name) for name in names.values()] for folder in folders.values()]
+    return draw_sheet([[Table(rows, list(folders), list(names))]], title)
+
+
+def _name_of(rows: pd.DataFrame, part: str, au: str | None = None, value: float = 0) -> str | None:
+    """The file name of the picture of a part in which `au`, if it is given, has this value; None if there is none."""
+    found = rows.loc[(rows["part"] == part) & (True if au is None else rows[au] == value), "name"]
+    return None if found.empty else found.iloc[0]
 
 
 def _open(pictures: Path, name: str) -> Image.Image:
@@ -57,63 +91,12 @@ def _title(rows: pd.DataFrame) -> str:
     return f"{rows['prompt'].iloc[0]} · seed {rows['seed'].iloc[0]}"
 
 
-def _neutral_name(rows: pd.DataFrame) -> str:
-    return rows.loc[rows["part"] == "neutral", "name"].iloc[0]
-
-
-def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """Draw the neutral face and each AU alone at 5. None if a picture is missing."""
-    names = {au: _name_at(rows, "single", au, 5) for au in commanded_aus(rows)}
-    if None in names.values():
-        return None
-    return _in_bands({"neutral": _neutral_name(rows), **names}, pictures, _title(rows))
-
-
-def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image | None:
-    """Draw the neutral face and the first `count` combinations. None if there is no combination."""
-    chosen = rows[rows["part"] == "combination"].head(count)
-    if chosen.empty:
-        return None
-    names = {"neutral": _neutral_name(rows)}
-    for _, row in chosen.iterrows():
-        names[" ".join(f"{au[2:]}={row[au]:g}" for au in commanded_aus(rows) if row[au])] = row["name"]
-    return _in_bands(names, pictures, _title(rows))
-
-
-def _name_at(rows: pd.DataFrame, part: str, au: str, value: float) -> str | None:
-    found = rows.loc[(rows["part"] == part) & (rows[au] == value), "name"]
-    return None if found.empty else found.iloc[0]
-
-
-def intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
-    """Draw each AU at `values`, in a row of its own. None if a picture is missing."""
-    table, au_names = [], commanded_aus(rows)
-    for au in au_names:
-        names = [
-            _neutral_name(rows)
-            if value == 0
-            else _name_at(rows, "single" if 0 < value <= 5 else "extrapolation", au, value)
-            for value in values
-        ]
-        if None in names:
-            return None
-        table.append([_open(pictures, name) for name in names])
-    return draw_sheet([[Table(table, au_names, [f"{value}" for value in values])]], _title(rows))
-
-
 def _in_bands(names: dict[str, str], pictures: Path, title: str) -> Image.Image:
+    """Draw pictures in rows of `MAX_COLUMNS`. `names` has their file names by their labels."""
     labels = list(names)
-    bands = []
-    for start in range(0, len(labels), MAX_COLUMNS):
-        part = labels[start : start + MAX_COLUMNS]
-        bands.append([Table([[_open(pictures, names[label]) for label in part]], [], part)])
+    parts = [labels[start : start + MAX_COLUMNS] for start in range(0, len(labels), MAX_COLUMNS)]
+    bands = [[Table([[_open(pictures, names[label]) for label in part]], [], part)] for part in parts]
     return draw_sheet(bands, title)
-
-
-def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str) -> Image.Image:
-    """Draw the same pictures of several runs: a row for each of `folders`, a column for each of `names`."""
-    rows = [[_open(folder, name) for name in names.values()] for folder in folders.values()]
-    return draw_sheet([[Table(rows, list(folders), list(names))]], title)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -208,10 +191,9 @@ def movement_matrix(measured: pd.DataFrame) -> pd.DataFrame:
     matrix, au_names = [], commanded_aus(measured)
     for au in au_names:
         rows = single[single[au] != 0]
-        moved = rows[[f"measured_{name}" for name in au_names]].to_numpy()
-        moved = moved - rows[[f"neutral_{name}" for name in au_names]].to_numpy()
-        command = rows[au].mean()
-        matrix.append(np.nanmean(moved, axis=0) / command if len(rows) else np.full(len(au_names), np.nan))
+        _, moved, neutral = intensities(rows)
+        per_grade = np.nanmean(moved - neutral, axis=0) / rows[au].mean() if len(rows) else [np.nan] * len(au_names)
+        matrix.append(per_grade)
     return pd.DataFrame(matrix, index=au_names, columns=au_names)
 
 

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image encoders embed pictures for CLIP-I (Eq. 4), and measure how well a picture shows what its prompt says."""
 
-import json
-import re
 from pathlib import Path
 from typing import Protocol
 
@@ -12,12 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from drawing.model import quiet
 from evaluation.meters import toy_pixel_values
-from program import TOY_MODEL, folder_digest
-
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""The normalization that CLIP models are trained with, for folders without a preprocessor_config.json."""
+from program import TOY_MODEL, check_folder_or_hub_id, folder_digest
 
 
 class ImageEncoder(Protocol):
@@ -95,43 +90,32 @@ class CLIPImageEncoder:
     """A CLIP model of transformers. If it has its text half, it also measures the agreement with the prompt."""
 
     def __init__(self, name: str, device: torch.device):
-        if not Path(name).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise FileNotFoundError(
-                f"`--image-encoder` is {name!r}, which is neither toy, nor a folder, nor the id of a Hub repository."
-            )
+        with quiet():
+            from transformers import CLIPConfig, CLIPImageProcessor
+
+        check_folder_or_hub_id(name, "`--image-encoder`")
         self.name, self.device, self.model = name, device, None
         self.settings = {"name": name}
         if Path(name).is_dir():
             self.settings = {"name": Path(name).name, "files": folder_digest(Path(name))}
-        self.config = self._read_config("config.json")
-        self.has_text = self.config.get("model_type") == "clip"
-        self.agreement_name = "CLIP text–image similarity" if self.has_text else ""
-        if self.config.get("model_type") not in ("clip", "clip_vision_model"):
+        config, _ = CLIPConfig.get_config_dict(name)
+        kind = config.get("model_type")
+        if kind not in ("clip", "clip_vision_model"):
             raise ValueError(
-                f"`--image-encoder` is {name!r}, a model of type {self.config.get('model_type')!r}. It has to be a"
-                " CLIP model or the image half of one."
+                f"`--image-encoder` is {name!r}, a model of type {kind!r}. It has to be a CLIP model or the image half"
+                " of one."
             )
-        vision = self.config.get("vision_config", {}) if self.has_text else self.config
+        self.has_text = kind == "clip"
+        self.agreement_name = "CLIP text–image similarity" if self.has_text else ""
+        vision = config.get("vision_config", {}) if self.has_text else config
         # The default of transformers' CLIPVisionConfig.
-        self.size = vision.get("image_size", 224)
-        preprocessing = self._read_config("preprocessor_config.json", optional=True)
-        self.mean, self.std = preprocessing.get("image_mean", CLIP_MEAN), preprocessing.get("image_std", CLIP_STD)
-
-    def _read_config(self, file_name: str, optional: bool = False) -> dict:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError
-
-        path = Path(self.name) / file_name
-        if not Path(self.name).is_dir():
-            try:
-                path = Path(hf_hub_download(self.name, file_name))
-            except EntryNotFoundError:
-                path = None
-        if path is None or not path.is_file():
-            if optional:
-                return {}
-            raise FileNotFoundError(f"`--image-encoder`: {self.name!r} has no {file_name}.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        side = vision.get("image_size", 224)
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        try:
+            self.processor = CLIPImageProcessor.from_pretrained(name, **size)
+        except OSError:
+            # Without a preprocessor_config.json, the normalization is that of OpenAI's CLIP models.
+            self.processor = CLIPImageProcessor(**size)
 
     def _load(self):
         from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -144,15 +128,7 @@ class CLIPImageEncoder:
 
     def pixel_values(self, images: list[Image.Image]) -> torch.Tensor:
         """Resize the shorter side, cut out the middle and normalize, as CLIP does: `(images, 3, size, size)`."""
-        cut = []
-        for image in images:
-            scale = self.size / min(image.size)
-            width, height = (max(self.size, round(side * scale)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            cut.append(np.asarray(image.crop((left, top, left + self.size, top + self.size)), np.float32) / 255)
-        pixels = (np.stack(cut) - np.float32(self.mean)) / np.float32(self.std)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self.device)
+        return self.processor(images, return_tensors="pt").pixel_values.to(self.device)
 
     @torch.no_grad()
     def embed(self, images: list[Image.Image]) -> np.ndarray:

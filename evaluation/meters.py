@@ -9,8 +9,9 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -47,10 +48,6 @@ class Reading:
     aus: np.ndarray
     num_faces: int
 
-    @property
-    def face_found(self) -> bool:
-        return self.num_faces > 0
-
 
 class Meter(Protocol):
     name: str
@@ -84,7 +81,7 @@ def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAM
     command = shlex.split(where)
     if shutil.which(command[0]) is None:
         raise FileNotFoundError(f"`--meter` is {spec!r}, but there is no program {command[0]!r}.")
-    return OpenFaceMeter(command, au_names) if tool == "openface" else ScriptMeter(tool, command, au_names)
+    return ToolMeter(tool, command, au_names)
 
 
 class ToyMeter:
@@ -105,18 +102,10 @@ class ToyMeter:
         if self.network is None:
             self.network = PictureReader.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
         pixel_values = torch.cat([toy_pixel_values(read_picture(path)) for path in paths])
-        measured = [self.network(part.to(self.device)).cpu().numpy() for part in pixel_values.split(64)]
-        names = self.network.config.get("au_names") or AU_NAMES
-        return [Reading(aus, 1) for aus in _choose_aus(np.concatenate(measured), names, self.au_names)]
-
-
-def _choose_aus(measured: np.ndarray, names: Sequence[str], au_names: Sequence[str]) -> np.ndarray:
-    """
-    Convert readings of the AUs `names`, of shape `(pictures, n)`, to readings of `au_names`, see `au_projection`. AUs
-    that were not read are NaN.
-    """
-    projection = au_projection(names, au_names).numpy()
-    return np.where(projection.any(axis=0), measured @ projection, np.float32(np.nan))
+        measured = torch.cat([self.network(part.to(self.device)).cpu() for part in pixel_values.split(64)])
+        projection = au_projection(self.network.config.get("au_names") or AU_NAMES, self.au_names)
+        aus = torch.where(projection.any(dim=0), measured @ projection, torch.nan)
+        return [Reading(row, 1) for row in aus.numpy()]
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -147,86 +136,66 @@ class TableMeter:
         if next(read_au_table(path, self.tool, say=lambda sentence: None, au_names=au_names), None) is None:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
         self.settings = {"table": file_digest(path)}
-        self.rows: dict[str, list[AURow]] | None = None
+        self.rows: dict[str, list[AURow]] = {}
 
     def measure(self, paths: list[Path]) -> list[Reading]:
-        if self.rows is None:
-            self.rows = rows_by_picture(_read_table(self.path, self.tool, self.au_names))
+        if not self.rows:
+            for row in read_au_table(self.path, self.tool, au_names=self.au_names, unmeasured=float("nan")):
+                name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
+                # Some tools leave out the ending of a file name.
+                self.rows.setdefault(name if name.lower().endswith(".png") else f"{name}.png", []).append(row)
         missing = [path.name for path in paths if path.name not in self.rows]
         if missing:
             raise ValueError(
                 f"{self.path} has no row for {len(missing)} of {len(paths)} pictures, the first of them"
                 f" {missing[0]!r}. Measure them too: a picture without a face needs a row that says so."
             )
-        return [surest_face(self.rows[path.name], len(self.au_names)) for path in paths]
+        return [self._surest_face(self.rows[path.name]) for path in paths]
+
+    def _surest_face(self, rows: list[AURow]) -> Reading:
+        faces = [row for row in rows if row.face_found]
+        if not faces:
+            return Reading(np.full(len(self.au_names), np.nan, np.float32), 0)
+        return Reading(max(faces, key=lambda row: row.confidence).aus, len(faces))
 
 
-def _read_table(path: Path, tool: str | None, au_names: Sequence[str]) -> Iterator[AURow]:
-    return read_au_table(path, tool, au_names=au_names, unmeasured=float("nan"))
-
-
-def rows_by_picture(rows: Iterable[AURow]) -> dict[str, list[AURow]]:
-    """Group the rows by the file name of their picture. Some tools leave out its ending, so `.png` is added."""
-    by_name: dict[str, list[AURow]] = {}
-    for row in rows:
-        name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
-        by_name.setdefault(name if name.lower().endswith(".png") else f"{name}.png", []).append(row)
-    return by_name
-
-
-def surest_face(rows: Iterable[AURow], num_aus: int) -> Reading:
-    faces = [row for row in rows if row.face_found]
-    if not faces:
-        return Reading(np.full(num_aus, np.nan, np.float32), 0)
-    return Reading(max(faces, key=lambda row: row.confidence).aus, len(faces))
-
-
-class OpenFaceMeter:
-    """OpenFace 2's `FaceLandmarkImg`. It measures a folder of pictures and is not calibrated on a person."""
-
-    name = "openface"
-
-    def __init__(self, command: list[str], au_names: Sequence[str]):
-        self.au_names = au_names
-        self.command, self.settings = command, {"command": shlex.join(command)}
-
-    def measure(self, paths: list[Path]) -> list[Reading]:
-        with tempfile.TemporaryDirectory() as folder:
-            pictures, tables = Path(folder) / "pictures", Path(folder) / "tables"
-            pictures.mkdir()
-            # OpenFace cuts a file name at its first dot, so the copies get names without one.
-            for number, path in enumerate(paths):
-                shutil.copy(path, pictures / f"{number:05d}.png")
-            run_tool([*self.command, "-fdir", str(pictures), "-out_dir", str(tables), "-aus"])
-            found = [tables / f"{number:05d}.csv" for number in range(len(paths))]
-            if not any(path.exists() for path in found):
-                raise ToolError(f"{self.settings['command']} measured none of {len(paths)} pictures.")
-            # OpenFace writes no table for a picture without a face.
-            tables = (_read_table(path, "openface", self.au_names) if path.exists() else () for path in found)
-            return [surest_face(rows, len(self.au_names)) for rows in tables]
-
-
-class ScriptMeter:
-    """LibreFace or py-feat. The Python of the tool's environment runs our script, which writes the tool's table."""
+class ToolMeter:
+    """
+    LibreFace or py-feat, whose environment's Python runs our script that writes a table; or OpenFace 2's
+    `FaceLandmarkImg`, which measures a folder of pictures, is not calibrated on a person, and writes many tables.
+    """
 
     def __init__(self, tool: str, command: list[str], au_names: Sequence[str]):
-        self.au_names = au_names
-        self.name, self.command, self.settings = tool, command, {"command": shlex.join(command)}
+        self.name, self.command, self.au_names = tool, command, au_names
+        self.settings = {"command": shlex.join(command)}
 
     def measure(self, paths: list[Path]) -> list[Reading]:
         with tempfile.TemporaryDirectory() as folder:
-            listing, table = Path(folder) / "pictures.txt", Path(folder) / "table.csv"
-            listing.write_text("\n".join(str(path.resolve()) for path in paths) + "\n", encoding="utf-8")
-            run_tool([*self.command, str(TOOL_SCRIPTS / f"{self.name}_table.py"), str(listing), str(table)])
+            listing, table, written = (Path(folder) / name for name in ("pictures.txt", "table.csv", "tables"))
+            script = TOOL_SCRIPTS / f"{self.name}_table.py"
+            words = [*self.command, script, listing, table]
+            if self.name == "openface":
+                paths = _copy_without_dots(paths, Path(folder) / "pictures")
+                run_tool([*self.command, "-fdir", paths[0].parent, "-out_dir", written, "-aus"])
+                words = [sys.executable, script, listing, written, table]
+            listing.write_text("".join(f"{path.resolve()}\n" for path in paths), encoding="utf-8")
+            run_tool(words)
             if not table.is_file():
                 raise ToolError(f"{self.settings['command']} has written no table.")
             return TableMeter(self.name, table, self.au_names).measure(paths)
 
 
-def run_tool(command: list[str]) -> None:
+def _copy_without_dots(paths: list[Path], folder: Path) -> list[Path]:
+    """Copy pictures to names that OpenFace, which cuts a file name at its first dot, leaves as they are."""
+    folder.mkdir()
+    return [Path(shutil.copy(path, folder / f"{number:05d}.png")) for number, path in enumerate(paths)]
+
+
+def run_tool(command: list[str | Path]) -> None:
     # The tool's environment has other versions of our packages, so it must not get our module path.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     finished = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     if finished.returncode:
         said = (finished.stderr.strip() or finished.stdout.strip() or "nothing").splitlines()[-1]
-        raise ToolError(f"{shlex.join(command)} ended with exit status {finished.returncode}, saying: {said}")
+        words = shlex.join(map(str, command))
+        raise ToolError(f"{words} ended with exit status {finished.returncode}, saying: {said}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from action_units import AU_NAMES, whole_au
+from action_units import whole_au
 
 
 HARD_AUS = ("AU15", "AU17", "AU20")
@@ -19,23 +19,18 @@ def is_hard(au_names: Sequence[str]) -> np.ndarray:
     return np.array([whole_au(name) in HARD_AUS for name in au_names])
 
 
-def au_mse(
-    commanded: np.ndarray, measured: np.ndarray, with_hard_aus: bool = True, au_names: Sequence[str] = AU_NAMES
-) -> np.ndarray:
+def au_mse(commanded: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """
     Eq. 3 for each picture: the squared difference between commanded and measured intensity, averaged over the AUs.
 
     Args:
         commanded, measured (`np.ndarray` of shape `(pictures, n)`):
-            FACS intensities of `au_names`.
-        with_hard_aus (`bool`, defaults to `True`):
-            False leaves out AU15, AU17 and AU20.
+            FACS intensities of the same AUs.
 
     Returns:
         `np.ndarray` of shape `(pictures,)`, in squared FACS intensities.
     """
-    chosen = slice(None) if with_hard_aus else ~is_hard(au_names)
-    return np.square(measured - commanded)[:, chosen].mean(axis=1)
+    return np.square(measured - commanded).mean(axis=1)
 
 
 def clip_similarity(embeddings: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 """Summarizes results, which have a row for each picture, to figures with intervals, and writes these as Markdown."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -44,12 +44,18 @@ METRIC_NAMES = {
     "reference_similarity": "likeness to the image prompt ↑",
     "seconds": "seconds per picture ↓",
 }
+AU_METRIC_NAMES = {"r": "r", "slope": "slope", "au_mse": "MSE", "unrequested": "other AUs move by"}
 PART_NAMES = {
     "neutral": "neutral",
     "single": "single AUs",
     "combination": "combinations",
     "extrapolation": "beyond [0, 5]",
 }
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
@@ -68,23 +74,25 @@ def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
         other figure.
     """
     rows = []
-    for (part, metric), figure in _picture_figures(results, draws):
-        rows.append(_row("", part, "", metric, figure))
-    for meter, table in results.groupby("meter", sort=False):
-        if not meter:
-            continue
+
+    def add(meter: str, part: str, au: str, metric: str, figure: Figure) -> None:
+        numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
+        counts = {"pictures": figure.num_pictures, "prompts": figure.num_prompts}
+        rows.append({"meter": meter, "part": part, "au": au, "metric": metric, **numbers, **counts})
+
+    for part, group in results.drop_duplicates("name").groupby("part", sort=False):
+        for metric in PICTURE_METRICS:
+            if metric in group and group[metric].notna().any() and (part, metric) != ("neutral", "clip_i"):
+                statistic = np.median if metric == "seconds" else np.mean
+                values = group[metric].to_numpy(float)
+                add("", part, "", metric, bootstrap(statistic, values, prompts=_prompts(group), draws=draws))
+    for meter, table in results[results["meter"] != ""].groupby("meter", sort=False):
         for part, group in table.groupby("part", sort=False):
             missing = int((group["num_faces"] == 0).sum())
-            rows.append(_row(meter, part, "", "no_face", Figure(missing, missing, missing, len(group), 0)))
-        for (part, au, metric), figure in _meter_figures(with_neutral(without_unmeasured(table)), draws):
-            rows.append(_row(meter, part, au, metric, figure))
+            add(meter, part, "", "no_face", Figure(missing, missing, missing, len(group), 0))
+        for part, au, metric, group, statistic, *columns in _statistics(with_neutral(without_unmeasured(table))):
+            add(meter, part, au, metric, bootstrap(statistic, *columns, prompts=_prompts(group), draws=draws))
     return pd.DataFrame(rows)
-
-
-def _row(meter: str, part: str, au: str, metric: str, figure: Figure) -> dict:
-    numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
-    counts = {"pictures": figure.num_pictures, "prompts": figure.num_prompts}
-    return {"meter": meter, "part": part, "au": au, "metric": metric, **numbers, **counts}
 
 
 def commanded_aus(table: pd.DataFrame) -> list[str]:
@@ -108,115 +116,94 @@ def without_unmeasured(table: pd.DataFrame) -> pd.DataFrame:
 def with_neutral(table: pd.DataFrame) -> pd.DataFrame:
     """Keep the pictures in which the meter found a face, and add its readings of their neutral face: `neutral_…`."""
     found = table[table["num_faces"] > 0]
+    neutral = found[found["part"] == "neutral"].set_index("prompt_index").filter(regex="^measured_")
+    return found.join(neutral.rename(columns=lambda name: name.replace("measured_", "neutral_")), on="prompt_index")
+
+
+def intensities(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Commanded and measured intensities, and those of the neutral face, of what `with_neutral` returns."""
     au_names = commanded_aus(table)
-    measured = [f"measured_{name}" for name in au_names]
-    neutral = found[found["part"] == "neutral"].set_index("prompt_index")[measured]
-    neutral.columns = [f"neutral_{name}" for name in au_names]
-    return found.join(neutral, on="prompt_index")
-
-
-def _picture_figures(results: pd.DataFrame, draws: int) -> Iterator[tuple[tuple[str, str], Figure]]:
-    pictures = results.drop_duplicates("name")
-    for part, group in pictures.groupby("part", sort=False):
-        for metric in PICTURE_METRICS:
-            if metric not in group or group[metric].isna().all() or (part, metric) == ("neutral", "clip_i"):
-                continue
-            statistic = np.median if metric == "seconds" else np.mean
-            values = group[metric].to_numpy(float)
-            yield (part, metric), bootstrap(statistic, values, prompts=_prompts(group), draws=draws)
+    kinds = ("", "measured_", "neutral_")
+    return tuple(table[[f"{kind}{name}" for name in au_names]].to_numpy(float) for kind in kinds)
 
 
 def _prompts(group: pd.DataFrame) -> np.ndarray:
     return group["prompt_index"].to_numpy()
 
 
-def _arrays(group: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    au_names = commanded_aus(group)
-    return tuple(
-        group[[f"{kind}{name}" for name in au_names]].to_numpy(float) for kind in ("", "measured_", "neutral_")
-    )
-
-
-def _meter_figures(table: pd.DataFrame, draws: int) -> Iterator[tuple[tuple[str, str, str], Figure]]:
+def _statistics(table: pd.DataFrame) -> Iterator[tuple]:
+    """Yield part, AU ("" for all), metric, the pictures that it is computed from, the statistic, and its columns."""
     for part in ("single", "combination"):
         group = table[table["part"] == part]
-        if group.empty:
-            continue
-        yield from (((part, "", metric), figure) for metric, figure in _overall_figures(group, part, draws))
+        if not group.empty:
+            for metric, *computed in _overall_statistics(group, part):
+                yield part, "", metric, *computed
+            for column, au in enumerate(commanded_aus(table)):
+                chosen = group if part == "combination" else group[group[au] != 0]
+                if not chosen.empty:
+                    for metric, *computed in _au_statistics(chosen, part, column):
+                        yield part, au, metric, chosen, *computed
+    if (table["part"] == "extrapolation").any():
+        alone = table[table["part"].isin(("single", "extrapolation"))]
         for column, au in enumerate(commanded_aus(table)):
-            chosen = group if part == "combination" else group[group[au] != 0]
-            yield from (((part, au, metric), f) for metric, f in _au_figures(chosen, column, part, draws))
-    beyond = table[table["part"] == "extrapolation"]
-    if not beyond.empty:
-        whole = table[table["part"].isin(("single", "extrapolation"))]
-        for column, au in enumerate(commanded_aus(table)):
-            for metric, figure in _extrapolation_figures(whole[whole[au] != 0], column, draws):
-                yield ("extrapolation", au, metric), figure
+            for metric, *computed in _extrapolation_statistics(alone[alone[au] != 0], column):
+                yield "extrapolation", au, metric, *computed
 
 
-def _overall_figures(group: pd.DataFrame, part: str, draws: int) -> Iterator[tuple[str, Figure]]:
-    commanded, measured, neutral = _arrays(group)
-    prompts, au_names = _prompts(group), commanded_aus(group)
-    hard = is_hard(au_names)
-
-    def mean(values: np.ndarray, rows=slice(None)) -> Figure:
-        return bootstrap(np.mean, values[rows], prompts=prompts[rows], draws=draws)
-
+def _overall_statistics(group: pd.DataFrame, part: str) -> Iterator[tuple]:
+    commanded, measured, neutral = intensities(group)
+    easy = ~is_hard(commanded_aus(group))
     errors = au_mse(commanded, measured)
-    yield "au_mse", mean(errors)
+    yield "au_mse", group, np.mean, errors
     # If a hard AU was commanded alone, its picture is left out; in a combination, only its column is.
-    easy = ~(commanded[:, hard] != 0).any(axis=1) if part == "single" else np.ones(len(group), dtype=bool)
-    yield "au_mse_easy", mean(au_mse(commanded, measured, with_hard_aus=False, au_names=au_names), easy)
+    kept = (commanded[:, ~easy] == 0).all(axis=1) | (part == "combination")
+    yield "au_mse_easy", group[kept], np.mean, au_mse(commanded[:, easy], measured[:, easy])[kept]
     for domain in ("in", "out"):
         of_domain = (group["domain"] == domain).to_numpy()
         if of_domain.any():
-            yield f"au_mse_{domain}", mean(errors, of_domain)
-    yield "au_mse_neutral", mean(au_mse(commanded, neutral))
-    yield "unrequested", mean(unrequested_movement(commanded, measured, neutral))
+            yield f"au_mse_{domain}", group[of_domain], np.mean, errors[of_domain]
+    yield "au_mse_neutral", group, np.mean, au_mse(commanded, neutral)
+    yield "unrequested", group, np.mean, unrequested_movement(commanded, measured, neutral)
     for metric, function in (("r", pearson), ("slope", slope)):
-        for name, columns in ((metric, range(len(au_names))), (f"{metric}_easy", np.flatnonzero(~hard))):
-            statistic = _mean_over_aus(function, columns, only_where_commanded=part == "single")
-            yield name, bootstrap(statistic, commanded, measured, prompts=prompts, draws=draws)
+        statistic = _mean_over_aus(function, only_where_commanded=part == "single")
+        yield metric, group, statistic, commanded, measured
+        yield f"{metric}_easy", group, statistic, commanded[:, easy], measured[:, easy]
 
 
-def _mean_over_aus(function, columns: Iterable[int], only_where_commanded: bool):
+def _mean_over_aus(function: Callable, only_where_commanded: bool) -> Callable[[np.ndarray, np.ndarray], float]:
     """Make a statistic: the mean of `function(commanded, measured)` over the AUs for which it is defined."""
 
     def statistic(commanded: np.ndarray, measured: np.ndarray) -> float:
         values = []
-        for column in columns:
-            rows = commanded[:, column] != 0 if only_where_commanded else slice(None)
-            x = commanded[rows, column]
-            values.append(function(x, measured[rows, column]) if len(x) > 1 else float("nan"))
+        for x, y in zip(commanded.T, measured.T, strict=True):
+            if only_where_commanded:
+                x, y = x[x != 0], y[x != 0]
+            if len(x) > 1:
+                values.append(function(x, y))
         values = [value for value in values if not np.isnan(value)]
         return float(np.mean(values)) if values else float("nan")
 
     return statistic
 
 
-def _au_figures(group: pd.DataFrame, column: int, part: str, draws: int) -> Iterator[tuple[str, Figure]]:
-    if group.empty:
-        return
-    commanded, measured, neutral = _arrays(group)
-    prompts, x, y = _prompts(group), commanded[:, column], measured[:, column]
-    for metric, function in (("r", pearson), ("slope", slope)):
-        yield metric, bootstrap(function, x, y, prompts=prompts, draws=draws)
-    errors = au_mse(commanded, measured) if part == "single" else np.square(y - x)
-    yield "au_mse", bootstrap(np.mean, errors, prompts=prompts, draws=draws)
+def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tuple]:
+    commanded, measured, neutral = intensities(group)
+    x, y = commanded[:, column], measured[:, column]
+    yield "r", pearson, x, y
+    yield "slope", slope, x, y
+    yield "au_mse", np.mean, au_mse(commanded, measured) if part == "single" else np.square(y - x)
     if part == "single":
-        moved = unrequested_movement(commanded, measured, neutral)
-        yield "unrequested", bootstrap(np.mean, moved, prompts=prompts, draws=draws)
+        yield "unrequested", np.mean, unrequested_movement(commanded, measured, neutral)
 
 
-def _extrapolation_figures(group: pd.DataFrame, column: int, draws: int) -> Iterator[tuple[str, Figure]]:
-    commanded, measured, neutral = _arrays(group)
-    prompts, x, moved = _prompts(group), commanded[:, column], (measured - neutral)[:, column]
-    for metric, function in (("r", pearson), ("slope", slope)):
-        yield metric, bootstrap(function, x, moved, prompts=prompts, draws=draws)
+def _extrapolation_statistics(group: pd.DataFrame, column: int) -> Iterator[tuple]:
+    commanded, measured, neutral = intensities(group)
+    x, moved = commanded[:, column], (measured - neutral)[:, column]
+    yield "r", group, pearson, x, moved
+    yield "slope", group, slope, x, moved
     for value in sorted({min(x), 5, max(x)}):
-        rows = x == value
-        if rows.any():
-            yield f"change_at_{value:g}", bootstrap(np.mean, moved[rows], prompts=prompts[rows], draws=draws)
+        if (x == value).any():
+            yield f"change_at_{value:g}", group[x == value], np.mean, moved[x == value]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -226,12 +213,9 @@ def _extrapolation_figures(group: pd.DataFrame, column: int, draws: int) -> Iter
 
 def find_figure(summary: pd.DataFrame, metric: str, part: str, meter: str = "", au: str = "") -> Figure:
     """Find one figure in the table of `summarize`. `NO_FIGURE` if it is not there."""
-    rows = summary[
-        (summary["metric"] == metric)
-        & (summary["part"] == part)
-        & (summary["meter"].astype(object).fillna("") == meter)
-        & (summary["au"].astype(object).fillna("") == au)
-    ]
+    # In a table that was read from a file, empty texts are NaN.
+    keys = summary[["metric", "part", "meter", "au"]].astype(object).fillna("")
+    rows = summary[(keys == [metric, part, meter, au]).all(axis=1)]
     if rows.empty:
         return NO_FIGURE
     row = rows.iloc[0]
@@ -251,18 +235,14 @@ def format_report(
 ) -> str:
     """Write the report as Markdown. `unmeasured` has the AUs that a meter does not read, by its name."""
     names = ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
-    chosen = ", ".join(f"`{name}={settings[name]}`" for name in names)
-    lines = ["# Does it obey?", "", f"{chosen}.", ""]
+    lines = ["# Does it obey?", "", ", ".join(f"`{name}={settings[name]}`" for name in names) + ".", ""]
     lines += ["A figure is followed by the interval that holds 95 % of its bootstrap over prompts and pictures."]
     if agreement_name:
         lines += [f"Agreement with the prompt is: {agreement_name}."]
     parts = [part for part in PART_NAMES if (summary["part"] == part).any()]
-    meters = [meter for meter in summary["meter"].unique() if meter]
-    lines += ["", "## Pictures", ""]
-    lines += _metric_table(summary, PICTURE_METRICS, parts, "")
-    for meter in meters:
-        lines += ["", f"## Measured by {meter}", ""]
-        lines += _face_sentence(summary, meter)
+    lines += ["", "## Pictures", "", *_metric_table(summary, PICTURE_METRICS, parts, "")]
+    for meter in filter(None, summary["meter"].unique()):
+        lines += ["", f"## Measured by {meter}", "", _face_sentence(summary, meter), ""]
         if unmeasured.get(meter):
             names = ", ".join(unmeasured[meter])
             lines += [f"It does not read {names}. Pictures that command these are in none of its figures.", ""]
@@ -276,27 +256,20 @@ def format_report(
 
 def _metric_table(summary: pd.DataFrame, metrics: Iterable[str], parts: list[str], meter: str) -> list[str]:
     figures = {metric: [find_figure(summary, metric, part, meter) for part in parts] for metric in metrics}
-    rows = [
-        [METRIC_NAMES[metric], *(format(figure, ".3f") for figure in row)]
-        for metric, row in figures.items()
-        if any(figure.num_pictures for figure in row)
-    ]
-    if not rows:
+    figures = {metric: row for metric, row in figures.items() if any(figure.num_pictures for figure in row)}
+    if not figures:
         return ["Nothing was measured."]
-    counts = []
-    for part in parts:
-        of_part = summary[(summary["part"] == part) & (summary["meter"] == meter) & (summary["au"] == "")]
-        of_part = of_part[of_part["metric"] != "no_face"]
-        counts.append(f"{of_part['pictures'].max():g}" if len(of_part) else "0")
-    return markdown_table(["", *(PART_NAMES[p] for p in parts)], [*rows, ["pictures", *counts]])
+    rows = [[METRIC_NAMES[metric], *(f"{figure:.3f}" for figure in row)] for metric, row in figures.items()]
+    counts = [str(max(figure.num_pictures for figure in column)) for column in zip(*figures.values(), strict=True)]
+    return markdown_table(["", *(PART_NAMES[part] for part in parts)], [*rows, ["pictures", *counts]])
 
 
-def _face_sentence(summary: pd.DataFrame, meter: str) -> list[str]:
+def _face_sentence(summary: pd.DataFrame, meter: str) -> str:
     rows = summary[(summary["metric"] == "no_face") & (summary["meter"] == meter)]
     missing, total = int(rows["value"].sum()), int(rows["pictures"].sum())
     if not missing:
-        return [f"A face was found in each of the {total} pictures.", ""]
-    return [f"No face was found in {missing} of {total} pictures. They are in none of the figures of this meter.", ""]
+        return f"A face was found in each of the {total} pictures."
+    return f"No face was found in {missing} of {total} pictures. They are in none of the figures of this meter."
 
 
 def _au_table(summary: pd.DataFrame, part: str, meter: str) -> list[str]:
@@ -304,8 +277,7 @@ def _au_table(summary: pd.DataFrame, part: str, meter: str) -> list[str]:
     if rows.empty:
         return []
     metrics = list(rows["metric"].unique())
-    names = {"r": "r", "slope": "slope", "au_mse": "MSE", "unrequested": "other AUs move by"}
-    header = [names.get(metric, metric.replace("_", " ")) for metric in metrics]
+    header = [AU_METRIC_NAMES.get(metric, metric.replace("_", " ")) for metric in metrics]
     body = []
     for au in rows["au"].unique():
         figures = [find_figure(summary, metric, part, meter, au) for metric in metrics]

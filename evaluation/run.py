@@ -16,6 +16,7 @@ and drawings in figures/. A run that was stopped goes on when the same command r
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -60,6 +61,8 @@ from program import (
     number_or_none,
     replacing,
     run_program,
+    share_of,
+    show_value,
     spell_option,
     write_atomically,
 )
@@ -68,7 +71,8 @@ from program import (
 TOY_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
 """The face in the toy world's portraits: left, top, right and bottom, in parts of the picture."""
 PAPER_PARTS = ("single", "combination")
-SAMPLING_NAMES = tuple(field.name for field in fields(Sampling))
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+EMBEDDED_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,85 +127,52 @@ class EvaluationConfig:
 
 def parse_args(argv: list[str] | None) -> EvaluationConfig:
     parser = Parser("evaluation.run", __doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--output", required=True, type=Path, help="folder for all that is made")
-    parser.add_argument("--only", choices=("generate", "measure"), help="one of the two steps (default: both)")
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="folder for all that is made")
+    add("--only", choices=("generate", "measure"), help="one of the two steps (default: both)")
+    add("--batch-size", type=int, help="pictures at once (default: 8)")
+    add("--device", choices=("cpu",), help="(default: the accelerator, if there is one)")
+    add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)")
 
-    model = parser.add_argument_group("what is evaluated")
-    model.add_argument("--model", help="folder or Hub id (default: the toy model)")
-    model.add_argument("--adapter", help="folder or Hub id (default: the AU adapter beside the model)")
-    model.add_argument("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
+    add = parser.add_argument_group("what is evaluated").add_argument
+    add("--model", help="folder or Hub id (default: the toy model)")
+    add("--adapter", help="folder or Hub id (default: the AU adapter beside the model)")
+    add("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
     systems = "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items())
-    model.add_argument("--system", choices=SYSTEMS, help=f"{systems} (default: fineface)")
-    model.add_argument("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter weights, for an image prompt")
-    model.add_argument(
-        "--reference-images", type=Path, metavar="DIR", help="its pictures, one for each prompt in turn"
-    )
+    add("--system", choices=SYSTEMS, help=f"{systems} (default: fineface)")
+    add("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter weights, for an image prompt")
+    add("--reference-images", type=Path, metavar="DIR", help="its pictures, one for each prompt in turn")
 
-    tests = parser.add_argument_group("the test set")
-    tests.add_argument(
-        "--prompts", type=Path, help="CSV, or text with a prompt a line (default: 15 that suit the model)"
-    )
-    tests.add_argument("--combinations", type=Path, help="CSV (default: the 50 of this repository)")
-    tests.add_argument("--parts", nargs="+", choices=PARTS[1:], help="(default: the paper's two)")
-    tests.add_argument("--limit", type=int, help="only so many prompts, the first ones")
-    tests.add_argument("--limit-combinations", type=int, help="only so many combinations, the first ones")
+    add = parser.add_argument_group("the test set").add_argument
+    add("--prompts", type=Path, help="CSV, or text with a prompt a line (default: 15 that suit the model)")
+    add("--combinations", type=Path, help="CSV (default: the 50 of this repository)")
+    add("--parts", nargs="+", choices=PARTS[1:], help="(default: the paper's two)")
+    add("--limit", type=int, help="only so many prompts, the first ones")
+    add("--limit-combinations", type=int, help="only so many combinations, the first ones")
 
-    sampling = parser.add_argument_group(
-        "sampling", "Default: what the fineface.json of the model says, or that of Stable Diffusion."
-    )
-    sampling.add_argument("--num-inference-steps", type=int)
-    sampling.add_argument("--guidance-scale", type=float)
-    sampling.add_argument("--au-guidance-scale", type=number_or_none, help="a number, or none for joint guidance")
-    sampling.add_argument("--au-scale", type=float)
-    sampling.add_argument("--height", type=int)
-    sampling.add_argument("--width", type=int)
-    parser.add_argument("--batch-size", type=int, help="pictures at once (default: 8)")
-    parser.add_argument("--device", choices=("cpu",), help="(default: the accelerator, if there is one)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)"
-    )
+    defaults = "Default: what the fineface.json of the model says, or that of Stable Diffusion."
+    add = parser.add_argument_group("sampling", defaults).add_argument
+    add("--num-inference-steps", type=int)
+    add("--guidance-scale", type=float)
+    add("--au-guidance-scale", type=number_or_none, help="a number, or none for joint guidance")
+    add("--au-scale", type=float)
+    add("--height", type=int)
+    add("--width", type=int)
 
-    measuring = parser.add_argument_group("measuring")
-    measuring.add_argument(
-        "--meter",
-        action="append",
-        dest="meters",
-        help="toy, or TOOL:WHERE with the tool libreface, pyfeat, openface or table; repeatable (default: toy, for a"
-        " model of the toy world)",
-    )
-    measuring.add_argument(
-        "--image-encoder", help="toy, or folder or Hub id of a CLIP (default: toy, for a model of the toy world)"
-    )
-    measuring.add_argument(
-        "--face-box",
-        type=float,
-        nargs=4,
-        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
-        help="where the face is, in parts of the picture, to measure what changes around it",
-    )
-    measuring.add_argument("--bootstrap-draws", type=int, help="for the intervals (default: 1000)")
-    given = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(parser.parse_args(argv)).items()
-    }
-    given["sampling"] = {name: given.pop(name) for name in SAMPLING_NAMES if name in given}
+    add = parser.add_argument_group("measuring").add_argument
+    tools = "toy, or TOOL:WHERE with the tool libreface, pyfeat, openface or table"
+    by_default = "(default: toy, for a model of the toy world)"
+    add("--meter", action="append", dest="meters", metavar="METER", help=f"{tools}; repeatable {by_default}")
+    add("--image-encoder", help=f"toy, or folder or Hub id of a CLIP {by_default}")
+    box = ("LEFT", "TOP", "RIGHT", "BOTTOM")
+    where = "where the face is, in parts of the picture, to measure what changes around it"
+    add("--face-box", type=float, nargs=4, metavar=box, help=where)
+    add("--bootstrap-draws", type=int, help="for the intervals (default: 1000)")
+
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    given["sampling"] = {option.name: given.pop(option.name) for option in fields(Sampling) if option.name in given}
     return EvaluationConfig(**given)
-
-
-def make_sampling(config: EvaluationConfig) -> Sampling:
-    defaults = read_model_defaults(config.model)
-    if config.system != "fineface":
-        not_for_it = [name for name in ("au_guidance_scale", "au_scale") if config.sampling.get(name) is not None]
-        if not_for_it:
-            raise ValueError(f"`{spell_option(not_for_it[0])}` needs the AU adapter: it is for fineface only.")
-        defaults.pop("au_guidance_scale", None)
-    sampling = Sampling(**(defaults | dict(config.sampling)))
-    check_integer("--num-inference-steps", sampling.num_inference_steps, 1)
-    for name in ("guidance_scale", "au_guidance_scale", "au_scale"):
-        value = getattr(sampling, name)
-        if value is not None and not is_real(value):
-            raise ValueError(f"`{spell_option(name)}` has to be a finite number, but is {value}.")
-    return sampling
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -213,19 +184,20 @@ def make_sampling(config: EvaluationConfig) -> Sampling:
 class Task:
     """A checked request, before anything is loaded."""
 
-    output: Path
-    system: str
+    config: EvaluationConfig
     weights: Weights
     sampling: Sampling
     dtype: str
-    batch_size: int
     items: list[Item]
     au_names: tuple[str, ...]
     """The AUs that the system draws."""
-    ip_adapter: Path | None
     references: list[Path]
     settings: dict
     """Everything that the pictures depend on."""
+
+    @property
+    def output(self) -> Path:
+        return self.config.output
 
     @property
     def pictures(self) -> Path:
@@ -234,8 +206,11 @@ class Task:
     def path(self, item: Item) -> Path:
         return self.pictures / item.name
 
-    def reference(self, item: Item) -> Path | None:
-        return self.references[item.prompt.index % len(self.references)] if self.references else None
+    def reference(self, item: Item) -> Path:
+        return self.references[item.prompt.index % len(self.references)]
+
+    def missing(self) -> list[Item]:
+        return [item for item in self.items if not self.path(item).exists()]
 
     def groups(self) -> dict[str, list[Item]]:
         """The pictures of one prompt and part, which are measured together."""
@@ -251,8 +226,7 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
     check_system(config.system, weights)
     check_output(config.output, is_folder=True)
     sampling = make_sampling(config)
-    is_toy = is_toy_model(config.model)
-    prompts = read_prompts(config.prompts or (TOY_PROMPTS if is_toy else PROMPTS))
+    prompts = read_prompts(config.prompts or (TOY_PROMPTS if is_toy_model(config.model) else PROMPTS))
     au_names = read_au_names(weights) if config.system == "fineface" else AU_NAMES
     combinations = []
     if "combination" in config.parts:
@@ -274,23 +248,28 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
         "dtype": dtype,
         "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
     }
-    return Task(
-        output=config.output,
-        system=config.system,
-        weights=weights,
-        sampling=sampling,
-        dtype=dtype,
-        batch_size=config.batch_size,
-        items=make_items(prompts[: config.limit], combinations, config.parts, au_names),
-        au_names=au_names,
-        ip_adapter=config.ip_adapter,
-        references=references,
-        settings=settings,
-    )
+    items = make_items(prompts[: config.limit], combinations, config.parts, au_names)
+    return Task(config, weights, sampling, dtype, items, au_names, references, settings)
+
+
+def make_sampling(config: EvaluationConfig) -> Sampling:
+    defaults = read_model_defaults(config.model)
+    if config.system != "fineface":
+        not_for_it = [name for name in ("au_guidance_scale", "au_scale") if config.sampling.get(name) is not None]
+        if not_for_it:
+            raise ValueError(f"`{spell_option(not_for_it[0])}` needs the AU adapter: it is for fineface only.")
+        defaults.pop("au_guidance_scale", None)
+    sampling = Sampling(**(defaults | dict(config.sampling)))
+    check_integer("--num-inference-steps", sampling.num_inference_steps, 1)
+    for name in ("guidance_scale", "au_guidance_scale", "au_scale"):
+        value = getattr(sampling, name)
+        if value is not None and not is_real(value):
+            raise ValueError(f"`{spell_option(name)}` has to be a finite number, but is {value}.")
+    return sampling
 
 
 def find_references(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not found:
         raise FileNotFoundError(f"`--reference-images` is {str(folder)!r}, where there is no picture.")
     return found
@@ -313,25 +292,30 @@ def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = Ma
     wanted = json.loads(json.dumps(settings))
     found = {name: value for name, value in defaults.items() if name in wanted}
     found |= json.loads(path.read_text(encoding="utf-8"))
-    differences = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    differences = [
+        f"`{name}` was {show_value(found.get(name))} and is now {show_value(wanted.get(name))}"
+        for name in {**wanted, **found}
+        if found.get(name) != wanted.get(name)
+    ]
     if differences:
-        described = "; ".join(
-            f"`{name}` was {_short(found.get(name))} and is now {_short(wanted.get(name))}" for name in differences
-        )
         raise ValueError(
-            f"{str(path.parent)!r} holds {what} made with other settings: {described}. Set another folder,"
-            " or delete this one."
+            f"{str(path.parent)!r} holds {what} made with other settings: {'; '.join(differences)}. Set another"
+            " folder, or delete this one."
         )
     return True
 
 
-def _short(value) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
 def write_settings(path: Path, settings: dict) -> None:
     write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def keep_settings(path: Path, settings: dict, what: str, state: PartialState) -> None:
+    """Write `settings` to `path`, or, if they are there already, check that they are the same."""
+    has_settings = check_settings(path, settings, what)
+    # They are written after every process has looked for them.
+    state.wait_for_everyone()
+    if not has_settings and state.is_main_process:
+        write_settings(path, settings)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -341,25 +325,20 @@ def write_settings(path: Path, settings: dict) -> None:
 
 def generate(task: Task, state: PartialState) -> None:
     """Draw this process's share of the missing pictures."""
-    missing = [item for item in task.items if not task.path(item).exists()]
+    missing, size = task.missing(), task.config.batch_size
     # No process draws before all have looked, so that all divide the same list.
     state.wait_for_everyone()
-    batches = [missing[start : start + task.batch_size] for start in range(0, len(missing), task.batch_size)]
-    mine = batches[state.process_index :: state.num_processes]
-    if mine:
+    batches = share_of(state, [missing[start : start + size] for start in range(0, len(missing), size)])
+    if batches:
         with quiet():
-            system = System(task.system, task.weights, state.device, getattr(torch, task.dtype), task.sampling)
-            if task.ip_adapter is not None:
-                system.load_ip_adapter(task.ip_adapter)
-            num_finished = len(task.items) - len(missing)
-            with tqdm(
-                desc="generate",
-                total=len(task.items),
-                initial=num_finished,
-                unit="picture",
-                disable=not state.is_main_process,
-            ) as bar:
-                for number, batch in enumerate(mine):
+            dtype = getattr(torch, task.dtype)
+            system = System(task.config.system, task.weights, state.device, dtype, task.sampling)
+            if task.config.ip_adapter is not None:
+                system.load_ip_adapter(task.config.ip_adapter)
+            total, finished = len(task.items), len(task.items) - len(missing)
+            silent = not state.is_main_process
+            with tqdm(desc="generate", total=total, initial=finished, unit="picture", disable=silent) as bar:
+                for number, batch in enumerate(batches):
                     draw_batch(task, system, batch, is_first=number == 0)
                     # The other processes are about as fast.
                     bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
@@ -367,16 +346,14 @@ def generate(task: Task, state: PartialState) -> None:
 
 
 def draw_batch(task: Task, system: System, batch: list[Item], is_first: bool) -> None:
-    references = [read_picture(task.reference(item)) for item in batch] if task.ip_adapter is not None else None
+    references = None
+    if task.config.ip_adapter is not None:
+        references = [read_picture(task.reference(item)) for item in batch]
     synchronize = torch.accelerator.synchronize if system.device.type != "cpu" else lambda: None
+    prompts, aus, seeds = zip(*((item.prompt.text, item.aus, item.prompt.seed) for item in batch), strict=True)
     synchronize()
     started = time.perf_counter()
-    images = system.draw(
-        [item.prompt.text for item in batch],
-        [item.aus for item in batch],
-        [item.prompt.seed for item in batch],
-        references,
-    )
+    images = system.draw(list(prompts), list(aus), list(seeds), references)
     synchronize()
     seconds = (time.perf_counter() - started) / len(batch)
     for item, image in zip(batch, images, strict=True):
@@ -385,7 +362,7 @@ def draw_batch(task: Task, system: System, batch: list[Item], is_first: bool) ->
             "aus": item.aus,
             "seed": item.prompt.seed,
             "part": item.part,
-            "system": task.system,
+            "system": task.config.system,
             "batch_size": len(batch),
             # The first call of a process is slower, because it warms up the device, so its time does not count.
             "seconds": None if is_first else round(seconds, 4),
@@ -398,15 +375,6 @@ def draw_batch(task: Task, system: System, batch: list[Item], is_first: bool) ->
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def check_pictures(task: Task) -> None:
-    missing = [item.name for item in task.items if not task.path(item).exists()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(task.items)} pictures are missing in {str(task.pictures)!r}, the first of them"
-            f" {missing[0]!r}. Run without `--only measure`, which makes them."
-        )
-
-
 def measure(
     name: str, task: Task, settings: dict, measure_group: Callable[[list[Item]], pd.DataFrame], state: PartialState
 ) -> None:
@@ -415,15 +383,14 @@ def measure(
     OUTPUT/measurements/`name`. A table appears when it is complete.
     """
     folder = task.output / "measurements" / name
-    if not check_settings(folder / "settings.json", settings, "measurements") and state.is_main_process:
-        write_settings(folder / "settings.json", settings)
+    keep_settings(folder / "settings.json", settings, "measurements", state)
+    groups = [(folder / f"{key}.csv", items) for key, items in task.groups().items()]
+    groups = [(path, items) for path, items in groups if not is_measured(path, items)]
     state.wait_for_everyone()
-    groups = {key: items for key, items in task.groups().items() if not is_measured(folder / f"{key}.csv", items)}
-    state.wait_for_everyone()
-    mine = list(groups.items())[state.process_index :: state.num_processes]
+    mine = share_of(state, groups)
     with quiet():
-        for key, items in tqdm(mine, desc=f"measure: {name}", unit="group", disable=not state.is_main_process):
-            write_atomically(folder / f"{key}.csv", measure_group(items).to_csv(index=False))
+        for path, items in tqdm(mine, desc=f"measure: {name}", unit="group", disable=not state.is_main_process):
+            write_atomically(path, measure_group(items).to_csv(index=False))
     state.wait_for_everyone()
 
 
@@ -450,18 +417,15 @@ def compare_pictures(
         pixels = np.asarray(neutral)
         table["outside"] = [outside_change(np.asarray(image), pixels, face_box) for image in images]
     if encoder is not None:
-        embeddings = np.concatenate([encoder.embed(images[i : i + 32]) for i in range(0, len(images), 32)])
+        parts = [images[start : start + EMBEDDED_AT_ONCE] for start in range(0, len(images), EMBEDDED_AT_ONCE)]
+        embeddings = np.concatenate([encoder.embed(part) for part in parts])
         others = {"clip_i": neutral}
         if task.references:
             others["reference_similarity"] = read_picture(task.reference(items[0]))
         for column, other in others.items():
             table[column] = clip_similarity(embeddings, encoder.embed([other]))
-        table["agreement"] = np.concatenate(
-            [
-                encoder.agreement(images[i : i + 32], [item.prompt.text for item in items[i : i + 32]])
-                for i in range(0, len(images), 32)
-            ]
-        )
+        prompt = items[0].prompt.text
+        table["agreement"] = np.concatenate([encoder.agreement(part, [prompt] * len(part)) for part in parts])
     return table
 
 
@@ -469,14 +433,15 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
     """Join all measurements to one table with a row for each picture and meter."""
     commands = pd.DataFrame(
         {
-            "name": [item.name for item in task.items],
-            "part": [item.part for item in task.items],
-            "prompt_index": [item.prompt.index for item in task.items],
-            "prompt": [item.prompt.text for item in task.items],
-            "domain": [item.prompt.domain for item in task.items],
-            "seed": [item.prompt.seed for item in task.items],
-            "number": [item.number for item in task.items],
+            "name": item.name,
+            "part": item.part,
+            "prompt_index": item.prompt.index,
+            "prompt": item.prompt.text,
+            "domain": item.prompt.domain,
+            "seed": item.prompt.seed,
+            "number": item.number,
         }
+        for item in task.items
     )
     commands[list(task.au_names)] = read_aus([item.aus for item in task.items], au_names=task.au_names)
 
@@ -489,69 +454,74 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pictures.assign(meter="")
 
 
+def write_results(task: Task, results: pd.DataFrame, agreement_name: str) -> Path:
+    output = task.output
+    write_atomically(output / "results.csv", results.to_csv(index=False))
+    with replacing(output / "results.parquet") as unfinished:
+        results.to_parquet(unfinished, index=False)
+    summary = report.summarize(results, task.config.bootstrap_draws)
+    write_atomically(output / "summary.csv", summary.to_csv(index=False))
+    drawings = {f"figures/{name}.png": image for name, image in figures.draw_all(results, task.pictures).items()}
+    for name, image in drawings.items():
+        write_png(image, output / name)
+    by_meter = results[results["meter"] != ""].groupby("meter", sort=False)
+    unmeasured = {meter: report.unmeasured_aus(table) for meter, table in by_meter}
+    text = report.format_report(summary, task.settings, agreement_name, list(drawings), unmeasured)
+    write_atomically(output / "report.md", text)
+    return output / "report.md"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The program
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def make_instruments(
+    config: EvaluationConfig, au_names: tuple[str, ...], device: torch.device
+) -> tuple[list[Meter], ImageEncoder | None]:
+    """Make the meters and the image encoder of a run; models of the toy world default to their own."""
+    is_toy = is_toy_model(config.model)
+    specs = config.meters or ([f"toy:{Path(config.model) / 'meter'}"] if is_toy else [])
+    meters = [make_meter(spec, device, au_names) for spec in specs]
+    names = [meter.name for meter in meters]
+    if len(set(names)) < len(names):
+        raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
+    encoder_spec = config.image_encoder or (f"toy:{config.model}" if is_toy else None)
+    if not meters and encoder_spec is None:
+        raise ValueError("There is nothing to measure with: name a `--meter`, an `--image-encoder`, or both.")
+    return meters, make_image_encoder(encoder_spec, device) if encoder_spec else None
 
 
 def run(config: EvaluationConfig) -> Path | None:
     """Check the request, carry it out, and return the path of the report; None where no report is written."""
     state = PartialState(cpu=config.device == "cpu")
     task = make_task(config, state.device)
-    is_toy = is_toy_model(config.model)
-    meters, encoder = [], None
     if config.only != "generate":
-        specs = config.meters or ([f"toy:{Path(config.model) / 'meter'}"] if is_toy else [])
-        meters = [make_meter(spec, state.device, task.au_names) for spec in specs]
-        names = [meter.name for meter in meters]
-        if len(set(names)) < len(names):
-            raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
-        encoder_spec = config.image_encoder or (f"toy:{config.model}" if is_toy else None)
-        encoder = make_image_encoder(encoder_spec, state.device) if encoder_spec else None
-        if not meters and encoder is None:
-            raise ValueError("There is nothing to measure with: name a `--meter`, an `--image-encoder`, or both.")
-    face_box = config.face_box or (TOY_FACE_BOX if is_toy else None)
-    has_settings = check_settings(task.output / "settings.json", task.settings, "pictures")
-    if config.only == "measure":
-        check_pictures(task)
-    # The settings are written after every process has looked for them.
-    state.wait_for_everyone()
-    if not has_settings and state.is_main_process:
-        write_settings(task.output / "settings.json", task.settings)
+        meters, encoder = make_instruments(config, task.au_names, state.device)
+    if config.only == "measure" and (missing := task.missing()):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(task.items)} pictures are missing in {str(task.pictures)!r}, the first of them"
+            f" {missing[0].name!r}. Run without `--only measure`, which makes them."
+        )
+    keep_settings(task.output / "settings.json", task.settings, "pictures", state)
     if config.only != "measure":
         generate(task, state)
     if config.only == "generate":
         return None
     for meter in meters:
-        measure(meter.name, task, meter.settings, lambda items, meter=meter: measure_aus(task, meter, items), state)
+        measure(meter.name, task, meter.settings, functools.partial(measure_aus, task, meter), state)
+    face_box = config.face_box or (TOY_FACE_BOX if is_toy_model(config.model) else None)
     picture_settings = {
         "image_encoder": encoder.settings if encoder else None,
         "face_box": face_box,
         "reference_images": task.settings["reference_images"],
     }
-    measure("pictures", task, picture_settings, lambda items: compare_pictures(task, encoder, face_box, items), state)
+    compare = functools.partial(compare_pictures, task, encoder, face_box)
+    measure("pictures", task, picture_settings, compare, state)
     if not state.is_main_process:
         return None
     results = collect(task, [meter.name for meter in meters])
-    return write_results(task, results, encoder.agreement_name if encoder else "", config.bootstrap_draws)
-
-
-def write_results(task: Task, results: pd.DataFrame, agreement_name: str, bootstrap_draws: int) -> Path:
-    write_atomically(task.output / "results.csv", results.to_csv(index=False))
-    with replacing(task.output / "results.parquet") as unfinished:
-        results.to_parquet(unfinished, index=False)
-    summary = report.summarize(results, bootstrap_draws)
-    write_atomically(task.output / "summary.csv", summary.to_csv(index=False))
-    drawings = figures.draw_all(results, task.pictures)
-    for name, image in drawings.items():
-        write_png(image, task.output / "figures" / f"{name}.png")
-    by_meter = results[results["meter"] != ""].groupby("meter", sort=False)
-    unmeasured = {meter: report.unmeasured_aus(table) for meter, table in by_meter}
-    text = report.format_report(
-        summary, task.settings, agreement_name, [f"figures/{name}.png" for name in drawings], unmeasured
-    )
-    write_atomically(task.output / "report.md", text)
-    return task.output / "report.md"
+    return write_results(task, results, encoder.agreement_name if encoder else "")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,8 +20,13 @@ SYSTEMS = {
     "lora_au": "a LoRA; AUs as a token in the text sequence",
     "fineface": "the AU adapter",
 }
-TEXT_SYSTEMS = ("sd", "dreambooth", "lora_t")
 UNET_FOLDER = "unet"
+TRAINED_FILES = {
+    "dreambooth": [f"{UNET_FOLDER}/config.json"],
+    "lora_t": [LORA_WEIGHTS_NAME],
+    "lora_au": [LORA_WEIGHTS_NAME, f"{ENCODER_FOLDER}/config.json"],
+}
+"""What `paper.baselines` writes."""
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,11 @@ def aus_in_words(intensities, words: tuple[str, ...]) -> str:
 
 def check_system(system: str, weights: Weights) -> None:
     """Raise an error if `weights.adapter` lacks the files that training this system writes."""
-    if system == "sd":
-        if weights.adapter is not None:
-            raise ValueError("`--system sd` is the base model alone: leave out `--adapter`.")
-        return
-    if system == "fineface":
-        return
-    needed = {
-        "dreambooth": [f"{UNET_FOLDER}/config.json"],
-        "lora_t": [LORA_WEIGHTS_NAME],
-        "lora_au": [LORA_WEIGHTS_NAME, f"{ENCODER_FOLDER}/config.json"],
-    }[system]
-    if weights.adapter is None:
-        raise ValueError(f"`--system {system}` needs `--adapter`, the folder that `paper.baselines` wrote.")
-    for name in needed:
+    if system == "sd" and weights.adapter is not None:
+        raise ValueError("`--system sd` is the base model alone: leave out `--adapter`.")
+    for name in TRAINED_FILES.get(system, ()):
+        if weights.adapter is None:
+            raise ValueError(f"`--system {system}` needs `--adapter`, the folder that `paper.baselines` wrote.")
         if not (Path(weights.adapter) / name).is_file():
             raise FileNotFoundError(f"`--adapter` is {weights.adapter!r}, which has no {name} of {system}.")
 
@@ -89,29 +85,24 @@ class System:
     def __init__(self, system: str, weights: Weights, device: torch.device, dtype: torch.dtype, sampling: Sampling):
         self.system, self.device, self.sampling = system, device, sampling
         self.words = au_words(is_toy_model(weights.model))
-        self.token_encoder = None
+        self.au_names, self.has_image_prompt = AU_NAMES, False
         if system == "fineface":
             self.pipeline = load_pipeline(weights, device, dtype)
             if self.pipeline.au_adapter is None:
                 raise ValueError(f"{weights.model!r} has no AU adapter. Name one with `--adapter`.")
+            self.au_names = self.pipeline.au_names
         else:
             self.pipeline = _load_baseline(system, weights, device, dtype)
         if system == "lora_au":
             encoder = AUEncoder.from_pretrained(weights.adapter, subfolder=ENCODER_FOLDER, dtype=dtype)
             self.token_encoder = encoder.to(device).eval()
-        self.au_names = self.pipeline.au_names if system == "fineface" else AU_NAMES
         self.pipeline.set_progress_bar_config(disable=True)
-        self.has_image_prompt = False
 
     def load_ip_adapter(self, path: Path) -> None:
         """An IP-Adapter from a file (paper Eq. 5 with both scales 1)."""
-        own_encoder = self.pipeline.image_encoder is not None
-        self.pipeline.load_ip_adapter(
-            str(path.parent),
-            subfolder="",
-            weight_name=path.name,
-            image_encoder_folder=None if own_encoder else "image_encoder",
-        )
+        encoder = "image_encoder" if self.pipeline.image_encoder is None else None
+        options = {"subfolder": "", "weight_name": path.name, "image_encoder_folder": encoder}
+        self.pipeline.load_ip_adapter(str(path.parent), **options)
         self.has_image_prompt = True
 
     @torch.no_grad()
@@ -120,8 +111,6 @@ class System:
     ) -> list[Image.Image]:
         """One picture for each prompt, with the AUs as `format_aus` writes them; "" is the neutral face."""
         settings = asdict(self.sampling)
-        if self.system != "fineface":
-            del settings["au_scale"], settings["au_guidance_scale"]
         # Each picture has its own generator on the CPU, so it depends neither on its neighbours nor on the device.
         settings["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if self.has_image_prompt:
@@ -129,17 +118,17 @@ class System:
         intensities = parse_aus(aus, au_names=self.au_names)
         if self.system == "fineface":
             return self.pipeline(prompts, aus=intensities, **settings).images
-        if self.system in TEXT_SYSTEMS:
-            worded = [
-                prompt + aus_in_words(row, self.words)
-                for prompt, row in zip(prompts, intensities.tolist(), strict=True)
-            ]
-            return self.pipeline(worded, **settings).images
+        del settings["au_scale"], settings["au_guidance_scale"]
+        if self.system != "lora_au":
+            rows = zip(prompts, intensities.tolist(), strict=True)
+            settings["prompt"] = [prompt + aus_in_words(row, self.words) for prompt, row in rows]
+            return self.pipeline(**settings).images
         guided = self.sampling.guidance_scale > 1
         embeds, negative_embeds = self.pipeline.encode_prompt(prompts, self.device, 1, guided)
-        settings["prompt_embeds"] = append_tokens(embeds, self.token_encoder(intensities.to(self.device)))
+        intensities = intensities.to(self.device)
+        settings["prompt_embeds"] = append_tokens(embeds, self.token_encoder(intensities))
         if guided:
-            neutral = self.token_encoder(torch.zeros_like(intensities).to(self.device))
+            neutral = self.token_encoder(torch.zeros_like(intensities))
             settings["negative_prompt_embeds"] = append_tokens(negative_embeds, neutral)
         return self.pipeline(**settings).images
 

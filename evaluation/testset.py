@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's test set (§5.1): the pictures to draw, and the names of their files."""
 
-import csv
+import logging
 import re
 import zlib
 from collections.abc import Iterable, Sequence
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from action_units import AU_NAMES, format_aus, read_aus
+from face_data.table_files import read_records
 
 
 DATA = Path(__file__).parent / "data"
@@ -18,6 +19,8 @@ INTENSITIES = (1, 2, 3, 4, 5)
 BEYOND = (-3, -2, -1, 6, 7, 8)
 """Intensities outside [0, 5], which the paper shows in Fig. 8."""
 PARTS = ("neutral", "single", "combination", "extrapolation")
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     if not path.is_file():
         raise FileNotFoundError(f"`--prompts` is {str(path)!r}, which is no file.")
     if path.suffix.lower() == ".csv":
-        rows = _read_csv(path, required=("prompt",), allowed=("prompt", "domain", "seed"))
+        rows = _read_csv(path, "prompt")
     else:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         rows = [(number, {"prompt": line}) for number, line in enumerate(lines, 1) if line.strip()]
@@ -86,7 +89,7 @@ def read_combinations(path: Path, limit: int | None = None, au_names: Sequence[s
     if not path.is_file():
         raise FileNotFoundError(f"`--combinations` is {str(path)!r}, which is no file.")
     combinations = []
-    for line, row in _read_csv(path, required=("aus",), allowed=("aus", "source")):
+    for line, row in _read_csv(path, "aus"):
         aus = format_aus(read_aus(row["aus"], f"{path}, line {line}: aus", au_names), au_names)
         if not aus:
             raise ValueError(f"{path}, line {line}: `aus` is {row['aus']!r}, which is a neutral face.")
@@ -94,35 +97,28 @@ def read_combinations(path: Path, limit: int | None = None, au_names: Sequence[s
     return combinations[:limit]
 
 
-def _read_csv(path: Path, required: tuple[str, ...], allowed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        columns = reader.fieldnames or []
-        missing = [name for name in required if name not in columns]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {missing[0]!r}. It has {', '.join(columns) or 'none'}; known are"
-                f" {', '.join(allowed)}."
-            )
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                raise ValueError(f"{path}, line {reader.line_num}: this row does not have {len(columns)} cells.")
-            rows.append((reader.line_num, row))
-        return rows
+def _read_csv(path: Path, column: str) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a table with their line numbers. All of them have this column."""
+    rows = list(read_records(path, say=_logger.warning))
+    if rows and column not in rows[0][1]:
+        raise ValueError(f"{path} has no column {column!r}. It has {', '.join(rows[0][1])}.")
+    return rows
 
 
 def make_items(
     prompts: Iterable[Prompt], combinations: list[str], parts: Iterable[str], au_names: Sequence[str] = AU_NAMES
 ) -> list[Item]:
     """List the pictures of `parts`, and always the neutral ones, with which the others are compared."""
-    singles = {"single": INTENSITIES, "extrapolation": BEYOND}
-    items = []
-    for prompt in prompts:
-        items.append(Item("neutral", prompt, ""))
-        for part in PARTS:
-            if part in singles and part in parts:
-                items += [Item(part, prompt, f"{au}={value}") for au in au_names for value in singles[part]]
-            if part == "combination" and part in parts:
-                items += [Item(part, prompt, aus, number) for number, aus in enumerate(combinations)]
-    return items
+    aus_of = {
+        "neutral": [""],
+        "single": [f"{au}={value}" for au in au_names for value in INTENSITIES],
+        "combination": combinations,
+        "extrapolation": [f"{au}={value}" for au in au_names for value in BEYOND],
+    }
+    return [
+        Item(part, prompt, aus, number if part == "combination" else 0)
+        for prompt in prompts
+        for part in PARTS
+        if part in ("neutral", *parts)
+        for number, aus in enumerate(aus_of[part])
+    ]
