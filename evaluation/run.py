@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
-from drawing.jobs import read_model_defaults
+from drawing.jobs import make_job, read_model_defaults
 from drawing.model import Weights, check_weights, quiet, read_au_names
 from evaluation import figures, report
 from evaluation.image_encoders import ImageEncoder, make_image_encoder
@@ -57,7 +57,6 @@ from program import (
     check_output,
     file_digest,
     folder_digest,
-    is_real,
     number_or_none,
     replacing,
     run_program,
@@ -233,7 +232,13 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
         combinations = read_combinations(config.combinations, config.limit_combinations, au_names)
     if config.ip_adapter is not None and not config.ip_adapter.is_file():
         raise FileNotFoundError(f"`--ip-adapter` is {str(config.ip_adapter)!r}, which is no file.")
-    references = find_references(config.reference_images) if config.reference_images is not None else []
+    references = []
+    if config.reference_images is not None:
+        found = sorted(config.reference_images.glob("*"))
+        references = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+        if not references:
+            folder = str(config.reference_images)
+            raise FileNotFoundError(f"`--reference-images` is {folder!r}, where there is no picture.")
     dtype = config.dtype or ("float32" if device.type == "cpu" else "float16")
     settings = {
         "system": config.system,
@@ -255,24 +260,14 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
 def make_sampling(config: EvaluationConfig) -> Sampling:
     defaults = read_model_defaults(config.model)
     if config.system != "fineface":
-        not_for_it = [name for name in ("au_guidance_scale", "au_scale") if config.sampling.get(name) is not None]
-        if not_for_it:
-            raise ValueError(f"`{spell_option(not_for_it[0])}` needs the AU adapter: it is for fineface only.")
         defaults.pop("au_guidance_scale", None)
-    sampling = Sampling(**(defaults | dict(config.sampling)))
-    check_integer("--num-inference-steps", sampling.num_inference_steps, 1)
-    for name in ("guidance_scale", "au_guidance_scale", "au_scale"):
-        value = getattr(sampling, name)
-        if value is not None and not is_real(value):
-            raise ValueError(f"`{spell_option(name)}` has to be a finite number, but is {value}.")
-    return sampling
-
-
-def find_references(folder: Path) -> list[Path]:
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
-    if not found:
-        raise FileNotFoundError(f"`--reference-images` is {str(folder)!r}, where there is no picture.")
-    return found
+        for name in ("au_guidance_scale", "au_scale"):
+            if config.sampling.get(name) is not None:
+                raise ValueError(f"`{spell_option(name)}` needs the AU adapter: it is for fineface only.")
+    values = defaults | dict(config.sampling)
+    # A job checks the ranges.
+    make_job({"prompt": "any", **values}, spell_option)
+    return Sampling(**values)
 
 
 def digest_if_folder(name: str | None) -> str | None:

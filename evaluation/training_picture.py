@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK
@@ -50,10 +51,7 @@ def read_losses(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(losses: np.ndarray, window: int) -> np.ndarray:
     """Means of the `window` values around each, fewer at the ends."""
-    sums = np.cumsum(np.insert(losses, 0, 0.0))
-    numbers = np.arange(len(losses))
-    first, last = np.maximum(numbers - window // 2, 0), np.minimum(numbers + window // 2 + 1, len(losses))
-    return (sums[last] - sums[first]) / (last - first)
+    return pd.Series(losses).rolling(window, center=True, min_periods=1).mean().to_numpy()
 
 
 def draw_losses(steps: np.ndarray, losses: np.ndarray, width: int) -> Image.Image:

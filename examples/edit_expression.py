@@ -1,14 +1,14 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Give the face of a picture another expression: the region of the face is drawn anew with AUs (inpainting), and every
-pixel outside it stays as it is. Without --model, the toy model draws. Without --box and --mask, the face is
-found, if scikit-image is installed.
+Gives the face of a picture another expression: the region of the face is drawn anew with AUs (inpainting), and every
+pixel outside it stays as it is. Without --model, the toy model draws. Without --box and --mask, the face is searched
+for, if scikit-image is installed.
 
   python -m examples.edit_expression portrait.png --box 24,24,104,116 --aus "6C+12E" --output smiling.png
       --prompt "a closeup of a woman with long brown hair and tan skin in a park"
 
-The more of --strength, the more the region may change: at 1 nothing but its surroundings is left of the old face.
+The higher --strength is, the more the region may change. At 1, nothing of the old face is kept.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from drawing.files import write_picture
 from drawing.jobs import make_job, read_model_defaults
 from drawing.model import Weights, check_weights, load_pipeline, quiet
 from drawing.photo import SAMPLING, Box, check_box, edit_photo, face_mask, find_faces, open_photo
-from program import TOY_MODEL, Parser, check_output, pick_device, run_program, spell_option
+from program import Parser, add_model_options, check_output, run_program, settle_device, spell_option
 
 
 def read_box(text: str) -> tuple[int, ...]:
@@ -48,9 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--au-guidance-scale", type=float, help="of the AUs (default: the model's, else the prompt's)")
     parser.add_argument("--num-inference-steps", type=int, help="denoising steps (default: the model's, else 50)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--model", default=str(TOY_MODEL), help="folder or Hub id (default: the toy model)")
-    parser.add_argument("--adapter", help="folder or Hub id of the AU adapter (default: the one beside the model)")
-    parser.add_argument("--device", help="as torch names it (default: the accelerator, if there is one)")
+    add_model_options(parser)
     return parser.parse_args(argv)
 
 
@@ -77,24 +75,23 @@ def read_picture_and_mask(args: argparse.Namespace) -> tuple[Image.Image, Image.
 
 
 def run(args: argparse.Namespace) -> Path:
-    weights = Weights(args.model, args.adapter)
+    weights = Weights(args.model, args.adapter, args.adapter_variant)
     check_weights(weights)
     check_output(args.output)
     if not 0 < args.strength <= 1:
         raise ValueError(f"`--strength` has to be above 0 and up to 1, but is {args.strength}.")
-    device = pick_device(args.device)
+    settle_device(args)
     picture, mask = read_picture_and_mask(args)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     values = read_model_defaults(args.model) | given
     job = make_job({"prompt": args.prompt, "aus": args.aus, "seed": args.seed, **values}, spell_option)
     options = {name: getattr(job, name) for name in SAMPLING}
     with quiet():
-        pipe = load_pipeline(weights, device, torch.float32 if device.type == "cpu" else torch.float16)
+        pipe = load_pipeline(weights, args.device, getattr(torch, args.dtype))
     edited = edit_photo(
         pipe, picture, mask, job.prompt, job.aus, job.height, strength=args.strength, seed=args.seed, **options
     )
-    about = {"picture": args.picture.name, "strength": args.strength}
-    write_picture(edited, args.output, asdict(job) | about)
+    write_picture(edited, args.output, asdict(job) | {"picture": args.picture.name, "strength": args.strength})
     return args.output
 
 
