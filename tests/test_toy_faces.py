@@ -17,7 +17,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, au_projection
+from au_encoder import AUAdapter
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces import networks, report, train
@@ -186,6 +187,14 @@ def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_p
     assert StableDiffusionPipeline.from_pretrained(weights).unet.config.sample_size == 16
 
 
+def test_tied_sides_do_what_both_sides_do():
+    adapter = AUAdapter({"mid.attn2": 8, "up.attn2": 4}, 96, hidden_dim=16, au_names=list(TOY_AU_NAMES))
+    tied = train.tie_sides(adapter, AU_NAMES)
+    aus = torch.rand(3, 12) * 5
+    for one, both in zip(tied(aus), adapter(aus @ au_projection(AU_NAMES, TOY_AU_NAMES)), strict=True):
+        assert one.shape == (3, 1, 12) and torch.allclose(one, both, atol=1e-5)
+
+
 def test_a_finished_recipe_does_nothing_twice(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
     train.main(["--preset=tiny", f"--output_dir={tiny_run}", "--device=cpu", "--until=attribute_reader"])
@@ -201,7 +210,7 @@ def test_a_recipe_killed_at_any_moment_goes_on(tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert subprocess.run(command, cwd=ROOT).returncode == 0
-    assert (tmp_path / "sided_feedback" / "au_attn_processors.safetensors").exists()
+    assert (tmp_path / "twelve" / "au_attn_processors.safetensors").exists()
 
 
 # What is committed.

@@ -2,8 +2,10 @@ r"""
 Make the toy model from nothing: `python -m toy_faces.train --preset cpu` (2 cores, within 8 hours) or `--preset gpu`
 (one H100-class card with 16 processor cores, within 8 minutes).
 
-    pictures ─ VAE ─ latents ─ base ─┬─ adapter ─ feedback          the paper's twelve AUs
-          └─ captions ┘    └─ readers ┴─ sided_adapter ─ sided_feedback     each side by itself, and more AUs
+    pictures ─ VAE ─ latents ─ base ─ adapter ─ sided ─ twelve
+          └─ captions ┘    └─ readers ──────────┴───────┘
+
+`sided` moves each side by itself and knows more AUs than the paper; `twelve` are the paper's AUs, both sides alike.
 
 Every stage writes into `--output_dir` and is skipped when its result is there; inside a stage a checkpoint a minute is
 kept, and the weights in half precision beside it. Kill it at any moment and run the same command again. With `--until
@@ -29,8 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from action_units import AU_NAMES
-from au_encoder import write_au_adapter
+from action_units import AU_NAMES, au_projection
+from au_encoder import AUAdapter, write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL, new_folder, pick_device, replacing
 from toy_faces import networks
@@ -49,6 +51,9 @@ WORDINGS = 4
 FACE = (slice(26, 122), slice(26, 102))
 """Rows and columns that hold the face, pixels at 128: where all AU evidence is."""
 
+ATTRIBUTES_WEIGHT = 0.2
+"""Weight of the attribute reader's cross-entropy beside the feedback: an expression must not change the person."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -64,14 +69,14 @@ class Size:
     base: Length
     image_encoder: Length
     reader: Length
-    """Each of the two teaching meters and the meter that judges."""
+    """The meter that teaches and the meter that judges."""
     attribute_reader: Length
     adapter: Length
     feedback: Length
     feedback_steps: int
     bf16: bool = False
     parallel: bool = False
-    """Two processes share the device: one makes the base and the first adapter, the other the rest."""
+    """Two processes share the device: one makes the base and the adapters, the other what looks at pictures."""
 
 
 NETWORKS = {"vae_channels": (32, 48, 64, 64), "vae_layers": 1, "unet_channels": (96, 128), "rank": 32}
@@ -84,7 +89,7 @@ SIZES = {
         vae=Length(12_000, 4),
         base=Length(20_000, 16),
         image_encoder=Length(400, 64),
-        reader=Length(3_000, 32),
+        reader=Length(6_000, 24),
         attribute_reader=Length(600, 32),
         adapter=Length(6_000, 16),
         feedback=Length(1_200, 8),
@@ -128,18 +133,9 @@ SIZES = {
 class Recipe:
     """The stages. Each is a method that returns at once if its result exists, and waits for what it needs."""
 
-    FIRST_TRACK = ("vae", "latents", "base", "adapter", "feedback")
-    SECOND_TRACK = (
-        "captions",
-        "meter",
-        "spare_meter",
-        "second_meter",
-        "attribute_reader",
-        "image_encoder",
-        "sided_adapter",
-        "sided_feedback",
-    )
-    STAGES = ("captions", *FIRST_TRACK[:3], *SECOND_TRACK[1:6], *FIRST_TRACK[3:], *SECOND_TRACK[6:])
+    FIRST_TRACK = ("vae", "latents", "base", "adapter", "sided", "twelve")
+    SECOND_TRACK = ("captions", "meter", "attribute_reader", "second_meter", "image_encoder")
+    STAGES = ("captions", *FIRST_TRACK[:3], *SECOND_TRACK[1:], *FIRST_TRACK[3:])
 
     def __init__(self, size: Size, folder: Path, device: torch.device):
         self.size, self.folder, self.device = size, folder, device
@@ -347,16 +343,11 @@ class Recipe:
         self.finish("image_encoder", image_encoder.eval())
 
     def meter(self) -> None:
-        """The first of the two meters that teach."""
+        """It teaches."""
         self.wait_for("vae")
         # Those of the second meter are rendered meanwhile.
         self.judge_pictures  # noqa: B018
         self.read_aus("meter", networks.make_meter(), self.pictures)
-
-    def spare_meter(self) -> None:
-        """The second one. It is not exported: one meter of the same kind is enough to look at."""
-        torch.manual_seed(1)
-        self.read_aus("spare_meter", networks.make_meter(), self.pictures)
 
     def second_meter(self) -> None:
         """Another architecture, another seed, other pictures. No training ever sees it: it judges."""
@@ -416,42 +407,45 @@ class Recipe:
     # ----------------------------------------------------------------------------------------------------------------
 
     def adapter(self) -> None:
-        self.train_adapter("adapter", AU_NAMES)
+        """By the diffusion loss alone."""
+        self.train_adapter("adapter", self.size.adapter)
 
-    def feedback(self) -> None:
-        self.train_adapter("feedback", AU_NAMES, "adapter")
+    def sided(self) -> None:
+        """With feedback from the teaching meter."""
+        self.train_adapter("sided", self.size.feedback, "adapter")
 
-    def sided_adapter(self) -> None:
-        self.train_adapter("sided_adapter", TOY_AU_NAMES)
+    def twelve(self) -> None:
+        """The same adapter with both sides of each AU tied together, and a little more feedback."""
+        self.train_adapter("twelve", self.size.feedback.part(1 / 4), "sided", AU_NAMES)
 
-    def sided_feedback(self) -> None:
-        self.train_adapter("sided_feedback", TOY_AU_NAMES, "sided_adapter")
-
-    def train_adapter(self, name: str, au_names: tuple[str, ...], ordinary: str | None = None) -> None:
-        """By the diffusion loss alone, or, after the stage `ordinary`, with feedback from the teaching meters."""
+    def train_adapter(
+        self, name: str, length: Length, start: str | None = None, au_names: tuple[str, ...] = TOY_AU_NAMES
+    ) -> None:
+        """Train an adapter that knows `au_names`; one that goes on from the stage `start` gets feedback."""
         if self.is_done(name):
             return
-        self.wait_for("base", *(["meter", "spare_meter"] if ordinary else []))
-        length = self.size.feedback if ordinary else self.size.adapter
-        model = self.make_model(au_names)
-        trained = Trained(model)
-        if ordinary:
-            trained.load(self.folder / f"{ordinary}.pt")
+        self.wait_for("base", *(["meter", "attribute_reader"] if start else []))
+        model = self.make_model(start)
+        if model.au_adapter.config.au_names != list(au_names):
+            model.au_adapter = tie_sides(model.au_adapter, au_names).to(self.device)
+        # Of even seeds, both sides are alike and none of the AUs is beyond the twelve.
+        symmetric = au_names == AU_NAMES
+        seeds = torch.arange(0, self.size.pictures, 1 + symmetric, device=self.device)
+        projection = au_projection(TOY_AU_NAMES, au_names).to(self.device)
         text_encoder = self.load(CLIPTextModel, "base/text_encoder")
         tokenizer = CLIPTokenizer.from_pretrained(self.folder / "base" / "tokenizer")
         with torch.no_grad():
             empty = text_encoder(tokenize(tokenizer, [""]).to(self.device)).last_hidden_state
         input_ids, latents = self.read_array("captions.npy").long(), self.read_array("latents.npy")
-        seeds = torch.arange(self.size.pictures, device=self.device)
-        aus = self.expressions
-        if au_names == AU_NAMES:
-            # Those of even seeds have both sides alike and none of the new AUs.
-            seeds, columns = seeds[::2], [first_side(au_name) for au_name in AU_NAMES]
-            aus = aus[:, columns]
         scheduler = networks.make_scheduler()
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
         weights = face_weights().to(self.device)
-        feedback = self.make_feedback(au_names) if ordinary else None
+        feedback = self.make_feedback(tokenizer, text_encoder) if start else None
+        reader = self.load(PictureReader, "attribute_reader") if start else None
+
+        def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, **kwargs) -> torch.Tensor:
+            """The model, commanded by the intensities of `TOY_AU_NAMES`."""
+            return model(noisy_latents, timesteps, prompt_embeds, au_intensities @ projection, **kwargs)
 
         def embed(rng: np.random.Generator, indices: torch.Tensor) -> torch.Tensor:
             wording = torch.from_numpy(rng.integers(0, WORDINGS // 2, len(indices))).to(self.device)
@@ -460,7 +454,7 @@ class Recipe:
 
         def loss_function(rng: np.random.Generator) -> torch.Tensor:
             indices = seeds[torch.from_numpy(rng.integers(0, len(seeds), length.batch)).to(self.device)]
-            prompt_embeds, clean = embed(rng, indices), latents[indices].float()
+            prompt_embeds, clean, aus = embed(rng, indices), latents[indices].float(), self.expressions[indices]
             dropped = torch.from_numpy(rng.random((length.batch, 1, 1)) < 0.1).to(self.device)
             # AUs explain little of the loss, in the face, and hardly any of it where little noise is left.
             timesteps = self.draw_timesteps(rng, length.batch)
@@ -469,50 +463,50 @@ class Recipe:
             with self.autocast():
                 noise, captions = torch.randn_like(clean), torch.where(dropped, empty, prompt_embeds)
                 noisy_latents = scheduler.add_noise(clean, noise, timesteps)
-                prediction = model(noisy_latents, timesteps, captions, aus[indices])
+                prediction = predict(noisy_latents, timesteps, captions, aus)
                 loss = diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
                 if feedback is not None:
                     # Other people make the commanded faces: the expression must not depend on who it is.
-                    commanded = aus[indices].roll(1, 0)
-                    batch = {"prompt_embeds": prompt_embeds}
-                    loss = loss + feedback.loss(model, batch, torch.randn_like(clean), commanded)
+                    commanded, batch = aus.roll(1, 0), {"prompt_embeds": prompt_embeds}
+                    pictures = feedback.draw(predict, batch, torch.randn_like(clean), commanded)
+                    loss = loss + feedback.error(pictures, commanded)
+                    people = [sample_portrait(int(index)).attributes for index in indices]
+                    loss = loss + ATTRIBUTES_WEIGHT * networks.attribute_loss(reader(shake(pictures)), people)
             return loss
 
-        peak = 8e-4 if ordinary else 1e-3
-        self.fit(name, {name: trained}, loss_function, length, peak, ema_decay=0.99 if ordinary else 0.998)
+        modules = {name: Trained(model)}
+        self.fit(name, modules, loss_function, length, 5e-4 if start else 1e-3, ema_decay=0.985 if start else 0.998)
         with new_folder(self.folder / name) as unfinished:
             write_au_adapter(unfinished, model.au_adapter.half(), model.unet.half(), LORA_NAME)
 
-    def make_model(self, au_names: tuple[str, ...]) -> FineFaceModel:
+    def make_model(self, start: str | None) -> FineFaceModel:
+        """A new model, or that of the stage `start`."""
         config = TrainConfig(
             pretrained_model_name_or_path=str(self.folder / "base"),
             output_dir=self.folder,
             train_data_dir=self.folder,
             rank=self.size.rank,
+            adapter_name_or_path=None if start is None else str(self.folder / start),
         )
-        model = make_model(self.load(UNet2DConditionModel, "base/unet"), config, au_names=au_names)
+        model = make_model(self.load(UNet2DConditionModel, "base/unet"), config, au_names=TOY_AU_NAMES)
         return model.to(self.device, memory_format=torch.channels_last)
 
-    def make_feedback(self, au_names: tuple[str, ...]) -> AUFeedback:
-        meters = [load_meter(str(self.folder / name), self.device) for name in ("meter", "spare_meter")]
-        encoders = StableDiffusionEncoders(
-            CLIPTokenizer.from_pretrained(self.folder / "base" / "tokenizer"),
-            self.load(CLIPTextModel, "base/text_encoder"),
-            self.load_vae(),
-        )
+    def make_feedback(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> AUFeedback:
+        meter = load_meter(str(self.folder / "meter"), self.device)
+        encoders = StableDiffusionEncoders(tokenizer, text_encoder, self.load_vae())
         steps = self.size.feedback_steps
-        return AUFeedback(meters, encoders, networks.make_scheduler(), au_names, steps, guidance_scale=2.5)
+        return AUFeedback([meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, steps, guidance_scale=2.5)
 
     # ----------------------------------------------------------------------------------------------------------------
 
     def export(self, weights: Path = TOY_MODEL) -> None:
         """Write everything that was trained, in half precision, to `weights`."""
         pipeline = FineFacePipeline.from_pretrained(self.folder / "base", dtype=torch.float16)
-        pipeline.load_au_adapter(self.folder / "feedback")
+        pipeline.load_au_adapter(self.folder / "twelve")
         encoder = CLIPVisionModelWithProjection.from_pretrained(self.folder / "image_encoder")
         pipeline.register_modules(image_encoder=encoder.half())
         pipeline.save_pretrained(weights)
-        pipeline.load_au_adapter(self.folder / "sided_feedback")
+        pipeline.load_au_adapter(self.folder / "sided")
         pipeline.save_au_adapter(weights / "sided")
         for name, network in (
             ("meter", PictureReader),
@@ -533,12 +527,6 @@ class Trained(nn.Module):
     def __init__(self, model: FineFaceModel):
         super().__init__()
         self.parameter_list = nn.ParameterList(model.trained_parameters().values())
-
-    @torch.no_grad()
-    def load(self, checkpoint: Path) -> None:
-        saved = torch.load(checkpoint, weights_only=True)["parameters"]
-        for parameter, value in zip(self.parameter_list, saved, strict=True):
-            parameter.copy_(value)
 
 
 class PictureBank:
@@ -585,9 +573,27 @@ class PictureBank:
         return indices, self.pixel_values(indices)
 
 
-def first_side(name: str) -> int:
-    """The column of `TOY_AU_NAMES` that holds an AU of both sides alike."""
-    return TOY_AU_NAMES.index(name if name in TOY_AU_NAMES else f"{name}L")
+def tie_sides(adapter: AUAdapter, au_names: tuple[str, ...]) -> AUAdapter:
+    """
+    The adapter of fewer AUs, `au_names`, that does what `adapter` does when it is commanded both sides of each of them
+    alike. It is exact, because intensities go through linear layers alone.
+    """
+    projection = au_projection(au_names, tuple(adapter.config.au_names))
+    config = {name: value for name, value in adapter.config.items() if not name.startswith("_")}
+    tied = AUAdapter(**config | {"num_aus": len(au_names), "au_names": list(au_names)})
+    num_aus, hidden_dim = adapter.config.num_aus, adapter.config.hidden_dim
+    state_dict = {name: tensor.cpu().float() for name, tensor in adapter.state_dict().items()}
+    for name, tensor in tied.state_dict().items():
+        old = state_dict[name]
+        if name.startswith("to_"):
+            # The columns of a token: the intensities, the features, and zeros.
+            tensor.zero_()
+            tensor[:, : len(au_names)] = old[:, :num_aus] @ projection.T
+            tensor[:, len(au_names) : len(au_names) + hidden_dim] = old[:, num_aus : num_aus + hidden_dim]
+        else:
+            tensor.copy_(old @ projection.T if old.ndim == 2 else old)
+    tied.to_k_au.requires_grad_(False)
+    return tied.train()
 
 
 def face_weights() -> torch.Tensor:
