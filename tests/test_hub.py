@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from hub_server import TOKEN, HubRequestHandler, running_hub
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -559,8 +559,8 @@ def edited(folder: Path, name: str, edit) -> Path:
 
 BROKEN = {
     "code": ("au_encoder.ckpt", lambda t: t.update({"au_encoder.bias": Exploit()}), "code"),
-    "another key": ("attn_processors.ckpt", lambda t: t.update(x=torch.zeros(2, 2)), "does not hold one matrix"),
-    "a missing key": ("attn_processors.ckpt", lambda t: t.popitem(), "does not hold one matrix"),
+    "another key": ("attn_processors.ckpt", lambda t: t.update(x=torch.zeros(2, 2)), "has the unexpected x"),
+    "a missing key": ("attn_processors.ckpt", lambda t: t.popitem(), "misses"),
     "a missing bias": ("au_encoder.ckpt", lambda t: t.pop("au_encoder.bias"), "misses intensity_proj.bias"),
     "another bias": ("au_encoder.ckpt", lambda t: t.update({"au_encoder.bias": torch.zeros(3)}), "shape (3,)"),
     "not a number": ("au_encoder.ckpt", lambda t: t["au_encoder.bias"].fill_(torch.nan), "not finite"),
@@ -590,12 +590,13 @@ def test_adapters_without_a_place_in_the_original_layout_are_refused(tiny_adapte
 # One file
 
 
-def test_the_bundle_passes_what_diffusers_asks_of_a_community_pipeline(tmp_path):
+@pytest.mark.parametrize("options", [[], ["--xl"]])
+def test_the_bundle_passes_what_diffusers_asks_of_a_community_pipeline(options, tmp_path):
     ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or shutil.which("ruff")
     if ruff is None:
         pytest.skip("ruff is not installed")
     path = tmp_path / "fineface.py"
-    assert bundle.main([str(path)]) == 0
+    assert bundle.main([str(path), *options]) == 0
     options = ["--isolated", "--line-length", "119"]
     checks = ["--select", "E,F,I,W", "--config", "lint.isort.lines-after-imports=2"]
     for command in (["check", *options, *checks], ["format", "--check", *options]):
@@ -604,14 +605,17 @@ def test_the_bundle_passes_what_diffusers_asks_of_a_community_pipeline(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"fineface.py"}
 
 
-def test_the_bundle_has_one_pipeline_and_an_example():
-    tree = ast.parse(bundle.bundle())
+@pytest.mark.parametrize(
+    ("pipeline", "base"),
+    [(bundle.PIPELINE, "StableDiffusionPipeline"), (bundle.XL_PIPELINE, "StableDiffusionXLPipeline")],
+)
+def test_the_bundle_has_one_pipeline_and_an_example(pipeline, base):
+    tree = ast.parse(bundle.bundle(pipeline=pipeline))
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     bases = [ast.unparse(base) for node in classes for base in node.bases]
-    assert [base for base in bases if base.endswith("Pipeline")] == ["StableDiffusionPipeline"]
-    source = ast.unparse(tree)
-    assert 'custom_pipeline="fineface"' in source and "from pipeline_fineface" not in source
-    assert issubclass(StableDiffusionPipeline, DiffusionPipeline)
+    assert [name for name in bases if name.endswith("Pipeline")] == [base]
+    source, name = ast.unparse(tree), pipeline.removeprefix("pipeline_")
+    assert f'custom_pipeline="{name}"' in source and "from pipeline_fineface" not in source
 
 
 def test_the_bundle_needs_different_names(tmp_path):
@@ -750,7 +754,7 @@ import sys
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-folder, base = sys.argv[1:]
+folder, base, bundle = sys.argv[1:]
 
 def draw(pipe, **kwargs):
     pipe.set_progress_bar_config(disable=True)
@@ -763,6 +767,10 @@ pipe = DiffusionPipeline.from_pretrained(
 )
 pipe.load_au_adapter(folder)
 pictures["base, code and adapter"] = draw(pipe, aus="12E")
+pipe = DiffusionPipeline.from_pretrained(base, custom_pipeline=bundle, trust_remote_code=True)
+assert pipe.__class__.__module__.endswith(".fineface_xl")
+pipe.load_au_adapter(folder)
+pictures["bundle"] = draw(pipe, aus="12E")
 pipe = StableDiffusionXLPipeline.from_pretrained(base)
 pipe.load_lora_weights(folder)
 pipe.load_ip_adapter(folder, subfolder="", weight_name="au_ip_adapter.safetensors", image_encoder_folder=None)
@@ -776,7 +784,9 @@ torch.save(pictures, "pictures.pt")
 def test_an_export_of_xl_loads_in_each_way(exported_xl, tiny_xl_dir, tiny_xl_adapter_dir, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, "-c", LOAD_XL, str(exported_xl), tiny_xl_dir]
+    bundled = tmp_path / "fineface_xl.py"
+    assert bundle.main([str(bundled), "--xl"]) == 0
+    arguments = [sys.executable, "-c", LOAD_XL, str(exported_xl), tiny_xl_dir, str(bundled)]
     result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     pipe = FAMILIES["sdxl"].make_pipe()
