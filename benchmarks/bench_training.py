@@ -126,7 +126,8 @@ def measure(row: Row, folder: Path, args: argparse.Namespace) -> Measured:
         **row.settings,
     )
     accelerator = make_accelerator(config)
-    encoders = StableDiffusionEncoders(*(components.pop(name) for name in ("tokenizer", "text_encoder", "vae")))
+    tokenizer, text_encoder, vae = (components.pop(name) for name in ("tokenizer", "text_encoder", "vae"))
+    encoders = StableDiffusionEncoders([tokenizer], [text_encoder], vae)
     inputs = PixelInputs(load_training_data(config), encoders, resolution)
     if config.cache_latents:
         inputs = cache_inputs(inputs, config, accelerator)

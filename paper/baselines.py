@@ -16,7 +16,6 @@ same flags as `train_fineface.py`:
 the same command runs again.
 """
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -59,7 +58,7 @@ from train_fineface import (
     make_accelerator,
     train,
 )
-from training.checkpoints import TrainingState, check_samples_per_step, find_checkpoint
+from training.checkpoints import TrainingState, check_same_work, find_checkpoint
 from training.config import TrainConfig, default_settings
 from training.config import parse_args as parse_training_args
 from training.data import (
@@ -315,15 +314,14 @@ def embed_pictures(data, config: TrainConfig, device: torch.device) -> torch.Ten
     size = encoder.config.image_size
     processor, embeds = CLIPImageProcessor(size=size, crop_size=size), []
     for start in tqdm(range(0, len(data), 64), desc="image embeddings", unit="batch"):
-        entries = [data.picture(row) for row in range(start, min(start + 64, len(data)))]
-        images = [open_entry(entry) for entry in entries]
+        images = [open_rgb(data, row) for row in range(start, min(start + 64, len(data)))]
         pixel_values = processor(images, return_tensors="pt").pixel_values.to(device)
         embeds.append(encoder(pixel_values).image_embeds.cpu())
     return torch.cat(embeds)
 
 
-def open_entry(entry: dict) -> Image.Image:
-    with Image.open(entry["path"] if entry["bytes"] is None else io.BytesIO(entry["bytes"])) as image:
+def open_rgb(data: TrainingData, row: int) -> Image.Image:
+    with data.open_picture(row) as image:
         return image.convert("RGB")
 
 
@@ -377,8 +375,7 @@ def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings:
     """Train a baseline, and write `settings`, if there are any, when the data have been checked."""
     checkpoint = find_checkpoint(config)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    if checkpoint is not None:
-        check_samples_per_step(checkpoint, samples_per_step)
+    check_same_work(checkpoint, samples_per_step=samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
         if accelerator.is_main_process:

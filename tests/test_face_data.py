@@ -463,9 +463,8 @@ def test_the_training_reads_what_is_built(tmp_path, work_folder, reader, monkeyp
             table, index = data.locate(row)
             np.testing.assert_allclose(table.au_intensities[index], sample_aus(row), rtol=1e-6)
             assert table.captions[index].as_py() == f"person {row}"
-            picture = table.picture(index)
-            content = picture["bytes"] or Path(picture["path"]).read_bytes()
-            assert content == (tmp_path / f"mine/{row:02d}.png").read_bytes()
+            with table.open_file(index) as file:
+                assert file.read() == (tmp_path / f"mine/{row:02d}.png").read_bytes()
 
 
 def test_shards_are_streamed_by_the_datasets_library(tmp_path, work_folder):

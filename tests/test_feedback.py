@@ -18,7 +18,7 @@ from au_encoder import read_tensors
 from training.checkpoints import PARAMETERS_NAME
 from training.config import FEEDBACK_MODES, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
-from training.encoders import StableDiffusionEncoders
+from training.encoders import StableDiffusionEncoders, load_encoders
 from training.feedback import AUFeedback, load_meter, shake
 
 
@@ -47,7 +47,7 @@ def make_tiny_meter():
 
 def make_model_and_feedback(config, meters=None, **options):
     components = make_components()
-    encoders = StableDiffusionEncoders(components["tokenizer"], components["text_encoder"], components["vae"])
+    encoders = StableDiffusionEncoders([components["tokenizer"]], [components["text_encoder"]], components["vae"])
     model = train_fineface.make_model(components["unet"], config)
     scheduler = DDIMScheduler.from_config(components["scheduler"].config)
     meters = [TinyMeter().eval().requires_grad_(False)] if meters is None else meters
@@ -168,7 +168,7 @@ def test_a_picture_is_commanded_the_aus_of_another_row(arguments):
     options = f"{FEEDBACK} --train_batch_size 1 --au_noise_variance 0 --au_rounding_prob 0"
     config = parse_args(arguments("run", options))
     data = load_training_data(config)
-    encoders = StableDiffusionEncoders(*(make_components()[n] for n in ("tokenizer", "text_encoder", "vae")))
+    encoders = load_encoders(config, torch.device("cpu"), torch.float32)
     samples = [TrainingSamples(PixelInputs(data, encoders, 32), 1000, config) for _ in range(2)]
     row_of = {tuple(aus): row for row, aus in enumerate(data.au_intensities)}
     pairs = []

@@ -666,8 +666,7 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
         ("--validation_aus AU3=2", "`--validation_aus` names 'AU3'"),
         ("--aus AU12L AU26", "`--aus`: `au_names` holds AU12L, so it needs both"),
         ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
-        ("--report_to paper", "`--report_to` has to be all, none or one of"),
-        ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` 5 has to be after"),
+        ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` has to be after .*, 5, but is 5"),
         ("--encoder_type direct --num_au_tokens 2", "`--num_au_tokens` has to be 1 with `--encoder_type direct`"),
         ("--max_train_step 3", "unrecognized arguments: --max_train_step"),
     ],
@@ -683,6 +682,14 @@ def test_a_folder_that_is_not_there_is_refused_when_the_run_begins(arguments):
     config = parse_args(arguments("run", "--train_data_dir nowhere"))
     with pytest.raises(ValueError, match="`--train_data_dir` has to be a folder, but 'nowhere' is none"):
         train_fineface.run(config)
+
+
+def test_a_tracker_that_does_not_exist_or_is_not_installed_is_refused(arguments, tmp_path):
+    with pytest.raises(ValueError, match="Unsupported logging capability: paper. Choose between .*tensorboard"):
+        main(arguments("run", "--report_to paper"))
+    with pytest.raises(ValueError, match="`--report_to comet_ml` needs comet-ml. Install it: `pip install comet-ml`"):
+        main(arguments("run", "--report_to comet_ml"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_resolution_that_does_not_fit_the_vae_is_refused(arguments):

@@ -82,7 +82,7 @@ def test_a_vae_that_overflows_in_float16_stays_in_float32(arguments, tmp_path, f
     vae.save_pretrained(tmp_path / "vae")
     options = f"--pretrained_vae_model_name_or_path {tmp_path / 'vae'}"
     encoders = load_encoders(parse_args(arguments("run", options)), CPU, torch.float16)
-    assert encoders.text_encoder_2.dtype == torch.float16
+    assert encoders.text_encoders[1].dtype == torch.float16
     assert encoders.vae.dtype == (torch.float32 if force_upcast else torch.float16)
 
 

@@ -493,7 +493,7 @@ class Recipe:
 
     def make_feedback(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> AUFeedback:
         meter = load_meter(str(self.folder / "meter"), self.device)
-        encoders = StableDiffusionEncoders(tokenizer, text_encoder, self.load_vae())
+        encoders = StableDiffusionEncoders([tokenizer], [text_encoder], self.load_vae())
         steps = self.size.feedback_steps
         return AUFeedback([meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, steps, guidance_scale=2.5)
 

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import nn
 from action_units import AU_NAMES
 from au_encoder import ENCODER_CONFIG_NAME, check_tensors, read_tensors, write_au_adapter
 from pipeline_fineface import LORA_NAME
-from program import is_integer, show_value, write_atomically
+from program import is_integer, show_value
 from training.config import TrainConfig, default_settings
 
 
@@ -59,41 +59,42 @@ class TrainingState:
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Put the averaged weights, if there are any, into the model, and restore its own weights at the end."""
+        if self.ema is None:
+            yield
+            return
         parameters = list(self.model.trained_parameters().values())
-        if self.ema is not None:
-            self.ema.store(parameters)
-            self.ema.copy_to(parameters)
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
         try:
             yield
         finally:
-            if self.ema is not None:
-                self.ema.restore(parameters)
+            self.ema.restore(parameters)
 
     def save_adapter(self, folder: Path) -> None:
         with self.ema_weights():
             write_au_adapter(folder, self.model.au_adapter, self.model.unet, LORA_NAME)
 
-    def save(self, folder: Path) -> None:
+    def _files(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The tensors of a checkpoint, by the name of their file and their own names."""
         parameters = self.model.trained_parameters()
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / PARAMETERS_NAME)
+        files = {PARAMETERS_NAME: {name: parameter.detach() for name, parameter in parameters.items()}}
         if self.ema is not None:
-            averages = {n: p.cpu() for n, p in zip(parameters, self.ema.shadow_params, strict=True)}
-            save_file(averages, folder / EMA_PARAMETERS_NAME)
+            files[EMA_PARAMETERS_NAME] = dict(zip(parameters, self.ema.shadow_params, strict=True))
+        return files
+
+    def save(self, folder: Path) -> None:
+        for file, tensors in self._files().items():
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / file)
         progress = {"step": self.step, "samples_per_step": self.samples_per_step, "num_samples": self.num_samples}
         (folder / STATE_NAME).write_text(json.dumps(progress))
         self.save_adapter(folder)
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
-        parameters = self.model.trained_parameters()
-        files = {PARAMETERS_NAME: list(parameters.values())}
-        if self.ema is not None:
-            files[EMA_PARAMETERS_NAME] = self.ema.shadow_params
-        for name, targets in files.items():
-            saved = read_tensors(folder / name)
-            check_tensors(saved, {key: tuple(p.shape) for key, p in parameters.items()}, folder / name)
-            for key, target in zip(parameters, targets, strict=True):
-                target.copy_(saved[key])
+        for file, tensors in self._files().items():
+            saved = read_tensors(folder / file)
+            check_tensors(saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder / file)
+            for name, tensor in tensors.items():
+                tensor.copy_(saved[name])
         self.step = _read_json(folder, STATE_NAME)["step"]
         if self.ema is not None:
             self.ema.optimization_step = self.step
@@ -113,11 +114,6 @@ def register_state(accelerator: Accelerator, state: TrainingState) -> None:
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
-
-
-def if_deepspeed(accelerator: Accelerator, **options) -> dict:
-    """`options` if DeepSpeed is used, and otherwise none, because only DeepSpeed accepts them."""
-    return options if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -143,8 +139,9 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
         try:
             if accelerator.is_main_process:
                 (unfinished / CONFIG_NAME).write_text(config.to_json())
-            # By default, DeepSpeed writes the frozen base too.
-            accelerator.save_state(unfinished, **if_deepspeed(accelerator, exclude_frozen_parameters=True))
+            # By default, DeepSpeed writes the frozen base too. Without DeepSpeed, the option is an error.
+            uses_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+            accelerator.save_state(unfinished, **({"exclude_frozen_parameters": True} if uses_deepspeed else {}))
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -165,9 +162,10 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     Raises:
         ValueError: if a file of the checkpoint is missing or broken.
     """
+    # A checkpoint of DeepSpeed does not contain the base.
+    options = {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
     try:
-        # A checkpoint of DeepSpeed does not contain the base.
-        accelerator.load_state(checkpoint, **if_deepspeed(accelerator, load_module_strict=False))
+        accelerator.load_state(checkpoint, **options)
     # torch, pickle and accelerate raise errors of many types for a truncated file.
     except Exception as error:
         broken = [f"{path.name} is broken" for path in sorted(checkpoint.glob("*.bin")) if not _is_loadable(path)]
@@ -241,36 +239,28 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return checkpoint
 
 
-def check_samples_per_step(checkpoint: Path, samples_per_step: int) -> None:
-    """Raise a ValueError if a step had another number of samples: `step` then does not tell the next sample."""
-    saved = _read_json(checkpoint, STATE_NAME).get("samples_per_step", samples_per_step)
-    if saved != samples_per_step:
-        raise ValueError(
-            f"A step has {samples_per_step} samples, but had {saved} in {str(checkpoint)!r}. They are the product of"
-            " `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes: keep it."
-        )
-
-
-def check_same_data(checkpoint: Path, num_samples: int, au_names: Sequence[str]) -> None:
-    """Raise a ValueError if the data set of `checkpoint` had another size, or its adapter other AUs."""
-    saved = _read_json(checkpoint, ENCODER_CONFIG_NAME).get("au_names") or AU_NAMES
-    if list(saved) != list(au_names):
-        raise ValueError(
-            f"The AUs to train are {', '.join(au_names)}, but {str(checkpoint)!r} was trained with {', '.join(saved)}."
-            " Name these by `--aus`, or begin a new run."
-        )
+SAME_WORK = {
+    "samples_per_step": "A step has {now} samples, but had {saved} in {checkpoint!r}. They are the product of"
+    " `--train_batch_size`, `--gradient_accumulation_steps` and the number of processes: keep it.",
     # The order of the samples depends on the number of rows.
-    saved = _read_json(checkpoint, STATE_NAME).get("num_samples") or num_samples
-    if saved != num_samples:
-        raise ValueError(
-            f"The data set has {num_samples} rows, but had {saved} in {str(checkpoint)!r}. A run continues with the"
-            " data it began with: restore them, or begin a new run in another `--output_dir`."
-        )
+    "num_samples": "The data set has {now} rows, but had {saved} in {checkpoint!r}. A run continues with the data it"
+    " began with: restore them, or begin a new run in another `--output_dir`.",
+    "au_names": "The AUs to train are {now}, but {checkpoint!r} was trained with {saved}. Name these by `--aus`, or"
+    " begin a new run.",
+}
 
 
-def write_config(config: TrainConfig) -> None:
-    with disk_errors_explained(CONFIG_NAME, config.output_dir):
-        write_atomically(config.output_dir / CONFIG_NAME, config.to_json())
+def check_same_work(checkpoint: Path | None, **current) -> None:
+    """Raise a ValueError if one of `current`, with names of `SAME_WORK`, was different in `checkpoint`."""
+    if checkpoint is None:
+        return
+    saved = _read_json(checkpoint, STATE_NAME)
+    if "au_names" in current:
+        saved["au_names"] = tuple(_read_json(checkpoint, ENCODER_CONFIG_NAME).get("au_names") or AU_NAMES)
+    for name, now in current.items():
+        if saved.get(name, now) != now:
+            now, then = (", ".join(value) if name == "au_names" else value for value in (now, saved[name]))
+            raise ValueError(SAME_WORK[name].format(now=now, saved=then, checkpoint=str(checkpoint)))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from action_units import ALL_AU_NAMES, au_columns, read_aus
 from au_encoder import ENCODER_TYPES, KV_INITS
+from program import is_integer, is_real
 
 
 TRAINING_PRESETS = {
@@ -41,9 +42,9 @@ TRAINING_PRESETS = {
 FEEDBACK_MODES = ("draw", "random_step", "one_step")
 
 
-def option(default, description: str, *, low: float | None = None, high: float | None = None, resumable: bool = False):
+def fixed(default, description: str, low: float | None = None, high: float | None = None, is_fixed: bool = True):
     r"""
-    A field of `TrainConfig` and its flag.
+    A field of `TrainConfig` and its flag, which keeps its value when a run is resumed.
 
     Args:
         default:
@@ -52,12 +53,13 @@ def option(default, description: str, *, low: float | None = None, high: float |
             The text of `--help`.
         low, high (`float`, *optional*):
             The range of a number, both ends included.
-        resumable (`bool`, defaults to `False`):
-            Whether a run may be resumed with another value. True for paths, the length of the run, logging and
-            validation, and options that change only time or memory.
     """
-    metadata = {"help": description, "low": low, "high": high, "resumable": resumable}
+    metadata = {"help": description, "low": low, "high": high, "is_fixed": is_fixed}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+free = functools.partial(fixed, is_fixed=False)
+"""The same for a flag that may change: paths, the length of the run, logging, and what changes only time or memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,178 +69,132 @@ class TrainConfig:
     paper names one. The constructor checks values without reading the disk; `check_machine` checks the rest.
     """
 
-    pretrained_model_name_or_path: str = option(
-        dataclasses.MISSING, "Folder or Hub id of the base model.", resumable=True
-    )
-    output_dir: Path = option(dataclasses.MISSING, "Folder for the adapter and the checkpoints.", resumable=True)
-    revision: str | None = option(None, "Revision of the base model on the Hub.", resumable=True)
-    variant: str | None = option(None, "Variant of the base model's files, for instance fp16.", resumable=True)
-
-    pretrained_vae_model_name_or_path: str | None = option(
-        None,
-        "Folder or Hub id of another VAE, such as one for Stable Diffusion XL that works in fp16.",
+    pretrained_model_name_or_path: str = free(dataclasses.MISSING, "Folder or Hub id of the base model.")
+    output_dir: Path = free(dataclasses.MISSING, "Folder for the adapter and the checkpoints.")
+    revision: str | None = free(None, "Revision of the base model on the Hub.")
+    variant: str | None = free(None, "Variant of the base model's files, for instance fp16.")
+    pretrained_vae_model_name_or_path: str | None = fixed(
+        None, "Folder or Hub id of another VAE, such as one for Stable Diffusion XL that works in fp16."
     )
 
-    train_data_dir: Path | None = option(
-        None, "Folder with pictures and metadata, or with Parquet files.", resumable=True
-    )
-    dataset_name: str | None = option(None, "Hub id of a data set, instead of --train_data_dir.", resumable=True)
-    streaming: bool = option(False, "Read Parquet files from a folder or the Hub while training, without a copy.")
-    shuffle_buffer_size: int = option(4096, "Rows that are shuffled together with --streaming.", low=1)
-    image_column: str = option("image", "Column of the pictures.")
-    caption_column: str = option("text", "Column of the captions.")
-    max_train_samples: int | None = option(None, "Use only this number of rows from the start.", low=1)
-    resolution: int | None = option(
-        None, "Side of the training pictures in pixels; by default the base model's.", low=1
-    )
-    random_flip: bool = option(False, "Mirror half of the pictures, and the sides of their AUs.")
-    cache_latents: bool = option(False, "Encode pictures and captions once, to disk, before training.", resumable=True)
-    cache_dir: Path | None = option(None, "Folder of the cache; by default OUTPUT_DIR/cache.", resumable=True)
-    dataloader_num_workers: int = option(
-        0, "Processes that prepare batches; 0 does it in the main process.", low=0, resumable=True
-    )
+    train_data_dir: Path | None = free(None, "Folder with pictures and metadata, or with Parquet files.")
+    dataset_name: str | None = free(None, "Hub id of a data set, instead of --train_data_dir.")
+    streaming: bool = fixed(False, "Read Parquet files from a folder or the Hub while training, without a copy.")
+    shuffle_buffer_size: int = fixed(4096, "Rows that are shuffled together with --streaming.", low=1)
+    image_column: str = fixed("image", "Column of the pictures.")
+    caption_column: str = fixed("text", "Column of the captions.")
+    max_train_samples: int | None = fixed(None, "Use only this number of rows from the start.", low=1)
+    resolution: int | None = fixed(None, "Side of the training pictures; by default the base model's.", low=1)
+    random_flip: bool = fixed(False, "Mirror half of the pictures, and the sides of their AUs.")
+    cache_latents: bool = free(False, "Encode pictures and captions once, to disk, before training.")
+    cache_dir: Path | None = free(None, "Folder of the cache; by default OUTPUT_DIR/cache.")
+    dataloader_num_workers: int = free(0, "Processes that prepare batches; 0 does it in the main process.", low=0)
 
-    aus: tuple[str, ...] = option(
-        (), "AUs to train: AU12, or AU12L AU12R; by default all AUs that have a column.", resumable=True
+    aus: tuple[str, ...] = free((), "AUs to train: AU12, or AU12L AU12R; by default all AUs that have a column.")
+    adapter_name_or_path: str | None = free(
+        None, "Folder or Hub id of an AU adapter to start from. It sets encoder type, AUs and rank."
     )
-    adapter_name_or_path: str | None = option(
-        None,
-        "Folder or Hub id of an AU adapter to start from. It sets encoder type, AUs and rank.",
-        resumable=True,
-    )
-    encoder_type: Literal[ENCODER_TYPES] = option("res_mlp64", "AU encoder (paper Table 2).")
-    au_hidden_dim: int = option(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
-    num_au_tokens: int = option(1, "Tokens that the AU encoder makes.", low=1)
-    au_kv_init: Literal[KV_INITS] = option(
+    encoder_type: Literal[ENCODER_TYPES] = fixed("res_mlp64", "AU encoder (paper Table 2).")
+    au_hidden_dim: int = fixed(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
+    num_au_tokens: int = fixed(1, "Tokens that the AU encoder makes.", low=1)
+    au_kv_init: Literal[KV_INITS] = fixed(
         "text", "Initial keys and values: copies of the text's, random, or values of zero."
     )
-    rank: int = option(32, "Rank and alpha of the LoRA.", low=1)
+    rank: int = fixed(32, "Rank and alpha of the LoRA.", low=1)
 
-    au_noise_variance: float = option(
-        0.2, "Label smoothing: variance of the Gaussian noise on the intensities.", low=0
+    au_noise_variance: float = fixed(0.2, "Label smoothing: variance of the noise on the intensities.", low=0)
+    au_rounding_prob: float = fixed(0.2, "Label smoothing: share of samples that are rounded to integers.", 0, 1)
+    face_loss_weight: float = fixed(
+        1.0, "Weight of the loss inside the columns face_x0, face_y0, face_x1, face_y1, against 1 outside.", low=0
     )
-    au_rounding_prob: float = option(
-        0.2, "Label smoothing: share of samples with intensities rounded to integers.", low=0, high=1
-    )
-    face_loss_weight: float = option(
-        1.0,
-        "Weight of the loss inside the columns face_x0, face_y0, face_x1, face_y1 (0 to 1), against 1 outside.",
-        low=0,
-    )
-    au_drop_prob: float = option(0.0, "Share of samples trained with all AUs at 0.", low=0, high=1)
-    caption_drop_prob: float = option(0.0, "Share of samples trained with an empty caption.", low=0, high=1)
-    snr_gamma: float | None = option(None, "Min-SNR loss weighting, usually with 5.0; by default none.", low=0)
-    noise_offset: float = option(0.0, "Standard deviation of noise that is constant over each channel.", low=0)
-    timestep_sampling: Literal["uniform", "stratified"] = option(
+    au_drop_prob: float = fixed(0.0, "Share of samples trained with all AUs at 0.", 0, 1)
+    caption_drop_prob: float = fixed(0.0, "Share of samples trained with an empty caption.", 0, 1)
+    snr_gamma: float | None = fixed(None, "Min-SNR loss weighting, usually with 5.0; by default none.", low=0)
+    noise_offset: float = fixed(0.0, "Standard deviation of noise that is constant over each channel.", low=0)
+    timestep_sampling: Literal["uniform", "stratified"] = fixed(
         "uniform", "Draw timesteps independently, or one from each of N equal intervals for the N samples of a step."
     )
-    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = option(
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = fixed(
         "none", "Draw more timesteps of the first or last --timestep_bias_portion, or from begin to end."
     )
-    timestep_bias_multiplier: float = option(1.0, "Factor on the probability of these timesteps.", low=0)
-    timestep_bias_begin: int = option(0, 'First timestep of the strategy "range".', low=0)
-    timestep_bias_end: int = option(1000, 'Timestep before which the strategy "range" ends.', low=1)
-    timestep_bias_portion: float = option(0.25, 'Share of the timesteps for "earlier" and "later".', low=1e-3, high=1)
+    timestep_bias_multiplier: float = fixed(1.0, "Factor on the probability of these timesteps.", low=0)
+    timestep_bias_begin: int = fixed(0, 'First timestep of the strategy "range".', low=0)
+    timestep_bias_end: int = fixed(1000, 'Timestep before which the strategy "range" ends.', low=1)
+    timestep_bias_portion: float = fixed(0.25, 'Share of the timesteps for "earlier" and "later".', 1e-3, 1)
 
-    au_feedback_meter: str | None = option(
+    au_feedback_meter: str | None = free(
         None,
         "Read the AUs of pictures drawn in training with this meter, and train on its error: a folder, or"
         " package.module:callable.",
-        resumable=True,
     )
-    au_feedback_weight: float = option(
+    au_feedback_weight: float = fixed(
         1.0, "Weight of the meter's error (in squared intensities), which is added to the loss.", low=0
     )
-    au_feedback_start: int = option(0, "Optimizer steps before the feedback begins.", low=0)
-    au_feedback_mode: Literal[FEEDBACK_MODES] = option(
+    au_feedback_start: int = fixed(0, "Optimizer steps before the feedback begins.", low=0)
+    au_feedback_mode: Literal[FEEDBACK_MODES] = fixed(
         "draw",
         "Pictures: drawn from noise; drawn with gradient through one random step; or the one-step estimates of the"
         " clean pictures in the ordinary training.",
     )
-    au_feedback_steps: int = option(4, "Denoising steps of a drawn picture.", low=1)
-    au_feedback_backprop: int | None = option(
+    au_feedback_steps: int = fixed(4, "Denoising steps of a drawn picture.", low=1)
+    au_feedback_backprop: int | None = fixed(
         None, "Number of last denoising steps that carry gradient in the mode draw; by default all.", low=1
     )
-    au_feedback_guidance_scale: float = option(7.5, "Guidance scale of a drawn picture.", low=0)
-    au_feedback_batch_size: int | None = option(
+    au_feedback_guidance_scale: float = fixed(7.5, "Guidance scale of a drawn picture.", low=0)
+    au_feedback_batch_size: int | None = fixed(
         None, "Pictures of a process in a forward pass; by default --train_batch_size.", low=1
     )
 
-    max_train_steps: int = option(20_000, "Optimizer steps.", low=1, resumable=True)
-    train_batch_size: int = option(16, "Samples for each process and forward pass.", low=1, resumable=True)
-    gradient_accumulation_steps: int = option(1, "Forward passes for each optimizer step.", low=1, resumable=True)
-    learning_rate: float = option(
+    max_train_steps: int = free(20_000, "Optimizer steps.", low=1)
+    train_batch_size: int = free(16, "Samples for each process and forward pass.", low=1)
+    gradient_accumulation_steps: int = free(1, "Forward passes for each optimizer step.", low=1)
+    learning_rate: float = fixed(
         1e-4, "Learning rate of the LoRA, and of everything else unless --au_learning_rate is set.", low=0
     )
-    au_learning_rate: float | None = option(None, "Learning rate of the AU encoder, keys and values.", low=0)
+    au_learning_rate: float | None = fixed(None, "Learning rate of the AU encoder, keys and values.", low=0)
     lr_scheduler: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = option("constant", "Learning rate schedule.")
-    lr_warmup_steps: int = option(
-        0, "Optimizer steps in which the learning rate rises, for schedules with warm-up.", low=0
+    ] = fixed("constant", "Learning rate schedule.")
+    lr_warmup_steps: int = fixed(
+        0, "Optimizer steps in which the learning rate rises, if the schedule warms up.", low=0
     )
-    lr_num_cycles: int = option(1, "Hard restarts of the schedule cosine_with_restarts.", low=1)
-    lr_power: float = option(1.0, "Power of the schedule polynomial.", low=0)
-    use_8bit_adam: bool = option(False, "AdamW of bitsandbytes, with a quarter of the memory for its state.")
-    adam_beta1: float = option(0.9, "AdamW: beta1.", low=0)
-    adam_beta2: float = option(0.999, "AdamW: beta2.", low=0)
-    adam_weight_decay: float = option(1e-2, "AdamW: weight decay.", low=0)
-    adam_epsilon: float = option(1e-8, "AdamW: epsilon.", low=0)
-    max_grad_norm: float = option(
-        1.0, "Largest norm of the gradient of all trained parameters together; a larger one is clipped.", low=0
-    )
-    use_ema: bool = option(False, "Save an exponential moving average of the trained parameters.")
-    ema_decay: float = option(0.9999, "Largest decay of the moving average.", low=0)
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "By default what accelerate is set to.", resumable=True
-    )
-    allow_tf32: bool = option(False, "Multiply float32 matrices as TF32, on GPUs that support it.", resumable=True)
-    torch_compile: bool = option(
-        False, "Compile the UNet, which takes about a minute and makes steps faster.", resumable=True
-    )
-    gradient_checkpointing: bool = option(False, "Save memory, at the cost of a second forward pass.", resumable=True)
-    seed: int = option(0, "Seed of everything that is random.", low=0)
+    lr_num_cycles: int = fixed(1, "Hard restarts of the schedule cosine_with_restarts.", low=1)
+    lr_power: float = fixed(1.0, "Power of the schedule polynomial.", low=0)
+    use_8bit_adam: bool = fixed(False, "AdamW of bitsandbytes, with a quarter of the memory for its state.")
+    adam_beta1: float = fixed(0.9, "AdamW: beta1.", low=0)
+    adam_beta2: float = fixed(0.999, "AdamW: beta2.", low=0)
+    adam_weight_decay: float = fixed(1e-2, "AdamW: weight decay.", low=0)
+    adam_epsilon: float = fixed(1e-8, "AdamW: epsilon.", low=0)
+    max_grad_norm: float = fixed(1.0, "Norm to which the gradient of all trained parameters is clipped.", low=0)
+    use_ema: bool = fixed(False, "Save an exponential moving average of the trained parameters.")
+    ema_decay: float = fixed(0.9999, "Largest decay of the moving average.", low=0)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = free(None, "By default what accelerate is set to.")
+    allow_tf32: bool = free(False, "Multiply float32 matrices as TF32, on GPUs that support it.")
+    torch_compile: bool = free(False, "Compile the UNet, which takes about a minute and makes steps faster.")
+    gradient_checkpointing: bool = free(False, "Save memory, at the cost of a second forward pass.")
+    seed: int = fixed(0, "Seed of everything that is random.", low=0)
 
-    checkpointing_steps: int = option(500, "Optimizer steps between two checkpoints.", low=1, resumable=True)
-    checkpoints_total_limit: int | None = option(
-        None, "Keep only this number of checkpoints, the newest.", low=1, resumable=True
-    )
-    resume_from_checkpoint: str | None = option(
-        None, 'A checkpoint folder, or "latest" for the last one if any.', resumable=True
-    )
-    report_to: str | None = option(
+    checkpointing_steps: int = free(500, "Optimizer steps between two checkpoints.", low=1)
+    checkpoints_total_limit: int | None = free(None, "Keep only this number of checkpoints, the newest.", low=1)
+    resume_from_checkpoint: str | None = free(None, 'A checkpoint folder, or "latest" for the last one if any.')
+    report_to: str | None = free(
         None,
         'tensorboard, wandb, another tracker of accelerate, "all" or "none"; by default TensorBoard if installed.',
-        resumable=True,
     )
-    validation_prompt: tuple[str, ...] = option(
-        (), "Prompts of the pictures that are drawn during training.", resumable=True
-    )
-    validation_aus: tuple[str, ...] = option(
+    validation_prompt: tuple[str, ...] = free((), "Prompts of the pictures that are drawn during training.")
+    validation_aus: tuple[str, ...] = free(
         ("neutral", "AU6=3 AU12=5", "AU4=5", "AU1=4 AU2=4 AU5=4 AU26=4", "AU1=4 AU15=5 AU17=3"),
         "Expressions of these pictures, in any notation that the pipeline reads.",
-        resumable=True,
     )
-    validation_steps: int = option(
-        500,
-        "Optimizer steps between two sheets of validation pictures. The last step has one as well.",
-        low=1,
-        resumable=True,
+    validation_steps: int = free(500, "Steps between two sheets of these pictures; the last step has one.", low=1)
+    num_validation_images: int = free(1, "Pictures of each prompt and expression, each from another seed.", low=1)
+    validation_inference_steps: int = free(25, "Denoising steps of these pictures.", low=1)
+    validation_guidance_scale: float = free(7.5, "Guidance scale of these pictures.", low=0)
+    push_to_hub: bool = free(
+        False, "At the end, upload a repository as hub.export makes it. Log in first: `hf auth login`, or HF_TOKEN."
     )
-    num_validation_images: int = option(
-        1, "Pictures of each prompt and expression, each from another seed.", low=1, resumable=True
-    )
-    validation_inference_steps: int = option(25, "Denoising steps of these pictures.", low=1, resumable=True)
-    validation_guidance_scale: float = option(7.5, "Guidance scale of these pictures.", low=0, resumable=True)
-    push_to_hub: bool = option(
-        False,
-        "At the end, upload a repository as hub.export makes it. Log in first: `hf auth login`, or HF_TOKEN.",
-        resumable=True,
-    )
-    hub_model_id: str | None = option(
-        None, "Repository to upload to; by default the name of the output folder.", resumable=True
-    )
-    dry_run: bool = option(False, "Print these settings and stop.", resumable=True)
+    hub_model_id: str | None = free(None, "Repository to upload to; by default the name of the output folder.")
+    dry_run: bool = free(False, "Print these settings and stop.")
 
     def __post_init__(self):
         if (self.train_data_dir is None) == (self.dataset_name is None):
@@ -258,25 +214,22 @@ class TrainConfig:
             raise ValueError("`--validation_prompt` must not contain empty prompts.")
         if self.encoder_type == "direct":
             self._check("num_au_tokens", self.num_au_tokens == 1, "1 with `--encoder_type direct`, which has no keys")
-        if self.timestep_bias_begin >= self.timestep_bias_end:
-            raise ValueError(
-                f"`--timestep_bias_end` {self.timestep_bias_end} has to be after `--timestep_bias_begin`."
-            )
+        begin, end = self.timestep_bias_begin, self.timestep_bias_end
+        self._check("timestep_bias_end", begin < end, f"after `--timestep_bias_begin`, {begin}")
         if self.timestep_bias_strategy != "none":
             self._check("timestep_bias_multiplier", self.timestep_bias_multiplier > 0, "greater than 0")
-        if self.au_feedback_backprop is not None and self.au_feedback_mode != "draw":
-            self._check("au_feedback_mode", False, "draw with `--au_feedback_backprop`")
-        if (self.au_feedback_backprop or 1) > self.au_feedback_steps:
-            self._check("au_feedback_backprop", False, f"at most `--au_feedback_steps`, {self.au_feedback_steps}")
-        if (self.au_feedback_batch_size or 1) > self.train_batch_size:
-            self._check("au_feedback_batch_size", False, f"at most `--train_batch_size`, {self.train_batch_size}")
+        if self.au_feedback_backprop is not None:
+            steps, mode = self.au_feedback_steps, self.au_feedback_mode
+            self._check("au_feedback_mode", mode == "draw", "draw with `--au_feedback_backprop`")
+            allowed = f"at most `--au_feedback_steps`, {steps}"
+            self._check("au_feedback_backprop", self.au_feedback_backprop <= steps, allowed)
+        if self.au_feedback_batch_size is not None:
+            allowed = f"at most `--train_batch_size`, {self.train_batch_size}"
+            self._check("au_feedback_batch_size", self.au_feedback_batch_size <= self.train_batch_size, allowed)
         if self.streaming and self.cache_latents:
             raise ValueError(
                 "`--cache_latents` writes every row to disk, but `--streaming` exists to avoid that: leave one out."
             )
-        if self.report_to not in (None, "none", "all"):
-            trackers = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
-            self._check("report_to", self.report_to in trackers, f"all, none or one of {', '.join(trackers)}")
         if self.push_to_hub:
             validate_repo_id(self.repo_id)
 
@@ -286,13 +239,10 @@ class TrainConfig:
         if typing.get_origin(kind) is Literal:
             self._check(name, value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}")
         elif kind in (int, float):
-            what = {int: "an integer", float: "a finite number"}[kind]
+            what = "a probability" if name.endswith("_prob") else {int: "an integer", float: "a finite number"}[kind]
             allowed = f"{what}, at least {low}" if high is None else f"{what} in [{low}, {high}]"
-            if name.endswith("_prob"):
-                allowed = f"a probability in [{low}, {high}]"
-            is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-            in_range = is_number and math.isfinite(value) and value >= low and (high is None or value <= high)
-            self._check(name, in_range, allowed)
+            is_number = is_integer(value) or (kind is float and is_real(value))
+            self._check(name, is_number and low <= value <= (math.inf if high is None else high), allowed)
 
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
@@ -311,14 +261,15 @@ class TrainConfig:
             raise ValueError(f"`--output_dir` has to be a folder, but {str(self.output_dir)!r} is a file.")
         if self.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
             raise ValueError("`--use_8bit_adam` needs bitsandbytes. Install it: `pip install bitsandbytes`.")
-        if self.report_to not in (None, "none", "all", *map(str, get_available_trackers())):
+        # accelerate leaves a tracker that is not installed out without a word.
+        if self.report_to in LoggerType and self.report_to not in ("all", *map(str, get_available_trackers())):
             package = self.report_to.replace("_", "-")
             raise ValueError(f"`--report_to {self.report_to}` needs {package}. Install it: `pip install {package}`.")
 
     def fixed_settings(self) -> dict:
         """The settings that a run has to keep when it is resumed, as `to_json` writes them."""
         settings = json.loads(self.to_json())
-        return {f.name: settings[f.name] for f in dataclasses.fields(self) if not f.metadata["resumable"]}
+        return {field.name: settings[field.name] for field in dataclasses.fields(self) if field.metadata["is_fixed"]}
 
     @property
     def repo_id(self) -> str:
@@ -335,7 +286,7 @@ def published_settings(settings: dict) -> dict:
     prompts, which are private.
     """
     more = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision")
-    names = [f.name for f in dataclasses.fields(TrainConfig) if not f.metadata["resumable"] or f.name in more]
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["is_fixed"] or f.name in more]
     shown = {name: settings[name] for name in names if settings.get(name) is not None}
     return {name: value for name, value in shown.items() if not re.search(r"[/\\|\n]", str(value))}
 
@@ -351,43 +302,39 @@ def default_settings() -> dict:
 def _value_type(field_name: str):
     """The type of a field of `TrainConfig`, without None."""
     hint = typing.get_type_hints(TrainConfig)[field_name]
-    if typing.get_origin(hint) in (Literal, tuple):
-        return hint
-    members = [member for member in typing.get_args(hint) if member is not type(None)]
-    return members[0] if members else hint
+    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
 
 
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Read the command line. An error is printed, and the program exits with status 2."""
     parser = argparse.ArgumentParser(
-        description="Fine-tune an AU adapter on a frozen Stable Diffusion base.", allow_abbrev=False
+        description="Fine-tune an AU adapter on a frozen Stable Diffusion base.",
+        allow_abbrev=False,
+        # `TrainConfig` and the presets have the defaults.
+        argument_default=argparse.SUPPRESS,
     )
-    for field in dataclasses.fields(TrainConfig):
-        kind, options = _value_type(field.name), {"help": field.metadata["help"]}
-        if field.default is dataclasses.MISSING:
-            options["required"] = True
-        elif typing.get_origin(kind) is not tuple:
-            options["default"] = field.default
-        if kind is bool:
-            options["action"] = "store_true"
-        elif typing.get_origin(kind) is Literal:
-            options["choices"] = typing.get_args(kind)
-        elif typing.get_origin(kind) is tuple:
-            # Several values after one flag, or the flag several times.
-            options |= {"action": "extend", "nargs": "+"}
-        else:
-            options["type"] = kind
-        parser.add_argument(f"--{field.name}", **options)
     parser.add_argument(
         "--preset",
         choices=TRAINING_PRESETS,
         default="paper",
         help='Set of defaults: "best" did best in docs/results.md. Flags on the command line override it.',
     )
-    parser.set_defaults(**TRAINING_PRESETS[parser.parse_args(argv).preset])
-    arguments = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    del arguments["preset"]
+    for field in dataclasses.fields(TrainConfig):
+        kind = _value_type(field.name)
+        if kind is bool:
+            options = {"action": "store_true"}
+        elif typing.get_origin(kind) is Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is tuple:
+            # Several values after one flag, or the flag several times.
+            options = {"action": "extend", "nargs": "+"}
+        else:
+            options = {"type": kind}
+        is_required = field.default is dataclasses.MISSING
+        parser.add_argument(f"--{field.name}", help=field.metadata["help"], required=is_required, **options)
+    given = vars(parser.parse_args(argv))
+    given = TRAINING_PRESETS[given.pop("preset")] | given
     try:
-        return TrainConfig(**{n: tuple(value) if isinstance(value, list) else value for n, value in arguments.items()})
+        return TrainConfig(**{n: tuple(value) if isinstance(value, list) else value for n, value in given.items()})
     except ValueError as error:
         parser.error(str(error))

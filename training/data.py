@@ -19,6 +19,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,12 +33,12 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
-from datasets import Image as ImageFeature
 from datasets import load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from filelock import FileLock
 from PIL import ExifTags, Image, ImageOps
 from safetensors.torch import save_file
+from torch.utils.data import default_collate
 from tqdm.auto import tqdm
 
 from action_units import au_columns, mirrored_columns, whole_au
@@ -83,25 +84,23 @@ class TrainingData:
 
     def __init__(self, table: pa.Table, config: TrainConfig, first_row: int = 0):
         self.au_names = choose_aus(table.column_names, config)
-        _check_columns(table.column_names, config)
-        self.first_row = first_row
-        self.folder = config.train_data_dir
+        sources = [_sources_of(name, table.column_names) for name in self.au_names]
+        measured = list(dict.fromkeys(itertools.chain(*sources)))
+        boxes = FACE_BOX if config.face_loss_weight != 1 else ()
+        _check_columns(table, [config.image_column, config.caption_column, *measured, *boxes])
+        self.first_row, self.folder = first_row, config.train_data_dir
         self.notes: list[str] = []
-        self.pictures = table.column(config.image_column)
+        self.paths, self.contents = _split_pictures(table.column(config.image_column))
         self.captions = table.column(config.caption_column)
         self._check_captions(config.caption_column)
-        sources = {column for name in self.au_names for column in _sources_of(name, table.column_names)}
         allowed = "FACS intensities go from 0 (absent) to 5 (grade E)."
-        columns = {name: self._read_numbers(table, (name,), 5, allowed)[:, 0] for name in sorted(sources)}
-        self.au_intensities = np.empty((len(table), len(self.au_names)), np.float32)
-        for index, name in enumerate(self.au_names):
-            found = [columns[column] for column in _sources_of(name, table.column_names)]
-            self.au_intensities[:, index] = found[0] if len(found) == 1 else sum(found) / len(found)
+        aus = {name: self._read_numbers(table, name, 5, allowed) for name in measured}
+        self.au_intensities = np.stack([np.mean([aus[name] for name in names], axis=0) for names in sources], axis=1)
         # Order of the AUs in a mirrored picture.
         self.mirrored_aus = mirrored_columns(self.au_names) if config.random_flip else None
-        self.face_boxes = None
-        if config.face_loss_weight != 1:
-            self.face_boxes = self._read_numbers(table, FACE_BOX, 1, "A face's box is a part of the picture, 0 to 1.")
+        allowed = "A face's box is a part of the picture, 0 to 1."
+        corners = [self._read_numbers(table, name, 1, allowed) for name in boxes]
+        self.face_boxes = np.stack(corners, axis=1) if corners else None
         # For weight on faces, and for bases that take sizes.
         self.picture_sizes = np.zeros((len(table), 2), np.int32)
 
@@ -115,42 +114,39 @@ class TrainingData:
     def order(self, seed: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, epoch)).permutation(len(self))
 
-    def picture(self, row: int) -> dict:
-        """The picture of a row as `{"path": …, "bytes": …}`. One of the two may be None."""
-        entry = self.pictures[row].as_py()
-        if isinstance(entry, dict):
-            return entry
-        return {"path": entry, "bytes": None} if isinstance(entry, str) else {"path": None, "bytes": entry}
-
-    def open_picture(self, row: int) -> BinaryIO:
+    def open_file(self, row: int) -> BinaryIO:
         """Open the file of a picture, or its bytes in the table without a copy."""
-        entry = self.pictures[row]
-        content, path = (entry["bytes"], entry["path"]) if isinstance(entry, pa.StructScalar) else (entry, entry)
-        is_bytes = pa.types.is_binary(content.type) or pa.types.is_large_binary(content.type)
-        if is_bytes and content.is_valid:
-            return pa.BufferReader(content.as_buffer())
-        if not path.is_valid:
+        if self.contents[row].is_valid:
+            return pa.BufferReader(self.contents[row].as_buffer())
+        if not self.paths[row].is_valid:
             raise FileNotFoundError("there is none")
-        return open(path.as_py(), "rb")
+        return open(self.paths[row].as_py(), "rb")
+
+    @contextmanager
+    def open_picture(self, row: int) -> Iterator[Image.Image]:
+        """Open a picture. An error in the block becomes a ValueError that names the row and the file."""
+        try:
+            with self.open_file(row) as file, Image.open(file) as picture:
+                yield picture
+        # Decoders raise errors of many types.
+        except Exception as error:
+            path = self.paths[row].as_py()
+            raise ValueError(f"Row {self.first_row + row}: the picture {path!r} cannot be read: {error}") from error
 
     def picture_size(self, row: int) -> np.ndarray:
         """Width and height of a picture. Only the head of the file is read, and only once."""
         if not self.picture_sizes[row].any():
-            with self.open_picture(row) as file, Image.open(file) as picture:
+            with self.open_picture(row) as picture:
                 is_on_its_side = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
                 self.picture_sizes[row] = picture.size[::-1] if is_on_its_side else picture.size
         return self.picture_sizes[row]
 
     def name(self, row: int) -> str:
         """Name of a row in messages."""
-        path = self.picture(row)["path"]
+        path = self.paths[row].as_py()
         if path and self.folder is not None and Path(path).is_relative_to(self.folder):
             path = Path(path).relative_to(self.folder)
         return f"Row {self.first_row + row}" + (f" ({str(path)!r})" if path else "")
-
-    def unreadable(self, row: int, error: Exception) -> ValueError:
-        path = self.picture(row)["path"]
-        return ValueError(f"Row {self.first_row + row}: the picture {path!r} cannot be read: {error}")
 
     def _check_captions(self, column: str) -> None:
         is_text = pa.types.is_string(self.captions.type) or pa.types.is_large_string(self.captions.type)
@@ -160,21 +156,27 @@ class TrainingData:
             caption = self.captions[row].as_py()
             raise ValueError(f"{self.name(row)}: `{column}` has to be a caption, but is {caption!r}.")
 
-    def _read_numbers(self, table: pa.Table, names: tuple[str, ...], highest: float, allowed: str) -> np.ndarray:
-        numbers = np.empty((len(table), len(names)), np.float32)
-        for index, name in enumerate(names):
-            column = table.column(name)
-            wrong = np.ones(len(table), bool)
-            if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
-                # A missing value becomes NaN, which is in no range.
-                numbers[:, index] = column.cast(pa.float64()).to_numpy()
-                wrong = ~((numbers[:, index] >= 0) & (numbers[:, index] <= highest))
-            if wrong.any():
-                row = int(wrong.argmax())
-                value = column[row].as_py()
-                allowed = "It has to be a number, not text." if isinstance(value, str) else allowed
-                raise ValueError(f"{self.name(row)}: {name} is {value!r}. {allowed}")
+    def _read_numbers(self, table: pa.Table, name: str, highest: float, allowed: str) -> np.ndarray:
+        column, numbers = table.column(name), np.full(len(table), np.nan, np.float32)
+        if pa.types.is_floating(column.type) or pa.types.is_integer(column.type):
+            # A missing value becomes NaN, which is in no range.
+            numbers = column.cast(pa.float64()).to_numpy().astype(np.float32)
+        wrong = ~((numbers >= 0) & (numbers <= highest))
+        if wrong.any():
+            row = int(wrong.argmax())
+            value = column[row].as_py()
+            allowed = "It has to be a number, not text." if isinstance(value, str) else allowed
+            raise ValueError(f"{self.name(row)}: {name} is {value!r}. {allowed}")
         return numbers
+
+
+def _split_pictures(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray | pa.Array, pa.ChunkedArray | pa.Array]:
+    """The paths and the bytes of pictures, from a column of either or of both. A row may lack one of them."""
+    if pa.types.is_struct(column.type):
+        return pc.struct_field(column, "path"), pc.struct_field(column, "bytes")
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return pa.nulls(len(column), pa.string()), column
+    return column.cast(pa.large_string()), pa.nulls(len(column), pa.binary())
 
 
 class StreamedData:
@@ -235,10 +237,11 @@ def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
         ValueError: if the data cannot be read, or a label is wrong. The message names the file or the row.
     """
     folder, notes = config.train_data_dir or Path(config.dataset_name), []
+    files = _files_in(folder)
+    metadata_files = [path for path in files if path.name in METADATA_NAMES]
+    parquet_files = [path for path in files if path.suffix == ".parquet" and path.name not in METADATA_NAMES]
     if config.streaming:
-        return StreamedData(_find_parquet_files(config, folder, notes), config, notes)
-    metadata_files = sorted(path for path in _files_in(folder) if path.name in METADATA_NAMES)
-    parquet_files = _find_parquet_in(folder)
+        return StreamedData(_find_urls(config, list(map(str, parquet_files)), notes), config, notes)
     if metadata_files and parquet_files:
         raise ValueError(
             f"{str(folder)!r} holds {metadata_files[0].relative_to(folder)}, and {len(parquet_files)} Parquet files,"
@@ -250,11 +253,11 @@ def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
     elif parquet_files:
         for path in parquet_files:
             _read_footer(str(path))
-        table = _load_table("parquet", data_files=list(map(str, parquet_files)))
+        table = _load_table("parquet", notes, data_files=list(map(str, parquet_files)))
     elif folder.is_dir():
         raise ValueError(f"{str(folder)!r} has no {', '.join(METADATA_NAMES)}, and no Parquet file.")
     else:
-        table = _load_table(config.dataset_name, notes=notes)
+        table = _load_table(config.dataset_name, notes)
     if config.max_train_samples is not None and config.max_train_samples < len(table):
         notes.append(f"{len(table) - config.max_train_samples:,} rows after `--max_train_samples` are left out.")
         table = table.slice(0, config.max_train_samples)
@@ -265,7 +268,7 @@ def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
     return data
 
 
-def _load_table(source: str, notes: list[str] | None = None, **options) -> pa.Table:
+def _load_table(source: str, notes: list[str], **options) -> pa.Table:
     """Load a data set with the `datasets` library as a table that stays in its mapped files."""
     try:
         dataset = load_dataset(source, split="train", **options)
@@ -273,21 +276,23 @@ def _load_table(source: str, notes: list[str] | None = None, **options) -> pa.Ta
         if isinstance(error, OSError):
             raise
         raise ValueError(f"The data set {source!r} cannot be read: {error.__cause__ or error}") from error
-    left_out = [name for name in dataset.info.splits or () if name != "train"]
-    if notes is not None and left_out:
-        notes.append(f"Only the split train of {source!r} is used, not {', '.join(left_out)}.")
+    _note_other_splits(source, dataset.info.splits or (), notes)
     return dataset.with_format("arrow")[:]
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
+def _note_other_splits(source: str, splits: Iterable[str], notes: list[str]) -> None:
+    left_out = [name for name in splits if name != "train"]
+    if left_out:
+        notes.append(f"Only the split train of {source!r} is used, not {', '.join(left_out)}.")
+
+
+def _files_in(folder: Path) -> list[Path]:
     """All files in a folder and its subfolders, except hidden ones."""
+    found = []
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _find_parquet_in(folder: Path) -> list[Path]:
-    return [path for path in _files_in(folder) if path.suffix == ".parquet" and path.name not in METADATA_NAMES]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(parent, name) for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, notes: list[str]) -> pa.Table:
@@ -310,9 +315,8 @@ def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, n
         if wrong is not None:
             raise ValueError(f"{str(path)!r}, row {wrong}: {column} has to name a picture, but is {files[wrong]!r}.")
         pictures = pa.array([str(path.parent / file) for file in files], pa.large_string())
-        if config.image_column in table.column_names:
-            table = table.drop_columns(config.image_column)
-        tables.append(table.drop_columns(column).append_column(config.image_column, pictures))
+        kept = [name for name in table.column_names if name not in (column, config.image_column)]
+        tables.append(table.select(kept).append_column(config.image_column, pictures))
     if len(paths) > 1:
         counts = [f"{len(table):,} of {path.relative_to(folder)}" for path, table in zip(paths, tables, strict=True)]
         notes.append(f"The rows are {', '.join(counts)}.")
@@ -333,20 +337,15 @@ def _read_metadata(path: Path) -> pa.Table:
     return pa.json.read_json(path, pa.json.ReadOptions(block_size=block_size))
 
 
-def _find_parquet_files(config: TrainConfig, folder: Path, notes: list[str]) -> list[str]:
-    if folder.is_dir():
-        urls = list(map(str, _find_parquet_in(folder)))
-    else:
-        splits = load_dataset_builder(config.dataset_name).config.data_files
+def _find_urls(config: TrainConfig, urls: list[str], notes: list[str]) -> list[str]:
+    """The Parquet files to stream: `urls`, which are in a folder, or the split train of a data set on the Hub."""
+    source = config.dataset_name or str(config.train_data_dir)
+    if not Path(source).is_dir():
+        splits = load_dataset_builder(source).config.data_files
+        _note_other_splits(source, splits, notes)
         urls = list(splits["train"])
-        left_out = [name for name in splits if name != "train"]
-        if left_out:
-            notes.append(f"Only the split train of {config.dataset_name!r} is used, not {', '.join(left_out)}.")
     if not urls or not all(url.endswith(".parquet") for url in urls):
-        source = config.dataset_name or config.train_data_dir
-        raise ValueError(
-            f"`--streaming` reads Parquet files, but {str(source)!r} has others, or none. Leave the flag out."
-        )
+        raise ValueError(f"`--streaming` reads Parquet files, but {source!r} has others, or none. Leave the flag out.")
     return urls
 
 
@@ -372,7 +371,7 @@ def check_pictures(data: TrainingData) -> None:
         digests = list(itertools.chain(*tqdm(checked, "pictures", len(parts), leave=False)))
     first_rows: dict[bytes, int] = {}
     likely = [(first_rows.setdefault(digest, row), row) for row, digest in zip(rows, digests, strict=True)]
-    repeated = [(first, row) for first, row in likely if first != row and _is_same_picture(data, first, row)]
+    repeated = [(first, row) for first, row in likely if first != row and _read(data, first) == _read(data, row)]
     aus, captions = data.au_intensities, data.captions
     contradictory = [pair for pair in repeated if not np.array_equal(*aus[list(pair)])]
     same = [pair for pair in repeated if pair not in set(contradictory) and captions[pair[0]] == captions[pair[1]]]
@@ -392,25 +391,20 @@ def check_pictures(data: TrainingData) -> None:
 
 def _check_picture(data: TrainingData, row: int) -> bytes:
     """Raise an error unless the file has a head that Pillow knows and is complete. Return a digest of size and end."""
-    try:
-        with data.open_picture(row) as file, Image.open(file) as picture:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 64))
-            end = file.read(64)
-            # Decode the picture only if its end is unknown, because decoding is slow. A JPEG may have more data behind
-            # its end marker.
-            is_whole = {"PNG": b"IEND" in end, "JPEG": b"\xff\xd9" in end}.get(picture.format, False)
-            if not is_whole:
-                picture.load()
-    # Decoders raise errors of many types.
-    except Exception as error:
-        raise data.unreadable(row, error) from error
+    with data.open_picture(row) as picture, data.open_file(row) as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 64))
+        end = file.read(64)
+        # Decode the picture only if its end is unknown, because decoding is slow. A JPEG may have more data behind its
+        # end marker.
+        if not {"PNG": b"IEND" in end, "JPEG": b"\xff\xd9" in end}.get(picture.format, False):
+            picture.load()
     return hashlib.blake2b(b"%d " % size + end, digest_size=16).digest()
 
 
-def _is_same_picture(data: TrainingData, first: int, row: int) -> bool:
-    with data.open_picture(first) as file, data.open_picture(row) as other:
-        return file.read() == other.read()
+def _read(data: TrainingData, row: int) -> bytes:
+    with data.open_file(row) as file:
+        return file.read()
 
 
 def count_cut_captions(data: TrainingData, encoders: StableDiffusionEncoders) -> None:
@@ -420,7 +414,7 @@ def count_cut_captions(data: TrainingData, encoders: StableDiffusionEncoders) ->
     cut = [index for index, caption in enumerate(captions) if encoders.is_cut(caption.as_py())]
     if cut:
         data.notes.append(
-            f"{times[cut].sum():,} of {len(data):,} captions are longer than the {encoders.tokenizer.model_max_length}"
+            f"{times[cut].sum():,} of {len(data):,} captions are longer than the {encoders.max_tokens}"
             f" tokens that the base reads, and are cut, such as {show_value(captions[cut[0]].as_py())}."
         )
 
@@ -457,16 +451,13 @@ def _sources_of(au: str, columns: list[str]) -> tuple[str, ...]:
     return (au,)
 
 
-def _check_columns(columns: list[str], config: TrainConfig) -> None:
-    needed = [config.image_column, config.caption_column]
-    needed += [column for au in config.aus for column in _sources_of(au, columns)]
-    needed += FACE_BOX if config.face_loss_weight != 1 else ()
-    missing = [name for name in needed if name not in columns]
+def _check_columns(table: pa.Table, needed: list[str]) -> None:
+    missing = [name for name in needed if name not in table.column_names]
     if missing:
         raise ValueError(
-            f"The data set has no column {', '.join(missing)}. It has {', '.join(columns)}. `--image_column` and"
-            " `--caption_column` name the columns of picture and caption, and `--aus` names AUs; `--face_loss_weight`"
-            f" needs {', '.join(FACE_BOX)}."
+            f"The data set has no column {', '.join(missing)}. It has {', '.join(table.column_names)}."
+            " `--image_column` and `--caption_column` name the columns of picture and caption, and `--aus` names AUs;"
+            f" `--face_loss_weight` needs {', '.join(FACE_BOX)}."
         )
 
 
@@ -487,11 +478,8 @@ class PixelInputs:
     def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
         """Read `pixel_values` of shape `(3, resolution, resolution)`, float32 in [-1, 1], mirrored if `flip`."""
         data, index = self.data.locate(row)
-        try:
-            picture, _ = to_rgb(ImageFeature().decode_example(data.picture(index)))
-        # Decoders raise errors of many types.
-        except Exception as error:
-            raise data.unreadable(index, error) from error
+        with data.open_picture(index) as file:
+            picture, _ = to_rgb(file)
         # Resize the shorter side, and crop the longer side.
         picture = ImageOps.fit(picture, (self.resolution, self.resolution))
         pixels = np.asarray(ImageOps.mirror(picture) if flip else picture)
@@ -509,33 +497,30 @@ class PixelInputs:
         return {"input_ids": self.encoders.tokenize(caption)}
 
 
+@dataclass(frozen=True)
 class LatentInputs:
     """
     Pictures and captions as `latents_mean`, `latents_std` and `prompt_embeds` from a cache, made by `cache_inputs`.
 
     Args:
+        latents_shape (`tuple[int, int, int]`):
+            Channels, height and width.
+        takes_sizes (`bool`):
+            Whether the base takes the `original_size` of pictures.
         pictures (`list[CachedRows]`):
             The latents of all rows, and with `--random_flip` the latents of all mirrored pictures.
         captions (`CachedRows`):
             Each different caption once, the empty caption first.
         caption_indices (`numpy.ndarray`):
             Index in `captions` of each row's caption.
-        takes_sizes (`bool`):
-            Whether the base takes the `original_size` of pictures.
     """
 
-    def __init__(
-        self,
-        data: TrainingData,
-        latents_shape: tuple[int, int, int],
-        pictures: list["CachedRows"],
-        captions: "CachedRows",
-        caption_indices: np.ndarray,
-        takes_sizes: bool = False,
-    ):
-        self.takes_sizes = takes_sizes
-        self.data, self.latents_shape = data, latents_shape
-        self.pictures, self.captions, self.caption_indices = pictures, captions, caption_indices
+    data: TrainingData
+    latents_shape: tuple[int, int, int]
+    takes_sizes: bool
+    pictures: list["CachedRows"]
+    captions: "CachedRows"
+    caption_indices: np.ndarray
 
     def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
         return self.pictures[flip][row]
@@ -555,32 +540,25 @@ class CachedRows:
         return {name: tensor[row % ROWS_PER_SHARD] for name, tensor in shard.items()}
 
 
-@dataclass(frozen=True)
-class _RowsToEncode(torch.utils.data.Dataset):
-    read: Callable[[int], dict[str, torch.Tensor]]
-
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        return self.read(row)
-
-
 def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelerator) -> LatentInputs:
     """Encode `inputs` into a cache on disk. Its name is a hash of the inputs and the encoders."""
     data, encoders = inputs.data, inputs.encoders
     # float16 is precise enough for latents, but bfloat16 is not.
     dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
-    settings = (CACHE_FORMAT, encoders.fingerprint(), dtype)
-    pictures_digest = _digest_pictures(data)
+    settings, pictures_digest = (CACHE_FORMAT, encoders.fingerprint(), dtype), _digest_pictures(data)
 
-    def cache_rows(kind: str, digest: str, read: Callable[[int], dict], num_rows: int, encode: Callable) -> CachedRows:
-        folder = (config.cache_dir or config.output_dir / "cache") / f"{kind}-{digest}"
-        return encode_rows(folder, _RowsToEncode(read), num_rows, encode, dtype, config, accelerator)
+    def cache_rows(
+        kind: str, names: tuple, num_rows: int, read: Callable[[int], dict], encode: Callable
+    ) -> CachedRows:
+        folder = (config.cache_dir or config.output_dir / "cache") / f"{kind}-{_hash(*settings, *names)}"
+        return encode_rows(folder, num_rows, read, encode, dtype, config, accelerator)
 
     latents = [
         cache_rows(
             "latents",
-            _hash(*settings, inputs.resolution, flip, pictures_digest),
-            functools.partial(inputs.picture, flip=flip),
+            (inputs.resolution, flip, pictures_digest),
             len(data),
+            functools.partial(inputs.picture, flip=flip),
             lambda batch: encoders.encode_pictures(batch["pixel_values"]),
         )
         for flip in ((False, True) if config.random_flip else (False,))
@@ -590,19 +568,19 @@ def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelera
     captions = pa.concat_arrays([pa.array([""], pa.large_string()), encoded.dictionary])
     embeddings = cache_rows(
         "captions",
-        _hash(*settings, *(caption.as_py() for caption in captions)),
-        lambda row: {"input_ids": encoders.tokenize(captions[row].as_py())},
+        tuple(captions.to_pylist()),
         len(captions),
+        lambda row: {"input_ids": encoders.tokenize(captions[row].as_py())},
         lambda batch: encoders.encode_captions(batch["input_ids"]),
     )
     indices = encoded.indices.to_numpy() + 1
-    return LatentInputs(data, inputs.latents_shape, latents, embeddings, indices, inputs.takes_sizes)
+    return LatentInputs(data, inputs.latents_shape, inputs.takes_sizes, latents, embeddings, indices)
 
 
 def encode_rows(
     folder: Path,
-    rows: torch.utils.data.Dataset,
     num_rows: int,
+    read: Callable[[int], dict[str, torch.Tensor]],
     encode: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     dtype: torch.dtype,
     config: TrainConfig,
@@ -613,20 +591,19 @@ def encode_rows(
     run leaves only complete files, and the next run writes the missing ones.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{shard:05d}.safetensors" for shard in range(math.ceil(num_rows / ROWS_PER_SHARD))]
-    mine = paths[accelerator.process_index :: accelerator.num_processes]
-    missing = [path for path in mine if not path.exists()]
-    size = config.train_batch_size
-    for path in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
+    firsts = range(0, num_rows, ROWS_PER_SHARD)
+    paths = [folder / f"{shard:05d}.safetensors" for shard in range(len(firsts))]
+    mine = list(zip(paths, firsts, strict=True))[accelerator.process_index :: accelerator.num_processes]
+    missing = [(path, first) for path, first in mine if not path.exists()]
+    for path, first in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
         lock = path.with_suffix(".lock")
         # Another run with the same cache may be writing this file, so check again after waiting for the lock.
         with FileLock(lock):
             if not path.exists():
-                first = int(path.stem) * ROWS_PER_SHARD
-                last = min(first + ROWS_PER_SHARD, num_rows)
                 batches = torch.utils.data.DataLoader(
-                    rows,
-                    batch_sampler=[range(start, min(start + size, last)) for start in range(first, last, size)],
+                    range(first, min(first + ROWS_PER_SHARD, num_rows)),
+                    config.train_batch_size,
+                    collate_fn=lambda rows: default_collate([read(row) for row in rows]),
                     num_workers=config.dataloader_num_workers,
                     generator=torch.Generator(),
                 )
@@ -649,13 +626,12 @@ def _hash(*values) -> str:
 def _digest_pictures(data: TrainingData) -> str:
     """A hash of all pictures: of path, size and time of change for files, and of the bytes for others."""
     digest = hashlib.blake2b(digest_size=16)
-    for row in range(len(data)):
-        entry = data.picture(row)
-        if entry["bytes"] is None:
-            status = os.stat(entry["path"])
-            digest.update(f"{entry['path']} {status.st_size} {status.st_mtime_ns}\n".encode())
+    for path, content in zip(data.paths, data.contents, strict=True):
+        if content.is_valid:
+            digest.update(hashlib.blake2b(content.as_buffer(), digest_size=16).digest())
         else:
-            digest.update(hashlib.blake2b(entry["bytes"], digest_size=16).digest())
+            status = os.stat(path := path.as_py())
+            digest.update(f"{path} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 

@@ -26,59 +26,74 @@ class StableDiffusionEncoders:
     The tokenizer, text encoder and VAE of Stable Diffusion 1 and 2.
 
     Args:
-        tokenizer (`CLIPTokenizer`), text_encoder (`CLIPTextModel`), vae (`AutoencoderKL`):
+        tokenizers (`list[CLIPTokenizer]`), text_encoders (`list[nn.Module]`), vae (`AutoencoderKL`):
             The models, on the device of training. This object freezes them.
     """
 
+    text_encoder_classes: dict[str, type] = {"text_encoder": CLIPTextModel}
+    pipeline_class: type = FineFacePipeline
+    pipeline_options: dict = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     takes_sizes = False
     """Whether `added_cond_kwargs` needs the `original_size` of each picture."""
+    vae_overflows = False
+    """Whether a VAE with `force_upcast` has to stay in float32 instead of float16."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, vae: AutoencoderKL):
-        self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
-        for module in self._modules():
+    def __init__(self, tokenizers: list[CLIPTokenizer], text_encoders: list[nn.Module], vae: AutoencoderKL):
+        self.tokenizers, self.text_encoders, self.vae = tokenizers, text_encoders, vae
+        for module in (*text_encoders, vae):
             module.eval().requires_grad_(False)
+        self.max_tokens = tokenizers[0].model_max_length
         self.scaling_factor = vae.config.scaling_factor
         self.latent_channels = vae.config.latent_channels
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod
     def from_pretrained(cls, config: TrainConfig, device: torch.device, dtype: torch.dtype):
-        base, hub_options = config.pretrained_model_name_or_path, {"revision": config.revision}
-        tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **hub_options)
-        hub_options |= {"variant": config.variant, "dtype": dtype}
-        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
-        return cls(tokenizer, text_encoder.to(device), load_vae(config, dtype).to(device))
-
-    def _modules(self) -> list[nn.Module]:
-        return [self.text_encoder, self.vae]
+        base, options = config.pretrained_model_name_or_path, {"revision": config.revision}
+        names = [name.replace("text_encoder", "tokenizer") for name in cls.text_encoder_classes]
+        tokenizers = [CLIPTokenizer.from_pretrained(base, subfolder=name, **options) for name in names]
+        options["variant"] = config.variant
+        text_encoders = [
+            text_encoder_class.from_pretrained(base, subfolder=name, dtype=dtype, **options).to(device)
+            for name, text_encoder_class in cls.text_encoder_classes.items()
+        ]
+        if config.pretrained_vae_model_name_or_path is None:
+            vae = AutoencoderKL.from_pretrained(base, subfolder="vae", **options)
+        else:
+            # Most repositories of a VAE have it at their root.
+            vae = AutoencoderKL.from_pretrained(config.pretrained_vae_model_name_or_path)
+        if cls.vae_overflows and dtype == torch.float16 and vae.config.force_upcast:
+            dtype = torch.float32
+        # `ModelMixin.to` logs a warning on casts.
+        return cls(tokenizers, text_encoders, nn.Module.to(vae, device, dtype))
 
     @property
     def are_loaded(self) -> bool:
         return self.vae is not None
 
     def unload(self) -> None:
-        """Free the memory of VAE and text encoder. Methods that need neither still work."""
-        self.text_encoder = self.vae = None
+        """Free the memory of VAE and text encoders. Methods that need neither still work."""
+        self.text_encoders, self.vae = [], None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def tokenize(self, caption: str) -> torch.Tensor:
-        """Token ids of shape `(tokens,)`, cut and padded to the length of the tokenizer."""
-        length = self.tokenizer.model_max_length
-        tokens = self.tokenizer(caption, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-        return tokens.input_ids[0]
+        """Token ids of all tokenizers, of shape `(tokenizers, tokens)`. Each pads in its own way."""
+        options = {"padding": "max_length", "truncation": True, "max_length": self.max_tokens, "return_tensors": "pt"}
+        return torch.cat([tokenizer(caption, **options).input_ids for tokenizer in self.tokenizers])
 
     def is_cut(self, caption: str) -> bool:
         """Whether `tokenize` cuts the end of a caption off."""
-        length = self.tokenizer.model_max_length
         # A token has at least one byte, and two tokens mark start and end, so short captions need no tokenizer.
-        return len(caption.encode()) > length - 2 and len(self.tokenizer(caption, verbose=False).input_ids) > length
+        is_short = len(caption.encode()) <= self.max_tokens - 2
+        return not is_short and len(self.tokenizers[0](caption, verbose=False).input_ids) > self.max_tokens
 
     @torch.no_grad()
     def encode_captions(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Encode ids `(batch, tokens)` to `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`."""
-        return {"prompt_embeds": self.text_encoder(input_ids.to(self.text_encoder.device))[0]}
+        """Encode ids `(batch, 1, tokens)` to `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`."""
+        [text_encoder] = self.text_encoders
+        return {"prompt_embeds": text_encoder(input_ids[:, 0].to(text_encoder.device))[0]}
 
     @torch.no_grad()
     def encode_pictures(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,24 +110,19 @@ class StableDiffusionEncoders:
 
     def make_pipeline(self, unet: UNet2DConditionModel, au_adapter: AUAdapter, scheduler: DDIMScheduler):
         """Make a pipeline from these models."""
-        return FineFacePipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            au_adapter=au_adapter,
-        )
+        models = {"vae": self.vae, "unet": unet, "scheduler": scheduler, "au_adapter": au_adapter}
+        for name, text_encoder, tokenizer in zip(
+            self.text_encoder_classes, self.text_encoders, self.tokenizers, strict=True
+        ):
+            models |= {name: text_encoder, name.replace("text_encoder", "tokenizer"): tokenizer}
+        return self.pipeline_class(**models, **self.pipeline_options)
 
     def fingerprint(self) -> str:
         """A hash of everything that the encodings depend on."""
         # Both tokenizers of Stable Diffusion XL have this vocabulary.
-        vocabulary = sorted(self.tokenizer.get_vocab().items())
-        digest = hashlib.blake2b(repr((vocabulary, self.tokenizer.model_max_length)).encode(), digest_size=16)
-        for module in self._modules():
+        vocabulary = sorted(self.tokenizers[0].get_vocab().items())
+        digest = hashlib.blake2b(repr((vocabulary, self.max_tokens)).encode(), digest_size=16)
+        for module in (*self.text_encoders, self.vae):
             for name, tensor in module.state_dict().items():
                 digest.update(f"{name} {tensor.dtype}".encode())
                 digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -124,54 +134,19 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
     The tokenizers, text encoders and VAE of Stable Diffusion XL. Its UNet takes the tokens of both text encoders side
     by side, the pooled text of the second encoder, the original size of a picture, and the position and size of the
     crop.
-
-    Args:
-        tokenizer, tokenizer_2, text_encoder, text_encoder_2, vae:
-            The models, on the device of training. This object freezes them.
-        zeros_for_empty (`bool`):
-            Whether zeros encode the empty caption. `force_zeros_for_empty_prompt` of the base sets this for calls
-            without a negative prompt.
     """
 
-    takes_sizes = True
-
-    def __init__(
-        self,
-        tokenizer: CLIPTokenizer,
-        tokenizer_2: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        text_encoder_2: CLIPTextModelWithProjection,
-        vae: AutoencoderKL,
-        zeros_for_empty: bool = True,
-    ):
-        self.tokenizer_2, self.text_encoder_2, self.zeros_for_empty = tokenizer_2, text_encoder_2, zeros_for_empty
-        super().__init__(tokenizer, text_encoder, vae)
+    text_encoder_classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    pipeline_class, pipeline_options = FineFaceXLPipeline, {"add_watermarker": False}
+    takes_sizes = vae_overflows = zeros_for_empty = True
 
     @classmethod
     def from_pretrained(cls, config: TrainConfig, device: torch.device, dtype: torch.dtype):
-        base, hub_options = config.pretrained_model_name_or_path, {"revision": config.revision}
-        zeros = DiffusionPipeline.load_config(base, **hub_options).get("force_zeros_for_empty_prompt", True)
-        tokenizers = [
-            CLIPTokenizer.from_pretrained(base, subfolder=name, **hub_options) for name in ("tokenizer", "tokenizer_2")
-        ]
-        hub_options |= {"variant": config.variant, "dtype": dtype}
-        text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **hub_options)
-        text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(base, subfolder="text_encoder_2", **hub_options)
-        models = (model.to(device) for model in (text_encoder, text_encoder_2, load_vae(config, dtype, True)))
-        return cls(*tokenizers, *models, zeros)
-
-    def _modules(self) -> list[nn.Module]:
-        return [self.text_encoder, self.text_encoder_2, self.vae]
-
-    def unload(self) -> None:
-        self.text_encoder_2 = None
-        super().unload()
-
-    def tokenize(self, caption: str) -> torch.Tensor:
-        """Token ids of both tokenizers, of shape `(2, tokens)`. The two pad differently."""
-        length = self.tokenizer.model_max_length
-        options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-        return torch.cat([tokenizer(caption, **options).input_ids for tokenizer in (self.tokenizer, self.tokenizer_2)])
+        encoders = super().from_pretrained(config, device, dtype)
+        index = DiffusionPipeline.load_config(config.pretrained_model_name_or_path, revision=config.revision)
+        # Zeros encode the empty caption where calls without a negative prompt have zeros.
+        encoders.zeros_for_empty = index.get("force_zeros_for_empty_prompt", True)
+        return encoders
 
     @torch.no_grad()
     def encode_captions(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -179,10 +154,10 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
         Encode ids `(batch, 2, tokens)` to `prompt_embeds` of shape `(batch, tokens, cross_attention_dim)`, and to
         `text_embeds`, the pooled text, of shape `(batch, projection_dim)`.
         """
-        input_ids = input_ids.to(self.text_encoder.device)
+        input_ids = input_ids.to(self.text_encoders[0].device)
         outputs = [
-            encoder(ids, output_hidden_states=True)
-            for encoder, ids in zip((self.text_encoder, self.text_encoder_2), input_ids.unbind(1), strict=True)
+            text_encoder(ids, output_hidden_states=True)
+            for text_encoder, ids in zip(self.text_encoders, input_ids.unbind(1), strict=True)
         ]
         # `StableDiffusionXLPipeline.encode_prompt` also takes the last but one layer.
         prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
@@ -207,41 +182,17 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
         }
 
     def make_pipeline(self, unet: UNet2DConditionModel, au_adapter: AUAdapter, scheduler: DDIMScheduler):
-        """Make a pipeline from these models."""
-        return FineFaceXLPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer=self.tokenizer,
-            tokenizer_2=self.tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-            force_zeros_for_empty_prompt=self.zeros_for_empty,
-            add_watermarker=False,
-            au_adapter=au_adapter,
-        )
+        pipeline = super().make_pipeline(unet, au_adapter, scheduler)
+        pipeline.register_to_config(force_zeros_for_empty_prompt=self.zeros_for_empty)
+        return pipeline
 
     def fingerprint(self) -> str:
         return f"{super().fingerprint()} {self.zeros_for_empty}"
 
 
-def load_vae(config: TrainConfig, dtype: torch.dtype, can_overflow: bool = False) -> AutoencoderKL:
-    """
-    Load the VAE of the base or of `--pretrained_vae_model_name_or_path` in `dtype`. If it `can_overflow` and its
-    config has `force_upcast`, it is in float32 instead of float16.
-    """
-    options = {"subfolder": "vae", "revision": config.revision, "variant": config.variant}
-    source = config.pretrained_model_name_or_path
-    if config.pretrained_vae_model_name_or_path is not None:
-        # Most repositories of a VAE have it at their root.
-        source, options = config.pretrained_vae_model_name_or_path, {}
-    vae = AutoencoderKL.from_pretrained(source, **options)
-    if can_overflow and dtype == torch.float16 and vae.config.force_upcast:
-        dtype = torch.float32
-    return nn.Module.to(vae, dtype)
-
-
-FAMILIES = {("text_encoder",): StableDiffusionEncoders, ("text_encoder", "text_encoder_2"): StableDiffusionXLEncoders}
+FAMILIES = {
+    tuple(family.text_encoder_classes): family for family in (StableDiffusionEncoders, StableDiffusionXLEncoders)
+}
 """The class for each family of bases with a UNet, by the text encoders in `model_index.json`."""
 
 

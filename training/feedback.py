@@ -170,18 +170,9 @@ class AUFeedback:
         num_pictures: int | None = None,
     ) -> torch.Tensor:
         """
-        The loss of a batch of `TrainingSamples`, by the mode. Drawn pictures are commanded the AUs of other rows,
-        because an expression must not depend on the person.
-
-        Args:
-            model (`FineFaceModel`):
-                The model in training.
-            batch (`dict[str, torch.Tensor]`):
-                Has `feedback_seed`, `commanded_aus`, `au_intensities`, `timesteps`, and the entries for `loss`.
-            noisy_latents, prediction (`torch.Tensor` of shape `(batch, channels, height, width)`):
-                Input and output of the model for this batch.
-            num_pictures (`int`, *optional*):
-                Use only this number of samples from the start of the batch.
+        The loss of the first `num_pictures` of a batch of `TrainingSamples`, by the mode. Drawn pictures are commanded
+        the AUs of other rows, because an expression must not depend on the person. `noisy_latents` and `prediction`
+        are input and output of the model for the batch.
         """
         batch = {name: tensor[:num_pictures] for name, tensor in batch.items()}
         noisy_latents, prediction = noisy_latents[:num_pictures], prediction[:num_pictures]
@@ -214,8 +205,8 @@ class AUFeedback:
             au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
                 The commanded intensities.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Draws the perturbations of the pictures and the random step, on the CPU. A list has one generator for
-                each picture, so that a picture does not depend on the others of its batch.
+                Draws the perturbations of the pictures and the random step, on the CPU. With a generator for each
+                picture, a picture does not depend on the others of its batch.
         """
         pictures = self.draw(model, batch, noise, au_intensities, generator)
         return self.error(pictures, au_intensities, generator)
@@ -229,18 +220,10 @@ class AUFeedback:
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """
-        The error of `loss` for the clean pictures that a single `prediction` of noise or velocity implies. The error
-        of a picture has the weight `SNR / (1 + SNR)`, because an estimate from much noise is blurred.
-
-        Args:
-            prediction, noisy_latents (`torch.Tensor` of shape `(batch, channels, height, width)`):
-                Output and input of the model.
-            timesteps (`torch.Tensor` of shape `(batch,)`):
-                The timestep of each sample.
-            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
-                The intensities that the model predicted with.
-            generator:
-                As in `loss`.
+        The error of `loss` for the clean pictures that a `prediction` of noise or velocity implies. The error of a
+        picture has the weight `SNR / (1 + SNR)`, because an estimate from much noise is blurred. `noisy_latents` of
+        shape `(batch, channels, height, width)`, `timesteps` of shape `(batch,)` and `au_intensities` are what the
+        model predicted from.
         """
         signal = self.scheduler.alphas_cumprod.to(noisy_latents.device)[timesteps]  # SNR / (1 + SNR)
         alpha, sigma = (part.sqrt()[:, None, None, None] for part in (signal, 1 - signal))
