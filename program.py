@@ -7,6 +7,7 @@ of the model, the device and processes. It does not import torch, so `--help` an
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import functools
 import hashlib
@@ -105,6 +106,57 @@ def spell_option(name: str) -> str:
 
 def number_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
+
+
+def option(default, description: str, *, flag: str | None = None, low=None, high=None, **argument):
+    """
+    A field of a dataclass which is an option of a program.
+
+    Args:
+        default:
+            The field's default. A bool makes a flag that sets the opposite.
+        description (`str`):
+            The text of `--help`.
+        flag (`str`, *optional*):
+            The option's name, without dashes; by default the field's.
+        low, high (*optional*):
+            The range of a number, both ends included.
+        argument:
+            More arguments of `ArgumentParser.add_argument`.
+    """
+    if isinstance(default, bool):
+        argument["action"] = "store_false" if default else "store_true"
+    metadata = {"flag": flag, "low": low, "high": high, "argument": argument | {"help": description}}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _options_of(config, names: Sequence[str] | None) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass that are options, by their flags."""
+    found = [field for field in dataclasses.fields(config) if "argument" in field.metadata]
+    return {field.metadata["flag"] or field.name: field for field in found if names is None or field.name in names}
+
+
+def add_options(parser, config: type, names: Sequence[str] | None = None, **defaults) -> None:
+    """Add the options of a dataclass, or those of its fields `names`, to a parser. `defaults` replace the fields'."""
+    for flag, field in _options_of(config, names).items():
+        default = defaults.get(field.name, field.default)
+        parser.add_argument(f"--{flag}", dest=field.name, default=default, **field.metadata["argument"])
+
+
+def take_options(config: type, args: argparse.Namespace, names: Sequence[str] | None = None) -> dict:
+    """The values of the options that `add_options` added, by field."""
+    values = {field.name: getattr(args, field.name) for field in _options_of(config, names).values()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def check_options(config) -> None:
+    """Raise a ValueError unless all options of a dataclass are in their ranges."""
+    for flag, field in _options_of(config, None).items():
+        value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
+        if value is None or low is None or low <= value <= (math.inf if high is None else high):
+            continue
+        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`--{flag}` has to be {allowed}, but is {value}.")
 
 
 # --------------------------------------------------------------------------------------------------------------------

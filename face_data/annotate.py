@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from face_data.pictures import PICTURE_ERRORS
-from face_data.store import CAPTIONS, claim_folder, list_parts, read_rows, require_finished, write_lines
+from face_data.store import CAPTIONS, claim_folder, list_parts, part_path, read_rows, require_finished, write_lines
 
 
 QUESTIONS = {"cartoon": "Is this a cartoon?", "real": "Is this photo real?"}
@@ -93,11 +93,11 @@ def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str |
     claim_folder(folder / kind, {"model": model})
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = [part for part in list_parts(folder)[rank::world_size] if not (folder / kind / f"{part}.jsonl").is_file()]
-    num_pictures = sum(1 for part in parts for _ in read_rows(folder / "rows" / f"{part}.jsonl"))
+    num_pictures = sum(1 for part in parts for _ in read_rows(part_path(folder, part)))
     blip2 = None
     with ThreadPoolExecutor(4) as readers, tqdm(None, kind, num_pictures, unit="picture") as progress:
         for part in parts:
-            rows = list(read_rows(folder / "rows" / f"{part}.jsonl"))
+            rows = list(read_rows(part_path(folder, part)))
             lines = [_known(row, kind) for row in rows]
             unknown = [index for index, line in enumerate(lines) if line is None]
             if unknown and blip2 is None:

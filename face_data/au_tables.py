@@ -424,6 +424,8 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str]
     unknown = [name for name in blendshapes if _shape_key(name) not in _ALL_SHAPES]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
+    if not any(map(_shapes_of, au_names)):
+        return np.zeros(len(au_names), np.float32)
     values = dict.fromkeys(_ALL_SHAPES, 0.0) | {_shape_key(name): value for name, value in blendshapes.items()}
     return _make_reader("arkit", list(_ALL_SHAPES), tuple(au_names), 0.0, Counter())(values)
 

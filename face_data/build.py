@@ -27,6 +27,7 @@ from face_data.store import (
     claim_folder,
     link_file,
     list_parts,
+    part_path,
     read_lines,
     read_rows,
     read_settings,
@@ -36,10 +37,9 @@ from face_data.store import (
     write_lines,
 )
 from face_data.table_index import FACE_BOX, sort_aus
-from program import replacing, write_atomically
+from program import option, replacing, write_atomically
 
 
-FORMATS = ("imagefolder", "parquet")
 # Measured intensities of the first are too high, of the others too low.
 GAMMAS = {"AU1": 1.8, "AU4": 1.8, "AU15": 0.8, "AU17": 0.8, "AU20": 0.8}
 MAX_INTENSITY = 5.0
@@ -50,45 +50,31 @@ UNCLEAR = "no clear answer whether it is a photograph"
 NO_CAPTION = "empty caption"
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 ROW_GROUP = 64
+# The folder of a data set with the lines of its parts.
+PARTS = ".parts"
 
 
 @dataclass(frozen=True)
 class Build:
     """
-    What is built.
+    What is built from the work `folders`, whose sources have different names, into the folder `output`. "imagefolder"
+    has pictures as files, hard links where possible; "parquet" a file for each part, which can be streamed.
 
-    Args:
-        folders (`tuple[Path, ...]`):
-            Work folders of sources with different names.
-        output (`Path`):
-            Folder of the data set.
-        format (`str`):
-            "imagefolder": pictures as files, hard links where possible. "parquet": a file for each part, which can
-            be streamed from the Hub.
-        default_caption (`str`, *optional*):
-            For pictures without one; by default all have to have captions.
-        photo_filter (`bool`):
-            Leave out what is no photograph, of sources that may have drawings.
-        correct_aus (`bool`):
-            Correct measured AUs.
-        drop_emotion_words (`bool`):
-            Take words of emotion out of all captions, also BLIP-2's.
-        au_names (`tuple[str, ...]`, *optional*):
-            AUs of the data set. An AU without sides gives both sides, and two sides give their mean. By default those
-            that all sources have.
-
-    If the face's box is known of any picture, all get the columns `FACE_BOX`. The whole picture is the box of those of
-    which it is not, so that a loss that is weighted by it stays unweighted there.
+    An AU without sides gives both sides, and two sides give their mean. If the face's box is known of any picture, all
+    get the columns `FACE_BOX`. The whole picture is the box of those of which it is not, so that a loss that is
+    weighted by it stays unweighted there.
     """
 
     folders: tuple[Path, ...]
     output: Path
-    format: str = "imagefolder"
-    default_caption: str | None = None
-    photo_filter: bool = True
-    correct_aus: bool = True
-    drop_emotion_words: bool = False
-    au_names: tuple[str, ...] | None = None
+    format: str = option("imagefolder", "Files, or shards to stream.", choices=("imagefolder", "parquet"))
+    default_caption: str | None = option(None, "For pictures that have none.")
+    photo_filter: bool = option(True, "Do not ask whether pictures are photographs.", flag="keep_drawings")
+    correct_aus: bool = option(True, "Do not correct measured AUs.", flag="keep_aus")
+    drop_emotion_words: bool = option(False, "Take words of emotion out of captions.")
+    au_names: tuple[str, ...] | None = option(
+        None, "AUs of the data set; by default those that all sources have.", nargs="+", metavar="AU12"
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +108,18 @@ class Correction:
         return corrected.clip(0, MAX_INTENSITY).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A work folder, and what its settings say: name, AUs, and whether drawings are left out and AUs corrected."""
+
+    folder: Path
+    name: str
+    au_names: tuple[str, ...]
+    needs_photo_filter: bool
+    correct_aus: bool
+    correction: Correction | None = None
+
+
 def build_dataset(build: Build, num_workers: int) -> Report:
     """
     Make the data set, and its report.
@@ -129,45 +127,71 @@ def build_dataset(build: Build, num_workers: int) -> Report:
     Raises:
         ValueError: if a step before has not been done, or not to its end, or if nothing is left for the data set.
     """
-    sources = _check(build)
-    build = replace(build, au_names=choose_aus(build))
-    before, digest = Histogram(build.au_names), hashlib.blake2b(digest_size=16)
-    measured = {folder: _measure(folder, build, before, digest) for folder in build.folders}
-    corrections = {folder: correction for folder, (correction, _) in measured.items()}
-    has_boxes = any(has_boxes for _, has_boxes in measured.values())
-    settings = {"sources": list(sources.values()), "hash of rows": digest.hexdigest(), "format": build.format}
-    names = ("default_caption", "photo_filter", "correct_aus", "drop_emotion_words")
-    settings |= {name: getattr(build, name) for name in names} | {"au_names": list(build.au_names)}
+    sources = read_sources(build)
+    build = replace(build, au_names=choose_aus(build, sources))
+    before, digest, has_boxes = Histogram(build.au_names), hashlib.blake2b(digest_size=16), False
+    for number, source in enumerate(sources):
+        correction, boxes = _measure(source, build, before, digest)
+        sources[number], has_boxes = replace(source, correction=correction), has_boxes or boxes
+    names = [source.name for source in sources]
+    settings = {"sources": names, "hash of rows": digest.hexdigest(), "au_names": list(build.au_names)}
+    for name in ("format", "default_caption", "photo_filter", "correct_aus", "drop_emotion_words"):
+        settings[name] = getattr(build, name)
     claim_folder(build.output, settings)
-    parts = [f"{number}-{part}" for number, folder in enumerate(build.folders) for part in list_parts(folder)]
-    work = functools.partial(make_part, build, sources, corrections, has_boxes)
-    run_parts(work, parts, lambda part: part_path(build, part).is_file(), num_workers, "data set")
+    parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in list_parts(source.folder)]
+    work = functools.partial(make_part, build, sources, has_boxes)
+    run_parts(work, parts, build.output / PARTS, num_workers, "data set")
     return _finish(build, parts, sources, before)
 
 
-def read_au_names(folder: Path) -> tuple[str, ...]:
-    return tuple(read_settings(folder).get("au_names", AU_NAMES))
+def read_sources(build: Build) -> list[Source]:
+    """The sources, once all is there that is needed of them."""
+    sources = []
+    for folder in build.folders:
+        require_finished(folder)
+        settings = read_settings(folder)
+        names = tuple(settings.get("au_names", AU_NAMES))
+        photo_filter = build.photo_filter and settings["needs_photo_filter"]
+        source = Source(folder, settings["source"], names, photo_filter, build.correct_aus and settings["correct_aus"])
+        if source.name in [other.name for other in sources]:
+            raise ValueError(f"Two folders have the source {source.name!r}. Give one another name with `--source`.")
+        sources.append(source)
+        if photo_filter:
+            way_out = f"Run `prepare photos {folder}`, or set `--keep_drawings`."
+            _check_known(folder, PHOTOS, "is_photo", "whether it is a photograph", way_out)
+        if build.default_caption is None:
+            _check_known(folder, CAPTIONS, "text", "a caption", f"Run `prepare caption {folder}`.")
+    return sources
 
 
-def choose_aus(build: Build) -> tuple[str, ...]:
+def _check_known(folder: Path, kind: str, column: str, what: str, way_out: str) -> None:
+    for part in list_parts(folder):
+        if (folder / kind / f"{part}.jsonl").is_file():
+            continue
+        for row in read_rows(part_path(folder, part)):
+            if row.get(column) in ("", None):
+                raise ValueError(f"{folder}: of {row['file_name']}, {what} is not known yet. {way_out}")
+
+
+def choose_aus(build: Build, sources: list[Source]) -> tuple[str, ...]:
     """
     The AUs of the data set. Where only some of the sources tell the sides of an AU, it has none.
 
     Raises:
         ValueError: if a source does not have one of `build.au_names`, or if no AU is in all sources.
     """
-    columns = {folder: au_columns(read_au_names(folder)) for folder in build.folders}
-    for folder, known in columns.items():
-        missing = [name for name in build.au_names or () if whole_au(name) not in known]
+    known = {source.folder: au_columns(source.au_names) for source in sources}
+    for folder, columns in known.items():
+        missing = [name for name in build.au_names or () if whole_au(name) not in columns]
         if missing:
-            raise ValueError(f"`--au_names` has {', '.join(missing)}, but {folder} has {', '.join(known)}.")
+            raise ValueError(f"`--au_names` has {', '.join(missing)}, but {folder} has {', '.join(columns)}.")
     if build.au_names:
         au_columns(build.au_names)
         return build.au_names
-    names = {name for folder in build.folders for name in read_au_names(folder)}
-    common = sort_aus(name for name in names if all(name in known for known in columns.values()))
+    names = {name for source in sources for name in source.au_names}
+    common = sort_aus(name for name in names if all(name in columns for columns in known.values()))
     if not common:
-        lists = "; ".join(f"{folder}: {', '.join(read_au_names(folder))}" for folder in build.folders)
+        lists = "; ".join(f"{source.folder}: {', '.join(source.au_names)}" for source in sources)
         raise ValueError(f"There is no AU that all sources have: {lists}.")
     return common
 
@@ -179,61 +203,73 @@ def select_aus(aus: np.ndarray, from_names: tuple[str, ...], to_names: tuple[str
     return np.stack([aus[..., indices].mean(-1) for indices in found], -1)
 
 
-def join_part(folder: Path, part: str, build: Build) -> Iterator[dict]:
+def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
     """The rows of a part with captions, and as `{"dropped": …}` those that are left out now."""
-    rows = read_rows(folder / "rows" / f"{part}.jsonl")
-    captions = _annotations(folder, CAPTIONS, part)
-    photos = _annotations(folder, PHOTOS, part)
-    needs_photo_filter = build.photo_filter and read_settings(folder)["needs_photo_filter"]
-    for row in rows:
+    captions, photos = (_annotations(source.folder, kind, part) for kind in (CAPTIONS, PHOTOS))
+    for row in read_rows(part_path(source.folder, part)):
         caption, photo = next(captions, {}), next(photos, {})
         if {row["file_name"]} != {row["file_name"], *(line["file_name"] for line in (caption, photo) if line)}:
-            raise ValueError(f"{folder}: part {part} of rows and of annotations differ. Delete captions and photos.")
+            raise ValueError(
+                f"{source.folder}: part {part} of rows and of annotations differ. Delete captions and photos."
+            )
         text, words = caption.get("text") or row["text"], {}
         if build.drop_emotion_words:
             text, words = take_emotion_words(text)
         text = text or build.default_caption or ""
         known = {name: row.pop(name) for name in ("changed", "removed_words") if name in row}
-        is_photo = photo.get("is_photo", row.get("is_photo"))
-        if needs_photo_filter and is_photo is not True:
-            yield {"dropped": UNCLEAR if is_photo is None else NOT_A_PHOTO, "path": row["origin"], "count": 1} | known
-        elif not text:
-            yield {"dropped": NO_CAPTION, "path": row["origin"], "count": 1} | known
+        is_photo = photo.get("is_photo", row.pop("is_photo", None))
+        reason = None if text else NO_CAPTION
+        if source.needs_photo_filter and is_photo is not True:
+            reason = UNCLEAR if is_photo is None else NOT_A_PHOTO
+        if reason:
+            yield {"dropped": reason, "path": row["origin"], "count": 1} | known
         else:
-            row.pop("is_photo", None)
             yield row | {"text": text} | ({"removed_words": words} if words else {})
 
 
-def make_part(
-    build: Build, sources: dict[Path, str], corrections: dict[Path, Correction | None], has_boxes: bool, part: str
-) -> None:
+def _annotations(folder: Path, kind: str, part: str) -> Iterator[dict]:
+    path = folder / kind / f"{part}.jsonl"
+    return read_lines(path) if path.is_file() else iter(())
+
+
+def _measure(source: Source, build: Build, before: Histogram, digest) -> tuple[Correction | None, bool]:
+    """A first pass over a source: how to correct its AUs, and whether it has boxes. `digest` gets its rows."""
+    has_boxes, names = False, source.au_names
+    lowest, highest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
+    for part in list_parts(source.folder):
+        rows = [line for line in join_part(source, part, build) if "dropped" not in line]
+        digest.update(json.dumps([part, rows]).encode())
+        has_boxes = has_boxes or any(FACE_BOX[0] in row for row in rows)
+        if rows:
+            aus = np.float32([[row[name] for name in names] for row in rows])
+            before.add(select_aus(aus, names, build.au_names))
+            lowest, highest = np.minimum(lowest, aus.min(axis=0)), np.maximum(highest, aus.max(axis=0))
+    correction = Correction(tuple(lowest.tolist()), tuple(highest.tolist()), names) if source.correct_aus else None
+    return correction, has_boxes
+
+
+def make_part(build: Build, sources: list[Source], has_boxes: bool, part: str) -> None:
     """Write a part of the data set, and when all of it is there, its lines."""
     number, _, name = part.partition("-")
-    folder = build.folders[int(number)]
-    lines = list(join_part(folder, name, build))
+    source = sources[int(number)]
+    lines = list(join_part(source, name, build))
     kept = [line for line in lines if "dropped" not in line]
-    pictures = [folder / line["file_name"] for line in kept]
-    correct, names = corrections[folder], read_au_names(folder)
+    pictures = [source.folder / line["file_name"] for line in kept]
     for index, (line, picture) in enumerate(zip(kept, pictures, strict=True)):
-        aus = np.float32([line[au] for au in names])
-        aus = select_aus(aus if correct is None else correct(aus), names, build.au_names)
-        for au in set(names) - set(build.au_names):
+        aus = np.float32([line[au] for au in source.au_names])
+        aus = select_aus(source.correction(aus) if source.correction else aus, source.au_names, build.au_names)
+        for au in set(source.au_names) - set(build.au_names):
             del line[au]
         line |= dict(zip(build.au_names, aus.tolist(), strict=True))
         if has_boxes:
             line |= dict(zip(FACE_BOX, WHOLE_PICTURE, strict=True)) | {n: line[n] for n in FACE_BOX if n in line}
-        line["file_name"] = f"images/{sources[folder]}/{name}/{index:05d}{picture.suffix.lower()}"
+        line["file_name"] = f"images/{source.name}/{name}/{index:05d}{picture.suffix.lower()}"
         if build.format == "imagefolder":
             link_file(picture, build.output / "train" / line["file_name"])
     if build.format == "parquet" and kept:
-        path = build.output / "train" / f"{sources[folder]}-{name}.parquet"
-        with replacing(path) as unfinished:
+        with replacing(build.output / "train" / f"{source.name}-{name}.parquet") as unfinished:
             _write_parquet(kept, pictures, build.au_names, unfinished)
-    write_lines(part_path(build, part), lines)
-
-
-def part_path(build: Build, part: str) -> Path:
-    return build.output / ".parts" / f"{part}.jsonl"
+    write_lines(build.output / PARTS / f"{part}.jsonl", lines)
 
 
 def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, ...], path: Path) -> None:
@@ -253,96 +289,41 @@ def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, 
             writer.write_table(pa.Table.from_pylist(group, features.arrow_schema), row_group_size=ROW_GROUP)
 
 
-def _check(build: Build) -> dict[Path, str]:
-    """The name of each folder's source, once all is there that is needed."""
-    if build.format not in FORMATS:
-        raise ValueError(f"`--format` has to be one of {', '.join(FORMATS)}, but is {build.format!r}.")
-    sources = {}
-    for folder in build.folders:
-        require_finished(folder)
-        settings = read_settings(folder)
-        source = settings["source"]
-        if source in sources.values():
-            raise ValueError(f"Two folders have the source {source!r}. Give one another name with `--source`.")
-        sources[folder] = source
-        if build.photo_filter and settings["needs_photo_filter"]:
-            way_out = f"Run `prepare photos {folder}`, or set `--keep_drawings`."
-            _check_known(folder, PHOTOS, "is_photo", "whether it is a photograph", way_out)
-        if build.default_caption is None:
-            _check_known(folder, CAPTIONS, "text", "a caption", f"Run `prepare caption {folder}`.")
-    return sources
-
-
-def _check_known(folder: Path, kind: str, column: str, what: str, way_out: str) -> None:
-    for part in list_parts(folder):
-        if (folder / kind / f"{part}.jsonl").is_file():
-            continue
-        for row in read_rows(folder / "rows" / f"{part}.jsonl"):
-            if row.get(column) in ("", None):
-                raise ValueError(f"{folder}: of {row['file_name']}, {what} is not known yet. {way_out}")
-
-
-def _measure(folder: Path, build: Build, before: Histogram, digest) -> tuple[Correction | None, bool]:
-    """A first pass over a source: its range of intensities, whether it has boxes of faces, and what its rows are."""
-    has_boxes, names = False, read_au_names(folder)
-    lowest, highest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    for part in list_parts(folder):
-        rows = [line for line in join_part(folder, part, build) if "dropped" not in line]
-        digest.update(json.dumps([part, rows]).encode())
-        has_boxes = has_boxes or any(FACE_BOX[0] in row for row in rows)
-        if rows:
-            aus = np.float32([[row[name] for name in names] for row in rows])
-            before.add(select_aus(aus, names, build.au_names))
-            lowest, highest = np.minimum(lowest, aus.min(axis=0)), np.maximum(highest, aus.max(axis=0))
-    if not build.correct_aus or not read_settings(folder)["correct_aus"]:
-        return None, has_boxes
-    return Correction(tuple(lowest.tolist()), tuple(highest.tolist()), names), has_boxes
-
-
-def _annotations(folder: Path, kind: str, part: str) -> Iterator[dict]:
-    path = folder / kind / f"{part}.jsonl"
-    return read_lines(path) if path.is_file() else iter(())
-
-
-def _finish(build: Build, parts: list[str], sources: dict[Path, str], before: Histogram) -> Report:
+def _finish(build: Build, parts: list[str], sources: list[Source], before: Histogram) -> Report:
     report, after = report_folders(list(build.folders)), Histogram(build.au_names)
-    _note_other_aus(build, sources, report)
-    names = list(sources.values())
+    for source in sources:
+        report.sources[source.name].notes.extend(_other_aus(source.au_names, build.au_names))
     for part in parts:
-        aus = []
-        for line in read_lines(part_path(build, part)):
+        aus, source = [], sources[int(part.partition("-")[0])].name
+        for line in read_lines(build.output / PARTS / f"{part}.jsonl"):
             if "dropped" in line:
-                source = names[int(part.partition("-")[0])]
                 report.move(source, line)
             else:
                 aus.append([line[au] for au in build.au_names])
-                report.add_words(line["source"], line.get("removed_words"))
+                report.sources[source].count_changes({"removed_words": line.get("removed_words")})
         if aus:
             after.add(np.float32(aus))
     if not after.counts.any():
         raise ValueError(f"Nothing is left for the data set:\n{report.to_text()}")
     remove_unfinished(build.output / "train")
     if build.format == "imagefolder":
-        lines = chain.from_iterable(read_rows(part_path(build, part)) for part in parts)
+        lines = chain.from_iterable(read_rows(build.output / PARTS / f"{part}.jsonl") for part in parts)
         rows = ({name: value for name, value in line.items() if name != "removed_words"} for line in lines)
         write_lines(build.output / "train" / "metadata.jsonl", rows)
-    text, counts = report.to_text() + "\n", json.dumps(report.to_json(), indent=2) + "\n"
-    write_atomically(build.output / "report.txt", text)
-    write_atomically(build.output / "report.json", counts)
-    title = f"Faces by intensity of each AU, heights logarithmic ({', '.join(names)})"
+    write_atomically(build.output / "report.txt", report.to_text() + "\n")
+    write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    names = ", ".join(source.name for source in sources)
+    title = f"Faces by intensity of each AU, heights logarithmic ({names})"
     save_picture(draw_histograms(before, after, title), build.output / "histogram.png")
     return report
 
 
-def _note_other_aus(build: Build, sources: dict[Path, str], report: Report) -> None:
-    """Say which AUs of a source are not in the data set, or not as they were."""
-    for folder, source in sources.items():
-        names = read_au_names(folder)
-        made = [name for name in build.au_names if name not in names]
-        for what, found in {
-            "Not in the data set": [name for name in names if whole_au(name) not in au_columns(build.au_names)],
-            "The mean of both sides": [name for name in made if name == whole_au(name)],
-            "The same on both sides": [name for name in made if name != whole_au(name)],
-        }.items():
-            if found:
-                report.notes.setdefault(source, []).append(f"{what}: {', '.join(found)}.")
+def _other_aus(names: tuple[str, ...], built_names: tuple[str, ...]) -> list[str]:
+    """Sentences on the AUs of a source that are not in the data set, or not as they were."""
+    made = [name for name in built_names if name not in names]
+    sentences = {
+        "Not in the data set": [name for name in names if whole_au(name) not in au_columns(built_names)],
+        "The mean of both sides": [name for name in made if name == whole_au(name)],
+        "The same on both sides": [name for name in made if name != whole_au(name)],
+    }
+    return [f"{what}: {', '.join(found)}." for what, found in sentences.items() if found]

@@ -21,12 +21,11 @@ import numpy as np
 
 from action_units import AU_NAMES
 from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
-from face_data.store import Part, claim_folder, mark_finished, run_parts
-from program import replacing
+from face_data.store import Part, claim_folder, mark_finished, part_path, run_parts
+from program import check_options, option, replacing
 
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov")
-NUM_SUBJECTS = 27
 NO_AU = "no AU, and not in the share that is kept"
 INCOMPLETE = "labels of some AUs only"
 NO_LABELS = "no labels"
@@ -40,39 +39,21 @@ _SUBJECT = re.compile(r"SN\d{3}")
 @dataclass(frozen=True)
 class Disfa:
     """
-    Which files of DISFA are read, and how.
-
-    Args:
-        root (`Path`):
-            The folder of the data set; it, or one below it, holds `SN001/SN001_au1.txt` and so on.
-        images (`Path`, *optional*):
-            A folder of pictures in a folder for each subject, instead of the videos. The number at the end of a
-            name is the frame's, and the first frame's is 1; it is 0 if any picture has the number 0.
-        camera (`str`):
-            "left" or "right".
-        neutral_share (`float`):
-            Share of the frames without any AU that is kept, in [0, 1].
-        seed (`int`):
-            Seed of the draw of these frames.
-        jpeg_quality (`int`):
-            Of frames that are taken from videos, 1 to 95.
-        subjects (`tuple[str, ...]`):
-            Subjects to read; empty for all.
+    Which files of DISFA are read, and how. `root`, or a folder below it, holds `SN001/SN001_au1.txt` and so on. The
+    number at the end of the name of one of the `images` is the frame's. The first frame's is 1; it is 0 if any picture
+    has the number 0.
     """
 
     root: Path
-    images: Path | None = None
-    camera: str = "left"
-    neutral_share: float = 0.1
-    seed: int = 0
-    jpeg_quality: int = 95
-    subjects: tuple[str, ...] = ()
+    images: Path | None = option(None, "Frames of DISFA as pictures, SN001/00001.jpg; no videos then.", type=Path)
+    camera: str = option("left", "Which videos of DISFA.", choices=("left", "right"))
+    neutral_share: float = option(0.1, "Kept share of DISFA's frames without AUs.", type=float, low=0, high=1)
+    seed: int = option(0, "Decides which.", type=int)
+    jpeg_quality: int = option(95, "Of frames taken from videos.", type=int, low=1, high=95)
+    subjects: tuple[str, ...] = option((), "Only these; by default all.", nargs="+", metavar="SN001")
 
     def __post_init__(self):
-        if not 0 <= self.neutral_share <= 1:
-            raise ValueError(f"`--neutral_share` has to be in [0, 1], but is {self.neutral_share}.")
-        if not 1 <= self.jpeg_quality <= 95:
-            raise ValueError(f"`--jpeg_quality` has to be from 1 to 95, but is {self.jpeg_quality}.")
+        check_options(self)
         for folder in (self.root, self.images):
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"{str(folder)!r} is no folder.")
@@ -82,19 +63,6 @@ class Disfa:
         values["images"] = None if self.images is None else str(self.images.resolve())
         flags = {"correct_aus": False, "needs_photo_filter": False}
         return {"source": "disfa", "au_names": list(AU_NAMES)} | flags | values
-
-
-@dataclass(frozen=True)
-class Frames:
-    """The labelled frames of a subject, the `chosen` ones among them, and the work folder that gets their pictures."""
-
-    subject: str
-    labelled: frozenset[int]
-    chosen: frozenset[int]
-    folder: Path
-
-    def file_name(self, frame: int, suffix: str) -> str:
-        return f"images/{self.subject}/{frame:05d}{suffix}"
 
 
 def prepare_disfa(disfa: Disfa, folder: Path, num_workers: int, on_error: str) -> None:
@@ -110,7 +78,7 @@ def prepare_disfa(disfa: Disfa, folder: Path, num_workers: int, on_error: str) -
     subjects = choose_subjects(sorted(labels.keys() | media.keys()), disfa.subjects)
     claim_folder(folder, disfa.settings())
     work = functools.partial(make_part, disfa, labels, media, first_number, folder, on_error)
-    run_parts(work, subjects, lambda part: part_path(folder, part).is_file(), num_workers, "DISFA")
+    run_parts(work, subjects, folder / "rows", num_workers, "DISFA")
     mark_finished(folder)
 
 
@@ -123,7 +91,7 @@ def make_part(
     on_error: str,
     subject: str,
 ) -> None:
-    """Write the part of one subject."""
+    """Write the part of one subject. If its video is damaged, the frames before the damage are kept."""
     part = Part(on_error)
     intensities = {}
     if subject in labels:
@@ -133,21 +101,26 @@ def make_part(
     if intensities and subject not in media:
         part.problem(NO_PICTURES, disfa.images or disfa.root, subject, len(intensities))
     elif intensities:
-        chosen = choose_frames(intensities, subject, disfa, part)
-        frames = Frames(subject, frozenset(intensities), frozenset(chosen), folder)
-        if disfa.images is None:
-            placed = place_video_frames(media[subject], frames, disfa.jpeg_quality, part)
+        source, chosen, seen = media[subject], choose_frames(intensities, subject, disfa, part), set()
+        try:
+            for frame, picture in read_pictures(source, first_number) if disfa.images else read_video(source):
+                seen.add(frame)
+                if frame in chosen:
+                    target = folder / "images" / subject / f"{frame:05d}"
+                    try:
+                        path = place_frame(picture, target, disfa.jpeg_quality)
+                    except PICTURE_ERRORS as error:
+                        part.problem(UNREADABLE, picture, str(error))
+                        continue
+                    row = {"file_name": path.relative_to(folder).as_posix(), "text": ""}
+                    row |= dict(zip(AU_NAMES, intensities[frame].tolist(), strict=True))
+                    part.rows.append(row | {"source": "disfa", "subject": subject, "origin": f"{subject}/{frame}"})
+        except VideoError as error:
+            part.problem(UNREADABLE, source, str(error), len(chosen - seen))
         else:
-            placed = place_images(media[subject], first_number, frames, part)
-        for frame, file_name in sorted(placed.items()):
-            row = {"file_name": file_name, "text": ""}
-            row |= dict(zip(AU_NAMES, intensities[frame].tolist(), strict=True))
-            part.rows.append(row | {"source": "disfa", "subject": subject, "origin": f"{subject}/{frame}"})
+            part.drop(NO_FRAME, source, len(chosen - seen))
+        part.drop(NO_LABEL, source, len(seen - intensities.keys()))
     part.write(part_path(folder, subject))
-
-
-def part_path(folder: Path, subject: str) -> Path:
-    return folder / "rows" / f"{subject}.jsonl"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -255,42 +228,20 @@ def choose_frames(intensities: dict[int, np.ndarray], subject: str, disfa: Disfa
     return (intensities.keys() - set(neutral)) | set(kept)
 
 
-def place_images(source: Path, first_number: int, frames: Frames, part: Part) -> dict[int, str]:
-    """Put the chosen frames into the work folder, and map their numbers to their file names there."""
-    by_frame = {number - first_number + 1: path for number, path in number_pictures(source).items()}
-    part.drop(NO_LABEL, source, len(by_frame.keys() - frames.labelled))
-    part.drop(NO_FRAME, source, len(frames.chosen - by_frame.keys()))
-    placed = {}
-    for frame in sorted(frames.chosen & by_frame.keys()):
-        file_name = frames.file_name(frame, by_frame[frame].suffix.lower())
-        try:
-            placed_picture = place_picture(by_frame[frame], frames.folder / file_name)
-        except PICTURE_ERRORS as error:
-            part.problem(UNREADABLE, by_frame[frame], str(error))
-        else:
-            placed[frame] = placed_picture.path.relative_to(frames.folder).as_posix()
-    return placed
+def read_pictures(folder: Path, first_number: int) -> Iterator[tuple[int, Path]]:
+    """Yield the numbers of frames, from 1, with their pictures."""
+    for number, path in sorted(number_pictures(folder).items()):
+        yield number - first_number + 1, path
 
 
-def place_video_frames(video: Path, frames: Frames, quality: int, part: Part) -> dict[int, str]:
-    """Do for a video what `place_images` does. If the video is damaged, the frames before the damage are kept."""
-    placed, last = {}, 0
-    try:
-        for last, picture in read_video(video):
-            if last in frames.chosen:
-                placed[last] = frames.file_name(last, ".jpg")
-                save_frame(picture.to_image(), frames.folder / placed[last], quality)
-    except VideoError as error:
-        part.problem(UNREADABLE, video, str(error), len(frames.chosen) - len(placed))
-    else:
-        part.drop(NO_FRAME, video, len(frames.chosen) - len(placed))
-    part.drop(NO_LABEL, video, len(set(range(1, last + 1)) - frames.labelled))
-    return placed
-
-
-def save_frame(picture, path: Path, quality: int) -> None:
-    with replacing(path) as unfinished:
-        picture.save(unfinished, "JPEG", quality=quality, subsampling=0)
+def place_frame(picture, target: Path, quality: int) -> Path:
+    """Put a picture, or a frame of PyAV, at `target` with the suffix of its type, and return where it is."""
+    if isinstance(picture, Path):
+        return place_picture(picture, target.with_suffix(picture.suffix.lower())).path
+    target = target.with_suffix(".jpg")
+    with replacing(target) as unfinished:
+        picture.to_image().save(unfinished, "JPEG", quality=quality, subsampling=0)
+    return target
 
 
 def import_av():

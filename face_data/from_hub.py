@@ -29,79 +29,56 @@ from face_data.store import (
     check_source,
     claim_folder,
     list_parts,
+    part_path,
     read_lines,
     read_rows,
     write_lines,
 )
 from face_data.table_index import CAPTION_COLUMNS, FACE_BOX, FaceBox
 from face_data.tabled import NO_FACE, SEVERAL_FACES, TOO_SMALL, UNREADABLE
-from program import write_atomically
+from program import check_options, option, write_atomically
 
 
 WORK, STATE, METADATA = ".hub", "state.json", "metadata.jsonl"
 NO_TEXT = "no caption, or nothing left of it"
-BOX_FORMATS = ("xyxy", "xywh")
 FaceDetector = Callable[[Image.Image], list[tuple[float, float, float, float]]]
 
 
 @dataclass(frozen=True)
 class HubPictures:
     """
-    What is read.
-
-    Args:
-        dataset (`str`):
-            Id of a data set on the Hub, or a folder that the datasets library reads.
-        source (`str`):
-            Its name in the training data.
-        config, revision (`str`, *optional*), split (`str`):
-            As `datasets.load_dataset` takes them.
-        image_column, caption_column (`str`, *optional*):
-            By default the first column of pictures, and the first of `CAPTION_COLUMNS`.
-        face_count_column (`str`, *optional*):
-            Column with the number of faces: rows with another number than 1 are left out.
-        boxes_column (`str`, *optional*):
-            Column with the boxes of faces, a list of four numbers each, in pixels or parts of the picture: rows with
-            another number of boxes than 1 are left out, and the box is kept.
-        box_format (`str`):
-            "xyxy": left, top, right, bottom. "xywh": left, top, width, height.
-        detector (`str`, *optional*):
-            `MODULE:FUNCTION` of a function from a picture to a list of boxes, left, top, right and bottom as parts of
-            the picture: pictures with another number of boxes than 1 are left out.
-        keep_emotion_words (`bool`):
-            Leave the captions as they are.
-        max_pictures (`int`, *optional*):
-            Stop when so many are kept.
-        min_side (`int`):
-            Pixels that both sides of a picture have at least.
-        rows_per_part (`int`):
-            Rows after which the work is written down.
+    What is read: `dataset` is the id of a data set on the Hub, or a folder that the datasets library reads, and
+    `source` its name in the training data. Boxes are four numbers each, in pixels or as parts of the picture; that of
+    the only face is kept.
     """
 
     dataset: str
     source: str
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    face_count_column: str | None = None
-    boxes_column: str | None = None
-    box_format: str = "xyxy"
-    detector: str | None = None
-    keep_emotion_words: bool = False
-    max_pictures: int | None = None
-    min_side: int = 1
-    rows_per_part: int = 1024
+    config: str | None = option(None, "Configuration of the data set.")
+    split: str = option("train", "Split of the data set.")
+    revision: str | None = option(None, "Commit or branch.")
+    picture_column: str | None = option(None, "By default the first column of pictures.")
+    caption_column: str | None = option(None, "By default text, caption or prompt, if it is there.")
+    face_count_column: str | None = option(None, "Column with the number of faces: only rows with 1 are kept.")
+    boxes_column: str | None = option(None, "Column with boxes of faces: only rows with one are kept.")
+    box_format: str = option(
+        "xyxy",
+        "Of --boxes_column: left, top, and right, bottom or width, height.",
+        choices=("xyxy", "xywh"),
+    )
+    detector: str | None = option(
+        None,
+        "From a picture to the boxes of its faces, 0 to 1: only pictures with one are kept.",
+        metavar="MODULE:FUNCTION",
+    )
+    keep_emotion_words: bool = option(False, "Leave the captions as they are.")
+    max_pictures: int | None = option(None, "Stop when so many are kept.", type=int, low=1)
+    min_side: int = option(1, "Pixels both sides of a picture have.", type=int, low=1)
+    rows_per_part: int = option(1024, "Rows of the table that are done together.", type=int, low=1)
 
     def __post_init__(self):
         check_source(self.source)
-        if self.box_format not in BOX_FORMATS:
-            raise ValueError(f"`--box_format` has to be one of {', '.join(BOX_FORMATS)}, but is {self.box_format!r}.")
-        for name in ("max_pictures", "min_side", "rows_per_part"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`--{name}` has to be at least 1, but is {value}.")
+        check_options(self)
 
 
 def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report:
@@ -119,11 +96,11 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     state = read_state(work)
     if not state["is_at_end"] and state["kept"] < (pictures.max_pictures or math.inf):
         _fetch(pictures, folder, work, state, find_faces, on_error)
-        rows = chain.from_iterable(read_rows(work / "rows" / f"{part}.jsonl") for part in list_parts(work))
+        rows = chain.from_iterable(read_rows(part_path(work, part)) for part in list_parts(work))
         write_lines(folder / METADATA, map(_metadata, rows))
     report = Report()
     for part in list_parts(work):
-        for line in read_lines(work / "rows" / f"{part}.jsonl"):
+        for line in read_lines(part_path(work, part)):
             report.add(pictures.source, line)
     return report
 
@@ -170,7 +147,7 @@ def _fetch(
                 if state["kept"] + len(part.rows) >= most:
                     break
             if num_rows:
-                part.write(work / "rows" / f"{name}.jsonl")
+                part.write(part_path(work, name))
             state = {
                 "part": state["part"] + bool(num_rows),
                 "kept": state["kept"] + len(part.rows),
@@ -186,13 +163,8 @@ def _fetch(
         ) from error
 
 
-@dataclass(frozen=True)
-class _Columns:
-    image: str
-    caption: str | None
-
-
 def _open_stream(pictures: HubPictures):
+    """The rows, and the columns of pictures and of captions."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
@@ -204,22 +176,23 @@ def _open_stream(pictures: HubPictures):
     names = list(stream.features)
     by_key = {name.lower(): name for name in names}
     images = [name for name, feature in stream.features.items() if isinstance(feature, ImageFeature)]
-    image = pictures.image_column or next(iter(images), None)
+    image = pictures.picture_column or next(iter(images), None)
     caption = pictures.caption_column or next((by_key[name] for name in CAPTION_COLUMNS if name in by_key), None)
-    wanted = {"--image_column": image, "--caption_column": caption}
-    wanted |= {"--face_count_column": pictures.face_count_column, "--boxes_column": pictures.boxes_column}
-    for option, name in wanted.items():
-        if name not in names and (name is not None or option == "--image_column"):
+    wanted = {"picture_column": image, "caption_column": caption}
+    wanted |= {name: getattr(pictures, name) for name in ("face_count_column", "boxes_column")}
+    for option_name, name in wanted.items():
+        if name not in names and (name is not None or option_name == "picture_column"):
             raise ValueError(
-                f"{pictures.dataset}: there is no column {name!r} for `{option}`. The columns are {', '.join(names)}."
+                f"{pictures.dataset}: there is no column {name!r} for `--{option_name}`. The columns are"
+                f" {', '.join(names)}."
             )
     # The bytes as they are there: a JPEG stays that JPEG.
-    return stream.cast_column(image, ImageFeature(decode=False)), _Columns(image, caption)
+    return stream.cast_column(image, ImageFeature(decode=False)), (image, caption)
 
 
 def _keep(
     row: dict,
-    columns: _Columns,
+    columns: tuple[str, str | None],
     stem: str,
     pictures: HubPictures,
     folder: Path,
@@ -237,12 +210,13 @@ def _keep(
         if len(boxes) != 1:
             part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
             return
-    text = " ".join(str(row[columns.caption] or "").split()) if columns.caption else ""
+    image_column, caption_column = columns
+    text = " ".join(str(row[caption_column] or "").split()) if caption_column else ""
     text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
-    if columns.caption and not text:
+    if caption_column and not text:
         part.drop(NO_TEXT, label)
         return
-    image = row[columns.image] or {}
+    image = row[image_column] or {}
     fetched = folder / f".{stem.replace('/', '-')}{Path(image.get('path') or '').suffix.lower() or '.png'}"
     try:
         if image.get("bytes") is None and image.get("path") is None:

@@ -16,35 +16,32 @@ from program import replacing
 # What Pillow and the datasets library both read, and what every viewer shows.
 PLAIN_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 PICTURE_SUFFIXES = (
-    *PLAIN_SUFFIXES,
-    ".jpe",
-    ".jfif",
-    ".gif",
-    ".avif",
-    ".heic",
-    ".heif",
-    ".jp2",
-    ".ppm",
-    ".pgm",
-    ".tga",
+    *(*PLAIN_SUFFIXES, ".jpe", ".jfif", ".gif", ".avif", ".heic", ".heif", ".jp2", ".ppm", ".pgm", ".tga"),
 )
 # Pillow raises these for files that are damaged, cut off, of another type or absurdly large.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _ORIENTATION = 0x0112
+# Values of it with which viewers show the mirror image of what is stored, upright or turned.
+_MIRRORED = (2, 4, 5, 7)
 BACKGROUND = "white"
 TRANSPARENT = f"transparent pixels composed on {BACKGROUND}"
 SIXTEEN_BITS = "brought from 16 bits to 8"
 CMYK = "brought from CMYK to RGB"
 ANIMATED = "of several frames, the first taken"
+TURNED = "turned upright, as EXIF says"
 
 
 @dataclass(frozen=True)
 class Placed:
-    """`path` is where the picture is now, `size` is `(width, height)` in pixels, `note` is as `to_rgb` returns it."""
+    """
+    `path` is where the picture is now, `size` is `(width, height)` in pixels, `is_turned` says whether EXIF turns or
+    mirrors it, `is_mirrored` whether it mirrors it, and `note` says what was changed.
+    """
 
     path: Path
     size: tuple[int, int]
     is_turned: bool
+    is_mirrored: bool
     note: str | None
 
 
@@ -61,7 +58,8 @@ def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
     with Image.open(source) as picture:
         picture.load()
         rgb, note = to_rgb(picture)
-        is_turned = picture.getexif().get(_ORIENTATION, 1) != 1
+        orientation = picture.getexif().get(_ORIENTATION, 1)
+        is_turned = orientation in range(2, 9)
         is_plain = note is None and source.suffix.lower() in PLAIN_SUFFIXES
     target = target if is_plain else target.with_name(f"{target.name}.png")
     if min(rgb.size) >= min_side:
@@ -70,7 +68,8 @@ def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
         else:
             with replacing(target) as unfinished:
                 rgb.save(unfinished, Image.registered_extensions()[target.suffix.lower()], quality=95)
-    return Placed(target, rgb.size, is_turned, note)
+    note = "; ".join(filter(None, (note, TURNED if is_turned else None))) or None
+    return Placed(target, rgb.size, is_turned, orientation in _MIRRORED, note)
 
 
 def to_rgb(picture: Image.Image) -> tuple[Image.Image, str | None]:

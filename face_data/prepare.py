@@ -23,20 +23,28 @@ import os
 import sqlite3
 import sys
 import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from action_units import AU_NAMES
-from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, prepare_affectnet
+from action_units import AU_NAMES, au_columns
+from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, AffectNet, find_layout
 from face_data.au_tables import AU_TABLE_TOOLS
-from face_data.build import FORMATS, Build, build_dataset
+from face_data.build import Build, build_dataset
 from face_data.disfa import Disfa, prepare_disfa
-from face_data.from_hub import BOX_FORMATS, METADATA, HubPictures, fetch_pictures
+from face_data.from_hub import METADATA, HubPictures, fetch_pictures
 from face_data.report import report_folders
 from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder
 from face_data.table_index import AUTable, choose_aus
 from face_data.tabled import Tabled, prepare_tabled
-from program import run_program
+from program import add_options, run_program, take_options
+
+
+# Options of `Tabled` for sources that bring their captions.
+WITHOUT_CAPTIONS = ("image_column", "min_side", "min_total_intensity", "rows_per_part")
+LIMITS = {"min_side": MIN_SIDE, "min_total_intensity": MIN_TOTAL_INTENSITY}
+# Options of `hub` that say something of AUs, and nothing of pictures.
+OPTIONS_OF_AUS = ("au_tool", "au_names", "image_column", "min_total_intensity", "correct_aus")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,102 +56,65 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
-        return steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(name: str, text: str, work: Callable[[argparse.Namespace], str]) -> argparse.ArgumentParser:
+        step = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+        step.set_defaults(work=work)
+        return step
 
-    disfa = add("disfa", "Rows and pictures of DISFA.")
+    disfa = add("disfa", "Rows and pictures of DISFA.", lambda args: run_disfa(args, args.root, args.output))
     disfa.add_argument("--root", type=Path, required=True, help="Folder of the data set.")
-    _add_disfa(disfa)
+    add_options(disfa, Disfa)
     _add_work(disfa)
 
-    affectnet = add("affectnet", "Rows and pictures of AffectNet, with AUs from a table.")
+    text = "Rows and pictures of AffectNet, with AUs from a table."
+    affectnet = add("affectnet", text, lambda args: run_affectnet(args, args.root, args.output))
     affectnet.add_argument("--root", type=Path, required=True, help="Folder of the data set.")
     _add_table(affectnet)
-    _add_limits(affectnet)
-    _add_rows_per_part(affectnet)
+    add_options(affectnet, Tabled, WITHOUT_CAPTIONS, **LIMITS)
     _add_work(affectnet)
 
-    folder = add("folder", "Rows and pictures of any folder, with AUs, and maybe captions, from a table.")
+    folder = add("folder", "Rows and pictures of any folder, with AUs, and maybe captions, from a table.", run_folder)
     folder.add_argument("--root", type=Path, required=True, help="Folder of the pictures.")
     folder.add_argument("--source", help="Name of the source, letters and digits; by default those of the folder.")
-    folder.add_argument("--captions", type=Path, metavar="TABLE", help="Captions, if --aus has none.")
-    folder.add_argument("--caption_column", help="By default text, caption or prompt, if it is there.")
-    folder.add_argument("--drop_emotion_words", action="store_true", help="Take words of emotion out of captions.")
-    folder.add_argument("--measured", action="store_true", help="AUs are measured: correct them as the paper does.")
-    folder.add_argument("--drawings", action="store_true", help="There may be drawings: ask BLIP-2, as in `photos`.")
     _add_table(folder)
-    _add_limits(folder, 1, 0.0)
-    _add_rows_per_part(folder)
+    add_options(folder, Tabled)
     _add_work(folder)
 
-    hub = add("hub", "Pictures and captions of a data set on the Hub; with --aus its rows too.")
+    hub = add("hub", "Pictures and captions of a data set on the Hub; with --aus its rows too.", run_hub)
     hub.add_argument("dataset", help="Id of the data set.")
     hub.add_argument("--pictures", type=Path, required=True, help="Folder for the pictures and their captions.")
     hub.add_argument("--source", help="Name of the source, letters and digits; by default those of the data set.")
-    hub.add_argument("--config", help="Configuration of the data set.")
-    hub.add_argument("--split", default="train", help="Split of the data set.")
-    hub.add_argument("--revision", help="Commit or branch.")
-    hub.add_argument("--picture_column", help="By default the first column of pictures.")
-    hub.add_argument("--caption_column", help="By default text, caption or prompt, if it is there.")
-    hub.add_argument("--face_count_column", help="Column with the number of faces: only rows with 1 are kept.")
-    hub.add_argument("--boxes_column", help="Column with boxes of faces: only rows with one are kept.")
-    hub.add_argument("--box_format", choices=BOX_FORMATS, default=BOX_FORMATS[0], help="Of --boxes_column.")
-    hub.add_argument(
-        "--detector",
-        metavar="MODULE:FUNCTION",
-        help="From a picture to the boxes of its faces, 0 to 1: only pictures with one are kept.",
-    )
-    hub.add_argument("--keep_emotion_words", action="store_true", help="Leave the captions as they are.")
-    hub.add_argument("--max_pictures", type=int, help="Stop when so many are kept.")
-    hub.add_argument("--measured", action="store_true", help="AUs are measured: correct them as the paper does.")
+    add_options(hub, HubPictures)
     _add_table(hub, required=False)
-    _add_limits(hub, 1, 0.0)
-    _add_rows_per_part(hub)
+    add_options(hub, Tabled, ("image_column", "min_total_intensity", "correct_aus"))
     _add_work(hub)
 
-    for name, text in (
-        ("caption", "Captions by BLIP-2, for pictures that have none."),
-        ("photos", "BLIP-2 is asked which pictures are photographs."),
+    for kind, name, text in (
+        (CAPTIONS, "caption", "Captions by BLIP-2, for pictures that have none."),
+        (PHOTOS, "photos", "BLIP-2 is asked which pictures are photographs."),
     ):
-        step = add(name, text)
+        step = add(name, text, lambda args, kind=kind: run_blip2(args, args.folders, kind))
         step.add_argument("folders", type=Path, nargs="+", help="Work folders.")
-        step.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
         _add_blip2(step)
 
-    build = add("build", "The data set for the training, from work folders.")
+    build = add("build", "The data set for the training, from work folders.", run_build)
     build.add_argument("folders", type=Path, nargs="+", help="Work folders.")
-    build.add_argument("--default_caption", help="For pictures that have none.")
-    build.add_argument("--keep_drawings", action="store_true", help="Do not ask whether pictures are photographs.")
-    build.add_argument("--drop_emotion_words", action="store_true", help="Take words of emotion out of captions.")
-    build.add_argument("--keep_aus", action="store_true", help="Do not correct measured AUs.")
-    _add_au_names(build, None, "AUs of the data set; by default those that all sources have.")
-    _add_format(build)
+    add_options(build, Build)
     _add_output(build, "Folder of the data set.")
 
-    paper = add("paper", "All steps for DISFA and AffectNet, one after the other.")
+    paper = add("paper", "All steps for DISFA and AffectNet, one after the other.", run_paper)
     paper.add_argument("--disfa", type=Path, required=True, help="Folder of DISFA.")
     paper.add_argument("--affectnet", type=Path, required=True, help="Folder of AffectNet.")
-    paper.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
-    _add_disfa(paper)
+    add_options(paper, Disfa)
     _add_table(paper, au_names=AU_NAMES)
-    _add_limits(paper)
-    _add_rows_per_part(paper)
+    add_options(paper, Tabled, WITHOUT_CAPTIONS, **LIMITS)
     _add_blip2(paper)
-    _add_format(paper)
+    add_options(paper, Build, ("format",))
     _add_work(paper, "Folder of the data set; OUTPUT/.work has what the single steps make.")
 
-    report = add("report", "What the steps kept and left out, and why.")
+    report = add("report", "What the steps kept and left out, and why.", run_report)
     report.add_argument("folders", type=Path, nargs="+", help="Work folders.")
     return parser.parse_args(argv)
-
-
-def _add_disfa(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, help="Frames of DISFA as pictures, SN001/00001.jpg; no videos then.")
-    parser.add_argument("--camera", choices=("left", "right"), default="left", help="Which videos of DISFA.")
-    parser.add_argument("--neutral_share", type=float, default=0.1, help="Kept share of DISFA's frames without AUs.")
-    parser.add_argument("--seed", type=int, default=0, help="Decides which.")
-    parser.add_argument("--jpeg_quality", type=int, default=95, help="Of frames taken from videos.")
-    parser.add_argument("--subjects", nargs="+", default=(), metavar="SN001", help="Only these; by default all.")
 
 
 def _add_table(
@@ -158,13 +129,9 @@ def _add_table(
         help="Table of the AUs: csv, tsv, jsonl, json or parquet; further tables with the AUs that come from each.",
     )
     parser.add_argument("--au_tool", choices=AU_TABLE_TOOLS, help="Whose columns; by default they tell.")
-    parser.add_argument("--image_column", help="Column of the file names; by default the first usual one.")
     default = "the paper's twelve" if au_names else "what the tables measure"
-    _add_au_names(parser, au_names, f"AUs to take, such as AU12L AU12R AU26; by default {default}.")
-
-
-def _add_au_names(parser: argparse.ArgumentParser, default: tuple[str, ...] | None, text: str) -> None:
-    parser.add_argument("--au_names", nargs="+", default=default, metavar="AU12", help=text)
+    text = f"AUs to take, such as AU12L AU12R AU26; by default {default}."
+    parser.add_argument("--au_names", nargs="+", default=au_names, metavar="AU12", help=text)
 
 
 def parse_tables(args: argparse.Namespace) -> tuple[AUTable, ...]:
@@ -175,24 +142,10 @@ def parse_tables(args: argparse.Namespace) -> tuple[AUTable, ...]:
     return choose_aus(tables, args.au_names and tuple(args.au_names))
 
 
-def _add_limits(
-    parser: argparse.ArgumentParser, min_side: int = MIN_SIDE, min_total: float = MIN_TOTAL_INTENSITY
-) -> None:
-    parser.add_argument("--min_side", type=int, default=min_side, help="Pixels both sides of a picture have.")
-    parser.add_argument("--min_total_intensity", type=float, default=min_total, help="Smallest sum of all AUs.")
-
-
-def _add_rows_per_part(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rows_per_part", type=int, default=1024, help="Rows of the table that are done together.")
-
-
 def _add_blip2(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
     parser.add_argument("--batch_size", type=int, default=16, help="Pictures that BLIP-2 sees together.")
     parser.add_argument("--device", help="For BLIP-2; by default a GPU if there is one.")
-
-
-def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0], help="Files, or shards to stream.")
 
 
 def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
@@ -215,60 +168,35 @@ def run(args: argparse.Namespace) -> str:
     """Do a step, and say what came of it."""
     if getattr(args, "num_workers", 1) < 1:
         raise ValueError(f"`--num_workers` has to be at least 1, but is {args.num_workers}.")
-    steps = {
-        "disfa": lambda: run_disfa(args, args.root, args.output),
-        "affectnet": lambda: run_affectnet(args, args.root, args.output),
-        "folder": lambda: run_folder(args),
-        "hub": lambda: run_hub(args),
-        "caption": lambda: run_blip2(args, args.folders, CAPTIONS),
-        "photos": lambda: run_blip2(args, args.folders, PHOTOS),
-        "build": lambda: run_build(args),
-        "paper": lambda: run_paper(args),
-        "report": lambda: report_folders(args.folders).to_text(),
-    }
-    return steps[args.step]()
+    return args.work(args)
+
+
+def run_report(args: argparse.Namespace) -> str:
+    return report_folders(args.folders).to_text()
 
 
 def run_disfa(args: argparse.Namespace, root: Path, folder: Path) -> str:
-    disfa = Disfa(
-        root, args.images, args.camera, args.neutral_share, args.seed, args.jpeg_quality, tuple(args.subjects)
-    )
-    prepare_disfa(disfa, folder, args.num_workers, args.on_error)
+    prepare_disfa(Disfa(root, **take_options(Disfa, args)), folder, args.num_workers, args.on_error)
     return report_folders([folder]).to_text()
 
 
 def run_affectnet(args: argparse.Namespace, root: Path, folder: Path) -> str:
-    prepare_affectnet(
-        root,
-        parse_tables(args),
-        folder,
-        args.num_workers,
-        args.on_error,
-        image_column=args.image_column,
-        min_side=args.min_side,
-        min_total_intensity=args.min_total_intensity,
-        rows_per_part=args.rows_per_part,
+    layout = find_layout(root)
+    # The folder of a split comes before its pictures, so that `train_set/images/1.jpg` is not `val_set/images/1.jpg`.
+    bases, options = (root, *layout.picture_dirs), take_options(Tabled, args, WITHOUT_CAPTIONS)
+    tables = parse_tables(args)
+    affectnet = AffectNet(
+        "affectnet", bases, tables, correct_aus=True, needs_photo_filter=True, layout=layout, **options
     )
+    prepare_tabled(affectnet, folder, args.num_workers, args.on_error)
     return report_folders([folder]).to_text()
 
 
 def run_folder(args: argparse.Namespace) -> str:
     if not args.root.is_dir():
         raise ValueError(f"`--root` has to be a folder, but {str(args.root)!r} is none.")
-    tabled = Tabled(
-        args.source or name_source(args.root.resolve().name),
-        (args.root,),
-        parse_tables(args),
-        args.captions,
-        args.image_column,
-        args.caption_column,
-        args.min_side,
-        args.min_total_intensity,
-        correct_aus=args.measured,
-        needs_photo_filter=args.drawings,
-        drop_emotion_words=args.drop_emotion_words,
-        rows_per_part=args.rows_per_part,
-    )
+    source = args.source or name_source(args.root.resolve().name)
+    tabled = Tabled(source, (args.root,), parse_tables(args), **take_options(Tabled, args))
     prepare_tabled(tabled, args.output, args.num_workers, args.on_error)
     return report_folders([args.output]).to_text()
 
@@ -280,44 +208,22 @@ def name_source(name: str) -> str:
 
 def run_hub(args: argparse.Namespace) -> str:
     source = args.source or name_source(args.dataset.rpartition("/")[2])
-    pictures = HubPictures(
-        args.dataset,
-        source,
-        args.config,
-        args.split,
-        args.revision,
-        args.picture_column,
-        args.caption_column,
-        args.face_count_column,
-        args.boxes_column,
-        args.box_format,
-        args.detector,
-        args.keep_emotion_words,
-        args.max_pictures,
-        args.min_side,
-        args.rows_per_part,
-    )
-    tabled = None
-    if args.aus:
-        # Before anything is fetched, tables that are missing or contradict each other are an error.
-        tabled = Tabled(
-            source,
-            (args.pictures,),
-            parse_tables(args),
-            image_column=args.image_column,
-            min_side=args.min_side,
-            min_total_intensity=args.min_total_intensity,
-            correct_aus=args.measured,
-            rows_per_part=args.rows_per_part,
-        )
-    report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
-    if tabled is None:
+    pictures = HubPictures(args.dataset, source, **take_options(HubPictures, args))
+    # Before anything is fetched, tables that are missing or contradict each other are an error.
+    if not args.aus:
+        if args.au_names:
+            au_columns(args.au_names)
+        report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
+        given = [name for name in OPTIONS_OF_AUS if getattr(args, name) not in (None, 0.0, False)]
+        unused = ", ".join("--measured" if name == "correct_aus" else f"--{name}" for name in given)
         return (
             f"{report}\nMeasure the AUs of the pictures in {args.pictures}, and run the same command with --aus. It"
-            f" fills {args.output}."
+            f" fills {args.output}." + (f" Until then, nothing is made of {unused}." if unused else "")
         )
-    tabled = replace(tabled, about=args.pictures / METADATA)
-    prepare_tabled(tabled, args.output, args.num_workers, args.on_error)
+    options = take_options(Tabled, args, (*WITHOUT_CAPTIONS, "correct_aus"))
+    tabled = Tabled(source, (args.pictures,), parse_tables(args), **options)
+    report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
+    prepare_tabled(replace(tabled, about=args.pictures / METADATA), args.output, args.num_workers, args.on_error)
     return f"{report}\n{report_folders([args.output]).to_text()}"
 
 
@@ -331,16 +237,7 @@ def run_blip2(args: argparse.Namespace, folders: list[Path], kind: str) -> str:
 
 
 def run_build(args: argparse.Namespace) -> str:
-    build = Build(
-        tuple(args.folders),
-        args.output,
-        args.format,
-        args.default_caption,
-        photo_filter=not args.keep_drawings,
-        correct_aus=not args.keep_aus,
-        drop_emotion_words=args.drop_emotion_words,
-        au_names=args.au_names and tuple(args.au_names),
-    )
+    build = Build(tuple(args.folders), args.output, **take_options(Build, args))
     return build_dataset(build, args.num_workers).to_text()
 
 

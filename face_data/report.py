@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What became of the pictures: a table of counts with reasons, and a picture of the intensities before and after."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK
-from face_data.store import list_parts, read_lines, read_settings
+from face_data.store import list_parts, part_path, read_lines, read_settings
 from program import replacing
 
 
@@ -23,86 +23,83 @@ BEFORE_COLOR, AFTER_COLOR = "#b9c2cc", "#d1495b"
 
 
 @dataclass
-class Report:
+class SourceReport:
     """
-    Counts by source and by reason, with `KEPT` for what stayed; for each problem the first few paths; for what stayed
-    how many pictures were changed and how many words were taken out of captions; and notes on tables.
+    Of a source, counts by reason, with `KEPT` for what stayed; the first few paths for each problem; how many of the
+    kept pictures were changed, and in what way; which words were taken out of their captions; and notes on tables.
     """
 
-    counts: dict[str, Counter] = field(default_factory=dict)
-    examples: dict[tuple[str, str], list[str]] = field(default_factory=dict)
-    changes: dict[str, Counter] = field(default_factory=dict)
-    words: dict[str, Counter] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
+    counts: Counter = field(default_factory=lambda: Counter({KEPT: 0}))
+    examples: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    changes: Counter = field(default_factory=Counter)
+    words: Counter = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    def dropped(self) -> list[tuple[str, int]]:
+        return [(reason, count) for reason, count in self.counts.most_common() if reason != KEPT]
+
+    def changed(self) -> list[tuple[str, int]]:
+        return [(change, count) for change, count in self.changes.most_common() if count]
+
+    def count_changes(self, line: dict, sign: int = 1) -> None:
+        """Count what was done to a kept picture; with `sign` -1, take that back."""
+        words = Counter(line.get("removed_words"))
+        self.changes.update(
+            {change: sign for change in (line.get("changed"), WORDS_TAKEN if words else None) if change}
+        )
+        self.words.update({word: sign * count for word, count in words.items()})
+
+
+@dataclass
+class Report:
+    """What became of the pictures of each source."""
+
+    sources: dict[str, SourceReport] = field(default_factory=lambda: defaultdict(SourceReport))
 
     def add(self, source: str, line: dict) -> None:
         """A line of a part."""
+        found = self.sources[source]
         if "note" in line:
-            self.notes.setdefault(source, []).append(line["note"])
+            found.notes.append(line["note"])
             return
         reason = line.get("dropped", KEPT)
-        self.counts.setdefault(source, Counter())[reason] += line.get("count", 1)
-        if line.get("problem"):
-            paths = self.examples.setdefault((source, reason), [])
-            if len(paths) < MAX_EXAMPLES:
-                paths.append(line["path"])
+        found.counts[reason] += line.get("count", 1)
+        if line.get("problem") and len(found.examples[reason]) < MAX_EXAMPLES:
+            found.examples[reason].append(line["path"])
         if reason == KEPT:
-            self._count_changes(source, line, 1)
+            found.count_changes(line)
 
     def move(self, source: str, line: dict) -> None:
         """A line that takes back what was kept."""
-        self.counts[source][KEPT] -= line.get("count", 1)
-        self._count_changes(source, line, -1)
+        self.sources[source].counts[KEPT] -= line.get("count", 1)
+        self.sources[source].count_changes(line, -1)
         self.add(source, line)
-
-    def add_words(self, source: str, words: dict[str, int] | None) -> None:
-        """Words of emotion that were taken out of a caption."""
-        if words:
-            self.changes.setdefault(source, Counter())[WORDS_TAKEN] += 1
-            self.words.setdefault(source, Counter()).update(words)
-
-    def _count_changes(self, source: str, line: dict, sign: int) -> None:
-        if line.get("changed"):
-            self.changes.setdefault(source, Counter())[line["changed"]] += sign
-        if line.get("removed_words"):
-            self.changes.setdefault(source, Counter())[WORDS_TAKEN] += sign
-            words = self.words.setdefault(source, Counter())
-            for word, count in line["removed_words"].items():
-                words[word] += sign * count
 
     def to_text(self) -> str:
         rows = []
-        for source, counts in self.counts.items():
-            dropped = [(reason, count) for reason, count in counts.most_common() if reason != KEPT]
-            for number, (reason, count) in enumerate([*dropped, (KEPT, counts[KEPT])]):
+        for source, found in self.sources.items():
+            for number, (reason, count) in enumerate([*found.dropped(), (KEPT, found.counts[KEPT])]):
                 rows.append(("" if number else source, reason, f"{count:,}"))
-                rows += [("", f"  {path}", "") for path in self.examples.get((source, reason), ())]
-            for reason, count in self._changes(source):
-                rows.append(("", f"  of them: {reason}", f"{count:,}"))
-                if reason == WORDS_TAKEN:
-                    words = [f"{word} {count:,}" for word, count in self.words[source].most_common(MAX_WORDS)]
+                rows += [("", f"  {path}", "") for path in found.examples[reason]]
+            for change, count in found.changed():
+                rows.append(("", f"  of them: {change}", f"{count:,}"))
+                if change == WORDS_TAKEN:
+                    words = [f"{word} {count:,}" for word, count in found.words.most_common(MAX_WORDS)]
                     rows.append(("", f"    {', '.join(words)}", ""))
-            rows += [("", f"note: {note}", "") for note in self.notes.get(source, ())]
-        if len(self.counts) > 1:
-            rows.append(("all", KEPT, f"{sum(counts[KEPT] for counts in self.counts.values()):,}"))
+            rows += [("", f"note: {note}", "") for note in found.notes]
+        if len(self.sources) > 1:
+            rows.append(("all", KEPT, f"{sum(found.counts[KEPT] for found in self.sources.values()):,}"))
         widths = [max(len(row[column]) for row in rows) for column in (0, 2)]
         # Paths may be long; counts stand before them.
         return "\n".join(f"{source:{widths[0]}}  {count:>{widths[1]}}  {reason}" for source, reason, count in rows)
 
-    def _changes(self, source: str) -> list[tuple[str, int]]:
-        return [(reason, count) for reason, count in self.changes.get(source, Counter()).most_common() if count]
-
     def to_json(self) -> dict:
-        return {
-            source: {
-                KEPT: counts[KEPT],
-                "dropped": {reason: count for reason, count in counts.most_common() if reason != KEPT},
-            }
-            | ({"changed": dict(changes)} if (changes := self._changes(source)) else {})
-            | ({"removed_words": dict(+self.words[source])} if +self.words.get(source, Counter()) else {})
-            | ({"notes": self.notes[source]} if self.notes.get(source) else {})
-            for source, counts in self.counts.items()
-        }
+        values = {}
+        for source, found in self.sources.items():
+            more = {"changed": dict(found.changed()), "removed_words": dict(+found.words), "notes": found.notes}
+            values[source] = {KEPT: found.counts[KEPT], "dropped": dict(found.dropped())}
+            values[source] |= {name: value for name, value in more.items() if value}
+        return values
 
 
 def report_folders(folders: list[Path]) -> Report:
@@ -110,9 +107,10 @@ def report_folders(folders: list[Path]) -> Report:
     report = Report()
     for folder in folders:
         source = read_settings(folder)["source"]
-        report.counts.setdefault(source, Counter({KEPT: 0}))
+        # A source of which nothing was kept or left out is named too.
+        _ = report.sources[source]
         for part in list_parts(folder):
-            for line in read_lines(folder / "rows" / f"{part}.jsonl"):
+            for line in read_lines(part_path(folder, part)):
                 report.add(source, line)
     return report
 
@@ -134,13 +132,17 @@ class Histogram:
 def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Image:
     """The AUs in a grid, intensity to the right, number of faces upwards on a logarithmic scale."""
     width, height, margin, columns = 260, 150, 28, 4
-    rows = -(-len(before.au_names) // columns)
+    rows, step = -(-len(before.au_names) // columns), width / (1 + BINS)
     sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + 2 * margin) + 3 * margin), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, margin / 2), title, INK, ImageFont.load_default(18))
+
+    def write(x: float, y: float, text: str, size: int, anchor: str = "la", color: str = INK) -> None:
+        draw.text((x, y), text, color, ImageFont.load_default(size), anchor=anchor)
+
+    write(margin, margin / 2, title, 18)
     x = sheet.width - margin
     for label, color in (("after", AFTER_COLOR), ("before", BEFORE_COLOR)):
-        draw.text((x, margin / 2), label, INK, ImageFont.load_default(14), anchor="ra")
+        write(x, margin / 2, label, 14, "ra")
         x -= draw.textlength(label, ImageFont.load_default(14)) + 18
         draw.rectangle((x, margin / 2 + 3, x + 11, margin / 2 + 14), color)
         x -= 16
@@ -148,20 +150,16 @@ def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Im
     for index, name in enumerate(before.au_names):
         left = margin + index % columns * (width + margin)
         bottom = 3 * margin + index // columns * (height + 2 * margin) + height
-        draw.text((left, bottom - height - 4), name, INK, ImageFont.load_default(15), anchor="ls")
-        step = width / (1 + BINS)
-        for counts, color, (start, end) in (
-            (before.counts[index], BEFORE_COLOR, (0.05, 0.95)),
-            (after.counts[index], AFTER_COLOR, (0.3, 0.7)),
-        ):
-            for place, value in enumerate(np.log1p(counts) / tallest):
+        write(left, bottom - height - 4, name, 15, "ls")
+        for histogram, color, start, end in ((before, BEFORE_COLOR, 0.05, 0.95), (after, AFTER_COLOR, 0.3, 0.7)):
+            for place, value in enumerate(np.log1p(histogram.counts[index]) / tallest):
                 if value > 0:
                     x = left + place * step
                     draw.rectangle((x + start * step, bottom - value * height, x + end * step, bottom), color)
         draw.line((left, bottom, left + width, bottom), GREY)
         for intensity in range(6):
             x = left + (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
-            draw.text((x, bottom + 4), str(intensity), GREY, ImageFont.load_default(12), anchor="ma")
+            write(x, bottom + 4, str(intensity), 12, "ma", GREY)
     return sheet
 
 

@@ -22,10 +22,9 @@ import re
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -98,6 +97,10 @@ def read_lines(path: Path) -> Iterator[dict]:
 def read_rows(path: Path) -> Iterator[dict]:
     """The pictures of a part."""
     return (line for line in read_lines(path) if "file_name" in line)
+
+
+def part_path(folder: Path, part: str) -> Path:
+    return folder / "rows" / f"{part}.jsonl"
 
 
 def list_parts(folder: Path) -> list[str]:
@@ -179,21 +182,21 @@ def check_source(source: str) -> None:
         )
 
 
-def run_parts(
-    work: Callable[[str], None], parts: Iterable[str], done: Callable[[str], bool], num_workers: int, label: str
-) -> None:
-    """`work(part)` for each part that is not `done`, in `num_workers` processes. The first error ends it."""
-    missing = [part for part in parts if not done(part)]
+def run_parts(work: Callable[[str], None], parts: Iterable[str], folder: Path, num_workers: int, label: str) -> None:
+    """`work(part)` for each part that is not in `folder` yet, in `num_workers` processes. The first error ends it."""
+    missing = [part for part in parts if not (folder / f"{part}.jsonl").is_file()]
     num_workers = min(num_workers, len(missing))
     progress = functools.partial(tqdm, desc=label, unit="part", total=len(missing), disable=not missing)
     if num_workers <= 1:
         for part in progress(missing):
             work(part)
         return
-    with ProcessPoolExecutor(num_workers, initializer=_leave_interrupts_to_the_main_process) as executor:
+    # Ctrl-C reaches all processes. The workers finish their parts, and get no others.
+    ignore_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(num_workers, initializer=ignore_interrupts) as executor:
         try:
-            for _ in progress(_as_completed(executor, work, missing, num_workers)):
-                pass
+            for future in progress(as_completed([executor.submit(work, part) for part in missing])):
+                future.result()
         except BrokenProcessPool as error:
             raise OSError(
                 "A worker process was killed, perhaps for lack of memory. The same command goes on from here; fewer"
@@ -204,32 +207,13 @@ def run_parts(
             raise
 
 
-def _leave_interrupts_to_the_main_process() -> None:
-    """Ctrl-C reaches all processes. The workers finish their parts, and get no others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_completed(executor: ProcessPoolExecutor, work: Callable, parts: list[str], num_workers: int) -> Iterator[None]:
-    waiting = iter(parts)
-    running = {executor.submit(work, part) for part in islice(waiting, 2 * num_workers)}
-    while running:
-        finished, running = wait(running, return_when=FIRST_COMPLETED)
-        running |= {executor.submit(work, part) for part in islice(waiting, len(finished))}
-        for future in finished:
-            yield future.result()
-
-
 def link_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists() and target.samefile(source):
         return
     with replacing(target) as unfinished:
-        _link_or_copy(source, unfinished)
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        # Another file system, or one without hard links, or a file with as many links as it can have.
-        shutil.copyfile(source, target)
+        try:
+            os.link(source.resolve(), unfinished)
+        except OSError:
+            # Another file system, or one without hard links, or a file with as many links as it can have.
+            shutil.copyfile(source, unfinished)

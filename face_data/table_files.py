@@ -54,6 +54,7 @@ def read_records(path: str | os.PathLike, say: Callable[[str], None]) -> Iterato
     for line, record in _READERS[suffix](path, say):
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {line}: a row has to be an object, but is a {type(record).__name__}.")
+        record = _flat(record)
         if len(record) > MAX_COLUMNS:
             raise ValueError(f"{path}, line {line}: {len(record):,} columns, and {MAX_COLUMNS:,} are allowed.")
         yield line, record
@@ -155,7 +156,7 @@ def _check_columns(header: list[str], path: Path) -> None:
 def _read_json_lines(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
     for line, text in enumerate(_read_lines(path, say), 1):
         if text.strip():
-            yield line, _flat(_parse_json(text, f"{path}, line {line}"))
+            yield line, _parse_json(text, f"{path}, line {line}")
 
 
 def _read_json(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
@@ -168,25 +169,18 @@ def _read_json(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, di
     # The categories of one face, as MediaPipe's own classes become JSON.
     if isinstance(value, list) and value and all(isinstance(item, dict) and "score" in item for item in value):
         value = {"categories": value}
-    for line, record in enumerate(value if isinstance(value, list) else [value], 1):
-        yield line, _flat(record)
+    yield from enumerate(value if isinstance(value, list) else [value], 1)
 
 
 def _read_parquet(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need pyarrow: pip install pyarrow") from error
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, path)
-            line = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    line += 1
-                    yield line, _flat(record)
+            batches = file.iter_batches(batch_size=1024)
+            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), 1)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -209,10 +203,8 @@ def _parse_json(text: str, label: str):
         raise ValueError(f"{label}: this is no JSON: {error}") from error
 
 
-def _flat(record):
+def _flat(record: dict) -> dict:
     """LibreFace and MediaPipe group their values in objects; `aus` is one value."""
-    if not isinstance(record, dict):
-        return record
     flat = {}
     for name, value in record.items():
         if isinstance(value, dict) and name.strip().lower() != "aus":

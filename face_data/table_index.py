@@ -14,21 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from action_units import ALL_AU_NAMES, AU_NAMES, au_columns, whole_au
-from face_data.au_tables import (
-    AU_TABLE_TOOLS,
-    AURow,
-    find_measured_aus,
-    find_name_column,
-    read_au_table,
-    read_number,
-)
-from face_data.table_files import read_records
+from face_data.au_tables import AU_TABLE_TOOLS, NO, find_measured_aus, find_name_column, read_au_table, read_number
 from program import replacing
 
 
@@ -36,8 +29,8 @@ FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
 CAPTION_COLUMNS = ("text", "caption", "prompt", "textdescription")
 SUBJECT_COLUMNS = ("subject", "subject_id", "identity")
 # As py-feat writes it, in pixels.
-_PIXEL_BOX_COLUMNS = ("facerectx", "facerecty", "facerectwidth", "facerectheight")
-_YES, _NO = ("1", "1.0", "true", "yes"), ("", "0", "0.0", "false", "no", "nan")
+PIXEL_BOX = ("facerectx", "facerecty", "facerectwidth", "facerectheight")
+_YES = ("1", "1.0", "true", "yes")
 
 
 @dataclass(frozen=True)
@@ -90,27 +83,6 @@ class AUTable:
         return [file_digest(self.path), self.tool, list(self.aus)]
 
 
-def check_tables(tables: tuple[AUTable, ...]) -> None:
-    """
-    Raises:
-        FileNotFoundError: if a table is not there.
-        ValueError: if an AU comes from two tables, or two tables give all AUs.
-    """
-    for table in tables:
-        if not table.path.is_file():
-            raise FileNotFoundError(f"There is no table {str(table.path)!r}.")
-    taken = [name for table in tables for name in table.aus]
-    twice = next((name for name in taken if taken.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"`--aus` takes {twice} from two tables. An AU comes from one.")
-    whole = [table.path for table in tables if not table.aus]
-    if len(whole) > 1:
-        raise ValueError(
-            f"`--aus` takes all AUs from {whole[0]} and from {whole[1]}. Say behind all tables but one which AUs come"
-            " from it: TOOL=FILE:AU5,AU9."
-        )
-
-
 def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = None) -> tuple[AUTable, ...]:
     """
     Decide which AUs come from which table: those that are written behind it, and from the one table behind which there
@@ -126,8 +98,19 @@ def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = N
         ValueError: if an AU comes from no table or from two, if a table gives none, or if `au_names` is no list that
             an adapter can have.
     """
-    check_tables(tables)
+    for table in tables:
+        if not table.path.is_file():
+            raise FileNotFoundError(f"There is no table {str(table.path)!r}.")
     named = [name for table in tables for name in table.aus]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"`--aus` takes {twice} from two tables. An AU comes from one.")
+    whole = [table.path for table in tables if not table.aus]
+    if len(whole) > 1:
+        raise ValueError(
+            f"`--aus` takes all AUs from {whole[0]} and from {whole[1]}. Say behind all tables but one which AUs come"
+            " from it: TOOL=FILE:AU5,AU9."
+        )
     chosen = []
     for table in tables:
         tool, measured = find_measured_aus(table.path, table.tool)
@@ -182,8 +165,8 @@ class TableEntry:
             Rows of the first table that say the same once more.
         has_names (`bool`):
             The first table names the picture in several ways.
-        removed (`dict[str, int]`, *optional*):
-            Emotion words that were taken out of the text, and how often.
+        about (`dict`, *optional*):
+            What the table about the pictures says of it, or None if that does not name it.
     """
 
     name: str
@@ -196,13 +179,13 @@ class TableEntry:
     times: int
     repeats: int
     has_names: bool
-    removed: dict[str, int] | None
+    about: dict | None
 
 
 def build_index(
     path: Path,
     tables: tuple[AUTable, ...],
-    about: Path | None,
+    about: Iterable[tuple[str, dict]] | None,
     image_column: str | None,
     caption_column: str | None,
     find_key: Callable[[str], str],
@@ -215,113 +198,108 @@ def build_index(
     Args:
         tables (`tuple[AUTable, ...]`):
             As `choose_aus` gives them. The first one decides which pictures there are.
-        about (`Path`, *optional*):
-            A table of captions and boxes without AUs, which fills what the first one does not say.
+        about (`Iterable[tuple[str, dict]]`, *optional*):
+            Where a row stands, and the row, of a table of captions and boxes without AUs, which fills what the first
+            one does not say.
         find_key (`Callable`):
             What is the same for all names of a picture.
         on_error (`Callable`), say (`Callable`):
             Are told of rows that cannot be used, and of what was guessed.
     """
 
+    def read_aus(number: int, table: AUTable) -> Iterator[tuple]:
+        column = caption_column if number == 0 and about is None else None
+        for row in read_au_table(table.path, table.tool, image_column, on_error, say, table.aus):
+            measured = {"aus": row.aus.tolist() if row.face_found else None, "face": row.face, "line": row.line}
+            yield f"{table.path}, line {row.line}", row.name, row.record, column, measured
+
+    def read_others() -> Iterator[tuple]:
+        for label, record in about or ():
+            # `--image_column` may be meant for the AUs' tables alone.
+            is_here = image_column is not None and image_column.strip().lower() in map(str.lower, record)
+            column = find_name_column(record, image_column if is_here else None)
+            yield label, "" if column is None else str(record[column]), record, caption_column, {}
+
+    def read_rows(number: int, rows: Iterable[tuple]) -> Iterator[tuple]:
+        for label, name, record, column, measured in rows:
+            by_key = {column.lower(): value for column, value in record.items()}
+            if column is not None and column.lower() not in by_key:
+                raise ValueError(f"{label}: there is no column {column!r}. The columns are {', '.join(by_key)}.")
+            try:
+                if not name:
+                    raise ValueError("there is no file name. Say which column has it with `--image_column`.")
+                facts = {"name": _check_text(name)} | measured | _read_facts(by_key, column)
+            except ValueError as error:
+                on_error(ValueError(f"{label}: {error}"))
+            else:
+                yield find_key(name), number, json.dumps(facts)
+
     with replacing(path) as unfinished:
         unfinished.unlink(missing_ok=True)
         with closing(sqlite3.connect(unfinished)) as database:
+            database.execute("CREATE TABLE rows (key TEXT, number INTEGER, facts TEXT)")
+            sources = [*(read_aus(number, table) for number, table in enumerate(tables)), read_others()]
+            for number, rows in enumerate(sources):
+                database.executemany("INSERT INTO rows VALUES (?, ?, ?)", read_rows(number, rows))
+            database.execute("CREATE INDEX by_key ON rows (key, number)")
+            database.execute("CREATE TABLE pictures (id INTEGER PRIMARY KEY, key TEXT)")
             database.execute(
-                "CREATE TABLE entries (id INTEGER PRIMARY KEY, key TEXT UNIQUE, name TEXT, aus BLOB, text TEXT,"
-                " subject TEXT, is_photo INTEGER, box TEXT, line INTEGER, times INTEGER, repeats INTEGER,"
-                " has_names INTEGER, face INTEGER)"
+                "INSERT INTO pictures (key) SELECT key FROM rows WHERE number = 0 GROUP BY key ORDER BY min(rowid)"
             )
-            database.execute(
-                "CREATE TABLE others (number INTEGER, key TEXT, aus BLOB, face INTEGER, times INTEGER,"
-                " PRIMARY KEY (number, key)) WITHOUT ROWID"
-            )
-            database.execute(
-                "CREATE TABLE about (key TEXT PRIMARY KEY, text TEXT, box TEXT, removed TEXT) WITHOUT ROWID"
-            )
-            captions = None if about is not None else caption_column
-            for number, table in enumerate(tables):
-                rows = read_au_table(table.path, table.tool, image_column, on_error, say, table.aus)
-                values = _read_values(rows, table.path, None if number else captions, find_key, on_error)
-                for batch in _batches(values):
-                    if number:
-                        others = [(number, key, aus, face) for key, _, aus, *_, face in batch]
-                        database.executemany(_INSERT_OTHER, others)
-                    else:
-                        database.executemany(_INSERT_ENTRY, batch)
-            if about is not None:
-                for batch in _batches(_read_about(about, image_column, caption_column, find_key, on_error, say)):
-                    database.executemany("INSERT OR REPLACE INTO about VALUES (?, ?, ?, ?)", batch)
             database.commit()
-
-
-# A row that says the same as the first one of its picture is a repetition, and not another face.
-_IS_OTHER_FACE = "(aus IS NOT excluded.aus OR face IS NOT excluded.face)"
-_INSERT_ENTRY = (
-    "INSERT INTO entries (key, name, aus, text, subject, is_photo, box, line, face, times, repeats, has_names)"
-    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0) ON CONFLICT (key) DO UPDATE SET"
-    f" times = times + ({_IS_OTHER_FACE} OR box IS NOT excluded.box),"
-    f" repeats = repeats + (NOT {_IS_OTHER_FACE} AND box IS excluded.box),"
-    " has_names = has_names OR name IS NOT excluded.name"
-)
-_INSERT_OTHER = (
-    "INSERT INTO others VALUES (?, ?, ?, ?, 1) ON CONFLICT (number, key) DO UPDATE SET"
-    f" times = times + {_IS_OTHER_FACE}"
-)
 
 
 def count_entries(path: Path) -> int:
     with closing(sqlite3.connect(path)) as database:
-        return database.execute("SELECT count(*) FROM entries").fetchone()[0]
+        return database.execute("SELECT count(*) FROM pictures").fetchone()[0]
 
 
-def read_entries(path: Path, tables: tuple[AUTable, ...], first: int, count: int) -> list[TableEntry]:
+def read_entries(path: Path, tables: tuple[AUTable, ...], first: int, count: int) -> Iterator[TableEntry]:
     """`count` entries from the number `first`, which counts from 0, in the order of the first table."""
-    where = " WHERE entries.id BETWEEN ? AND ? ORDER BY entries.id"
-    limits = (first + 1, first + count)
     with closing(sqlite3.connect(path)) as database:
-        found = database.execute(
-            "SELECT name, aus, coalesce(nullif(entries.text, ''), about.text, ''), subject, is_photo,"
-            " coalesce(entries.box, about.box), line, times, repeats, has_names, removed"
-            " FROM entries LEFT JOIN about ON about.key = entries.key" + where,
-            limits,
-        ).fetchall()
-        others = [
-            database.execute(
-                "SELECT others.aus, coalesce(others.times, 0) FROM entries"
-                " LEFT JOIN others ON others.key = entries.key AND others.number = ?" + where,
-                (number, *limits),
-            ).fetchall()
-            for number in range(1, len(tables))
-        ]
-    entries = []
-    for index, (name, aus, text, subject, is_photo, box, line, times, repeats, has_names, removed) in enumerate(found):
-        rows = [(aus, times), *(rows[index] for rows in others)]
-        all_times = [times for _, times in rows]
-        entries.append(
-            TableEntry(
-                name,
-                _join_aus([aus for aus, _ in rows], tables),
-                text,
-                subject,
-                None if is_photo is None else bool(is_photo),
-                None if box is None else FaceBox(*json.loads(box)),
-                line,
-                max(all_times) if all(all_times) else 0,
-                repeats,
-                bool(has_names),
-                None if removed is None else json.loads(removed),
-            )
+        rows = database.execute(
+            "SELECT id, number, facts FROM pictures JOIN rows USING (key) WHERE id BETWEEN ? AND ?"
+            " ORDER BY id, number, rows.rowid",
+            (first + 1, first + count),
         )
-    return entries
+        for _, rows_of_picture in groupby(rows, itemgetter(0)):
+            yield _join_rows(((number, json.loads(facts)) for _, number, facts in rows_of_picture), tables)
 
 
-def _join_aus(rows: list[bytes | None], tables: tuple[AUTable, ...]) -> np.ndarray | None:
-    if any(row is None for row in rows):
-        return None
-    values = {}
-    for row, table in zip(rows, tables, strict=True):
-        values |= zip(table.aus, np.frombuffer(row, np.float32), strict=True)
-    return np.float32([values[name] for name in joined_aus(tables)])
+def _join_rows(rows: Iterable[tuple[int, dict]], tables: tuple[AUTable, ...]) -> TableEntry:
+    """Make an entry of the rows of a picture, with the numbers of their tables; the last one is about the picture."""
+    firsts, times, repeats, has_names, about = {}, Counter(), 0, False, None
+    for number, facts in rows:
+        if number == len(tables):
+            about = facts
+            continue
+        first = firsts.setdefault(number, facts)
+        has_names |= number == 0 and facts["name"] != first["name"]
+        # A row that says the same as the first one of its picture is a repetition, and not another face.
+        is_other = any(facts[name] != first[name] for name in ("aus", "face", "box"))
+        times[number] += first is facts or is_other
+        repeats += number == 0 and first is not facts and not is_other
+    main, others = firsts[0], about or {}
+    aus = None
+    if len(firsts) == len(tables) and all(first["aus"] is not None for first in firsts.values()):
+        values = {}
+        for number, table in enumerate(tables):
+            values |= zip(table.aus, firsts[number]["aus"], strict=True)
+        aus = np.float32([values[name] for name in joined_aus(tables)])
+    box = main["box"] or others.get("box")
+    return TableEntry(
+        main["name"],
+        aus,
+        main["text"] or others.get("text", ""),
+        main["subject"],
+        main["is_photo"],
+        box and FaceBox(*box),
+        main["line"],
+        max(times.values()) if len(firsts) == len(tables) else 0,
+        repeats,
+        has_names,
+        about,
+    )
 
 
 def file_digest(path: Path) -> str:
@@ -329,118 +307,54 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
-def _batches(values: Iterator[tuple]) -> Iterator[list[tuple]]:
-    while batch := list(islice(values, 4096)):
-        yield batch
+def _read_facts(by_key: dict, caption_column: str | None) -> dict:
+    """What the columns of a row, in lower case, say besides the AUs."""
+    words = by_key.get("removed_words")
+    return {
+        "text": _first_text(by_key, CAPTION_COLUMNS if caption_column is None else (caption_column.lower(),)),
+        "subject": _first_text(by_key, SUBJECT_COLUMNS),
+        "is_photo": _is_photo(by_key),
+        "box": _read_box(by_key),
+        "removed_words": Counter(map(str, words)) if isinstance(words, list) else None,
+        "expression": by_key.get("expression"),
+    }
 
 
-def _read_values(
-    rows: Iterator[AURow],
-    table: Path,
-    caption_column: str | None,
-    find_key: Callable[[str], str],
-    on_error: Callable[[ValueError], None],
-) -> Iterator[tuple]:
-    captions = CAPTION_COLUMNS if caption_column is None else (caption_column.lower(),)
-    for row in rows:
-        label = f"{table}, line {row.line}"
-        by_key = {column.lower(): value for column, value in row.record.items()}
-        _check_caption_column(caption_column, by_key, label)
-        try:
-            yield (
-                find_key(_check_name(row.name, label)),
-                row.name,
-                row.aus.tobytes() if row.face_found else None,
-                _first_text(by_key, captions, label),
-                _first_text(by_key, SUBJECT_COLUMNS, label),
-                _is_photo(by_key, label),
-                _read_box(by_key, label),
-                row.line,
-                row.face,
-            )
-        except ValueError as error:
-            on_error(error)
-
-
-def _read_about(
-    table: Path,
-    image_column: str | None,
-    caption_column: str | None,
-    find_key: Callable[[str], str],
-    on_error: Callable[[ValueError], None],
-    say: Callable[[str], None],
-) -> Iterator[tuple]:
-    captions = CAPTION_COLUMNS if caption_column is None else (caption_column.lower(),)
-    for line, record in read_records(table, say):
-        label = f"{table}, line {line}"
-        by_key = {column.lower(): value for column, value in record.items()}
-        _check_caption_column(caption_column, by_key, label)
-        try:
-            # `--image_column` may be meant for the AUs' tables alone.
-            is_here = image_column is not None and image_column.strip().lower() in by_key
-            column = find_name_column(list(record), image_column if is_here else None)
-            name = _check_name("" if column is None else str(record[column]), label)
-            removed = by_key.get("removed_words")
-            removed = json.dumps(Counter(map(str, removed))) if isinstance(removed, list) else None
-            yield find_key(name), _first_text(by_key, captions, label), _read_box(by_key, label), removed
-        except ValueError as error:
-            on_error(error)
-
-
-def _check_caption_column(name: str | None, by_key: dict, label: str) -> None:
-    if name is not None and name.lower() not in by_key:
-        raise ValueError(f"{label}: there is no column {name!r}. The columns are {', '.join(by_key)}.")
-
-
-def _check_name(name: str, label: str) -> str:
-    if not name:
-        raise ValueError(f"{label}: there is no file name. Say which column has it with `--image_column`.")
-    return _check_text(name, label)
-
-
-def _check_text(text: str, label: str) -> str:
+def _check_text(text: str) -> str:
     # JSON can carry halves of characters, which no file can.
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{label}: {text!r} is no Unicode text.")
+        raise ValueError(f"{text!r} is no Unicode text.")
     return text
 
 
-def _first_text(by_key: dict, columns: tuple[str, ...], label: str) -> str:
+def _first_text(by_key: dict, columns: tuple[str, ...]) -> str:
     value = next((by_key[column] for column in columns if column in by_key), None)
-    return "" if value is None else _check_text(" ".join(str(value).split()), label)
+    return "" if value is None else _check_text(" ".join(str(value).split()))
 
 
-def _is_photo(by_key: dict, label: str) -> int | None:
+def _is_photo(by_key: dict) -> bool | None:
     """What the published AffectNet table says of a picture."""
-    answers = [_truth(by_key[column], column, label) for column in ("isphoto", "isreal") if column in by_key]
-    return all(answers) if len(answers) == 2 else None
+    answers = []
+    for column in ("isphoto", "isreal"):
+        text = "" if by_key.get(column) is None else str(by_key[column]).strip().lower()
+        if text not in (*_YES, *NO):
+            raise ValueError(f"{column} is {by_key[column]!r}, but has to be true or false.")
+        answers.append(text in _YES)
+    return all(answers) if {"isphoto", "isreal"} <= by_key.keys() else None
 
 
-def _truth(value, column: str, label: str) -> bool:
-    text = "" if value is None else str(value).strip().lower()
-    if text not in _YES + _NO:
-        raise ValueError(f"{label}: {column} is {value!r}, but has to be true or false.")
-    return text in _YES
-
-
-def _read_box(by_key: dict, label: str) -> str | None:
-    """The arguments of a `FaceBox` as JSON."""
-    if set(FACE_BOX) <= by_key.keys():
-        corners = [_coordinate(by_key[column], column, label) for column in FACE_BOX]
-        if any(map(math.isnan, corners)):
+def _read_box(by_key: dict) -> list | None:
+    """The arguments of a `FaceBox`."""
+    for columns in (FACE_BOX, PIXEL_BOX):
+        if not set(columns) <= by_key.keys():
+            continue
+        values = [read_number(by_key[column], column) for column in columns]
+        if any(map(math.isnan, values)):
             return None
-        left, top, right, bottom = corners
+        if columns is PIXEL_BOX:
+            return [pixel_box(*values).corners, True]
+        left, top, right, bottom = values
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError(f"{label}: the face's box is {corners}, but has to be a part of the picture, 0 to 1.")
-        return json.dumps([corners, False])
-    if set(_PIXEL_BOX_COLUMNS) <= by_key.keys():
-        sides = [_coordinate(by_key[column], column, label) for column in _PIXEL_BOX_COLUMNS]
-        return None if any(map(math.isnan, sides)) else json.dumps([pixel_box(*sides).corners, True])
+            raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")
+        return [values, False]
     return None
-
-
-def _coordinate(value, column: str, label: str) -> float:
-    try:
-        return read_number(value, column)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from error

@@ -12,12 +12,12 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from action_units import AU_NAMES, action_units_of, au_columns
+from action_units import AU_NAMES, action_units_of, au_columns, mirrored_columns
 from face_data.captions import take_emotion_words
 from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
 from face_data.store import (
@@ -26,13 +26,14 @@ from face_data.store import (
     check_source,
     claim_folder,
     mark_finished,
+    part_path,
     read_lines,
     read_rows,
     run_parts,
 )
+from face_data.table_files import read_records
 from face_data.table_index import (
     AUTable,
-    FaceBox,
     TableEntry,
     build_index,
     count_entries,
@@ -40,9 +41,10 @@ from face_data.table_index import (
     joined_aus,
     read_entries,
 )
+from program import check_options, option
 
 
-INDEX = "table.sqlite"
+INDEX = "pictures.sqlite"
 # Parts beside those of the table's rows.
 TABLE_PART, UNTABLED_PART = "table", "untabled"
 BAD_ROW = "row of the table that cannot be read"
@@ -57,12 +59,15 @@ UNREADABLE = "picture or video that cannot be read"
 TOO_SMALL = "picture too small"
 TOO_WEAK = "sum of all intensities too small"
 NOT_IN_TABLE = "picture that is not in the table"
+# MediaPipe's `create_from_file` reads pixels as they are stored, OpenCV and OpenFace as they are shown, LibreFace finds
+# the face in one and cuts it out of the other, and no table tells.
+MIRRORED = "mirrored by EXIF, so the sides of its AUs are uncertain: save it as it is shown, and measure it again"
 
 
 @dataclass(frozen=True)
 class Tabled:
     """
-    Pictures and their table.
+    Pictures and their tables.
 
     Args:
         source (`str`):
@@ -74,78 +79,60 @@ class Tabled:
             AUs of the pictures as `choose_aus` gives them; the first one decides which pictures there are.
         about (`Path`, *optional*):
             A table with captions and boxes of faces, for pictures of which the first table does not say them.
-        image_column (`str`, *optional*):
-            As `au_tables.read_au_table` takes it, for all tables.
-        caption_column (`str`, *optional*):
-            By default the first of `CAPTION_COLUMNS` that is there, if any.
-        min_side (`int`):
-            Pixels that both sides of a picture have at least.
-        min_total_intensity (`float`):
-            Faces with a smaller sum of all AUs are left out. Of an AU with sides, their mean counts.
-        correct_aus (`bool`):
-            The AUs are measured by a tool: `face_data.build` corrects them as the paper does.
-        needs_photo_filter (`bool`):
-            Pictures may be drawings: `face_data.build` wants to know which.
-        drop_emotion_words (`bool`):
-            Take words of emotion out of the captions, which else explain the face in place of the AUs.
-        rows_per_part (`int`):
-            Pictures of the first table in a part.
     """
 
     source: str
     bases: tuple[Path, ...]
     tables: tuple[AUTable, ...]
-    about: Path | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    min_side: int = 1
-    min_total_intensity: float = 0.0
-    correct_aus: bool = False
-    needs_photo_filter: bool = False
-    drop_emotion_words: bool = False
-    rows_per_part: int = 1024
+    about: Path | None = option(None, "Captions, if --aus has none.", flag="captions", type=Path, metavar="TABLE")
+    image_column: str | None = option(None, "Column of the file names; by default the first usual one.")
+    caption_column: str | None = option(None, "By default text, caption or prompt, if it is there.")
+    min_side: int = option(1, "Pixels both sides of a picture have.", type=int, low=1)
+    # Of an AU with sides, their mean counts.
+    min_total_intensity: float = option(0.0, "Smallest sum of all AUs.", type=float, low=0)
+    correct_aus: bool = option(False, "AUs are measured: correct them as the paper does.", flag="measured")
+    needs_photo_filter: bool = option(False, "There may be drawings: ask BLIP-2, as in `photos`.", flag="drawings")
+    drop_emotion_words: bool = option(False, "Take words of emotion out of captions.")
+    rows_per_part: int = option(1024, "Rows of the table that are done together.", type=int, low=1)
 
     def __post_init__(self):
         check_source(self.source)
+        check_options(self)
         if self.about is not None and not self.about.is_file():
             raise FileNotFoundError(f"There is no table {str(self.about)!r}.")
-        for name, lowest in (("min_side", 1), ("rows_per_part", 1), ("min_total_intensity", 0)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"`--{name}` has to be at least {lowest}, but is {getattr(self, name)}.")
 
     @functools.cached_property
     def au_names(self) -> tuple[str, ...]:
         return joined_aus(self.tables)
 
     def settings(self) -> dict:
-        paths = {"bases": [str(base.resolve()) for base in self.bases]}
-        paths |= {"tables": [table.settings() for table in self.tables]}
-        paths |= {"au_names": list(self.au_names), "about": None if self.about is None else file_digest(self.about)}
-        names = ("source", "image_column", "caption_column", "min_side", "min_total_intensity")
-        flags = ("correct_aus", "needs_photo_filter", "drop_emotion_words", "rows_per_part")
-        return {name: getattr(self, name) for name in (*names, *flags)} | paths
+        return {field.name: getattr(self, field.name) for field in fields(Tabled)} | {
+            "bases": [str(base.resolve()) for base in self.bases],
+            "tables": [table.settings() for table in self.tables],
+            "au_names": list(self.au_names),
+            "about": None if self.about is None else file_digest(self.about),
+        }
+
+    def read_about(self, say: Callable[[str], None]) -> Iterator[tuple[str, dict]] | None:
+        """The rows of `about`, and where each stands."""
+        if self.about is None:
+            return None
+        return ((f"{self.about}, line {line}", record) for line, record in read_records(self.about, say))
+
+    def refuses(self, entry: TableEntry, picture: Path, part: Part) -> bool:
+        """Whether the source itself says that a picture is of no use. The part is told."""
+        return False
+
+    def list_pictures(self) -> Iterator[Path]:
+        """All pictures, but for those that an earlier step has put into a folder of its own."""
+        for base in self.bases:
+            for folder, folders, names in os.walk(base):
+                folders[:] = [name for name in folders if not _is_own(Path(folder, name))]
+                yield from (Path(folder, name) for name in names if name.lower().endswith(PICTURE_SUFFIXES))
 
 
-def prepare_tabled(
-    tabled: Tabled,
-    folder: Path,
-    num_workers: int,
-    on_error: str,
-    refuse: Callable[[Path, Part], bool] | None = None,
-    list_pictures: Callable[[], Iterator[Path]] | None = None,
-    find_box: Callable[[Path], FaceBox | None] | None = None,
-) -> None:
-    """
-    Fill the work folder `folder`, which `face_data.store` describes.
-
-    Args:
-        refuse (`Callable`, *optional*):
-            May look at a picture's path, and drop it from the part, which True says.
-        list_pictures (`Callable`, *optional*):
-            All pictures there are, to count those that the table does not have; by default those of `bases`.
-        find_box (`Callable`, *optional*):
-            Where the face of a picture is, if the table does not say it.
-    """
+def prepare_tabled(tabled: Tabled, folder: Path, num_workers: int, on_error: str) -> None:
+    """Fill the work folder `folder`, which `face_data.store` describes."""
     claim_folder(folder, tabled.settings())
     index = folder / INDEX
     if not index.is_file() or not part_path(folder, TABLE_PART).is_file():
@@ -153,11 +140,11 @@ def prepare_tabled(
         build_index(
             index,
             tabled.tables,
-            tabled.about,
+            tabled.read_about(part.note),
             tabled.image_column,
             tabled.caption_column,
             functools.partial(find_key, bases=tabled.bases),
-            functools.partial(_note_bad_row, part),
+            lambda error: part.problem(BAD_ROW, str(error).rstrip(".")),
             part.note,
         )
         for table in tabled.tables:
@@ -170,21 +157,14 @@ def prepare_tabled(
     if num_entries == 0:
         raise ValueError(f"{tabled.tables[0].path}: the table has no rows.")
     parts = [f"{number:07d}" for number in range(-(-num_entries // tabled.rows_per_part))]
-    work = functools.partial(make_part, tabled, folder, on_error, refuse, find_box)
-    run_parts(work, parts, lambda part: part_path(folder, part).is_file(), num_workers, tabled.source)
+    work = functools.partial(make_part, tabled, folder, on_error)
+    run_parts(work, parts, folder / "rows", num_workers, tabled.source)
     if not part_path(folder, UNTABLED_PART).is_file():
-        _count_pictures(tabled, folder, parts, list_pictures or functools.partial(_walk, tabled.bases))
+        _count_pictures(tabled, folder, parts)
     mark_finished(folder)
 
 
-def make_part(
-    tabled: Tabled,
-    folder: Path,
-    on_error: str,
-    refuse: Callable[[Path, Part], bool] | None,
-    find_box: Callable[[Path], FaceBox | None] | None,
-    name: str,
-) -> None:
+def make_part(tabled: Tabled, folder: Path, on_error: str, name: str) -> None:
     """Write the part of one stretch of the table."""
     part = Part(on_error)
     first_row = int(name) * tabled.rows_per_part
@@ -202,9 +182,8 @@ def make_part(
             part.drop(NO_FACE, found[0])
         elif _total(entry.aus, tabled.au_names) < tabled.min_total_intensity:
             part.drop(TOO_WEAK, found[0])
-        elif refuse is None or not refuse(found[0], part):
-            box = entry.box or (find_box and find_box(found[0]))
-            _add_row(entry, found[0], box, tabled, folder, part)
+        elif not tabled.refuses(entry, found[0], part):
+            _add_row(entry, found[0], tabled, folder, part)
     part.write(part_path(folder, name))
 
 
@@ -213,7 +192,7 @@ def _total(aus: np.ndarray, au_names: tuple[str, ...]) -> float:
     return sum(aus[list(columns[unit.name])].mean() for unit in action_units_of(au_names))
 
 
-def _add_row(entry: TableEntry, picture: Path, box: FaceBox | None, tabled: Tabled, folder: Path, part: Part) -> None:
+def _add_row(entry: TableEntry, picture: Path, tabled: Tabled, folder: Path, part: Part) -> None:
     origin = origin_of(picture, tabled.bases)
     try:
         placed = place_picture(picture, folder / "images" / origin, tabled.min_side)
@@ -223,14 +202,18 @@ def _add_row(entry: TableEntry, picture: Path, box: FaceBox | None, tabled: Tabl
     if min(placed.size) < tabled.min_side:
         part.drop(TOO_SMALL, picture)
         return
+    if placed.is_mirrored and (entry.aus != entry.aus[mirrored_columns(tabled.au_names)]).any():
+        placed.path.unlink()
+        part.drop(MIRRORED, picture)
+        return
     text, removed = take_emotion_words(entry.text) if tabled.drop_emotion_words else (entry.text, {})
-    removed = dict(Counter(removed) + Counter(entry.removed))
+    removed = dict(Counter(removed) + Counter((entry.about or {}).get("removed_words")))
     row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
     row |= dict(zip(tabled.au_names, entry.aus.tolist(), strict=True))
     row |= {"source": tabled.source, "subject": entry.subject, "origin": origin}
-    # Pixels are counted before or after turning, which no tool tells.
-    if box is not None and not (box.in_pixels and placed.is_turned):
-        row |= box.columns(placed.size)
+    # Boxes are those of the pixels as they are stored, or as they are shown, and no tool tells.
+    if entry.box is not None and not placed.is_turned:
+        row |= entry.box.columns(placed.size)
     known = {"is_photo": entry.is_photo, "changed": placed.note, "removed_words": removed or None}
     part.rows.append(row | {name: value for name, value in known.items() if value is not None})
 
@@ -287,29 +270,11 @@ def origin_of(picture: Path, bases: tuple[Path, ...]) -> str:
     return max(origins, key=len)
 
 
-def part_path(folder: Path, part: str) -> Path:
-    return folder / "rows" / f"{part}.jsonl"
-
-
-def _note_bad_row(part: Part, error: ValueError) -> None:
-    part.problem(BAD_ROW, str(error).rstrip("."))
-
-
-def _walk(bases: tuple[Path, ...]) -> Iterator[Path]:
-    """All pictures, but for those that an earlier step has put into a folder of its own."""
-    for base in bases:
-        for folder, folders, names in os.walk(base):
-            folders[:] = [name for name in folders if not _is_own(Path(folder, name))]
-            yield from (Path(folder, name) for name in names if name.lower().endswith(PICTURE_SUFFIXES))
-
-
 def _is_own(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", ".parts"))
 
 
-def _count_pictures(
-    tabled: Tabled, folder: Path, parts: list[str], list_pictures: Callable[[], Iterator[Path]]
-) -> None:
+def _count_pictures(tabled: Tabled, folder: Path, parts: list[str]) -> None:
     """Count the pictures that the table lacks, and those that are there under another name too."""
     num_found = 0
     # Each picture of the table is one line of a part: the difference to those that are there is what it lacks.
@@ -317,7 +282,7 @@ def _count_pictures(
         lines = read_lines(part_path(folder, name))
         num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
     part = Part("skip")
-    num_pictures = sum(1 for _ in list_pictures())
+    num_pictures = sum(1 for _ in tabled.list_pictures())
     part.drop(NOT_IN_TABLE, tabled.bases[0], max(0, num_pictures - num_found))
     note = _note_same_pictures(folder, parts)
     if note:

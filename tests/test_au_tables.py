@@ -393,6 +393,7 @@ def test_blendshapes_keep_their_sides(tmp_path):
     row = arkit_row() | dict.fromkeys(("eyeBlinkLeft", "eyeSquintRight"), 0.0) | shapes
     assert read_one(tmp_path, row)[0] == pytest.approx(expected)
     assert read_one(tmp_path, row, ("AU12", "AU23"))[0] == pytest.approx({"AU12": 2.5, "AU23": 0})
+    assert blendshapes_to_aus(shapes, ("AU23",)).tolist() == [0]
     gaze = blendshapes_to_aus({"eyeLookOutLeft": 1, "eyeLookInRight": 1}, ("AU61", "AU62"))
     assert gaze.tolist() == [5, 0]
 

@@ -180,11 +180,22 @@ def test_captions_can_stay_as_they_are(shards, tmp_path):
     assert json.loads((tmp_path / "pictures/metadata.jsonl").read_text())["text"] == PROMPTS[0]
 
 
+def test_options_of_aus_without_a_table_are_said(shards, tmp_path, capsys):
+    command = ["hub", shards, "--pictures", tmp_path / "pictures", "--output", tmp_path / "work", *FETCH]
+    prepare(*command, "--max_pictures", 1, "--au_names", "AU12", "--measured")
+    assert "run the same command with --aus. It fills" in (said := capsys.readouterr().out)
+    assert "Until then, nothing is made of --au_names, --measured." in said
+    prepare(*command, "--max_pictures", 1)
+    assert "nothing is made" not in capsys.readouterr().out
+    prepare(*command, "--au_names", "AU12L", status=2)
+    assert "it needs both AU12L and AU12R" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--caption_column", "title"], "no column 'title' for `--caption_column`. The columns are image, prompt"),
-        (["--picture_column", "photo"], "no column 'photo' for `--image_column`"),
+        (["--picture_column", "photo"], "no column 'photo' for `--picture_column`"),
         (["--detector", "no_module:find"], "has to be MODULE:FUNCTION: No module named 'no_module'"),
         (["--max_pictures", "0"], "`--max_pictures` has to be at least 1"),
         (["--aus", "none.csv"], "There is no table 'none.csv'"),
