@@ -59,8 +59,8 @@ UNREADABLE = "picture or video that cannot be read"
 TOO_SMALL = "picture too small"
 TOO_WEAK = "sum of all intensities too small"
 NOT_IN_TABLE = "picture that is not in the table"
-# MediaPipe's `create_from_file` reads pixels as they are stored, OpenCV and OpenFace as they are shown, LibreFace finds
-# the face in one and cuts it out of the other, and no table tells.
+# MediaPipe's `create_from_file` reads pixels as they are stored, OpenFace as they are shown, LibreFace finds the face
+# in one of the two and cuts it out of the other, and no table tells.
 MIRRORED = "mirrored by EXIF, so the sides of its AUs are uncertain: save it as it is shown, and measure it again"
 
 
