@@ -18,6 +18,7 @@ The last one runs on no device: it counts the multiplications and additions of m
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 import time
@@ -44,7 +45,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from action_units import au_image_embeds, parse_aus
 from au_attention_processor import au_layers
-from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, base_unet
+from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, base_unet, ip_adapter_numbers
 from benchmarks.tables import Report, count, markdown_table
 from drawing.model import quiet
 from hub.ip_adapter import ip_adapter_state_dict
@@ -66,54 +67,32 @@ COMPILE_MODES = ("no", "default", "reduce-overhead", "max-autotune")
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Models. The sizes are those of the published configurations.
+# Models. The sizes are those of the published configurations, where these are not the defaults of the classes.
 # --------------------------------------------------------------------------------------------------------------------
 
-UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
 VAE = {
-    "sample_size": 512,
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "latent_channels": 4,
 }
 SD21 = {
-    "unet": UNET | {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
-    "text_encoder": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-        "vocab_size": 49408,
+    "unet": {
+        "sample_size": 64,
+        "cross_attention_dim": 1024,
+        "attention_head_dim": (5, 10, 20, 20),
+        "use_linear_projection": True,
     },
-    "vae": VAE,
+    "text_encoder": {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
 }
 SD15 = {
-    "unet": UNET | {"cross_attention_dim": 768, "attention_head_dim": 8},
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "vocab_size": 49408,
-    },
-    "vae": VAE,
+    "unet": {"sample_size": 64, "cross_attention_dim": 768},
+    "text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
 }
-
-
 SDXL = {
     "unet": {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280),
-        "layers_per_block": 2,
         "attention_head_dim": (5, 10, 20),
         "use_linear_projection": True,
         "cross_attention_dim": 2048,
@@ -127,60 +106,43 @@ SDXL = {
     "text_encoder": SD15["text_encoder"],
     "text_encoder_2": {
         "hidden_size": 1280,
-        "intermediate_size": 5120,
         "num_hidden_layers": 32,
         "num_attention_heads": 20,
         "projection_dim": 1280,
         "hidden_act": "gelu",
-        "vocab_size": 49408,
     },
-    "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025},
 }
 
 
 def random_components(config: dict[str, dict], device: torch.device, dtype: torch.dtype) -> dict:
     """The components of a pipeline with random weights, made in `dtype` on `device`: nothing is copied."""
     torch.manual_seed(0)
-    tokenizer = _make_tokenizer()
-    from_tokenizer = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    from_tokenizer["max_position_embeddings"] = tokenizer.model_max_length
-    text_config = CLIPTextConfig(**from_tokenizer, **config["text_encoder"])
-    default_dtype = torch.get_default_dtype()
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    models, default_dtype = {}, torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with device:
-            unet, vae = UNet2DConditionModel(**config["unet"]), AutoencoderKL(**config["vae"])
-            text_encoder = CLIPTextModel(text_config)
-            second = None
-            if "text_encoder_2" in config:
-                second = CLIPTextModelWithProjection(CLIPTextConfig(**from_tokenizer, **config["text_encoder_2"]))
+            models["unet"] = UNet2DConditionModel(**config["unet"]).eval()
+            models["vae"] = AutoencoderKL(**VAE).eval()
+            for name in config.keys() & classes.keys():
+                text_config = CLIPTextConfig(intermediate_size=4 * config[name]["hidden_size"], **config[name])
+                models[name] = classes[name](text_config).eval()
     finally:
         torch.set_default_dtype(default_dtype)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-    models = {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": text_encoder.eval()}
-    models |= {"tokenizer": tokenizer, "scheduler": scheduler, "feature_extractor": None, "image_encoder": None}
-    if second is not None:
-        return {**models, "text_encoder_2": second.eval(), "tokenizer_2": tokenizer}
-    return {**models, "safety_checker": None}
+    # The cost of a prompt is that of 77 tokens, however it is cut, and that of a step does not depend on its noise.
+    tokenizer = CLIPTokenizer.from_pretrained(TOY_MODEL, subfolder="tokenizer", model_max_length=77)
+    models |= {"tokenizer": tokenizer, "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
+    models |= {"feature_extractor": None, "image_encoder": None}
+    return models | ({"tokenizer_2": tokenizer} if is_xl(models) else {"safety_checker": None})
+
+
+def is_xl(components: dict) -> bool:
+    return "text_encoder_2" in components
 
 
 def toy_components(device: torch.device, dtype: torch.dtype) -> dict:
     with quiet():
         return StableDiffusionPipeline.from_pretrained(TOY_MODEL, dtype=dtype).to(device).components
-
-
-def _make_tokenizer() -> CLIPTokenizer:
-    """A tokenizer that knows only letters. The cost of a prompt is that of 77 tokens, however it is cut."""
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.<>=-"
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=77)
 
 
 def _toy_lora_rank() -> int:
@@ -201,6 +163,10 @@ ARCHITECTURES = {
     "sdxl": Architecture("Stable Diffusion XL", partial(random_components, SDXL)),
     "toy": Architecture("the toy model", toy_components, _toy_lora_rank),
 }
+
+
+def default_resolution(components: dict) -> int:
+    return components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -228,6 +194,17 @@ class TextbookAUAttnProcessor(nn.Module):
         return attn.batch_to_head_dim(torch.bmm(scores, attn.head_to_batch_dim(value)))
 
 
+def set_textbook_processors(unet: nn.Module, adapter: AUAdapter) -> None:
+    """Give each cross-attention layer copies of its keys and values, and the attention of the textbook to all."""
+    weights = adapter.attn_processors_state_dict()
+    processors = {name: AttnProcessor() for name in unet.attn_processors}
+    for layer in adapter.layers:
+        name = f"{layer}.processor"
+        projections = (weights[f"{name}.{projection}.weight"] for projection in ("to_k_au", "to_v_au"))
+        processors[name] = TextbookAUAttnProcessor(*(weight.detach().clone() for weight in projections))
+    unet.set_attn_processor(processors)
+
+
 class TextbookPipeline(StableDiffusionPipeline):
     """Passes the AU token behind the tokens of the text, by the arguments of plain Stable Diffusion."""
 
@@ -239,14 +216,47 @@ class TextbookPipeline(StableDiffusionPipeline):
         return super().__call__(prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1], **kwargs)
 
 
-@dataclass
-class Variant:
-    """A pipeline and how it is called: a row of the tables. Its ratio is to the row `baseline`."""
+@dataclass(frozen=True)
+class Row:
+    """
+    A row of the tables: what a pipeline has beside the plain one. Its ratio is to the row `baseline`. `lora` is "on",
+    "fused", or "baked in": fused, then unloaded.
+    """
 
     label: str
-    pipeline: StableDiffusionPipeline
+    tokens: int = 0
+    lora: str | None = None
+    ip_adapter: bool = False
+    plain_aus: bool = False
+    textbook: bool = False
     kwargs: dict = field(default_factory=dict)
     baseline: str = "plain"
+
+
+ROWS = {
+    "plain": Row("plain pipeline of diffusers"),
+    "one-token": Row("one token, no LoRA", 1),
+    "lora-baked": Row("one token, LoRA fused, then unloaded", 1, "baked in"),
+    "lora-fused": Row("one token, LoRA fused", 1, "fused"),
+    "lora": Row("one token, LoRA not fused", 1, "on"),
+    "attention-4": Row("general attention, 4 tokens", 4),
+    "attention-16": Row("general attention, 16 tokens", 16),
+    "ip-plain": Row("plain with an IP-Adapter", ip_adapter=True),
+    "ip": Row("one token beside an IP-Adapter, to plain with it", 1, ip_adapter=True, baseline="ip-plain"),
+    "plain-aus": Row("plain with the AUs as an IP-Adapter, no LoRA", plain_aus=True),
+    "third-branch": Row("one token, `au_guidance_scale`", 1, kwargs={"au_guidance_scale": 5}),
+    "textbook": Row("textbook: bmm attention each step, LoRA not fused", 1, "on", textbook=True),
+}
+"""Each row of a table by its name on the command line."""
+
+
+@dataclass
+class Variant:
+    """The pipeline of a row, and how it is called."""
+
+    row: Row
+    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    kwargs: dict
 
     @torch.no_grad()
     def __call__(self, batch_size: int, steps: int, on_step_end=None, **kwargs):
@@ -261,125 +271,67 @@ class Variant:
         ).images
 
 
-ROWS = {
-    "plain": ("plain pipeline of diffusers", {}),
-    "one-token": ("one token, no LoRA", {"tokens": 1}),
-    "lora-baked": ("one token, LoRA fused, then unloaded", {"tokens": 1, "lora": "baked in"}),
-    "lora-fused": ("one token, LoRA fused", {"tokens": 1, "lora": "fused"}),
-    "lora": ("one token, LoRA not fused", {"tokens": 1, "lora": "on"}),
-    "attention-4": ("general attention, 4 tokens", {"tokens": 4}),
-    "attention-16": ("general attention, 16 tokens", {"tokens": 16}),
-    "ip-plain": ("plain with an IP-Adapter", {"ip_adapter": True}),
-    "ip": (
-        "one token beside an IP-Adapter, to plain with it",
-        {"tokens": 1, "ip_adapter": True, "baseline": "ip-plain"},
-    ),
-    "plain-aus": ("plain with the AUs as an IP-Adapter, no LoRA", {"plain_aus": True}),
-    "third-branch": ("one token, `au_guidance_scale`", {"tokens": 1, "kwargs": {"au_guidance_scale": 5}}),
-    "textbook": ("textbook: bmm attention each step, LoRA not fused", {"tokens": 1, "lora": "on", "textbook": True}),
-}
-"""Each row of a table by its name on the command line: its label, and the arguments of `make_variant`."""
-
-
-def make_row(row: str, components: dict, lora_rank: int) -> Variant:
-    label, arguments = ROWS[row]
-    return make_variant(components, lora_rank, label, **arguments)
-
-
-def make_variant(
-    components: dict,
-    lora_rank: int,
-    label: str,
-    tokens: int = 0,
-    lora: str | None = None,
-    ip_adapter: bool = False,
-    textbook: bool = False,
-    plain_aus: bool = False,
-    kwargs: dict | None = None,
-    baseline: str = "plain",
-) -> Variant:
-    """Make a pipeline from `components`. Variants share all weights that they do not change."""
-    unet, kwargs = base_unet(components["unet"]).eval(), dict(kwargs or {})
-    if lora in ("fused", "baked in"):
+def make_row(name: str, components: dict, lora_rank: int) -> Variant:
+    """Make the pipeline of a row from `components`. Rows share all weights that they do not change."""
+    row, unet = ROWS[name], base_unet(components["unet"]).eval()
+    is_fused = row.lora in ("fused", "baked in")
+    if is_fused:
         unet = copy.deepcopy(unet)  # fusing writes into the weights
-    extra = {}
-    if tokens:
-        torch.manual_seed(1)
-        adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim, num_tokens=tokens)
-        adapter = nn.Module.to(adapter, unet.device, unet.dtype).eval()
-        kwargs["aus"] = AUS
-        if not textbook:
-            extra["au_adapter"] = adapter
+    plain, ours = StableDiffusionPipeline, TextbookPipeline if row.textbook else FineFacePipeline
+    options = {"requires_safety_checker": False}
     if is_xl(components):
-        pipeline_class = FineFaceXLPipeline if tokens else StableDiffusionXLPipeline
-        options = {"add_watermarker": False}
-    else:
-        pipeline_class = TextbookPipeline if textbook else FineFacePipeline if tokens else StableDiffusionPipeline
-        options = {"requires_safety_checker": False}
-    pipeline = pipeline_class(**components | {"unet": unet} | extra, **options)
+        plain, ours, options = StableDiffusionXLPipeline, FineFaceXLPipeline, {"add_watermarker": False}
+    kwargs = dict(row.kwargs)
+    torch.manual_seed(1)
+    if row.tokens or row.plain_aus:
+        adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim, num_tokens=row.tokens or 1)
+    if row.tokens:
+        adapter = nn.Module.to(adapter, unet.device, unet.dtype).eval()
+        options |= {} if row.textbook else {"au_adapter": adapter}
+        kwargs["aus"] = AUS
+    pipeline = (ours if row.tokens else plain)(**components | {"unet": unet}, **options)
     pipeline.set_progress_bar_config(disable=True)
-    if textbook:
+    if row.textbook:
         pipeline.au_encoder = adapter.encoder
-        weights = adapter.attn_processors_state_dict()
-        for name, attn in _attention_layers(unet):
-            processor = AttnProcessor()
-            if name in adapter.layers:
-                projections = (weights[f"{name}.processor.{proj}.weight"] for proj in ("to_k_au", "to_v_au"))
-                processor = TextbookAUAttnProcessor(*projections)
-            attn.set_processor(processor)
-    if plain_aus:
-        torch.manual_seed(1)
-        adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim)
+        set_textbook_processors(unet, adapter)
+    if row.plain_aus:
         _load_ip_adapter(pipeline, ip_adapter_state_dict(adapter))
         kwargs["ip_adapter_image_embeds"] = [t.to(unet.device) for t in au_image_embeds(AUS, dtype=unet.dtype)]
-    if ip_adapter:
-        _add_ip_adapter(pipeline)
+    if row.ip_adapter:
+        _load_ip_adapter(pipeline, _random_ip_adapter(unet))
         embeds = torch.randn(2, 1, IP_IMAGE_DIM, device=unet.device, dtype=unet.dtype)
         kwargs["ip_adapter_image_embeds"] = [embeds]
-    if lora:
+    if row.lora:
         torch.manual_seed(2)
         config = LoraConfig(r=lora_rank, target_modules=LORA_TARGETS, init_lora_weights=False)
         unet.add_adapter(config, LORA_NAME)
-    if lora in ("fused", "baked in"):
+    if is_fused:
         pipeline.fuse_lora(components=["unet"])
-    if lora == "baked in":
+    if row.lora == "baked in":
         pipeline.unload_lora_weights()
-    return Variant(label, pipeline, kwargs, baseline)
+    return Variant(row, pipeline, kwargs)
 
 
-def is_xl(components: dict) -> bool:
-    return "text_encoder_2" in components
-
-
-def _attention_layers(unet: nn.Module) -> list[tuple[str, Attention]]:
-    return [(name, module) for name, module in unet.named_modules() if isinstance(module, Attention)]
-
-
-def _add_ip_adapter(pipeline: StableDiffusionPipeline) -> None:
-    """Random weights in the form of a published IP-Adapter; layers are numbered as the UNet lists its processors."""
-    unet = pipeline.unet
+def _random_ip_adapter(unet: nn.Module) -> dict[str, torch.Tensor]:
+    """Random weights in the form of a published IP-Adapter."""
     width, widths = unet.config.cross_attention_dim, au_layers(unet)
-    layers = {}
-    for number, processor in enumerate(unet.attn_processors):
-        inner_dim = widths.get(processor.removesuffix(".processor"))
-        if inner_dim:
-            layers[f"{number}.to_k_ip.weight"] = torch.randn(inner_dim, width) / width**0.5
-            layers[f"{number}.to_v_ip.weight"] = torch.randn(inner_dim, width) / width**0.5
-    image_proj = {
-        "proj.weight": torch.randn(IP_TOKENS * width, IP_IMAGE_DIM) / IP_IMAGE_DIM**0.5,
-        "proj.bias": torch.zeros(IP_TOKENS * width),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
+    tensors = {
+        "image_proj.proj.weight": torch.randn(IP_TOKENS * width, IP_IMAGE_DIM) / IP_IMAGE_DIM**0.5,
+        "image_proj.proj.bias": torch.zeros(IP_TOKENS * width),
+        "image_proj.norm.weight": torch.ones(width),
+        "image_proj.norm.bias": torch.zeros(width),
     }
-    parts = {"image_proj": image_proj, "ip_adapter": layers}
-    _load_ip_adapter(pipeline, {f"{part}.{name}": t for part, tensors in parts.items() for name, t in tensors.items()})
+    for layer, number in ip_adapter_numbers(widths).items():
+        for name in ("to_k_ip", "to_v_ip"):
+            tensors[f"ip_adapter.{number}.{name}.weight"] = torch.randn(widths[layer], width) / width**0.5
+    return tensors
 
 
 def _load_ip_adapter(pipeline: StableDiffusionPipeline, tensors: dict[str, torch.Tensor]) -> None:
-    parts = {
-        part: {key.removeprefix(f"{part}."): tensor for key, tensor in tensors.items() if key.startswith(f"{part}.")}
-        for part in ("image_proj", "ip_adapter")
-    }
+    parts = {"image_proj": {}, "ip_adapter": {}}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        parts[part][name] = tensor
     pipeline.load_ip_adapter(parts, subfolder="", weight_name="", image_encoder_folder=None)
 
 
@@ -390,8 +342,7 @@ def _load_ip_adapter(pipeline: StableDiffusionPipeline, tensors: dict[str, torch
 
 @dataclass
 class Measured:
-    label: str
-    baseline: str
+    row: Row
     peak_bytes: int | None = None
     """The peak memory of the device in a call, with the weights of all rows; None where torch cannot tell."""
     calls: list[float] = field(default_factory=list)
@@ -404,10 +355,10 @@ def measure(
     variants: dict[str, Variant], batch_size: int, steps: int, repeats: int, mode: str, **size
 ) -> dict[str, Measured]:
     """Measure `variants` in `repeats` rounds of one call each."""
-    rows, measured = list(variants), {row: Measured(v.label, v.baseline) for row, v in variants.items()}
+    rows, measured = list(variants), {name: Measured(variant.row) for name, variant in variants.items()}
     device = variants[rows[0]].pipeline.unet.device
     with tqdm(total=len(rows) * (1 + repeats), desc="calls", leave=False) as bar:
-        for row, variant in variants.items():
+        for name, variant in variants.items():
             if mode != "no":
                 variant.pipeline.unet.compile(mode=mode, fullgraph=True, dynamic=False)
             if device.type == "cuda":
@@ -415,23 +366,19 @@ def measure(
             variant(batch_size, WARM_UP_STEPS if mode != "no" or device.type != "cpu" else 1, **size)
             # The statistics leave out the memory of recorded CUDA graphs, so there is no figure with them.
             if device.type == "cuda" and mode == "no":
-                measured[row].peak_bytes = torch.cuda.max_memory_allocated(device)
+                measured[name].peak_bytes = torch.cuda.max_memory_allocated(device)
             bar.update()
         for number in range(repeats):
-            for row in [*rows[number % len(rows) :], *rows[: number % len(rows)]]:
-                seconds, seconds_per_step = time_call(variants[row], batch_size, steps, device, **size)
-                measured[row].calls.append(seconds)
-                if seconds_per_step is not None:
-                    measured[row].steps.append(seconds_per_step)
+            first = number % len(rows)
+            for name in (*rows[first:], *rows[:first]):
+                time_call(variants[name], measured[name], batch_size, steps, **size)
                 bar.update()
     return measured
 
 
-def time_call(
-    variant: Variant, batch_size: int, steps: int, device: torch.device, **size
-) -> tuple[float, float | None]:
-    """Seconds of a call, and of a step in it. Nothing waits for the device inside the call."""
-    marks = []
+def time_call(variant: Variant, measured: Measured, batch_size: int, steps: int, **size) -> None:
+    """Add the seconds of a call, and of a step in it. Nothing waits for a GPU inside the call."""
+    device, marks = variant.pipeline.unet.device, []
 
     def on_step_end(pipeline, step, timestep, tensors):
         if step in (0, steps - 1):
@@ -442,12 +389,11 @@ def time_call(
     started = time.perf_counter()
     variant(batch_size, steps, on_step_end, **size)
     synchronize(device)
-    seconds = time.perf_counter() - started
-    if steps == 1:
-        return seconds, None
-    first, last = marks
-    between = first.elapsed_time(last) / 1000 if device.type == "cuda" else last - first
-    return seconds, between / (steps - 1)
+    measured.calls.append(time.perf_counter() - started)
+    if steps > 1:
+        first, last = marks
+        between = first.elapsed_time(last) / 1000 if device.type == "cuda" else last - first
+        measured.steps.append(between / (steps - 1))
 
 
 def _mark(device: torch.device):
@@ -466,58 +412,45 @@ def synchronize(device: torch.device) -> None:
 
 def format_measured(measured: dict[str, Measured]) -> str:
     rows = []
-    for result in measured.values():
-        baseline = measured[result.baseline].calls
-        ratios = [ours / theirs for ours, theirs in zip(result.calls, baseline, strict=True)]
-        rows.append(
-            [
-                result.label,
-                f"{statistics.median(result.calls):.3f}",
-                f"{statistics.median(result.steps):.4f}" if result.steps else "–",
-                f"{statistics.median(ratios):.3f}",
-                f"{min(ratios):.3f} – {max(ratios):.3f}",
-                "–" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:,.1f}",
-            ]
-        )
+    for one in measured.values():
+        ratios = [ours / theirs for ours, theirs in zip(one.calls, measured[one.row.baseline].calls, strict=True)]
+        call, ratio = statistics.median(one.calls), statistics.median(ratios)
+        step = f"{statistics.median(one.steps):.4f}" if one.steps else "–"
+        peak = "–" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:,.1f}"
+        spread = f"{min(ratios):.3f} – {max(ratios):.3f}"
+        rows.append([one.row.label, f"{call:.3f}", step, f"{ratio:.3f}", spread, peak])
     return markdown_table(["", "s / call", "s / step", "ratio", "lowest – highest", "peak MiB"], rows)
 
 
 @torch.no_grad()
 def step_flops(variant: Variant, batch_size: int, resolution: int | None = None) -> int:
     """Floating-point operations of the UNet in one denoising step with guidance."""
-    pipeline, unet = variant.pipeline, variant.pipeline.unet
+    pipeline, unet, is_textbook = variant.pipeline, variant.pipeline.unet, variant.row.textbook
     rows = batch_size * (3 if "au_guidance_scale" in variant.kwargs else 2)
     side = resolution // pipeline.vae_scale_factor if resolution else unet.config.sample_size
-    is_textbook = isinstance(pipeline, TextbookPipeline)
     empty = partial(torch.empty, device=unet.device, dtype=unet.dtype)
-    kwargs = {}
-    if "aus" in variant.kwargs and not is_textbook:
+    added, kwargs = {}, {}
+    if variant.row.tokens and not is_textbook:
         kwargs["cross_attention_kwargs"] = pipeline.encode_aus(AUS, unet.device, batch_size=rows)[0]
     if "ip_adapter_image_embeds" in variant.kwargs:
-        kwargs["added_cond_kwargs"] = {
-            "image_embeds": [empty(rows, *embeds.shape[1:]) for embeds in variant.kwargs["ip_adapter_image_embeds"]]
-        }
+        embeds = variant.kwargs["ip_adapter_image_embeds"]
+        added["image_embeds"] = [empty(rows, *tensor.shape[1:]) for tensor in embeds]
     if unet.config.addition_embed_type == "text_time":
-        num_sizes, pooled_dim = 6, pipeline.text_encoder_2.config.projection_dim
-        added = {"text_embeds": empty(rows, pooled_dim), "time_ids": empty(rows, num_sizes)}
-        kwargs["added_cond_kwargs"] = kwargs.get("added_cond_kwargs", {}) | added
-    num_tokens = pipeline.tokenizer.model_max_length + is_textbook
+        added["text_embeds"] = empty(rows, pipeline.text_encoder_2.config.projection_dim)
+        added["time_ids"] = empty(rows, 6)
+    sample = empty(rows, unet.config.in_channels, side, side)
+    text = empty(rows, pipeline.tokenizer.model_max_length + is_textbook, unet.config.cross_attention_dim)
     with FlopCounterMode(display=False) as counter:
-        unet(
-            empty(rows, unet.config.in_channels, side, side),
-            torch.zeros((), device=unet.device),
-            encoder_hidden_states=empty(rows, num_tokens, unet.config.cross_attention_dim),
-            **kwargs,
-        )
+        unet(sample, torch.zeros((), device=unet.device), text, added_cond_kwargs=added, **kwargs)
     return counter.get_total_flops()
 
 
 def format_counts(variants: dict[str, Variant], batch_size: int, resolution: int | None) -> str:
-    counts = {row: step_flops(variant, batch_size, resolution) for row, variant in variants.items()}
-    lines = [
-        [variant.label, f"{counts[row] / 1e9:,.2f}", f"{counts[row] / counts[variant.baseline]:.5f}"]
-        for row, variant in variants.items()
-    ]
+    counts = {name: step_flops(variant, batch_size, resolution) for name, variant in variants.items()}
+    lines = []
+    for name, variant in variants.items():
+        ratio = counts[name] / counts[variant.row.baseline]
+        lines.append([variant.row.label, f"{counts[name] / 1e9:,.2f}", f"{ratio:.5f}"])
     return markdown_table(["", "GFLOP / step", "ratio"], lines)
 
 
@@ -528,17 +461,18 @@ def format_counts(variants: dict[str, Variant], batch_size: int, resolution: int
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("benchmarks.bench_inference", __doc__)
-    parser.add_argument("--device", help="(default: the accelerator, if there is one)")
-    parser.add_argument("--models", nargs="+", choices=ARCHITECTURES, help="(default: toy on cpu, else all)")
-    parser.add_argument("--batch-sizes", nargs="+", type=count, default=[1, 4, 8], metavar="N")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="(default: float32 on cpu, else float16)")
-    parser.add_argument("--compile", nargs="+", choices=COMPILE_MODES, default=["no"], help="modes of torch.compile")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure (default: all)")
-    parser.add_argument("--steps", type=count, help="(default: 10 on cpu, else 50)")
-    parser.add_argument("--resolution", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
-    parser.add_argument("--repeats", type=count, default=5, help="rounds of interleaved calls (default: 5)")
-    parser.add_argument("--count", action="store_true", help="count what is computed instead, on no device")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables to a file as well")
+    add = parser.add_argument
+    add("--device", help="(default: the accelerator, if there is one)")
+    add("--models", nargs="+", choices=ARCHITECTURES, help="(default: toy on cpu, else all)")
+    add("--batch-sizes", nargs="+", type=count, default=[1, 4, 8], metavar="N")
+    add("--dtypes", nargs="+", choices=DTYPES, help="(default: float32 on cpu, else float16)")
+    add("--compile", nargs="+", choices=COMPILE_MODES, default=["no"], help="modes of torch.compile")
+    add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to measure (default: all)")
+    add("--steps", type=count, help="(default: 10 on cpu, else 50)")
+    add("--resolution", type=count, metavar="PIXELS", help="a multiple of 8 (default: the model's)")
+    add("--repeats", type=count, default=5, help="rounds of interleaved calls (default: 5)")
+    add("--count", action="store_true", help="count what is computed instead, on no device")
+    add("--output", type=Path, metavar="FILE.md", help="write the tables to a file as well")
     args = parser.parse_args(argv)
     if args.resolution is not None and args.resolution % 8:
         raise ValueError(f"`--resolution` is {args.resolution}, but has to be a multiple of 8.")
@@ -548,8 +482,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args.dtypes = args.dtypes or ["float32" if on_cpu else "float16"]
     args.steps = args.steps or (10 if on_cpu else 50)
     # The baseline of each row is measured too.
-    needed = {"plain", *(ROWS[row][1].get("baseline", "plain") for row in args.rows)}
-    args.rows = [row for row in ROWS if row in needed.union(args.rows)]
+    needed = {"plain", *args.rows, *(ROWS[row].baseline for row in args.rows)}
+    args.rows = [row for row in ROWS if row in needed]
+    args.compile = ["no"] if args.count else args.compile
     return args
 
 
@@ -568,26 +503,20 @@ def make_table(components: dict, lora_rank: int, batch_size: int, mode: str, arg
 
 def run(args: argparse.Namespace) -> None:
     report = Report(args.output, args.device)
-    for model in args.models:
+    for model, dtype in itertools.product(args.models, args.dtypes):
         architecture = ARCHITECTURES[model]
-        for dtype in args.dtypes:
-            components = architecture.make_components(args.device, DTYPES[dtype])
-            side = args.resolution or default_resolution(components)
-            for batch_size in args.batch_sizes:
-                for mode in ["no"] if args.count else args.compile:
-                    title, what = f"{architecture.title}, batch {batch_size}", "one step"
-                    if not args.count:
-                        title += f", {dtype}, {'eager' if mode == 'no' else f'compiled ({mode})'}"
-                        what = f"{args.steps} steps, medians of {args.repeats}"
-                    try:
-                        table = make_table(components, architecture.lora_rank(), batch_size, mode, args)
-                    except torch.OutOfMemoryError:
-                        table = "Not enough memory on the device for all rows at once. Name fewer with `--rows`."
-                    report.add(f"### {title}\n\n{side} × {side} pixels, {what}.\n\n{table}")
-
-
-def default_resolution(components: dict) -> int:
-    return components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
+        components = architecture.make_components(args.device, DTYPES[dtype])
+        side = args.resolution or default_resolution(components)
+        for batch_size, mode in itertools.product(args.batch_sizes, args.compile):
+            title, what = f"{architecture.title}, batch {batch_size}", "one step"
+            if not args.count:
+                title += f", {dtype}, {'eager' if mode == 'no' else f'compiled ({mode})'}"
+                what = f"{args.steps} steps, medians of {args.repeats}"
+            try:
+                table = make_table(components, architecture.lora_rank(), batch_size, mode, args)
+            except torch.OutOfMemoryError:
+                table = "Not enough memory on the device for all rows at once. Name fewer with `--rows`."
+            report.add(f"### {title}\n\n{side} × {side} pixels, {what}.\n\n{table}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,8 @@ from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import Parser, pick_device, run_program
 
 
-SAMPLING_INTERVAL = 0.001
+FORMS = ("as trained", "folded", "as an IP-Adapter")
+STATM, SAMPLING_INTERVAL = Path("/proc/self/statm"), 0.001
 
 
 def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -> FineFacePipeline:
@@ -49,9 +50,6 @@ def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -
     absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
     return FineFacePipeline(unet=unet, scheduler=scheduler, **absent, requires_safety_checker=False)
-
-
-FORMS = ("as trained", "folded", "as an IP-Adapter")
 
 
 def write_adapter(folder: Path, unet_config: dict, form: str = FORMS[0]) -> int:
@@ -90,27 +88,26 @@ def peak_growth(device: torch.device) -> Iterator[Callable[[], int | None]]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.max_memory_allocated(device) - before
-        return
-    if device.type != "cpu" or not Path("/proc/self/statm").is_file():
+    elif device.type != "cpu" or not STATM.is_file():
         yield lambda: None
-        return
-    before, highest, stopped = _own_bytes(), [0], threading.Event()
+    else:
+        sizes, stopped = [_own_bytes()], threading.Event()
 
-    def watch():
-        while not stopped.wait(SAMPLING_INTERVAL):
-            highest[0] = max(highest[0], _own_bytes())
+        def watch():
+            while not stopped.wait(SAMPLING_INTERVAL):
+                sizes.append(_own_bytes())
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield lambda: max(highest[0], _own_bytes()) - before
-    finally:
-        stopped.set()
-        thread.join()
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield lambda: max(*sizes, _own_bytes()) - sizes[0]
+        finally:
+            stopped.set()
+            thread.join()
 
 
 def _own_bytes() -> int:
-    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    _, resident, shared, *_ = map(int, STATM.read_text().split())
     return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -159,9 +156,8 @@ def run(args: argparse.Namespace, unet_config: dict) -> None:
         file, stays, most = ("–" if size is None else f"{size / 2**20:.1f}" for size in sizes)
         rows.append([f"{form}, {dtype} UNet", file, f"{first:.2f}", f"{later:.2f}", stays, most])
         del pipeline
-    report.add(
-        markdown_table(["", "files, MiB", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"], rows)
-    )
+    header = ["", "files, MiB", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"]
+    report.add(markdown_table(header, rows))
 
 
 def main(argv: list[str] | None = None, unet_config: dict = SD21["unet"]) -> int:

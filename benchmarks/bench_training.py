@@ -23,13 +23,11 @@ from pathlib import Path
 import torch
 from datasets.utils.logging import disable_progress_bar
 from diffusers import DDPMScheduler
-from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from torch import nn
 
 from action_units import AU_NAMES
-from au_attention_processor import au_layers
-from benchmarks.bench_inference import ARCHITECTURES, DTYPES, TextbookAUAttnProcessor, default_resolution
+from benchmarks.bench_inference import ARCHITECTURES, DTYPES, default_resolution, set_textbook_processors
 from benchmarks.tables import Report, count, markdown_table
 from program import Parser, pick_device, run_program
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
@@ -66,15 +64,7 @@ class TextbookModel(FineFaceModel):
 
     def __init__(self, unet: nn.Module, au_adapter: nn.Module):
         super().__init__(unet, au_adapter)
-        weights = au_adapter.attn_processors_state_dict()
-        processors = {}
-        for name in unet.attn_processors:
-            layer = name.removesuffix(".processor")
-            processors[name] = AttnProcessor()
-            if layer in au_layers(unet):
-                keys, values = (weights[f"{name}.{kind}.weight"] for kind in ("to_k_au", "to_v_au"))
-                processors[name] = TextbookAUAttnProcessor(keys.detach().clone(), values.detach().clone())
-        unet.set_attn_processor(processors)
+        set_textbook_processors(unet, au_adapter)
         # The layers have copies of these now.
         au_adapter.to_k_au.requires_grad_(False)
         au_adapter.to_v_au.requires_grad_(False)
@@ -95,13 +85,12 @@ class Measured:
 def write_pictures(folder: Path, resolution: int) -> None:
     """Write portraits in the size of training, as an image folder that the trainer reads."""
     folder.mkdir()
-    lines = []
-    for seed in range(PICTURES):
-        picture = render(sample_portrait(seed), sample_aus(seed))
-        picture.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{seed}.jpg", quality=95)
-        aus = dict(zip(AU_NAMES, map(float, sample_aus(seed)), strict=True))
-        lines.append(json.dumps({"file_name": f"{seed}.jpg", "text": caption(sample_portrait(seed)), **aus}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        for seed in range(PICTURES):
+            picture = render(sample_portrait(seed), sample_aus(seed))
+            picture.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{seed}.jpg", quality=95)
+            aus = dict(zip(AU_NAMES, sample_aus(seed).tolist(), strict=True))
+            file.write(json.dumps({"file_name": f"{seed}.jpg", "text": caption(sample_portrait(seed)), **aus}) + "\n")
 
 
 def measure(row: Row, folder: Path, args: argparse.Namespace) -> Measured:
@@ -169,32 +158,25 @@ def format_measured(measured: list[Measured], batch_size: int) -> str:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("benchmarks.bench_training", __doc__)
-    parser.add_argument("--device", help="(default: the accelerator, if there is one)")
-    parser.add_argument("--model", choices=ARCHITECTURES, help="(default: toy on cpu, else sd21)")
-    parser.add_argument("--dtype", choices=DTYPES, help="(default: float32 on cpu, else bfloat16)")
-    parser.add_argument("--batch-size", type=count, help="(default: 8 on cpu, else 16)")
-    parser.add_argument("--resolution", type=count, metavar="PIXELS", help="(default: the model's)")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="(default: all, on cpu without compiled)")
-    parser.add_argument("--steps", type=count, help="steps of which the median counts (default: 6 on cpu, else 30)")
-    parser.add_argument("--warm-up", type=count, help="steps before them (default: 2 on cpu, else 10)")
-    parser.add_argument("--workers", type=int, help="processes that prepare data (default: 0 on cpu, else 8)")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table to a file as well")
+    add = parser.add_argument
+    add("--device", help="(default: the accelerator, if there is one)")
+    add("--model", choices=ARCHITECTURES, help="(default: toy on cpu, else sd21)")
+    add("--dtype", choices=DTYPES, help="(default: float32 on cpu, else bfloat16)")
+    add("--batch-size", type=count, help="(default: 8 on cpu, else 16)")
+    add("--resolution", type=count, metavar="PIXELS", help="(default: the model's)")
+    add("--rows", nargs="+", choices=ROWS, help="(default: all, on cpu without compiled)")
+    add("--steps", type=count, help="steps of which the median counts (default: 6 on cpu, else 30)")
+    add("--warm-up", type=count, help="steps before them (default: 2 on cpu, else 10)")
+    add("--workers", type=int, help="processes that prepare data (default: 0 on cpu, else 8)")
+    add("--output", type=Path, metavar="FILE.md", help="write the table to a file as well")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    on_cpu = args.device.type == "cpu"
-    chosen = {
-        "model": ("toy", "sd21"),
-        "dtype": ("float32", "bfloat16"),
-        "batch_size": (8, 16),
-        "steps": (6, 30),
-        "warm_up": (2, 10),
-        "workers": (0, 8),
-        "rows": ([name for name in ROWS if name != "compiled"], list(ROWS)),
-    }
-    for name, (cpu, other) in chosen.items():
-        if getattr(args, name) is None:
-            setattr(args, name, cpu if on_cpu else other)
-    return args
+    defaults = {"model": "sd21", "dtype": "bfloat16", "batch_size": 16, "steps": 30, "warm_up": 10, "workers": 8}
+    if args.device.type == "cpu":
+        defaults = {"model": "toy", "dtype": "float32", "batch_size": 8, "steps": 6, "warm_up": 2, "workers": 0}
+    rows = [name for name in ROWS if name != "compiled" or args.device.type != "cpu"]
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**{**vars(args), **defaults, "rows": rows, **given})
 
 
 def run(args: argparse.Namespace) -> None:

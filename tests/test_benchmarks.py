@@ -309,7 +309,7 @@ def test_the_table_of_inference(tiny_architecture, tmp_path, capsys):
     assert output.read_text().split() == printed.split()
     assert f"torch {torch.__version__.split('+')[0]}" in printed
     ((header, *rows),) = read_tables(printed)
-    assert [row[0] for row in rows] == [label for label, _ in ROWS.values()]
+    assert [row[0] for row in rows] == [row.label for row in ROWS.values()]
     assert header[3] == "ratio" and rows[0][3] == "1.000"
     for label, call, step, ratio, spread, _ in rows:
         low, high = map(float, spread.split(" – "))
@@ -321,7 +321,7 @@ def test_the_count_runs_on_no_device(monkeypatch, capsys):
     monkeypatch.setitem(bench_inference.ARCHITECTURES, "sd15", bench_inference.Architecture("tiny", components_on))
     bench_inference.main(["--count", "--models", "sd15", "--batch-sizes", "1", "3", "--rows", "one-token", "ip"])
     one, three = read_tables(capsys.readouterr().out)
-    assert [row[0] for row in one[1:]] == [ROWS[row][0] for row in ("plain", "one-token", "ip-plain", "ip")]
+    assert [row[0] for row in one[1:]] == [ROWS[row].label for row in ("plain", "one-token", "ip-plain", "ip")]
     assert [row[2] for row in one[1:]] == [row[2] for row in three[1:]]
     assert one[2][2] == one[4][2] == "1.00000"
 
