@@ -317,14 +317,14 @@ def check_new_folder(folder: Path, overwrite: bool, marker: str) -> None:
                 f"{str(folder)!r} holds no {marker}, so this program has not written it, and `--overwrite` will not"
                 " delete it. Name another folder."
             )
-    check_writable(folder / marker, str(folder))
+    check_writable(folder / marker, repr(str(folder)))
 
 
 def check_writable(path: Path, name: str | None = None) -> None:
     """Raise an OSError if `path` cannot be written; `name` is what messages call it. Creates nothing."""
     existing = next(parent for parent in path.resolve().parents if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OSError(f"{name or str(path)!r} cannot be written: nothing can be written into {str(existing)!r}.")
+        raise OSError(f"{name or repr(str(path))} cannot be written: nothing can be written into {str(existing)!r}.")
 
 
 def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = (".png",)) -> None:
@@ -336,7 +336,7 @@ def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = 
         raise OSError(f"`--output` is {str(path)!r}, which is {'no' if is_folder else 'a'} folder.")
     if not is_folder and path.suffix.lower() not in suffixes:
         raise ValueError(f"`--output` is {str(path)!r}. Pictures are PNG files: give it the ending .png.")
-    check_writable(path / LOCK_NAME if is_folder else path, str(path))
+    check_writable(path / LOCK_NAME if is_folder else path, f"`--output` {str(path)!r}")
 
 
 @contextmanager
