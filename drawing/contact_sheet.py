@@ -46,7 +46,7 @@ class Table(Generic[Cell]):
 
 
 def draw_sheet(bands: list[list[Table[Image.Image]]], title: str) -> Image.Image:
-    """Draw `bands` one below the other under a title. The tables of a band stand side by side."""
+    """Draw `bands` one below the other under a title. The tables of a band are side by side."""
     unit = _unit(bands[0][0])
     rows = [[draw_table(table) for table in band] for band in bands]
     width = max(sum(image.width + unit for image in row) for row in rows) - unit
@@ -98,12 +98,6 @@ def _unit(table: Table[Image.Image]) -> int:
     return max(8, table.rows[0][0].height // 9)
 
 
-def check_animation(path: Path) -> None:
-    """Raise a ValueError if the package that `write_animation` needs for this kind of file is not installed."""
-    if path.suffix.lower() == ".mp4":
-        _import_av()
-
-
 def write_animation(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str = "") -> None:
     """
     Write an endless GIF, or an MP4 (H.264), from pictures of one size. `path` appears when the file is complete.
@@ -131,7 +125,7 @@ def _write_gif(pictures: Iterable[Image.Image], path: Path, fps: float, comment:
 
 
 def _write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:
-    av = _import_av()
+    av = import_av()
     first = next(pictures)
     with av.open(str(path), "w", format="mp4") as container:
         container.metadata["comment"] = comment
@@ -142,7 +136,8 @@ def _write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float, comment:
         container.mux(stream.encode())
 
 
-def _import_av():
+def import_av():
+    """PyAV, which writes MP4; a ValueError says how to install it."""
     try:
         import av
     except ImportError as error:

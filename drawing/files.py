@@ -89,6 +89,13 @@ def describe(weights: Weights, dtype: str) -> dict:
     return _names(weights) | {"dtype": dtype, "versions": _library_versions()}
 
 
+def sheet_metadata(job: Job, rows: list[list[Job]]) -> dict:
+    """The fields of `job`, but with the AUs of all pictures in `rows` instead of `aus`."""
+    values = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]}
+    del values["aus"]
+    return values
+
+
 @functools.cache
 def _library_versions() -> dict[str, str]:
     # They are cached, because looking them up takes a twentieth of the time in which the toy model draws a picture.
@@ -119,24 +126,20 @@ def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
         return False
     try:
         found = read_metadata(path)
-        if not _is_whole(path):
-            return False
+        with path.open("rb") as file:
+            file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
+            # A picture that was cut off has its metadata nevertheless, at its beginning.
+            if file.read() != PNG_END:
+                return False
     except (OSError, ValueError):
         found = {}
-    differences = [name for name, value in wanted.items() if found.get(name) != value]
-    if differences and not overwrite:
-        name = differences[0]
-        what = (
+    name = next((name for name, value in wanted.items() if found.get(name) != value), None)
+    if name is not None and not overwrite:
+        other = (
             f"with `{name}` = {found[name]!r} in place of {wanted[name]!r}" if name in found else "by another program"
         )
-        raise ValueError(f"{str(path)!r} already exists, {what}. Use another `--output`, or `--overwrite` it.")
-    return not differences
-
-
-def _is_whole(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
-        return file.read() == PNG_END
+        raise ValueError(f"{str(path)!r} already exists, {other}. Use another `--output`, or `--overwrite` it.")
+    return name is None
 
 
 def find_unfinished(
@@ -144,8 +147,7 @@ def find_unfinished(
 ) -> tuple[dict[Job, list[Path]], int]:
     """Returns the paths of the pictures that are not finished, by their jobs, and the number of finished pictures."""
     paths_by_job, num_finished, names = {}, 0, _names(weights)
-    for name, job in jobs.items():
-        path = folder / name
+    for path, job in ((folder / name, job) for name, job in jobs.items()):
         check_output(path)
         if is_finished(path, asdict(job) | names, overwrite):
             num_finished += 1

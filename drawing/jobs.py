@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from action_units import (
     AU_NAMES,
@@ -77,33 +77,22 @@ def make_job(values: Mapping, spell: Callable[[str], str] = str, au_names: Seque
     are the AUs of the adapter that will draw it.
     """
     for name in ("prompt", "negative_prompt"):
-        text = values.get(name)
-        if isinstance(text, str) and len(text) > MAX_PROMPT_LENGTH:
+        text = "" if values.get(name) is None else values[name]
+        # The command line and JSON can contain lone surrogates (halves of characters), which no file can.
+        if not isinstance(text, str) or re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {show_value(text)}.")
+        if len(text) > MAX_PROMPT_LENGTH:
             raise ValueError(f"`{spell(name)}` has {len(text)} characters. At most {MAX_PROMPT_LENGTH} are allowed.")
-    prompt, tag = extract_au_tags(values.get("prompt", ""), spell("prompt"), au_names)
+    prompt, tag = extract_au_tags(values.get("prompt") or "", spell("prompt"), au_names)
     if not prompt.strip():
         raise ValueError(f"`{spell('prompt')}` is empty. Say what to draw, such as 'a girl in a park'.")
     if tag is not None and values.get("aus") is not None:
         raise ValueError(f"AUs stand in `{spell('prompt')}` and in `{spell('aus')}`. Write them in one of the two.")
-    aus = values.get("aus") if tag is None else tag
-    expressions = {"aus": aus, "negative_aus": values.get("negative_aus")}
+    expressions = {"aus": values.get("aus") if tag is None else tag, "negative_aus": values.get("negative_aus")}
     written = {
         name: None if aus is None else canonical_aus(aus, spell(name), au_names) for name, aus in expressions.items()
     }
     job = Job(**{**values, "prompt": prompt, **written})
-
-    for name in ("prompt", "negative_prompt"):
-        text = getattr(job, name)
-        # The command line and JSON can contain lone surrogates (halves of characters), which no file can.
-        if text is not None and (not isinstance(text, str) or re.search("[\ud800-\udfff]", text)):
-            raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {text!r}.")
-    _check_numbers(job, spell)
-    if job.aus is None and job.negative_aus is not None:
-        raise ValueError(f"`{spell('negative_aus')}`, the AUs to guide away from, needs `{spell('aus')}` to guide to.")
-    return job
-
-
-def _check_numbers(job: Job, spell: Callable[[str], str]) -> None:
     for name, low, high in (("seed", 0, MAX_SEED), ("num_inference_steps", 1, 1000)):
         check_integer(spell(name), getattr(job, name), low, high)
     for name in ("height", "width"):
@@ -117,6 +106,9 @@ def _check_numbers(job: Job, spell: Callable[[str], str]) -> None:
         value = getattr(job, name)
         if not is_real(value) and (name, value) != ("au_guidance_scale", None):
             raise ValueError(f"`{spell(name)}` has to be a finite number, but is {show_value(value)}.")
+    if job.aus is None and job.negative_aus is not None:
+        raise ValueError(f"`{spell('negative_aus')}`, the AUs to guide away from, needs `{spell('aus')}` to guide to.")
+    return job
 
 
 def canonical_aus(aus, label: str, au_names: Sequence[str] = AU_NAMES) -> str:
@@ -161,7 +153,7 @@ def read_jobs(path: Path, defaults: Mapping, au_names: Sequence[str] = AU_NAMES)
     Raises:
         ValueError: if a line is no JSON object, or has an unknown key or a wrong value. The message has its number.
     """
-    jobs, line_numbers = {}, {}
+    jobs, numbers = {}, {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -170,20 +162,21 @@ def read_jobs(path: Path, defaults: Mapping, au_names: Sequence[str] = AU_NAMES)
             check_keys(values, (*JOB_FIELDS, "output"))
             name = _check_name(values.pop("output", f"{number:05d}.png"))
             # Some file systems do not distinguish upper from lower case.
-            first_number = line_numbers.setdefault(name.casefold(), number)
+            first_number = numbers.setdefault(name.casefold(), number)
             if first_number != number:
                 raise ValueError(f"`output` is {name!r}, as in line {first_number}. Each job needs its own.")
             jobs[name] = make_job({**defaults, **values}, au_names=au_names)
     if not jobs:
         raise ValueError(f"{path} holds no job. Write one JSON object a line.")
     for name in jobs:
-        for folder in Path(name).parents:
-            number = line_numbers.get(folder.as_posix().casefold())
-            if number is not None:
-                raise ValueError(
-                    f"{path}, line {line_numbers[name.casefold()]}: `output` is {name!r}, but {folder.as_posix()!r} is"
-                    f" the picture of line {number}, and no folder."
-                )
+        folder = next(
+            (str(parent) for parent in PurePosixPath(name).parents if str(parent).casefold() in numbers), None
+        )
+        if folder is not None:
+            raise ValueError(
+                f"{path}, line {numbers[name.casefold()]}: `output` is {name!r}, but {folder!r} is the picture of line"
+                f" {numbers[folder.casefold()]}, and no folder."
+            )
     return jobs
 
 
@@ -326,14 +319,14 @@ def sweep_table(job: Job, sweep: str, au_names: Sequence[str] = AU_NAMES) -> Tab
         raise ValueError(f"`--sweep` and `--aus` both set {name}. Take it out of `--aus`.")
     first, last = float(match[2]), float(match[3])
     values = [first + (last - first) * i / (count - 1) for i in range(count)]
-    row = [_with_au(job, name, value, au_names) for value in values]
+    row = [with_au(job, name, value, au_names) for value in values]
     return Table([row], [_label(name)], [f"{value:.3g}" for value in values])
 
 
 def grid_table(job: Job, au_names: Sequence[str] = AU_NAMES, rows: slice = slice(None)) -> Table[Job]:
     """For each of `au_names[rows]`, a row in which it rises and the other AUs of `job` stay."""
     names = au_names[rows]
-    jobs = [[_with_au(job, name, value, au_names) for value in GRID_INTENSITIES] for name in names]
+    jobs = [[with_au(job, name, value, au_names) for value in GRID_INTENSITIES] for name in names]
     return Table(jobs, [_label(name) for name in names], [str(value) for value in GRID_INTENSITIES])
 
 
@@ -353,7 +346,8 @@ def demo_tables(job: Job, au_names: Sequence[str] = AU_NAMES) -> list[list[Table
     return [grids, [replace(table, row_labels=["" if n else "Presets"]) for n, table in enumerate(presets)]]
 
 
-def _with_au(job: Job, name: str, value: float, au_names: Sequence[str]) -> Job:
+def with_au(job: Job, name: str, value: float, au_names: Sequence[str] = AU_NAMES) -> Job:
+    """`job` with another intensity of one AU, on both sides if `name` says none."""
     changes = {au_names[column]: value for column in au_columns(au_names)[name]}
     return replace(job, aus=format_aus(intensities_of(job, au_names) | changes, au_names))
 

@@ -118,7 +118,8 @@ def draw_dataset(
     for number in range(num_pictures):
         subject = f"{seed}-{number // distribution.pictures_per_subject:06d}"
         rng = random.Random(f"subject {subject}")
-        prompt = _fill_in(rng.choice(distribution.prompts), distribution.words, rng)
+        template = rng.choice(distribution.prompts)
+        prompt = re.sub(r"\{(.*?)\}", lambda match, rng=rng: rng.choice(distribution.words[match[1]]), template)
         picture_seed = rng.randrange(2**32)
         aus = _draw_aus(distribution.expressions, random.Random(f"expression {seed}-{number}"), au_names)
         name = f"images/{number // PICTURES_PER_FOLDER:03d}/{number:06d}.png"
@@ -126,10 +127,6 @@ def draw_dataset(
         labels = {"source": distribution.source, "subject": f"{distribution.source}-{subject}"}
         rows[name] = {"file_name": name, "text": prompt, **{unit: aus.get(unit, 0.0) for unit in au_names}, **labels}
     return jobs, rows
-
-
-def _fill_in(prompt: str, words: Mapping[str, list[str]], rng: random.Random) -> str:
-    return re.sub(r"\{(.*?)\}", lambda match: rng.choice(words[match[1]]), prompt)
 
 
 def _draw_aus(expressions: list[Expressions], rng: random.Random, au_names: Sequence[str]) -> dict[str, float]:

@@ -21,9 +21,13 @@ from drawing.jobs import Job, errors_at
 from program import check_folder_or_hub_id
 
 
+# The fields of a `Job` that go to the pipeline as they are.
+SAMPLING = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
+
+
 @dataclass(frozen=True)
 class Weights:
-    """Where the model comes from: folders or Hub ids."""
+    """The folders or Hub ids of a model and its adapter."""
 
     model: str
     adapter: str | None = None
@@ -32,14 +36,12 @@ class Weights:
 
 def check_weights(weights: Weights) -> None:
     """Raise an error for a path without a model. Only the Hub knows whether a Hub id exists."""
-    for option, name in (("--model", weights.model), ("--adapter", weights.adapter)):
-        if name is None:
-            continue
-        folder = Path(name)
-        check_folder_or_hub_id(name, f"`{option}`")
-        if option == "--model" and folder.is_dir() and not (folder / "model_index.json").is_file():
-            raise FileNotFoundError(f"`{option}` is {name!r}, a folder without a model: it has no model_index.json.")
-    if weights.adapter_variant is not None and weights.adapter is None:
+    check_folder_or_hub_id(weights.model, "`--model`")
+    if Path(weights.model).is_dir() and not (Path(weights.model) / "model_index.json").is_file():
+        raise FileNotFoundError(f"`--model` is {weights.model!r}, a folder without a model: no model_index.json.")
+    if weights.adapter is not None:
+        check_folder_or_hub_id(weights.adapter, "`--adapter`")
+    elif weights.adapter_variant is not None:
         raise ValueError("`--adapter-variant` chooses among the files of an `--adapter`, but there is none.")
 
 
@@ -51,16 +53,15 @@ def read_au_names(weights: Weights) -> tuple[str, ...]:
     Raises:
         ValueError: if they are not names of AUs, see `au_columns`.
     """
-    source, name = weights.adapter, ENCODER_CONFIG_NAME
-    if source is None:
-        source, name = weights.model, "au_adapter/config.json"
-    path = Path(source) / name
+    source = Path(weights.adapter or weights.model)
+    name = ENCODER_CONFIG_NAME if weights.adapter else "au_adapter/config.json"
+    path = source / name
     try:
-        if not Path(source).is_dir():
-            path = Path(hf_hub_download(source, name))
+        if not source.is_dir():
+            path = Path(hf_hub_download(weights.adapter or weights.model, name))
         au_names = json.loads(path.read_text(encoding="utf-8")).get("au_names")
     except (OSError, ValueError, AttributeError):
-        path = Path(source) / IP_ADAPTER_NAME
+        path = source / IP_ADAPTER_NAME
         au_names = read_ip_adapter_au_names(path) if path.is_file() else None
     if au_names is None or weights.adapter_variant is not None:
         return AU_NAMES
@@ -87,38 +88,27 @@ def quiet() -> Iterator[None]:
         transformers_logging.enable_progress_bar()
 
 
-class _MissingWeights(logging.Handler):
-    """Collects the names of weights that transformers did not find in a file, and therefore drew at random."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.names: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        rows = re.findall(r"^(\S+) *\| *(?:\x1b\[\d+m)*MISSING", record.getMessage(), flags=re.MULTILINE)
-        self.names += rows
-
-
 @contextmanager
 def complete_weights(model: str) -> Iterator[None]:
     """
     Raise a ValueError if a text encoder that is loaded inside lacks weights: transformers draws them at random, and
     says so only in its log.
     """
-    logger, missing = logging.getLogger("transformers.modeling_utils"), _MissingWeights()
-    level, propagate = logger.level, logger.propagate
+    logger, records = logging.getLogger("transformers.modeling_utils"), []
+    level, collect = logger.level, records.append
     logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    logger.addHandler(missing)
+    # A filter that returns nothing keeps a record out of the log.
+    logger.addFilter(collect)
     try:
         yield
     finally:
-        logger.removeHandler(missing)
+        logger.removeFilter(collect)
         logger.setLevel(level)
-        logger.propagate = propagate
-    if missing.names:
+    log = "\n".join(record.getMessage() for record in records)
+    missing = re.findall(r"^(\S+) *\| *(?:\x1b\[\d+m)*MISSING", log, flags=re.MULTILINE)
+    if missing:
         raise ValueError(
-            f"{model!r} lacks {len(missing.names)} weights, such as {missing.names[0]}, which would be random numbers."
+            f"{model!r} lacks {len(missing)} weights, such as {missing[0]}, which would be random numbers."
             " Copy or download the model again."
         )
 
@@ -178,7 +168,9 @@ def group_jobs(jobs: list[Job]) -> list[list[Job]]:
     """Group jobs by their settings. One call of the pipeline can draw several jobs of a group."""
     by_settings = {}
     for job in jobs:
-        settings = replace(job, prompt="", aus=job.aus and "", seed=0, negative_prompt=None, negative_aus=None)
+        settings = replace(
+            job, prompt="", seed=0, aus=job.aus and "", negative_prompt=job.negative_prompt and "", negative_aus=None
+        )
         by_settings.setdefault(settings, []).append(job)
     return list(by_settings.values())
 
@@ -190,21 +182,16 @@ def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
 
 def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
     """Draw one batch of `make_batches`. Each picture has its own generator, so it does not depend on the others."""
-    shared = jobs[0]
-    has_aus = shared.aus is not None
+    has_aus, has_negative = jobs[0].aus is not None, jobs[0].negative_prompt is not None
     return pipeline(
         [job.prompt for job in jobs],
-        negative_prompt=[job.negative_prompt or "" for job in jobs],
+        # To SDXL, no negative prompt is something else than an empty one: it was trained with zeros in its place.
+        negative_prompt=[job.negative_prompt for job in jobs] if has_negative else None,
         aus=[job.aus for job in jobs] if has_aus else None,
         negative_aus=[job.negative_aus for job in jobs] if has_aus else None,
         # On the CPU, a seed gives the same numbers for every device.
         generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
-        au_scale=shared.au_scale,
-        guidance_scale=shared.guidance_scale,
-        au_guidance_scale=shared.au_guidance_scale,
-        num_inference_steps=shared.num_inference_steps,
-        height=shared.height,
-        width=shared.width,
+        **{name: getattr(jobs[0], name) for name in (*SAMPLING, "height", "width")},
     ).images
 
 

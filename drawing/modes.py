@@ -6,8 +6,9 @@ import argparse
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -15,8 +16,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from action_units import available_presets
-from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, check_animation, draw_sheet, write_animation
-from drawing.files import background_writer, describe, find_unfinished, write_picture
+from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, draw_sheet, import_av, write_animation
+from drawing.files import background_writer, describe, find_unfinished, sheet_metadata, write_picture
 from drawing.jobs import (
     DEMO_PROMPT,
     DEMO_SEED,
@@ -49,10 +50,8 @@ FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
 SHEET_COLUMNS = 8
 
 
-def _draw(
-    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0, silent: bool = False
-) -> Iterator[tuple[Job, Image.Image]]:
-    return draw_jobs(jobs, weights, args.device, args.dtype, args.batch_size, num_finished, silent)
+def _draw(jobs: list[Job], weights: Weights, args: argparse.Namespace, **options) -> Iterator[tuple[Job, Image.Image]]:
+    return draw_jobs(jobs, weights, args.device, args.dtype, args.batch_size, **options)
 
 
 def run_single(job: Job, weights: Weights, args: argparse.Namespace) -> str:
@@ -65,18 +64,10 @@ def run_sheet(job: Job, bands: list[list[Table[Job]]], weights: Weights, args: a
     rows = [row for band in bands for table in band for row in table.rows]
     # Each picture is drawn once: in a grid, the rows of all AUs begin with the same face.
     pictures = dict(_draw(list(dict.fromkeys(job for row in rows for job in row)), weights, args))
-    sheet = draw_sheet(
-        [[table.map(pictures.__getitem__) for table in band] for band in bands], f"{job.prompt} · seed {job.seed}"
-    )
-    write_picture(sheet, args.output, _sheet_metadata(job, rows) | describe(weights, args.dtype))
+    drawn = [[table.map(pictures.__getitem__) for table in band] for band in bands]
+    sheet = draw_sheet(drawn, f"{job.prompt} · seed {job.seed}")
+    write_picture(sheet, args.output, sheet_metadata(job, rows) | describe(weights, args.dtype))
     return str(args.output)
-
-
-def _sheet_metadata(job: Job, rows: list[list[Job]]) -> dict:
-    """The fields of `job`, but with the AUs of all pictures in `rows` instead of `aus`."""
-    values = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]}
-    del values["aus"]
-    return values
 
 
 def run_folder(
@@ -99,13 +90,13 @@ def run_folder(
             return find_unfinished(jobs, folder, weights, overwrite)
 
         paths_by_job, num_finished = on_main_process(processes, begin)
-        # Jobs of equal settings stand together, so every process gets an equal share of them.
+        # Jobs of equal settings are side by side, so every process gets an equal share of them.
         share = share_of(processes, [job for group in group_jobs(list(paths_by_job)) for job in group])
         if share:
             num_before = len(jobs) - len(paths_by_job) if processes.num_processes == 1 else 0
-            about = describe(weights, args.dtype)
+            about, silent = describe(weights, args.dtype), not processes.is_main_process
             with background_writer() as write:
-                for job, image in _draw(share, weights, args, num_before, silent=not processes.is_main_process):
+                for job, image in _draw(share, weights, args, num_finished=num_before, silent=silent):
                     for path in paths_by_job[job]:
                         write(image, path, asdict(job) | about)
         processes.wait_for_everyone()
@@ -122,16 +113,16 @@ def run_batch(values: Mapping, weights: Weights, args: argparse.Namespace, proce
 def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
     """Draw each row of the table, or an animation, whose frames are kept in a hidden folder until it is written."""
 
-    def read() -> tuple[dict[str, Job], int]:
+    def read() -> tuple[tuple[str, ...], dict[str, Job], int]:
+        au_names = read_au_names(weights)
         job = make_job(values, spell_option, au_names)
         if job.aus is not None:
             raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
-        if is_animation(args):
-            check_animation(args.output)
-        return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face, au_names=au_names)
+        if args.output.suffix.lower() == ".mp4":
+            import_av()
+        return au_names, *read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face, au_names=au_names)
 
-    au_names = on_main_process(processes, lambda: read_au_names(weights))
-    jobs, num_skipped = on_main_process(processes, read)
+    au_names, jobs, num_skipped = on_main_process(processes, read)
     skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""
     if not is_animation(args):
         return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}{skipped}"
@@ -140,7 +131,7 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
     jobs = interpolate_jobs(key_jobs, args.frames_between, au_names)
 
     def encode() -> None:
-        about = _sheet_metadata(key_jobs[0], [key_jobs]) | describe(weights, args.dtype)
+        about = sheet_metadata(key_jobs[0], [key_jobs]) | describe(weights, args.dtype)
         frames = (Image.open(frames_folder / name).convert("RGB") for name in jobs)
         write_animation(tqdm(frames, "encoding", len(jobs), unit="frame"), args.output, args.fps, json.dumps(about))
         shutil.rmtree(frames_folder)
@@ -151,7 +142,7 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
 
 
 def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
-    def draw() -> tuple[dict[str, Job], dict[str, dict]]:
+    def read() -> tuple[dict[str, Job], dict[str, dict]]:
         given = [name for name in ("prompt", "aus") if name in values]
         if given:
             raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
@@ -160,11 +151,8 @@ def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, pro
         distribution = read_distribution(args.distribution or DEFAULT_DISTRIBUTION, au_names)
         return draw_dataset(distribution, args.dataset, values, au_names)
 
-    jobs, rows = on_main_process(processes, draw)
-
-    def label() -> None:
-        write_dataset_metadata(list(rows.values()), args.output)
-
+    jobs, rows = on_main_process(processes, read)
+    label = partial(write_dataset_metadata, list(rows.values()), args.output)
     return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite, label)}"
 
 
@@ -198,14 +186,18 @@ def run(args: argparse.Namespace) -> str | None:
     job = make_job(values, spell_option, au_names)
     if job.aus is not None and (args.demo or args.presets is not None):
         raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
+    bands = _sheet_of(job, args, au_names)
+    return run_single(job, weights, args) if bands is None else run_sheet(job, bands, weights, args)
+
+
+def _sheet_of(job: Job, args: argparse.Namespace, au_names: Sequence[str]) -> list[list[Table[Job]]] | None:
+    """The tables of the sheet that is asked for, or None."""
     if args.sweep is not None:
-        return run_sheet(job, [[sweep_table(job, args.sweep, au_names)]], weights, args)
+        return [[sweep_table(job, args.sweep, au_names)]]
     if args.grid:
-        return run_sheet(job, [[grid_table(job, au_names)]], weights, args)
+        return [[grid_table(job, au_names)]]
     if args.presets is not None:
         expressions = args.presets or list(available_presets(au_names))
         rows = (expressions[i : i + SHEET_COLUMNS] for i in range(0, len(expressions), SHEET_COLUMNS))
-        return run_sheet(job, [[preset_table(job, row, au_names)] for row in rows], weights, args)
-    if args.demo:
-        return run_sheet(job, demo_tables(job, au_names), weights, args)
-    return run_single(job, weights, args)
+        return [[preset_table(job, row, au_names)] for row in rows]
+    return demo_tables(job, au_names) if args.demo else None

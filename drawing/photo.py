@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Another expression on the face of a photograph: the region of the face is drawn anew with AUs (inpainting), at the size
-that suits the model, and pasted back. Every pixel outside the region stays as it is.
+Gives the face in a photograph another expression: the region of the face is drawn anew with AUs (inpainting), at the
+size that suits the model, and pasted back. Every pixel outside the region stays as it is.
 """
 
 import importlib.util
@@ -20,9 +20,7 @@ from pipeline_fineface import FineFacePipeline
 Box = tuple[int, int, int, int]
 """Left, top, right, bottom, in pixels."""
 
-# The fields of a `Job` that go to the pipeline as they are.
-SAMPLING = ("num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
-# How much of a picture a face fills in what the models were trained on.
+# Models are trained on portraits, whose side is about this many times that of the face.
 SURROUNDINGS = 1.4
 MAX_PHOTO_PIXELS = 50_000_000
 NO_DETECTOR = "Faces are found by themselves where scikit-image is installed: pip install scikit-image."
@@ -46,7 +44,7 @@ def open_photo(path: Path | str) -> Image.Image:
                 )
             return ImageOps.exif_transpose(file).convert("RGB")
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        # Where a server keeps uploads is nothing for the screen.
+        # The name alone, because the screen does not show where a server keeps uploads.
         raise ValueError(f"{name} is no picture that can be read.") from error
 
 
@@ -56,8 +54,8 @@ def has_detector() -> bool:
 
 def find_faces(picture: Image.Image) -> list[Box]:
     """
-    Boxes around the faces in a picture that look at the camera, the largest first, by the detector (a cascade of local
-    binary patterns) that comes with scikit-image.
+    Find the faces in a picture that look at the camera, with the detector (a cascade of local binary patterns) that
+    comes with scikit-image. Returns the boxes around them, the largest first.
 
     Raises:
         ValueError: if scikit-image is not installed.
@@ -68,7 +66,7 @@ def find_faces(picture: Image.Image) -> list[Box]:
     from skimage.data import lbp_frontal_face_cascade_filename
     from skimage.feature import Cascade
 
-    # The detector needs no more than this to find a face that is worth editing.
+    # The detector finds every face that is large enough for editing at this size.
     scale = min(1.0, 640 / max(picture.size))
     small = picture.convert("RGB").resize([max(1, round(scale * side)) for side in picture.size])
     smallest, largest = max(24, min(small.size) // 10), min(small.size)
@@ -85,20 +83,19 @@ def find_faces(picture: Image.Image) -> list[Box]:
 
 
 def clip_box(box, size: tuple[int, int]) -> Box:
-    """`box` in whole pixels, as far as it lies inside a picture of `size`."""
+    """Round `box` to whole pixels, and cut off what lies outside a picture of `size`."""
     left, top, right, bottom = (round(value) for value in box)
     return max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
 
 
 def check_box(box, size: tuple[int, int], label: str = "box") -> Box:
     """
-    `box` as far as it lies inside a picture of `size`.
+    Return the part of `box` inside a picture of `size` (width, height).
 
     Raises:
-        ValueError: if there are no four numbers, or less than 16 × 16 pixels of the box lie inside the picture.
+        ValueError: if `box` is not four numbers, or less than 16 × 16 pixels of it lie inside the picture.
     """
-    is_complete = len(box) == 4 and all(value is not None and math.isfinite(value) for value in box)
-    if not is_complete:
+    if len(box) != 4 or not all(value is not None and math.isfinite(value) for value in box):
         raise ValueError(f"`{label}` is incomplete. It needs left, top, right and bottom, in pixels.")
     clipped = clip_box(box, size)
     if clipped[2] - clipped[0] < 16 or clipped[3] - clipped[1] < 16:
@@ -111,8 +108,8 @@ def check_box(box, size: tuple[int, int], label: str = "box") -> Box:
 
 def face_mask(size: tuple[int, int], box: Box, feather: float = 0.04) -> Image.Image:
     """
-    A white ellipse in `box` on black, `"L"`. Its edge, as wide as `feather` times the box, fades inwards, so that
-    nothing outside the box is white.
+    Draw a white ellipse in `box` on black (mode `"L"`). Its edge fades inwards over `feather` times the width of the
+    box, so that everything outside the box is black.
     """
     left, top, right, bottom = box
     edge = feather * min(right - left, bottom - top)
@@ -123,6 +120,7 @@ def face_mask(size: tuple[int, int], box: Box, feather: float = 0.04) -> Image.I
     return Image.composite(mask.filter(ImageFilter.GaussianBlur(edge)), Image.new("L", size), inside)
 
 
+@torch.no_grad()
 def edit_photo(
     pipe: FineFacePipeline,
     picture: Image.Image,
@@ -130,36 +128,71 @@ def edit_photo(
     prompt: str,
     aus,
     side: int | None = None,
-    **kwargs,
+    strength: float = 0.8,
+    seed: int = 0,
+    num_inference_steps: int = 50,
+    on_step: Callable[[int], None] = lambda step: None,
+    **call_kwargs,
 ) -> Image.Image:
     """
-    `picture` with the expression `aus` where `mask` is white. The model sees the region around the mask, with a side
-    of `side` pixels; what it draws is scaled back.
+    Give the face where `mask` is white the expression `aus`. The model draws the region around the mask at the size
+    that suits it, and the result is scaled back and pasted in. Where `mask` is black, every pixel stays as it is.
 
     Args:
+        pipe (`FineFacePipeline` or `FineFaceXLPipeline`):
+            The model.
         picture, mask (`Image.Image`):
-            Of one size, which may be any.
+            Two pictures of the same size, which may be any.
         side (`int`, *optional*):
-            A multiple of 8; by default the size for which the model was made.
-        prompt, aus, kwargs:
-            See [`edit_expression`].
+            The longer side of the region while the model draws it, in pixels, a multiple of 8; by default the size for
+            which the model was made.
+        strength (`float`, defaults to 0.8):
+            Share of the denoising steps in which the face may change, in (0, 1].
+        on_step (`Callable`):
+            Called with the number of finished denoising steps.
+        prompt, aus, num_inference_steps, call_kwargs:
+            See [`FineFacePipeline.__call__`]. With `aus=None` the region is only drawn anew.
     """
     side = side or pipe.unet.config.sample_size * pipe.vae_scale_factor
     region = surroundings(mask.getbbox(), picture.size)
-    width, height = region[2] - region[0], region[3] - region[1]
-    scale = side / max(width, height)
-    # The model draws in blocks of 8 pixels.
-    size = tuple(max(8, 8 * round(scale * length / 8)) for length in (width, height))
     part, part_mask = picture.convert("RGB").crop(region), mask.crop(region)
+    # The model draws in blocks of 8 pixels.
+    width, height = (max(8, 8 * round(side * length / max(part.size) / 8)) for length in part.size)
     resample = Image.Resampling.LANCZOS
-    small = edit_expression(pipe, part.resize(size, resample), part_mask.resize(size, resample), prompt, aus, **kwargs)
+    latents = encode(pipe, part.resize((width, height), resample))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    inside = read_au_masks(part_mask, 1, tuple(latents.shape[-2:])).to(latents)
+    first_step = num_inference_steps - max(1, round(num_inference_steps * strength))
+
+    def keep_picture(pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
+        """
+        Replace what is drawn by the picture with the noise of this step: before `first_step` everywhere, then outside
+        the mask, so that the face fits in. The drawing begins with the same noise, so the two match at every step.
+        """
+        on_step(step + 1)
+        next_timestep = pipe.scheduler.timesteps[step + 1 : step + 2]
+        kept = pipe.scheduler.add_noise(latents, noise, next_timestep) if len(next_timestep) else latents
+        return {"latents": kept if step < first_step else kept + inside * (tensors["latents"] - kept)}
+
+    drawn = pipe(
+        prompt,
+        aus=aus,
+        height=height,
+        width=width,
+        num_inference_steps=num_inference_steps,
+        latents=noise,
+        generator=generator,
+        callback_on_step_end=keep_picture,
+        **call_kwargs,
+    ).images[0]
     edited = picture.convert("RGB")
-    edited.paste(small.resize(part.size, resample), region[:2], part_mask)
+    edited.paste(drawn.resize(part.size, resample), region[:2], part_mask)
     return edited
 
 
 def surroundings(box: Box, size: tuple[int, int]) -> Box:
-    """The square around `box` that a portrait of it would show, as far as it lies inside a picture of `size`."""
+    """The square of a portrait of the face in `box`, as far as it lies inside a picture of `size`."""
     side = SURROUNDINGS * max(box[2] - box[0], box[3] - box[1])
     region = []
     for low, high, length in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
@@ -171,70 +204,21 @@ def surroundings(box: Box, size: tuple[int, int]) -> Box:
     return left, top, right, bottom
 
 
-@torch.no_grad()
-def edit_expression(
-    pipe: FineFacePipeline,
-    picture: Image.Image,
-    mask: Image.Image,
-    prompt: str,
-    aus,
-    strength: float = 0.8,
-    seed: int = 0,
-    num_inference_steps: int = 50,
-    on_step: Callable[[int], None] = lambda step: None,
-    **call_kwargs,
-) -> Image.Image:
+def encode(pipe: FineFacePipeline, picture: Image.Image) -> torch.Tensor:
     """
-    `picture` with the expression `aus` where `mask` is white; where it is black, equal to `picture` in every pixel.
-
-    Args:
-        picture, mask (`Image.Image`):
-            Of one size, with sides that are multiples of 8.
-        strength (`float`, defaults to 0.8):
-            Share of the denoising steps in which the face may leave the old one, in (0, 1].
-        on_step (`Callable`):
-            Is called with the number of denoising steps that are done.
-        prompt, aus, num_inference_steps, call_kwargs:
-            See [`FineFacePipeline.__call__`]. With `aus=None` the region is only drawn anew.
+    The latents of a picture, of shape (1, channels, height / 8, width / 8). In `float16` the VAE of SDXL overflows,
+    unless its config says otherwise.
     """
-    picture = picture.convert("RGB")
-    pixel_values = pipe.image_processor.preprocess(picture).to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(pixel_values).latent_dist.mode() * pipe.vae.config.scaling_factor
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
-    inside = read_au_masks(mask, 1, tuple(latents.shape[-2:])).to(latents)
-    first_step = num_inference_steps - max(1, round(num_inference_steps * strength))
-    edited = pipe(
-        prompt,
-        aus=aus,
-        height=picture.height,
-        width=picture.width,
-        num_inference_steps=num_inference_steps,
-        latents=noise,
-        generator=generator,
-        callback_on_step_end=keep_picture(latents, noise, inside, first_step, on_step),
-        **call_kwargs,
-    ).images[0]
-    return Image.composite(edited, picture, mask)
-
-
-def keep_picture(
-    latents: torch.Tensor,
-    noise: torch.Tensor,
-    inside: torch.Tensor,
-    first_step: int,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> Callable:
-    """
-    A callback that puts `latents`, as noisy as those of the step, in the place of what is drawn: where `inside` is 0,
-    so that the face fits in, and before `first_step` everywhere. The noise is that from which the drawing begins, so
-    the two belong together at every step.
-    """
-
-    def callback(pipe: FineFacePipeline, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        on_step(step + 1)
-        next_timestep = pipe.scheduler.timesteps[step + 1 : step + 2]
-        kept = pipe.scheduler.add_noise(latents, noise, next_timestep) if len(next_timestep) else latents
-        return {"latents": kept if step < first_step else kept + inside * (tensors["latents"] - kept)}
-
-    return callback
+    vae, dtype = pipe.vae, pipe.vae.dtype
+    overflows = hasattr(pipe, "text_encoder_2") and dtype == torch.float16 and vae.config.force_upcast
+    vae.to(dtype=torch.float32 if overflows else dtype)
+    try:
+        pixel_values = pipe.image_processor.preprocess(picture).to(vae.device, vae.dtype)
+        latents = vae.encode(pixel_values).latent_dist.mode()
+    finally:
+        vae.to(dtype=dtype)
+    if getattr(vae.config, "latents_mean", None) is not None and getattr(vae.config, "latents_std", None) is not None:
+        shape = (1, -1, 1, 1)
+        latents = latents - latents.new_tensor(vae.config.latents_mean).view(shape)
+        latents = latents / latents.new_tensor(vae.config.latents_std).view(shape)
+    return (latents * vae.config.scaling_factor).to(dtype)

@@ -1,8 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-What `app.py` does when a button is pressed: pictures, sweeps and tables of faces from a model that stays loaded, and
-the Python and the command line that make the same pictures again. Nothing in here knows of a browser.
+Draws for `app.py`: pictures, sweeps and tables of faces from a model that stays loaded, and the Python and the command
+line that make the same pictures again. Nothing in here knows of a browser.
 """
 
 import csv
@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from action_units import AU_NAMES, au_columns, format_aus
+from action_units import AU_NAMES
 from drawing.contact_sheet import Table, draw_sheet, write_animation
-from drawing.files import describe, write_picture
+from drawing.files import describe, sheet_metadata, write_picture
 from drawing.jobs import (
     DEMO_PROMPT,
     JOB_FIELDS,
@@ -32,9 +32,10 @@ from drawing.jobs import (
     read_model_defaults,
     read_table_jobs,
     sweep_table,
+    with_au,
 )
-from drawing.model import Weights, fuse_lora, generate_batch, load_pipeline, pipeline_class_of, quiet
-from drawing.photo import SAMPLING, Box, edit_photo, face_mask
+from drawing.model import SAMPLING, Weights, fuse_lora, generate_batch, load_pipeline, quiet
+from drawing.photo import Box, edit_photo, face_mask
 from program import TOY_MODEL, replacing, spell_option
 
 
@@ -48,59 +49,36 @@ GIF_FPS = 7.0
 
 @dataclass(frozen=True)
 class Sweep:
+    """Pictures of one person that lead from face to face: a row of jobs, and `options` for `generate.py`."""
+
+    job: Job
+    title: str
+    table: Table[Job]
+    options: dict[str, str]
+
+    @property
+    def count(self) -> int:
+        return len(self.table.rows[0])
+
+
+def sweep_au(job: Job, au: str, first: float, last: float, count: int, au_names: Sequence[str] = AU_NAMES) -> Sweep:
     """One AU of `job` going from `first` to `last` in `count` pictures; the other AUs stay."""
-
-    job: Job
-    au: str
-    first: float
-    last: float
-    count: int
-    au_names: tuple[str, ...] = AU_NAMES
-
-    @property
-    def base(self) -> Job:
-        given = intensities_of(self.job, self.au_names)
-        moved = {self.au_names[column]: 0.0 for column in au_columns(self.au_names)[self.au]}
-        return replace(self.job, aus=format_aus(given | moved, self.au_names))
-
-    @property
-    def option(self) -> str:
-        return f"{self.au}={self.first:g}:{self.last:g}:{self.count}"
-
-    @property
-    def title(self) -> str:
-        return f"{self.au} from {self.first:g} to {self.last:g}"
-
-    def table(self) -> Table:
-        """As `--sweep` of `generate.py` lays it out, with jobs in the place of pictures."""
-        return sweep_table(self.base, self.option, self.au_names)
+    job, option = with_au(job, au, 0.0, au_names), f"{au}={first:g}:{last:g}:{count}"
+    # One by one, as here, so that the pictures are the same to the last bit.
+    options = {"sweep": option, "batch_size": "1"}
+    return Sweep(job, f"{au} from {first:g} to {last:g}", sweep_table(job, option, au_names), options)
 
 
-@dataclass(frozen=True)
-class Change:
-    """The expression of `job` going over evenly into the expression `last`, in `count` pictures."""
-
-    job: Job
-    last: str
-    count: int
-    au_names: tuple[str, ...] = AU_NAMES
-
-    @property
-    def base(self) -> Job:
-        return self.job
-
-    @property
-    def title(self) -> str:
-        return f"from {self.job.aus} to {self.last}"
-
-    def table(self) -> Table:
-        ends = [self.job, replace(self.job, aus=self.last)]
-        jobs = list(interpolate_jobs(ends, self.count - 2, self.au_names).values())
-        return Table([jobs], [], [f"{100 * i / (self.count - 1):.0f} %" for i in range(self.count)])
+def change(job: Job, last: str, count: int, au_names: Sequence[str] = AU_NAMES) -> Sweep:
+    """The expression of `job` changing evenly into the expression `last`, in `count` pictures."""
+    jobs = list(interpolate_jobs([job, replace(job, aus=last)], count - 2, au_names).values())
+    table = Table([jobs], [], [f"{100 * i / (count - 1):.0f} %" for i in range(count)])
+    options = {"aus_from": "change.csv", "frames_between": str(count - 2), "fps": f"{GIF_FPS:g}"}
+    return Sweep(job, f"from {job.aus} to {last}", table, options)
 
 
 class Stopped(Exception):
-    """Whoever asked for a picture no longer wants it."""
+    """The picture is no longer wanted."""
 
 
 class Studio:
@@ -111,7 +89,7 @@ class Studio:
         weights (`Weights`):
             Where the model comes from.
         device (`torch.device`), dtype (`str`):
-            Where it runs, and in which precision.
+            The device and the precision of the model.
 
     Raises:
         OSError: if the model or the adapter cannot be found.
@@ -140,14 +118,14 @@ class Studio:
 
     @property
     def is_quick(self) -> bool:
-        """Whether people will wait for a picture at every touch, as with any GPU, and a UNet like the toy one."""
+        """Whether a picture at every touch is soon there, as on any GPU, or with a UNet like that of the toy model."""
         num_weights = sum(weight.numel() for weight in self.pipeline.unet.parameters())
         return self.device.type != "cpu" or num_weights <= MAX_QUICK_WEIGHTS
 
     def draw(self, job: Job, on_step: Callable[[int], None] = lambda step: None) -> Image.Image:
         """
-        The picture of `job`, alone in its batch. `on_step` hears how many denoising steps are done, 0 when its turn
-        comes. If it raises an error, such as `Stopped`, the drawing ends there.
+        The picture of `job`, alone in its batch. `on_step` gets the number of finished denoising steps, beginning with
+        0 when its turn comes. If it raises an error, such as `Stopped`, the drawing ends there.
         """
 
         def callback(pipeline, i, t, callback_kwargs):
@@ -167,19 +145,17 @@ class Studio:
         on_step: Callable[[int], None] = lambda step: None,
     ) -> Image.Image:
         """`picture` with the expression of `job` on the face in `box`."""
-        kwargs = {name: getattr(job, name) for name in SAMPLING}
-        kwargs |= {"negative_prompt": job.negative_prompt, "strength": strength, "seed": job.seed, "on_step": on_step}
+        options = {name: getattr(job, name) for name in (*SAMPLING, "negative_prompt", "seed")}
+        options |= {"side": job.height, "strength": strength, "on_step": on_step}
         with self._turns:
             on_step(0)
-            return edit_photo(
-                self.pipeline, picture, face_mask(picture.size, box), job.prompt, job.aus, job.height, **kwargs
-            )
+            return edit_photo(self.pipeline, picture, face_mask(picture.size, box), job.prompt, job.aus, **options)
 
     def remarks(self, job: Job) -> list[str]:
-        """What of the prompt of `job` the model does not see."""
+        """Remarks on words of `job` that the model does not know, or that are beyond its limit."""
         tokenizer, remarks = self.pipeline.tokenizer, []
         if self.is_toy:
-            # It learned its letters from the captions of its pictures: a word of theirs is one token.
+            # Its tokenizer was made from the captions of its pictures: each of their words is one token.
             words = dict.fromkeys(re.findall("[^\\W_]+", job.prompt.lower()))
             unknown = [word for word in words if len(tokenizer.tokenize(word)) > 1]
             if unknown:
@@ -194,23 +170,21 @@ class Studio:
         return remarks
 
     def sweep(
-        self, sweep: Sweep | Change, on_picture: Callable[[int], None] = lambda count: None
+        self, sweep: Sweep, on_picture: Callable[[int], None] = lambda count: None
     ) -> tuple[list[Image.Image], Image.Image, dict]:
         """
-        The pictures, the labelled strip that `generate.py --sweep` makes of them, and what the strip shows.
-        `on_picture` hears how many pictures are done, at every step. If it raises an error, the drawing ends there.
+        The pictures, the labelled strip that `generate.py --sweep` makes of them, and the metadata of the strip.
+        `on_picture` gets the number of finished pictures at every step. If it raises an error, the drawing ends there.
         """
-        table, base, pictures = sweep.table(), sweep.base, []
-        for job in table.rows[0]:
-            pictures.append(self.draw(job, lambda step: on_picture(len(pictures))))
+        job, row, pictures = sweep.job, sweep.table.rows[0], []
+        for one in row:
+            pictures.append(self.draw(one, lambda step: on_picture(len(pictures))))
         on_picture(len(pictures))
-        strip = draw_sheet([[replace(table, rows=[pictures])]], f"{base.prompt} · seed {base.seed}")
-        values = asdict(base) | {"rows": [[job.aus for job in table.rows[0]]]}
-        del values["aus"]
-        return pictures, strip, values
+        strip = draw_sheet([[replace(sweep.table, rows=[pictures])]], f"{job.prompt} · seed {job.seed}")
+        return pictures, strip, sheet_metadata(job, [row])
 
     def metadata(self, values: dict) -> dict:
-        """`values` with where they were drawn, as in the files of `generate.py`."""
+        """`values` with the model and the libraries, as in the files of `generate.py`."""
         return values | describe(self.weights, self.dtype)
 
     def write(self, image: Image.Image, path: Path, values: dict) -> None:
@@ -220,23 +194,29 @@ class Studio:
     def python(self, job: Job) -> str:
         """A program that draws `job` again."""
         weights, model = self.weights, "toy_faces/weights" if self.is_toy else self.weights.model
-        own_adapter = [] if weights.adapter is None else ["au_adapter=None"]
-        load = ", ".join([repr(model), f"dtype=torch.{self.dtype}", *own_adapter])
-        pipeline_class = pipeline_class_of(self.weights.model)
-        module, name = pipeline_class.__module__, pipeline_class.__name__
-        lines = [f"# Run this in the folder of the FineFace repository, where {module}.py is."]
-        lines += ["import torch", f"from {module} import {name}", ""]
-        lines.append(f"pipe = {name}.from_pretrained({load})")
-        if own_adapter:
+        module, name = type(self.pipeline).__module__, type(self.pipeline).__name__
+        without, load_adapter = "", ""
+        if weights.adapter is not None:
             variant = "" if weights.adapter_variant is None else f", variant={weights.adapter_variant!r}"
-            lines.append(f"pipe.load_au_adapter({weights.adapter!r}{variant})")
+            without, load_adapter = ", au_adapter=None", f"pipe.load_au_adapter({weights.adapter!r}{variant})\n"
         values = {name: value for name, value in asdict(job).items() if name not in ("prompt", "seed")}
-        lines += [f"pipe = pipe.to({str(self.device)!r})", "# The LoRA becomes part of the weights, which is faster."]
-        lines += ['pipe.fuse_lora(components=["unet"])', "pipe.unload_lora_weights()"]
-        lines += ["image = pipe(", f"    {job.prompt!r},"]
-        lines += [f"    {name}={value!r}," for name, value in values.items() if value is not None]
-        lines += [f"    generator=torch.Generator().manual_seed({job.seed}),", ").images[0]", 'image.save("face.png")']
-        return "\n".join(lines) + "\n"
+        arguments = "".join(f"    {name}={value!r},\n" for name, value in values.items() if value is not None)
+        return f"""\
+# Run this in the folder of the FineFace repository, where {module}.py is.
+import torch
+from {module} import {name}
+
+pipe = {name}.from_pretrained({model!r}, dtype=torch.{self.dtype}{without})
+{load_adapter}pipe = pipe.to({str(self.device)!r})
+# The LoRA becomes part of the weights, which is faster.
+pipe.fuse_lora(components=["unet"])
+pipe.unload_lora_weights()
+image = pipe(
+    {job.prompt!r},
+{arguments}    generator=torch.Generator().manual_seed({job.seed}),
+).images[0]
+image.save("face.png")
+"""
 
     def command(self, job: Job, output: str = "face.png", **options: str) -> str:
         """A `generate.py` command that draws `job` again, or with more `options` what they say."""
@@ -252,18 +232,16 @@ class Studio:
         words = [f"{spell_option(name)}={shlex.quote(value)}" for name, value in given.items()]
         return " \\\n    ".join(["python generate.py", *words]) + "\n"
 
-    def sweep_command(self, sweep: Sweep | Change) -> str:
+    def sweep_command(self, sweep: Sweep) -> str:
         """
-        A `generate.py` command that draws the strip again, to the last bit: one by one, as here; or the animation of a
-        `Change`, from a table that the first line writes.
+        A `generate.py` command that draws the strip of `sweep_au` again, to the last bit; or the animation of
+        `change`, from a table that the first line writes.
         """
-        if isinstance(sweep, Change):
-            options = {"aus_from": "change.csv", "frames_between": str(sweep.count - 2), "fps": f"{GIF_FPS:g}"}
-            rows = shlex.quote(f"aus\n{sweep.job.aus}\n{sweep.last}\n")
-            return f"printf {rows} > change.csv\n" + self.command(
-                replace(sweep.job, aus=None), "change.gif", **options
-            )
-        return self.command(sweep.base, "sweep.png", sweep=sweep.option, batch_size="1")
+        if "sweep" in sweep.options:
+            return self.command(sweep.job, "sweep.png", **sweep.options)
+        rows = shlex.quote(f"aus\n{sweep.job.aus}\n{sweep.table.rows[0][-1].aus}\n")
+        command = self.command(replace(sweep.job, aus=None), "change.gif", **sweep.options)
+        return f"printf {rows} > change.csv\n{command}"
 
     def table_command(self, table_name: str, job: Job) -> str:
         """A `generate.py` command that draws the pictures of a table again, but for rounding."""
@@ -279,34 +257,30 @@ def file_name(job: Job) -> str:
 def read_expressions(path: Path, job: Job, au_names: Sequence[str] = AU_NAMES) -> tuple[dict[str, Job], list[str]]:
     """
     `job` with the AUs of each row of a table, by the name of the picture it makes, as `generate.py --aus-from` reads
-    them; and what is to be said of the table.
+    them; and remarks on the table.
 
     Raises:
         ValueError: for a table that cannot be read, or is larger than `MAX_TABLE_BYTES`, `MAX_COLUMNS` or
             `MAX_ROWS`; the message has the name of the file without its folder.
     """
+    num_bytes, header = path.stat().st_size, b""
+    if num_bytes <= MAX_TABLE_BYTES and path.suffix.lower() in (".csv", ".tsv"):
+        header = path.read_bytes().partition(b"\n")[0]
+    num_columns = max(header.count(mark) for mark in (b",", b"\t", b";")) + 1
+    # Before it is read, as large tables would keep others waiting.
+    for what, number, most in (("bytes", num_bytes, MAX_TABLE_BYTES), ("columns", num_columns, MAX_COLUMNS)):
+        if number > most:
+            way_out = f"{most:,} are allowed here. Use `generate.py --aus-from`."
+            raise ValueError(f"{path.name} has {number:,} {what}, and {way_out}")
     remarks = []
     try:
-        check_table_size(path)
         jobs, num_skipped = read_table_jobs(path, job, max_rows=MAX_ROWS, say=remarks.append, au_names=au_names)
     except ValueError as error:
-        # Where the server keeps uploads is nothing for the screen.
+        # The screen does not show where the server keeps uploads.
         raise ValueError(str(error).replace(str(path), path.name)) from error
     if num_skipped:
         remarks.append(f"Rows without a face, which are left out: {num_skipped}.")
     return jobs, [remark.replace(str(path), path.name) for remark in remarks]
-
-
-def check_table_size(path: Path) -> None:
-    """Raise a ValueError for a table so large that reading it would keep others waiting."""
-    way_out = "are allowed here. Use `generate.py --aus-from`."
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_TABLE_BYTES:
-        raise ValueError(f"{path} has {num_bytes:,} bytes, and {MAX_TABLE_BYTES:,} {way_out}")
-    header = path.read_bytes().partition(b"\n")[0]
-    num_columns = max(header.count(mark) for mark in (b",", b"\t", b";")) + 1
-    if num_columns > MAX_COLUMNS and path.suffix.lower() in (".csv", ".tsv"):
-        raise ValueError(f"{path} has {num_columns:,} columns, and {MAX_COLUMNS:,} {way_out}")
 
 
 def write_gif(pictures: list[Image.Image], path: Path, metadata: dict) -> None:

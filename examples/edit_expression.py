@@ -21,8 +21,8 @@ from PIL import Image
 
 from drawing.files import write_picture
 from drawing.jobs import make_job, read_model_defaults
-from drawing.model import Weights, check_weights, load_pipeline, quiet
-from drawing.photo import SAMPLING, Box, check_box, edit_photo, face_mask, find_faces, open_photo
+from drawing.model import SAMPLING, Weights, check_weights, load_pipeline, quiet
+from drawing.photo import Box, check_box, edit_photo, face_mask, find_faces, open_photo
 from program import Parser, add_model_options, check_output, run_program, settle_device, spell_option
 
 

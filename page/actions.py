@@ -1,9 +1,11 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What happens when a control of the page is touched. What needs no server stands in `controls.js`."""
+"""The actions of the controls of the page. Actions that need no server are in `controls.js`."""
 
 import base64
+import functools
 import html
+import inspect
 import io
 import json
 import random
@@ -21,17 +23,8 @@ from action_units import available_presets, extract_au_tags, format_aus, read_au
 from drawing.files import read_metadata
 from drawing.jobs import Job, canonical_aus, make_job
 from drawing.photo import NO_DETECTOR, check_box, find_faces, has_detector, open_photo
-from drawing.studio import (
-    Change,
-    Stopped,
-    Studio,
-    Sweep,
-    file_name,
-    read_expressions,
-    write_gif,
-    write_zip,
-)
-from page.layout import BACK, BOX_SIDES, COMPARE, LABELS, lay_out
+from drawing.studio import Stopped, Studio, Sweep, change, file_name, read_expressions, sweep_au, write_gif, write_zip
+from page.layout import BACK, BOX_SIDES, COMPARE, LABELS, ONE_MUSCLE, TABS, lay_out
 
 
 FIRST_EXPRESSION = "polite smile"
@@ -42,7 +35,7 @@ MAX_SWEEP_COUNT = 24
 STRIP_LENGTH = 12
 NUM_CHOICES = 4
 THUMBNAIL_SIDE = 112
-# Those whose request numbers are remembered, which are more than can wait for a picture.
+# Sessions whose request numbers are remembered, which are more than can wait for a picture.
 MAX_SESSIONS = 10_000
 KEEP_FILES_S = 24 * 60 * 60
 PROGRESS = gr.Progress()
@@ -50,25 +43,16 @@ PROGRESS = gr.Progress()
 
 @dataclass(frozen=True)
 class Shown:
-    """A picture, and what the controls said when it was asked for."""
+    """A picture, and the values of the controls when it was asked for."""
 
     path: str
     job: Job
     values: tuple
 
-    @property
-    def ticket(self) -> str:
-        return json.dumps(self.values)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# From controls to jobs, and back
-# --------------------------------------------------------------------------------------------------------------------
-
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Show what is wrong with what was asked for as a message on the screen."""
+    """Show an error in what was asked for as a message on the screen."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -79,20 +63,32 @@ def messages() -> Iterator[None]:
         raise gr.Error(html.escape(" ".join(str(error).split())), print_exception=False) from error
 
 
-def make_screen_job(studio: Studio, **values) -> Job:
-    """
-    A checked `Job` from what stands in the controls.
+def answered(action: Callable) -> Callable:
+    """Decorate an action: its errors become messages, and what is stopped changes nothing on the screen."""
 
-    Raises:
-        ValueError: for a value that cannot be, called by its label.
-    """
+    @functools.wraps(action)
+    def wrapped(*args):
+        with messages():
+            try:
+                return action(*args)
+            except Stopped:
+                return gr.skip()
+
+    return wrapped
+
+
+# ---- From controls to jobs, and back ------------------------------------------------------------------------------
+
+
+def make_screen_job(studio: Studio, **values) -> Job:
+    """A checked `Job` from the values of the controls, which errors call by their labels."""
     values["negative_prompt"] = values["negative_prompt"] or None
+    values["prompt"] = values["prompt"] or ""
     for name, most in (("seed", MAX_SCREEN_SEED), ("num_inference_steps", MAX_STEPS)):
         if isinstance(values[name], int) and values[name] > most:
             raise ValueError(f"`{LABELS[name]}` goes up to {most} on this page, but is {values[name]}.")
-    _, tag = extract_au_tags(values["prompt"] or "", LABELS["prompt"], studio.au_names)
-    values["prompt"] = values["prompt"] or ""
-    # A face at rest is what a new screen shows. AUs in the prompt are meant more than that.
+    _, tag = extract_au_tags(values["prompt"], LABELS["prompt"], studio.au_names)
+    # A new page shows a face at rest. AUs in the prompt count more than that.
     if tag is not None and canonical(values["aus"], studio) == "neutral":
         values["aus"] = None
     return make_job(asdict(studio.defaults) | values, lambda name: LABELS.get(name, name), studio.au_names)
@@ -103,7 +99,7 @@ def canonical(text: str | None, studio: Studio, label: str = LABELS["aus"]) -> s
 
 
 def control_values(studio: Studio, job: Job) -> list:
-    """What the controls say for `job`."""
+    """The values of the controls for `job`."""
     values = asdict(job) | {"negative_prompt": job.negative_prompt or "", "aus": job.aus or "neutral"}
     is_joint = job.au_guidance_scale is None
     if is_joint:
@@ -117,32 +113,20 @@ def first_job(studio: Studio) -> Job:
 
 
 def read_link(query: Mapping[str, str], studio: Studio) -> Job:
-    """
-    The job that the parameters of a link describe; what they leave out is as on a new page.
-
-    Raises:
-        ValueError: for a value that cannot be.
-    """
-    first = first_job(studio)
-    numbers = {"seed": int, "num_inference_steps": int}
-    numbers |= dict.fromkeys(("guidance_scale", "au_guidance_scale", "au_scale"), float)
-    values = dict(zip(LABELS, control_values(studio, first), strict=False))
-    values["au_guidance_scale"] = first.au_guidance_scale
+    """The job that the parameters of a link describe; what they leave out is as on a new page."""
+    types = {"seed": int, "num_inference_steps": int}
+    types |= dict.fromkeys(("guidance_scale", "au_guidance_scale", "au_scale"), float)
+    values = {name: value for name, value in asdict(first_job(studio)).items() if name in LABELS}
     for name in LABELS.keys() & query.keys():
         try:
-            values[name] = numbers.get(name, str)(query[name])
+            values[name] = types.get(name, str)(query[name])
         except ValueError:
             raise ValueError(f"`{LABELS[name]}` is {query[name][:40]!r} in this link, and no number.") from None
     return make_screen_job(studio, **values)
 
 
 def read_picture(path: Path, studio: Studio) -> Job:
-    """
-    The job of a PNG file of ours.
-
-    Raises:
-        ValueError: if another program has written it, or it shows several faces.
-    """
+    """The job of a PNG file of ours. One of another program, or with several faces, is a ValueError."""
     try:
         metadata = read_metadata(path)
     except (ValueError, OSError) as error:
@@ -155,78 +139,63 @@ def read_picture(path: Path, studio: Studio) -> Job:
     return make_screen_job(studio, **{name: metadata.get(name, getattr(studio.defaults, name)) for name in names})
 
 
-def read_sweep(
-    job: Job, studio: Studio, kind: str, au: str, first, last, start: str, end: str, count
-) -> Sweep | Change:
+def read_sweep(job: Job, studio: Studio, kind: str, au: str, first, last, start: str, end: str, count) -> Sweep:
     if count is None or not 2 <= count <= MAX_SWEEP_COUNT:
         raise ValueError(f"`Pictures` has to be from 2 to {MAX_SWEEP_COUNT}, but is {count}.")
-    if kind != "One muscle":
+    if kind != ONE_MUSCLE:
         start, end = canonical(start, studio, "From"), canonical(end, studio, "To") if (end or "").strip() else job.aus
         if start == end:
             raise ValueError(f"`From` and `To` are both {start}, so nothing would move.")
-        return Change(replace(job, aus=start), end, int(count), studio.au_names)
+        return change(replace(job, aus=start), end, int(count), studio.au_names)
     for label, value in (("From", first), ("To", last)):
         if value is None:
             raise ValueError(f"`{label}` is empty. Give a number.")
         read_aus(f"{au}={value}", label, studio.au_names)
     if first == last:
         raise ValueError(f"`From` and `To` are both {first:g}, so nothing would move.")
-    return Sweep(job, au, float(first), float(last), int(count), studio.au_names)
+    return sweep_au(job, au, float(first), float(last), int(count), studio.au_names)
 
 
-def other_person(prompt: str, studio: Studio) -> tuple[str, int]:
-    """Another seed; and where the words say all about a person, as the toy model takes them, other words."""
-    seed = random.randrange(100_000)
-    if not studio.is_toy:
-        return prompt, seed
-    from toy_faces.renderer import caption, sample_portrait
-
-    return caption(sample_portrait(seed), seed), seed
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The actions
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The actions --------------------------------------------------------------------------------------------------
 
 
 class Page:
     """
-    What the controls do with a model. Pictures are files in folders of their own inside `folder`, which is Gradio's:
-    it serves what is in there, and deletes it in time.
+    The actions of the controls. Pictures are files in folders of their own inside `folder`, which is Gradio's: it
+    serves them, and deletes them in time.
     """
 
     def __init__(self, studio: Studio, folder: Path):
         self.studio, self.folder = studio, folder
         self.first_picture = studio.draw(first_job(studio)) if studio.is_quick else None
         self.thumbnails: dict[str, str] = {}
-        # By session and tab, the request number from which on pictures are wanted.
-        self.wanted: dict[tuple[str | None, str], float] = {}
+        # For each session, the request number of each tab from which on pictures are wanted.
+        self.wanted: dict[str | None, dict[str, float]] = {}
 
-    # ---- Turns ----
+    # Turns
 
-    def stop(self, tab: str, request: gr.Request, ask: float) -> None:
-        """End what is drawn in a tab for a request number below `ask`."""
-        self.wanted[request.session_hash, tab] = ask
+    def want(self, request: gr.Request, *asks: float) -> None:
+        """End what is drawn for a lower request number than that in `asks`, which has one for each tab."""
+        before = self.wanted.pop(request.session_hash, {})
+        asks = zip(TABS, asks, strict=True)
+        self.wanted[request.session_hash] = {tab: max(ask, before.get(tab, 0)) for tab, ask in asks}
         if len(self.wanted) > MAX_SESSIONS:
             del self.wanted[next(iter(self.wanted))]
 
     def leave(self, request: gr.Request) -> None:
         """End all that is drawn for a window that was closed."""
-        for session, tab in list(self.wanted):
-            if session == request.session_hash:
-                self.wanted[session, tab] = float("inf")
+        self.want(request, *[float("inf")] * len(TABS))
 
     def checker(self, tab: str, request: gr.Request, ask: float) -> Callable[[], None]:
         """A function that raises `Stopped` as soon as request `ask` is out of date."""
-        key = (request.session_hash, tab)
 
         def check() -> None:
-            if self.wanted.get(key, 0) > ask:
+            if self.wanted.get(request.session_hash, {}).get(tab, 0) > ask:
                 raise Stopped
 
         return check
 
-    # ---- Pictures ----
+    # Pictures
 
     def new_folder(self) -> Path:
         folder = self.folder / uuid.uuid4().hex
@@ -234,9 +203,8 @@ class Page:
         return folder
 
     def read_job(self, *values) -> Job:
-        *values, is_joint = values
-        named = dict(zip(LABELS, values, strict=True))
-        if is_joint:
+        named = dict(zip((*LABELS, "is_joint"), values, strict=True))
+        if named.pop("is_joint"):
             named["au_guidance_scale"] = None
         return make_screen_job(self.studio, **named)
 
@@ -246,85 +214,69 @@ class Page:
         said = f"<b>{html.escape(job.aus or 'as the prompt says')}</b> · seed {job.seed}"
         remarks = "".join(f"<p role='status'>{html.escape(remark)}</p>" for remark in self.studio.remarks(job))
         picture = gr.Image(shown.path, alt_text=f"{job.prompt}, with the expression {job.aus}", visible=True)
-        code = [self.studio.python(job), self.studio.command(job)]
         hidden = [gr.ImageSlider(visible=False), gr.Gallery(visible=False)]
-        cards = [picture, *hidden, said, remarks, gr.DownloadButton(value=shown.path), *code]
-        return [*cards, COMPARE, shown, shown.ticket, list(shown.values)]
+        cards = [picture, *hidden, said, remarks, gr.DownloadButton(value=shown.path)]
+        cards += [self.studio.python(job), self.studio.command(job), COMPARE]
+        return [*cards, shown, json.dumps(shown.values), list(shown.values)]
 
     def show_new(self, shown: Shown, history: list[Shown]) -> list:
         """The cards of a picture, and the history and the strip that begin with it."""
         history = [shown, *(old for old in history if old.path != shown.path)][:STRIP_LENGTH]
         return [*self.show(shown), history, [(old.path, old.job.aus or "") for old in history]]
 
-    def draw_file(self, job: Job, check: Callable[[], None] = lambda: None, folder: Path | None = None) -> str:
+    def return_to(self, shown: Shown, history: list[Shown]) -> list:
+        """The controls of a picture, and its cards."""
+        cards = [*self.show(shown), gr.skip(), gr.skip()] if shown in history else self.show_new(shown, history)
+        return [*shown.values, shown.job.aus or "neutral", *cards]
+
+    def draw_file(self, job: Job, check: Callable[[], None] = lambda: None) -> str:
         """Draw `job` into a file, saying how far it is, until `check` raises an error."""
-
-        def on_step(step: int) -> None:
-            check()
-            PROGRESS((step, job.num_inference_steps), desc="Drawing", unit="steps")
-
         PROGRESS(0, desc="Waiting for the model")
-        path = (folder or self.new_folder()) / file_name(job)
-        self.studio.write(self.studio.draw(job, on_step), path, asdict(job))
+        path = self.new_folder() / file_name(job)
+        picture = self.studio.draw(job, _progress(check, job.num_inference_steps))
+        self.studio.write(picture, path, asdict(job))
         return str(path)
 
+    @answered
     def draw(self, request: gr.Request, ask: float, history: list, *values):
-        with messages():
-            job = self.read_job(*values)
-            try:
-                path = self.draw_file(job, self.checker("face", request, ask))
-            except Stopped:
-                return gr.skip()
+        job = self.read_job(*values)
+        path = self.draw_file(job, self.checker("face", request, ask))
         return self.show_new(Shown(path, job, values), history)
 
+    @answered
     def draw_four(self, request: gr.Request, ask: float, *values):
         """The same words with four seeds, to choose from."""
-        check = self.checker("face", request, ask)
-        with messages():
-            job, choices = self.read_job(*values), []
-            seeds = [job.seed, *random.sample(range(100_000), NUM_CHOICES - 1)]
-            index = list(LABELS).index("seed")
-            try:
-                for seed in seeds:
-                    own = (*values[:index], seed, *values[index + 1 :])
-                    one = replace(job, seed=seed)
-                    choices.append(Shown(self.draw_file(one, check), one, own))
-            except Stopped:
-                return gr.skip()
+        check, job, choices = self.checker("face", request, ask), self.read_job(*values), []
+        index = list(LABELS).index("seed")
+        for seed in [job.seed, *random.sample(range(100_000), NUM_CHOICES - 1)]:
+            one = replace(job, seed=seed)
+            choices.append(Shown(self.draw_file(one, check), one, (*values[:index], seed, *values[index + 1 :])))
         pictures = [(choice.path, f"seed {choice.job.seed}") for choice in choices]
         return [gr.Image(visible=False), gr.ImageSlider(visible=False), gr.Gallery(pictures, visible=True), choices]
 
+    @answered
     def compare(self, request: gr.Request, ask: float, shown: Shown | None, label: str):
         """The picture beside the neutral face of the same person, or again the picture alone."""
         if label == BACK:
             return [gr.Image(visible=True), gr.ImageSlider(visible=False), COMPARE]
-        with messages():
-            if shown is None:
-                raise ValueError("There is no picture to compare. Draw one first.")
-            try:
-                neutral = self.draw_file(replace(shown.job, aus="neutral"), self.checker("face", request, ask))
-            except Stopped:
-                return gr.skip()
+        if shown is None:
+            raise ValueError("There is no picture to compare. Draw one first.")
+        neutral = self.draw_file(replace(shown.job, aus="neutral"), self.checker("face", request, ask))
         return [gr.Image(visible=False), gr.ImageSlider((neutral, shown.path), visible=True), BACK]
 
     def look_back(self, entries: list[Shown], history: list[Shown], event: gr.SelectData) -> list:
-        """A picture of the strip or of four people, with the controls as they stood when it was drawn."""
+        """A picture of the strip or of four seeds, with the controls as they were when it was drawn."""
         return self.return_to(entries[event.index], history)
 
-    def return_to(self, shown: Shown, history: list[Shown]) -> list:
-        is_old = shown in history
-        cards = [*self.show(shown), gr.skip(), gr.skip()] if is_old else self.show_new(shown, history)
-        return [*shown.values, shown.job.aus or "neutral", *cards]
-
+    @answered
     def open_picture(self, upload: str, history: list[Shown]) -> list:
-        """A PNG of ours, with the controls as they stood."""
-        with messages():
-            job = read_picture(Path(upload), self.studio)
+        """A PNG of ours, with its controls."""
+        job = read_picture(Path(upload), self.studio)
         return self.return_to(Shown(upload, job, tuple(control_values(self.studio, job))), history)
 
     def open(self, request: gr.Request, kept: list | None):
         """
-        The controls as the link says, or else as they stood when the page was left, or else as on a new page; and the
+        The controls as the link says, or else as they were when the page was left, or else as on a new page; and the
         picture, if it is there already, or else a request for it.
         """
         job = first_job(self.studio)
@@ -337,127 +289,104 @@ class Page:
         except (ValueError, TypeError) as error:
             gr.Warning(html.escape(f"{error} The page begins anew."))
         values = tuple(control_values(self.studio, job))
-        state = [*values, job.aus or "neutral"]
         if self.first_picture is None or job != first_job(self.studio):
-            return [*state, *[gr.skip()] * NUM_SHOWN, int(self.studio.is_quick)]
+            return [*values, job.aus or "neutral", *[gr.skip()] * NUM_SHOWN, int(self.studio.is_quick)]
         path = self.new_folder() / file_name(job)
         self.studio.write(self.first_picture, path, asdict(job))
-        return [*state, *self.show_new(Shown(str(path), job, values), []), 0]
+        return [*self.return_to(Shown(str(path), job, values), []), 0]
 
     def draw_presets(self) -> Iterator[dict]:
-        """Small pictures of the presets, drawn once while nobody else wants the model."""
+        """Small pictures of the presets, which are drawn once and kept."""
         if not self.studio.is_quick:
             return
-        yield gr.HTML(pictures=json.dumps(self.thumbnails))
-        for count, (name, preset) in enumerate(available_presets(self.studio.au_names).items(), start=1):
-            if name in self.thumbnails:
-                continue
-            picture = self.studio.draw(replace(self.studio.defaults, aus=format_aus(preset, self.studio.au_names)))
-            picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-            data = io.BytesIO()
-            picture.save(data, "WEBP", quality=80)
-            self.thumbnails[name] = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
+        names = self.studio.au_names
+        for count, (name, preset) in enumerate(available_presets(names).items()):
             if count % 7 == 0:
                 yield gr.HTML(pictures=json.dumps(self.thumbnails))
+            if name not in self.thumbnails:
+                picture = self.studio.draw(replace(self.studio.defaults, aus=format_aus(preset, names)))
+                picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+                data = io.BytesIO()
+                picture.save(data, "WEBP", quality=80)
+                self.thumbnails[name] = f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"
         yield gr.HTML(pictures=json.dumps(self.thumbnails))
 
-    # ---- Controls ----
+    # Controls
 
+    @answered
     def read_expression(self, text: str) -> str:
-        with messages():
-            return canonical(text, self.studio)
+        return canonical(text, self.studio)
 
+    @answered
     def other_expression(self, text: str) -> list[str]:
-        names = self.studio.au_names
-        others = [format_aus(preset, names) for preset in available_presets(names).values()]
-        with messages():
-            now = canonical(text, self.studio)
-        aus = random.choice([other for other in others if other != now])
-        return [aus, aus]
+        now, names = canonical(text, self.studio), self.studio.au_names
+        expressions = [format_aus(preset, names) for preset in available_presets(names).values()]
+        return [random.choice([aus for aus in expressions if aus != now])] * 2
 
     def other_person(self, prompt: str) -> list:
-        return list(other_person(prompt, self.studio))
+        """Another seed; for the toy model other words too, as its words say all but details of a person."""
+        seed = random.randrange(100_000)
+        if self.studio.is_toy:
+            from toy_faces.renderer import caption, sample_portrait
 
-    # ---- Photos ----
+            prompt = caption(sample_portrait(seed), seed)
+        return [prompt, seed]
 
+    # Photos
+
+    @answered
     def find_face(self, upload: str | None) -> list:
         """The box around the largest face, and what was found."""
-        if upload is None:
-            return [*[None] * len(BOX_SIDES), ""]
-        with messages():
+        faces, note = [], ""
+        if upload is not None:
             picture = open_photo(upload)
-        if not has_detector():
-            return [*[None] * len(BOX_SIDES), f"<p>Drag over the face. {NO_DETECTOR}</p>"]
-        faces = find_faces(picture)
-        if not faces:
-            return [*[None] * len(BOX_SIDES), "<p>No face is found. Drag over it.</p>"]
-        many = (
-            f"{len(faces)} faces are found; this is the largest. Drag over another, or" if len(faces) > 1 else "Drag"
-        )
-        return [*faces[0], f"<p>{many} over the face if the oval does not fit.</p>"]
+            faces = find_faces(picture) if has_detector() else []
+            note = "No face is found. Drag over it." if has_detector() else f"Drag over the face. {NO_DETECTOR}"
+        if faces:
+            several = f"{len(faces)} faces are found; this is the largest. Drag over another, or"
+            note = f"{several if len(faces) > 1 else 'Drag'} over the face if the oval does not fit."
+        return [*(faces[0] if faces else [None] * len(BOX_SIDES)), note and f"<p>{note}</p>"]
 
+    @answered
     def edit(self, request: gr.Request, ask: float, upload: str | None, strength: float | None, *values):
-        check = self.checker("photo", request, ask)
         box, values = values[: len(BOX_SIDES)], values[len(BOX_SIDES) :]
-        with messages():
-            if upload is None:
-                raise ValueError("Choose a photo first.")
-            if strength is None or not 0 < strength <= 1:
-                raise ValueError(f"`Change` has to be above 0 and up to 1, but is {strength}.")
-            job, photo = self.read_job(*values), open_photo(upload)
-            box = check_box(box, photo.size, "Left, Top, Right, Bottom")
+        if upload is None:
+            raise ValueError("Choose a photo first.")
+        if strength is None or not 0 < strength <= 1:
+            raise ValueError(f"`Change` has to be above 0 and up to 1, but is {strength}.")
+        job, photo = self.read_job(*values), open_photo(upload)
+        box = check_box(box, photo.size, "Left, Top, Right, Bottom")
+        on_step = _progress(self.checker("photo", request, ask), job.num_inference_steps)
+        edited, folder = self.studio.edit(photo, box, job, strength, on_step), self.new_folder()
+        before, after = folder / "before.png", folder / f"{Path(upload).stem[:60]}-edited.png"
+        photo.save(before, compress_level=1)
+        about = asdict(job) | {"picture": Path(upload).name, "strength": strength, "box": list(box)}
+        self.studio.write(edited, after, about)
+        slider = gr.ImageSlider((str(before), str(after)), visible=True)
+        return [slider, gr.DownloadButton(value=str(after), interactive=True)]
 
-            def on_step(step: int) -> None:
-                check()
-                PROGRESS((step, job.num_inference_steps), desc="Drawing", unit="steps")
+    # Sweeps and tables
 
-            try:
-                edited = self.studio.edit(photo, box, job, strength, on_step)
-            except Stopped:
-                return gr.skip()
-            folder = self.new_folder()
-            before, after = folder / "before.png", folder / f"{Path(upload).stem[:60]}-edited.png"
-            photo.save(before, compress_level=1)
-            about = asdict(job) | {"picture": Path(upload).name, "strength": strength, "box": list(box)}
-            self.studio.write(edited, after, about)
-        return [
-            gr.ImageSlider((str(before), str(after)), visible=True),
-            gr.DownloadButton(value=str(after), interactive=True),
-        ]
-
-    # ---- Sweeps and tables ----
-
-    def write_sweep(
-        self, sweep: Sweep | Change, on_picture: Callable[[int], None] = lambda count: None
-    ) -> tuple[Path, Path]:
+    def write_sweep(self, sweep: Sweep, on_picture: Callable[[int], None] = lambda count: None) -> tuple[str, str]:
         """Draw a sweep, and write its animation and its labelled strip."""
         pictures, sheet, shown = self.studio.sweep(sweep, on_picture)
-        folder, stem = self.new_folder(), f"sweep-{sweep.base.seed}"
+        folder, stem = self.new_folder(), f"sweep-{sweep.job.seed}"
         gif, strip = folder / f"{stem}.gif", folder / f"{stem}.png"
         write_gif(pictures, gif, self.studio.metadata(shown))
         self.studio.write(sheet, strip, shown)
-        return gif, strip
+        return str(gif), str(strip)
 
-    def draw_sweep(self, request: gr.Request, ask: float, kind, au, first, last, start, end, count, *values):
-        check = self.checker("sweep", request, ask)
-
-        def say(done: int) -> None:
-            check()
-            PROGRESS((done, sweep.count), desc="Drawing", unit="pictures")
-
-        with messages():
-            job = self.read_job(*values)
-            sweep = read_sweep(job, self.studio, kind, au, first, last, start, end, count)
-            try:
-                paths = self.write_sweep(sweep, say)
-            except Stopped:
-                return gr.skip()
+    @answered
+    def draw_sweep(self, request: gr.Request, ask: float, *values):
+        job = self.read_job(*values[7:])
+        sweep = read_sweep(job, self.studio, *values[:7])
+        paths = self.write_sweep(sweep, _progress(self.checker("sweep", request, ask), sweep.count, "pictures"))
         alt_text = f"{job.prompt}, {sweep.title}"
-        images = [gr.Image(str(path), alt_text=alt_text, visible=True) for path in paths]
-        downloads = [gr.DownloadButton(value=str(path), interactive=True) for path in paths]
+        images = [gr.Image(path, alt_text=alt_text, visible=True) for path in paths]
+        downloads = [gr.DownloadButton(value=path, interactive=True) for path in paths]
         return [*images, *downloads, gr.Code(self.studio.sweep_command(sweep), visible=True)]
 
-    def read_table(self, upload: str | None, *values) -> list:
+    def read_table(self, upload: str | None) -> list:
         """The expressions of a table, as soon as it is there, and what was found."""
         if upload is None:
             return [None, ""]
@@ -466,26 +395,23 @@ class Page:
             jobs, remarks = read_expressions(Path(upload), job, self.studio.au_names)
         except (ValueError, OSError) as error:
             return [None, f"<p class='problem'>{html.escape(' '.join(str(error).split()))}</p>"]
-        note = " ".join([f"{len(jobs)} expressions.", *remarks])
-        expressions = {name: job.aus for name, job in jobs.items()}
-        return [(Path(upload).name, expressions), f"<p>{html.escape(note)}</p>"]
+        note = html.escape(" ".join([f"{len(jobs)} expressions.", *remarks]))
+        return [(Path(upload).name, {name: job.aus for name, job in jobs.items()}), f"<p>{note}</p>"]
 
     def draw_table(self, request: gr.Request, ask: float, table: tuple | None, *values) -> Iterator[list]:
         """Each picture as soon as it is there, and then the zip."""
-        check = self.checker("table", request, ask)
         with messages():
             if table is None:
                 raise ValueError("Choose a table first: CSV, TSV, JSON or JSON Lines.")
-            base = self.read_job(*values)
-            name, expressions = table
-            jobs = {name: replace(base, aus=aus) for name, aus in expressions.items()}
+            base, (table_name, expressions) = self.read_job(*values), table
             folder, drawn = self.new_folder(), {}
-            for name, job in jobs.items():
-                PROGRESS((len(drawn), len(jobs)), desc="Drawing", unit="pictures")
+            on_picture = _progress(self.checker("table", request, ask), len(expressions), "pictures")
+            for name, aus in expressions.items():
+                job = replace(base, aus=aus)
                 try:
-                    picture = self.studio.draw(job, lambda step: check())
+                    picture = self.studio.draw(job, lambda step: on_picture(len(drawn)))
                 except Stopped:
-                    gr.Info(f"Stopped after {len(drawn)} of {len(jobs)} pictures.")
+                    gr.Info(f"Stopped after {len(drawn)} of {len(expressions)} pictures.")
                     break
                 self.studio.write(picture, folder / name, asdict(job))
                 drawn[name] = job
@@ -494,95 +420,49 @@ class Page:
                 return
             archive = folder / "faces.zip"
             write_zip(archive, folder, drawn, self.studio.au_names)
-        command = gr.Code(self.studio.table_command(table[0], base), visible=True)
+        command = gr.Code(self.studio.table_command(table_name, base), visible=True)
         yield [gr.skip(), gr.DownloadButton(value=str(archive), interactive=True), command]
 
-    # ---- For programs ----
+    # For programs
 
-    def api_draw(
-        self,
-        prompt: str,
-        aus: str,
-        seed: int,
-        negative_prompt: str,
-        num_inference_steps: int,
-        guidance_scale: float,
-        au_guidance_scale: float,
-        au_scale: float,
-        one_guidance: bool,
-    ):
+    def api_draw(self, *values):
         """Draw one face, and return it as a PNG file that says how it was made."""
-        values = (prompt, aus, seed, negative_prompt, num_inference_steps, guidance_scale, au_guidance_scale, au_scale)
-        with messages():
-            return self.draw_file(self.read_job(*values, one_guidance))
+        return self.draw_file(self.read_job(*values))
 
-    def api_sweep(
-        self,
-        au: str,
-        first: float,
-        last: float,
-        count: int,
-        prompt: str,
-        aus: str,
-        seed: int,
-        negative_prompt: str,
-        num_inference_steps: int,
-        guidance_scale: float,
-        au_guidance_scale: float,
-        au_scale: float,
-        one_guidance: bool,
-    ):
+    def api_sweep(self, au, first, last, count, *values):
         """Draw one AU going from `first` to `last`, and return an animation (GIF) and a labelled strip (PNG)."""
-        values = (prompt, aus, seed, negative_prompt, num_inference_steps, guidance_scale, au_guidance_scale, au_scale)
-        with messages():
-            job = self.read_job(*values, one_guidance)
-            sweep = read_sweep(job, self.studio, "One muscle", au, first, last, "", "", count)
-            return [str(path) for path in self.write_sweep(sweep)]
+        job = self.read_job(*values)
+        return self.write_sweep(read_sweep(job, self.studio, ONE_MUSCLE, au, first, last, "", "", count))
 
-    def api_table(
-        self,
-        table: str,
-        prompt: str,
-        aus: str,
-        seed: int,
-        negative_prompt: str,
-        num_inference_steps: int,
-        guidance_scale: float,
-        au_guidance_scale: float,
-        au_scale: float,
-        one_guidance: bool,
-    ):
+    def api_table(self, table, *values):
         """Draw a face for each row of a table of AUs (CSV, TSV, JSON, JSON Lines), and return a zip of them."""
-        values = (prompt, aus, seed, negative_prompt, num_inference_steps, guidance_scale, au_guidance_scale, au_scale)
-        with messages():
-            base = self.read_job(*values, one_guidance)
-            jobs, _ = read_expressions(Path(table), base, self.studio.au_names)
-            folder = self.new_folder()
-            for name, job in jobs.items():
-                self.studio.write(self.studio.draw(job), folder / name, asdict(job))
-            write_zip(folder / "faces.zip", folder, jobs, self.studio.au_names)
+        jobs, _ = read_expressions(Path(table), self.read_job(*values), self.studio.au_names)
+        folder = self.new_folder()
+        for name, job in jobs.items():
+            self.studio.write(self.studio.draw(job), folder / name, asdict(job))
+        write_zip(folder / "faces.zip", folder, jobs, self.studio.au_names)
         return str(folder / "faces.zip")
 
 
-# What `Page.show_new` gives.
+# The number of values that `Page.show_new` returns.
 NUM_SHOWN = 14
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Which control does what
-# --------------------------------------------------------------------------------------------------------------------
+def _progress(check: Callable[[], None], total: int, unit: str = "steps") -> Callable[[int], None]:
+    """A function that shows how many of `total` are done, unless `check` raises an error."""
+
+    def say(done: int) -> None:
+        check()
+        PROGRESS((done, total), desc="Drawing", unit=unit)
+
+    return say
 
 
-def connect(ui: SimpleNamespace, page: Page) -> None:
-    """Tell each control what it does."""
-    connect_requests(ui, page)
-    connect_controls(ui, page)
-    connect_pictures(ui, page)
-    connect_photo(ui, page)
+# ---- Which control does what --------------------------------------------------------------------------------------
 
 
-# One picture at a time, whoever asks: all of these wait in one queue. Everything else does not wait for pictures; it
-# stands in the queue as well, because only then its errors are shown.
+# All that draws waits in one queue, as the model draws one picture at a time. Everything else does not wait for
+# pictures; it is in a queue as well, because only then its errors are shown.
 MODEL = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
 AT_ONCE = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
 # In the browser alone.
@@ -590,33 +470,27 @@ LOCAL = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def connect_requests(ui: SimpleNamespace, page: Page) -> None:
-    """Whatever wants a picture counts up the request number of a tab; only this draws, and the last number wins."""
-    shown = [*ui.cards, ui.history, ui.strip]
+    """A wish for a picture gives a tab a new request number. Its change draws, and the last number wins."""
+    shown, photo = [*ui.cards, ui.history, ui.strip], [ui.photo, ui.strength, *ui.box]
     drawings = {
-        "face": (page.draw, [ui.history, *ui.controls], shown, ui.picture),
-        "photo": (
-            page.edit,
-            [ui.photo, ui.strength, *ui.box, *ui.controls],
-            [ui.edited, ui.download_photo],
-            ui.edited,
-        ),
-        "sweep": (page.draw_sweep, [*ui.sweep, *ui.controls], ui.swept, ui.swept[0]),
-        "table": (page.draw_table, [ui.expressions, *ui.controls], ui.tabled, ui.tabled[0]),
+        "face": (page.draw, [ui.history], shown, ui.picture),
+        "photo": (page.edit, photo, [ui.edited, ui.download_photo], ui.edited),
+        "sweep": (page.draw_sweep, ui.sweep, ui.swept, ui.swept[0]),
+        "table": (page.draw_table, [ui.expressions], ui.tabled, ui.tabled[0]),
     }
-    stops = {"face": ui.stop, "sweep": ui.stop_sweep, "table": ui.stop_table}
     for ask, (tab, (draw, inputs, outputs, progress_on)) in zip(ui.asks, drawings.items(), strict=True):
-        stop = _stopper(page, tab)
-        ask.change(stop, ask, None, **LOCAL)
-        ask.change(draw, [ask, *inputs], outputs, trigger_mode="always_last", show_progress_on=progress_on, **MODEL)
-        if tab in stops:
-            stops[tab].click(stop, ask, None, js="(ask) => ask + 0.5", **LOCAL)
-
-
-def _stopper(page: Page, tab: str) -> Callable:
-    def stop(request: gr.Request, ask: float) -> None:
-        page.stop(tab, request, ask)
-
-    return stop
+        inputs = [ask, *inputs, *ui.controls]
+        ask.change(page.want, ui.asks, None, **LOCAL)
+        ask.change(draw, inputs, outputs, trigger_mode="always_last", show_progress_on=progress_on, **MODEL)
+        ui.stops[tab].click(page.want, ui.asks, None, js=f"(...asks) => fineface.ask('{tab}', asks)", **LOCAL)
+    # These draw on the tab of the face without drawing the face anew, so they bring request numbers of their own.
+    four, compared = [ui.picture, ui.compared, ui.choice, ui.choices], [ui.picture, ui.compared, ui.compare]
+    for button, draw, inputs, outputs in (
+        (ui.four, page.draw_four, ui.controls, four),
+        (ui.compare, page.compare, [ui.shown, ui.compare], compared),
+    ):
+        own = {"js": "(_, ...values) => [fineface.next(), ...values]", "show_progress_on": ui.picture}
+        button.click(draw, [ui.asks[0], *inputs], outputs, **own, **MODEL)
 
 
 def connect_controls(ui: SimpleNamespace, page: Page) -> None:
@@ -626,9 +500,9 @@ def connect_controls(ui: SimpleNamespace, page: Page) -> None:
     touched = {"fn": None, "inputs": [ui.live, *ui.asks], "outputs": asked, "js": "fineface.touch", **LOCAL}
     of_face = {"fn": None, "inputs": ui.asks, "outputs": asked, "js": "fineface.drawFace", **LOCAL}
 
-    # Enter draws in every box.
-    boxes = [control for control in ui.controls if control not in (ui.aus, ui.together)]
-    gr.on([ui.draw.click, *(box.submit for box in boxes)], **by_hand)
+    # Enter draws in every box; that of the expression is read first.
+    typed = [control for control in (*ui.controls, *ui.sweep, *ui.box, ui.strength) if hasattr(control, "submit")]
+    gr.on([ui.draw.click, *(box.submit for box in typed if box is not ui.aus)], **by_hand)
     ui.aus.blur(page.read_expression, ui.aus, ui.face, **AT_ONCE)
     ui.aus.submit(page.read_expression, ui.aus, ui.face, **AT_ONCE).success(**by_hand)
     # In the browser, so that the text is never behind when a picture is asked for.
@@ -641,77 +515,60 @@ def connect_controls(ui: SimpleNamespace, page: Page) -> None:
     ui.tabs.change(None, None, ui.draw, js="fineface.openTab", **LOCAL)
 
     first = dict(zip([*LABELS, "together"], control_values(page.studio, first_job(page.studio)), strict=True))
-    names, defaults = json.dumps(list(first)), json.dumps(first)
-    gr.on(
-        [component.change for component in (*ui.controls, ui.drawn)],
-        None,
-        [*ui.controls, ui.drawn],
-        None,
-        js=f"(...values) => fineface.compare({names}, {defaults}, ...values)",
-        **LOCAL,
-    )
+    watched = [*ui.controls, ui.drawn]
+    js = f"(...values) => fineface.compare({json.dumps(list(first))}, {json.dumps(first)}, ...values)"
+    gr.on([component.change for component in watched], None, watched, None, js=js, **LOCAL)
 
 
-def connect_pictures(ui: SimpleNamespace, page: Page) -> None:
-    """What can be done with a picture that is there."""
-    face_ask = ui.asks[0]
+def connect_files(ui: SimpleNamespace, page: Page) -> None:
+    """Pictures that are there already, photos and tables, which do not wait for the model."""
     state = [*ui.controls, ui.face, *ui.cards, ui.history, ui.strip]
     ui.strip.select(page.look_back, [ui.history, ui.history], state, **AT_ONCE)
     ui.choice.select(page.look_back, [ui.choices, ui.history], state, **AT_ONCE)
     ui.open.upload(page.open_picture, [ui.open, ui.history], state, **AT_ONCE)
-    ui.four.click(
-        page.draw_four,
-        [face_ask, *ui.controls],
-        [ui.picture, ui.compared, ui.choice, ui.choices],
-        show_progress_on=ui.picture,
-        **MODEL,
-    )
-    ui.compare.click(
-        page.compare,
-        [face_ask, ui.shown, ui.compare],
-        [ui.picture, ui.compared, ui.compare],
-        show_progress_on=ui.picture,
-        **MODEL,
-    )
     ui.upload.change(page.read_table, ui.upload, [ui.expressions, ui.table_note], **AT_ONCE)
-    ui.kind.change(
-        lambda kind: [gr.Row(visible=kind == "One muscle"), gr.Row(visible=kind != "One muscle")],
-        ui.kind,
-        [ui.of_muscle, ui.of_expression],
-        **AT_ONCE,
-    )
-
-
-def connect_photo(ui: SimpleNamespace, page: Page) -> None:
     ui.photo.change(page.find_face, ui.photo, [*ui.box, ui.photo_note], **AT_ONCE)
     gr.on([box.change for box in ui.box], None, ui.box, None, js="fineface.showBox", **LOCAL)
 
+    def show_kind(kind: str) -> list:
+        return [gr.Row(visible=kind == ONE_MUSCLE), gr.Row(visible=kind != ONE_MUSCLE)]
+
+    ui.sweep[0].change(show_kind, ui.sweep[0], [ui.of_muscle, ui.of_expression], **AT_ONCE)
+
 
 def connect_api(ui: SimpleNamespace, page: Page) -> None:
-    """What programs may call. They send what stands in the controls, by name, and get files."""
-    public = MODEL | {"api_visibility": "public"}
-    # An event needs a control, and this one nobody can press.
+    """The functions for programs, which send the values of the controls, by name, and get files."""
+    # An event needs a control; this one is hidden.
     hidden = gr.Button(visible=False)
-    hidden.click(page.api_draw, ui.controls, ui.picture, api_name="draw", **public)
-    hidden.click(
-        page.api_sweep, [*ui.sweep[1:4], ui.sweep[-1], *ui.controls], ui.swept[:2], api_name="sweep", **public
-    )
-    hidden.click(page.api_table, [ui.upload, *ui.controls], ui.tabled[1], api_name="table", **public)
+    sweep, au = [*ui.sweep[1:4], ui.sweep[-1]], ("au", "first", "last", "count")
+    for name, own, draw, inputs, outputs, queue in (
+        ("draw", (), page.api_draw, [], ui.picture, "model"),
+        ("sweep", au, page.api_sweep, sweep, ui.swept[:2], "model"),
+        # A table is read outside the queue of the model; its pictures then take turns with all others.
+        ("table", ("table",), page.api_table, [ui.upload], ui.tabled[1], "tables"),
+    ):
+        options = MODEL | {"api_visibility": "public", "concurrency_id": queue, "api_name": name}
+        hidden.click(endpoint(draw, *own), [*inputs, *ui.controls], outputs, **options)
+
+
+def endpoint(draw: Callable, *own: str) -> Callable:
+    """`draw` with names for its arguments, under which programs send them: `own`, and those of the controls."""
+    names, kind = (*own, *LABELS, "one_guidance"), inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call = answered(draw)
+    call.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    return call
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The page. Nothing is drawn for it but, with a quick model, the first picture."""
-    with gr.Blocks(
-        title="FineFace", fill_width=True, analytics_enabled=False, delete_cache=(3600, KEEP_FILES_S)
-    ) as demo:
+    delete_cache = (3600, KEEP_FILES_S)
+    with gr.Blocks(title="FineFace", fill_width=True, analytics_enabled=False, delete_cache=delete_cache) as demo:
         ui, page = lay_out(studio, first_job(studio)), Page(studio, Path(demo.GRADIO_CACHE))
-        # First, as names are given away in this order.
-        connect_api(ui, page)
-        connect(ui, page)
+        # The API comes first, as names are given away in this order.
+        for connect in (connect_api, connect_requests, connect_controls, connect_files):
+            connect(ui, page)
         opened = [*ui.controls, ui.face, *ui.cards, ui.history, ui.strip, ui.asks[0]]
         demo.load(page.open, ui.kept, opened, **AT_ONCE)
-        demo.load(
-            page.draw_presets, None, ui.face, concurrency_limit=1, show_progress="hidden", api_visibility="private"
-        )
+        demo.load(page.draw_presets, None, ui.face, **AT_ONCE | {"concurrency_limit": 1})
         demo.unload(page.leave)
     return demo

@@ -203,10 +203,14 @@ window.fineface = (() => {
   const TABS = ["face", "photo", "sweep", "table"];
   const LABELS = { face: "Draw", photo: "Draw photo", sweep: "Draw sweep", table: "Draw table" };
   let opened = "face";
+  let last = 0;
 
-  /** Count up the request number of one tab. What is drawn for a lower number is out of date. */
+  /** A request number above all before it. What is drawn for a lower number of the same tab is out of date. */
+  const next = () => (last = Math.max(last + 1, Date.now()));
+
+  /** Give one tab a new request number. */
   function ask(tab, numbers) {
-    return numbers.map((number, i) => (TABS[i] === tab ? number + 1 : number));
+    return TABS.map((name, i) => (name === tab ? next() : numbers[i]));
   }
 
   const stay = { __type__: UPDATE };
@@ -307,5 +311,5 @@ window.fineface = (() => {
   }
   listenToPhoto();
 
-  return { face, draw, touch, drawFace, openTab, compare, showBox };
+  return { face, next, ask, draw, touch, drawFace, openTab, compare, showBox };
 })();

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 The presets and the sliders of a face, as one component of the page. Its value is an expression as `format_aus` writes
-it; what it does stands in `controls.js`.
+it; what it does is in `controls.js`.
 """
 
 import html
@@ -46,13 +46,11 @@ def face_controls(aus: str, au_names: Sequence[str]) -> gr.HTML:
     name, may follow as `pictures`, in JSON: of an object, the browser does not see that it has grown.
     """
     units = action_units_of(au_names)
-    parts = [
-        _part(title, [unit for unit in units if unit.region in regions], au_names)
-        for title, regions in FACE_PARTS.items()
-    ]
+    parts = {title: [unit for unit in units if unit.region in regions] for title, regions in FACE_PARTS.items()}
+    rows = "".join(_part(title, members, au_names) for title, members in parts.items())
     return gr.HTML(
         aus,
-        html_template=f'<div class="face">{_presets(au_names)}{_MIXER}{"".join(parts)}</div>',
+        html_template=f'<div class="face">{_presets(au_names)}{_MIXER}{rows}</div>',
         js_on_load=JS,
         apply_default_css=False,
         aus=[sides_of(unit, au_names) for unit in units],
@@ -87,21 +85,18 @@ _MIXER = (
 
 
 def _part(title: str, units: list[ActionUnit], au_names: Sequence[str]) -> str:
-    if not units:
-        return ""
     rows = "".join(_row(unit, sides_of(unit, au_names)) for unit in units)
-    return f'<section class="part"><h3>{title}</h3><div class="rows">{rows}</div></section>'
+    return f'<section class="part"><h3>{title}</h3><div class="rows">{rows}</div></section>' if rows else ""
 
 
 def _row(unit: ActionUnit, names: list[str]) -> str:
     """One AU; of an AU with sides, a slider for each, of which the second is hidden while they are linked."""
-    plain = plain_name(unit)
-    link = (
-        f'<button type="button" class="link" aria-pressed="true" title="Move both sides together"'
-        f' aria-label="{plain}: left and right together">L = R</button>'
-        if len(names) > 1
-        else ""
-    )
+    plain, link = plain_name(unit), ""
+    if len(names) > 1:
+        link = (
+            f'<button type="button" class="link" aria-pressed="true" title="Move both sides together"'
+            f' aria-label="{plain}: left and right together">L = R</button>'
+        )
     return (
         f'<div class="au" id="{unit.name}" data-names="{" ".join(names)}" title="{html.escape(unit.hint)}">'
         f'<div class="head"><span class="name">{plain} <small>{unit.name} · {unit.facs_name}</small></span>{link}'
@@ -112,9 +107,9 @@ def _row(unit: ActionUnit, names: list[str]) -> str:
 
 def _side(name: str, plain: str) -> str:
     side = {"L": "left", "R": "right"}.get(name[-1], "")
-    label = f"{plain}, {side}" if side else plain
+    label = f"{plain}, {side} ({name})" if side else f"{plain} ({name})"
     return (
         f'<div class="side {side}" data-name="{name}"><b aria-hidden="true">{side[:1].upper()}</b>'
-        f'<input type="range" min="0" max="5" step="0.1" aria-label="{label} ({name})">'
-        f'<input type="number" step="0.1" aria-label="{label} ({name}), as a number"></div>'
+        f'<input type="range" min="0" max="5" step="0.1" aria-label="{label}">'
+        f'<input type="number" step="0.1" aria-label="{label}, as a number"></div>'
     )

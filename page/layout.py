@@ -1,6 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What is on the page, in the order in which it stands there. What it does stands in `actions.py`."""
+"""Lays out the components of the page from top to bottom. Their actions are in `actions.py`."""
 
 import html
 from types import SimpleNamespace
@@ -26,7 +26,8 @@ LABELS = {
     "au_scale": "AU strength",
 }
 COMPARE, BACK = "Compare to neutral", "Back to the face"
-TABS = {"face": "Face", "photo": "Photo", "sweep": "Sweep", "table": "Table"}
+ONE_MUSCLE = "One muscle"
+TABS = ("face", "photo", "sweep", "table")
 BOX_SIDES = ("Left", "Top", "Right", "Bottom")
 EXAMPLE_PROMPTS = {
     "a man with a beard": "a closeup of a man with short black hair and a beard in the city",
@@ -34,37 +35,36 @@ EXAMPLE_PROMPTS = {
     "a boy at the beach": "a photo of a boy with short blond hair at the beach, wearing a yellow shirt",
     "a woman at sunset": "a portrait of a woman with long gray hair and dark skin at sunset",
 }
-IMAGE = {"type": "filepath", "interactive": False, "show_label": False, "buttons": ["fullscreen"]}
 
 
 def lay_out(studio: Studio, first: Job) -> SimpleNamespace:
-    """The components by name; `first` is what the controls say on a new page."""
-    ui = SimpleNamespace()
+    """The components by name; `first` gives the values of the controls on a new page."""
+    ui = SimpleNamespace(stops={})
+    about = "the small one that comes with this page and draws cartoon faces"
+    if not studio.is_toy:
+        about = " with ".join(filter(None, (studio.weights.model, studio.weights.adapter)))
     num_aus = len(action_units_of(studio.au_names))
-    gr.HTML(
-        f"<h1>FineFace</h1><p>Say who it is, and move {num_aus} muscles of the face. "
-        f"Model: {html.escape(describe_model(studio))}</p>",
-        elem_id="title",
-    )
-    add_words(ui, first)
+    title = f"Say who it is, and move {num_aus} muscles of the face. Model: {html.escape(about)}"
+    gr.HTML(f"<h1>FineFace</h1><p>{title}</p>", elem_id="title")
+    add_words(ui, studio, first)
     with gr.Row():
         with gr.Column(scale=5, min_width=300, elem_id="left"):
             with gr.Column(elem_id="stage"), gr.Tabs(selected="face") as ui.tabs:
-                with gr.Tab(TABS["face"], id="face", elem_id="face"):
+                with gr.Tab("Face", id="face", elem_id="face"):
                     add_pictures(ui)
-                with gr.Tab(TABS["photo"], id="photo", render_children=True):
+                with gr.Tab("Photo", id="photo", render_children=True):
                     add_photo(ui, studio)
-                with gr.Tab(TABS["sweep"], id="sweep", render_children=True):
+                with gr.Tab("Sweep", id="sweep", render_children=True):
                     add_sweep(ui, studio)
-                with gr.Tab(TABS["table"], id="table", render_children=True):
+                with gr.Tab("Table", id="table", render_children=True):
                     add_table(ui)
             with gr.Column(elem_id="tools"):
                 add_tools(ui)
         with gr.Column(scale=7, min_width=300, elem_id="right"):
             ui.face = face_controls(first.aus, studio.au_names)
-            ui.live = gr.Checkbox(
-                studio.is_quick, label="Draw at once when a slider or a preset is chosen", elem_id="live"
-            )
+            slow = None if studio.is_quick else "Off: this model takes long here. Press Draw for a picture."
+            label = "Draw at once when a slider or a preset is chosen"
+            ui.live = gr.Checkbox(studio.is_quick, label=label, info=slow, elem_id="live")
             with gr.Accordion("Settings", open=False):
                 add_settings(ui, first)
     # As `Page.read_job` takes them.
@@ -75,29 +75,44 @@ def lay_out(studio: Studio, first: Job) -> SimpleNamespace:
     return ui
 
 
-def describe_model(studio: Studio) -> str:
-    if studio.is_toy:
-        return "the small one that comes with this page and draws cartoon faces"
-    return studio.weights.model + (f" with {studio.weights.adapter}" if studio.weights.adapter else "")
+def small_button(label: str, elem_id: str, min_width: int = 110) -> gr.Button:
+    return gr.Button(label, size="sm", elem_id=elem_id, min_width=min_width)
 
 
-def add_words(ui: SimpleNamespace, first: Job) -> None:
+def download_button(label: str, elem_id: str, interactive: bool = False) -> gr.DownloadButton:
+    return gr.DownloadButton(label, size="sm", interactive=interactive, elem_id=elem_id, min_width=110)
+
+
+def shown_image(label: str, elem_id: str, **options) -> gr.Image:
+    fixed = {"type": "filepath", "interactive": False, "show_label": False, "buttons": ["fullscreen"]}
+    return gr.Image(label=label, elem_id=elem_id, **fixed, **options)
+
+
+def before_and_after(label: str, elem_id: str, **options) -> gr.ImageSlider:
+    fixed = {"type": "filepath", "interactive": False, "visible": False}
+    return gr.ImageSlider(label=label, elem_id=elem_id, **fixed, **options)
+
+
+def gallery(label: str, **options) -> gr.Gallery:
+    return gr.Gallery(label=label, height="auto", interactive=False, buttons=[], **options)
+
+
+def code_box(label: str, language: str, visible: bool = True) -> gr.Code:
+    options = {"interactive": False, "show_line_numbers": False, "wrap_lines": True}
+    return gr.Code(label=label, language=language, visible=visible, **options)
+
+
+def add_words(ui: SimpleNamespace, studio: Studio, first: Job) -> None:
     with gr.Row(elem_id="words", equal_height=True):
-        ui.prompt = gr.Textbox(
-            first.prompt, label=LABELS["prompt"], lines=1, max_lines=4, scale=5, min_width=280, elem_id="prompt"
-        )
-        ui.aus = gr.Textbox(
-            first.aus,
-            label=LABELS["aus"],
-            placeholder="6C+12D, AU12=2.5, happy@0.5 + AU4=2",
-            scale=3,
-            min_width=200,
-            elem_id="aus",
-        )
+        sizes = {"lines": 1, "max_lines": 4, "scale": 5, "min_width": 280}
+        ui.prompt = gr.Textbox(first.prompt, label=LABELS["prompt"], elem_id="prompt", **sizes)
+        example, sizes = "6C+12D, AU12=2.5, happy@0.5 + AU4=2", {"scale": 3, "min_width": 200}
+        ui.aus = gr.Textbox(first.aus, label=LABELS["aus"], placeholder=example, elem_id="aus", **sizes)
         ui.seed = gr.Number(first.seed, label=LABELS["seed"], precision=0, scale=1, min_width=100, elem_id="seed")
         with gr.Column(scale=1, min_width=170):
             ui.draw = gr.Button("Draw", variant="primary", elem_id="draw")
-            ui.other_person = gr.Button("Another person", size="sm", elem_id="other-person")
+            # Only of the toy model it is known which words make another person.
+            ui.other_person = small_button("Another person" if studio.is_toy else "Another seed", "other-person")
     ui.remarks = gr.HTML(elem_id="remarks")
     ui.examples = gr.Dataset(
         components=["textbox"],
@@ -112,56 +127,31 @@ def add_words(ui: SimpleNamespace, first: Job) -> None:
     # What the controls said when the picture was drawn, as JSON.
     ui.drawn = gr.Textbox("", visible="hidden")
     ui.kept = gr.BrowserState(None, storage_key="fineface", secret="fineface")
-    ui.shown = gr.State(None)
+    ui.shown, ui.history, ui.choices = gr.State(None), gr.State([]), gr.State([])
 
 
 def add_pictures(ui: SimpleNamespace) -> None:
-    ui.picture = gr.Image(label="Picture", elem_id="picture", **IMAGE)
-    ui.compared = gr.ImageSlider(
-        label="Neutral and now",
-        type="filepath",
-        interactive=False,
-        visible=False,
-        show_label=False,
-        buttons=[],
-        elem_id="compare",
-    )
-    ui.choice = gallery("Choose one of four people", columns=2, visible=False, elem_id="choice")
-    ui.choices = gr.State([])
+    ui.picture = shown_image("Picture", "picture")
+    ui.compared = before_and_after("Neutral and now", "compare", show_label=False, buttons=[])
+    ui.choice = gallery("Choose one of four seeds", columns=2, visible=False, elem_id="choice", allow_preview=False)
     ui.said = gr.HTML(elem_id="said", html_template='<div role="status" aria-live="polite">${value}</div>')
 
 
-def gallery(label: str, **options) -> gr.Gallery:
-    return gr.Gallery(label=label, height="auto", allow_preview=False, interactive=False, buttons=[], **options)
-
-
 def add_tools(ui: SimpleNamespace) -> None:
-    """What can be done with the picture, and the pictures before it."""
-    ui.history = gr.State([])
+    """Buttons for the picture, and the pictures before it."""
     with gr.Row():
-        ui.other_expression = gr.Button("Other expression", size="sm", elem_id="other-expression", min_width=140)
-        ui.compare = gr.Button(COMPARE, size="sm", elem_id="compare-button", min_width=150)
-        ui.four = gr.Button("Four people", size="sm", elem_id="four", min_width=100)
+        ui.other_expression = small_button("Other expression", "other-expression", 140)
+        ui.compare = small_button(COMPARE, "compare-button", 150)
+        ui.four = small_button("Four seeds", "four", 100)
     with gr.Row():
-        ui.download = gr.DownloadButton("Download PNG", size="sm", elem_id="download", min_width=110)
+        ui.download = download_button("Download PNG", "download", interactive=True)
         ui.open = gr.UploadButton("Open a PNG", size="sm", file_types=[".png"], elem_id="open", min_width=130)
-        ui.stop = gr.Button("Stop", size="sm", elem_id="stop", min_width=70)
-    ui.strip = gallery(
-        "Last pictures: choose one to go back to it",
-        columns=6,
-        fit_columns=False,
-        object_fit="cover",
-        elem_id="strip",
-        elem_classes="strip",
-    )
+        ui.stops["face"] = small_button("Stop", "stop", 70)
+    look = {"columns": 6, "fit_columns": False, "object_fit": "cover", "elem_id": "strip", "elem_classes": "strip"}
+    ui.strip = gallery("Last pictures: choose one to go back to it", allow_preview=False, **look)
     with gr.Accordion("The same picture from code", open=False):
         ui.python = code_box("Python", "python")
         ui.command = code_box("Command line", "shell")
-
-
-def code_box(label: str, language: str, visible: bool = True) -> gr.Code:
-    options = {"interactive": False, "show_line_numbers": False, "wrap_lines": True}
-    return gr.Code(label=label, language=language, visible=visible, **options)
 
 
 def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
@@ -170,17 +160,9 @@ def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
         "Another expression on a face: only what is inside the oval changes. Say in the prompt who is in the photo."
         + (" The model of this page draws cartoons; photographs need other weights." if studio.is_toy else "")
     )
-    ui.edited = gr.ImageSlider(
-        label="Before and after",
-        type="filepath",
-        interactive=False,
-        visible=False,
-        buttons=["fullscreen"],
-        elem_id="edited",
-    )
-    ui.photo = gr.Image(
-        label="Photo", type="filepath", sources=["upload", "clipboard"], elem_id="photo", buttons=[], height=None
-    )
+    ui.edited = before_and_after("Before and after", "edited", buttons=["fullscreen"])
+    sources = ["upload", "clipboard"]
+    ui.photo = gr.Image(label="Photo", type="filepath", sources=sources, elem_id="photo", buttons=[], height=None)
     how = "The face is found; or drag over it." if has_detector() else f"Drag over the face. {NO_DETECTOR}"
     ui.photo_note = gr.HTML(f"<p>{how}</p>", elem_id="photo-note")
     with gr.Row():
@@ -188,34 +170,38 @@ def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
             gr.Number(label=side, precision=0, min_width=70, elem_id=f"box-{side.lower()}") for side in BOX_SIDES
         ]
         ui.strength = gr.Number(0.8, label="Change", step=0.05, min_width=80, elem_id="strength")
-    ui.photo_inputs = [ui.photo, ui.strength, *ui.box]
-    ui.download_photo = gr.DownloadButton("Download the photo", size="sm", interactive=False, elem_id="download-photo")
+    with gr.Row():
+        ui.download_photo = download_button("Download the photo", "download-photo")
+        ui.stops["photo"] = small_button("Stop", "stop-photo", 70)
 
 
 def add_sweep(ui: SimpleNamespace, studio: Studio) -> None:
     gr.Markdown("The face moves; the person stays.")
-    ui.kind = gr.Radio(["One muscle", "Into another expression"], value="One muscle", show_label=False)
+    kind = gr.Radio([ONE_MUSCLE, "Into another expression"], value=ONE_MUSCLE, show_label=False)
+    aus = {
+        name: f"{plain_name(unit)} · {name}"
+        for unit in action_units_of(studio.au_names)
+        for name in (unit.name, *sides_of(unit, studio.au_names))
+    }
     with gr.Row() as ui.of_muscle:
-        aus = [
-            (f"{plain_name(unit)} · {name}", name)
-            for unit in action_units_of(studio.au_names)
-            for name in dict.fromkeys([unit.name, *sides_of(unit, studio.au_names)])
-        ]
-        au = gr.Dropdown(aus, value="AU12" if "AU12" in dict(map(reversed, aus)) else aus[0][1], label="Muscle")
+        choices = [(label, name) for name, label in aus.items()]
+        au = gr.Dropdown(choices, value="AU12" if "AU12" in aus else next(iter(aus)), label="Muscle")
         first = gr.Number(0, label="From", step=0.5, min_width=80, elem_id="sweep-from")
         last = gr.Number(5, label="To", step=0.5, min_width=80, elem_id="sweep-to")
     with gr.Row(visible=False) as ui.of_expression:
         start = gr.Textbox("neutral", label="From", elem_id="change-from", min_width=120)
         end = gr.Textbox(label="To", placeholder="the expression above", elem_id="change-to", min_width=120)
     count = gr.Number(6, label="Pictures", precision=0, elem_id="sweep-count")
-    ui.sweep = [ui.kind, au, first, last, start, end, count]
-    gif = gr.Image(label="Animation", elem_id="sweep-gif", **IMAGE)
-    strip = gr.Image(label="Strip", elem_id="sweep-strip", visible="hidden", **IMAGE)
+    # As `read_sweep` takes them.
+    ui.sweep = [kind, au, first, last, start, end, count]
+    images = [shown_image("Animation", "sweep-gif"), shown_image("Strip", "sweep-strip", visible="hidden")]
     with gr.Row():
-        download_gif = gr.DownloadButton("Download GIF", size="sm", elem_id="download-gif", interactive=False)
-        download_strip = gr.DownloadButton("Download strip", size="sm", elem_id="download-strip", interactive=False)
-        ui.stop_sweep = gr.Button("Stop", size="sm", min_width=70)
-    ui.swept = [gif, strip, download_gif, download_strip, code_box("Command line", "shell", visible=False)]
+        downloads = [
+            download_button("Download GIF", "download-gif"),
+            download_button("Download strip", "download-strip"),
+        ]
+        ui.stops["sweep"] = small_button("Stop", "stop-sweep", 70)
+    ui.swept = [*images, *downloads, code_box("Command line", "shell", visible=False)]
 
 
 def add_table(ui: SimpleNamespace) -> None:
@@ -224,35 +210,29 @@ def add_table(ui: SimpleNamespace) -> None:
         "A picture of this person for each row of a table: a column `aus` (`6C+12D`, `doubtful@0.5`, …), columns "
         f"`AU1`, `AU2`, …, or what OpenFace, LibreFace, py-feat, ARKit or MediaPipe write. At most {MAX_ROWS} rows."
     )
-    ui.upload = gr.File(
-        label="CSV, TSV, JSON or JSON Lines", file_types=[".csv", ".tsv", ".jsonl", ".json"], height=150
-    )
+    types = [".csv", ".tsv", ".jsonl", ".json"]
+    ui.upload = gr.File(label="CSV, TSV, JSON or JSON Lines", file_types=types, height=150)
     ui.table_note = gr.HTML(elem_id="table-note", html_template='<div role="status">${value}</div>')
     ui.expressions = gr.State(None)
-    pictures = gr.Gallery(label="Pictures", height="auto", interactive=False, buttons=[], elem_classes="strip")
+    pictures = gallery("Pictures", elem_classes="strip")
     with gr.Row():
-        download = gr.DownloadButton("Download zip", size="sm", interactive=False, elem_id="download-zip")
-        ui.stop_table = gr.Button("Stop", size="sm", min_width=70, elem_id="stop-table")
+        download = download_button("Download zip", "download-zip")
+        ui.stops["table"] = small_button("Stop", "stop-table", 70)
     ui.tabled = [pictures, download, code_box("Command line", "shell", visible=False)]
 
 
 def add_settings(ui: SimpleNamespace, first: Job) -> None:
-    """What is rarely changed, in the order of `LABELS`."""
-
-    def number(name: str, value: float, step: float, info: str, precision: int | None = None) -> gr.Number:
-        return gr.Number(
-            value, label=LABELS[name], info=info, step=step, precision=precision, min_width=130, elem_id=name
-        )
-
+    """Controls that are rarely changed, in the order of `LABELS`."""
     is_joint = first.au_guidance_scale is None
     au_guidance_scale = first.guidance_scale if is_joint else first.au_guidance_scale
-    negative_prompt = gr.Textbox(label=LABELS["negative_prompt"], placeholder="glasses", elem_id="negative_prompt")
+    ui.settings = [gr.Textbox(label=LABELS["negative_prompt"], placeholder="glasses", elem_id="negative_prompt")]
     with gr.Row():
-        numbers = [
-            number("num_inference_steps", first.num_inference_steps, 1, "more is slower", precision=0),
-            number("guidance_scale", first.guidance_scale, 0.5, "how closely to follow the prompt"),
-            number("au_guidance_scale", au_guidance_scale, 0.5, "how closely to follow the sliders"),
-            number("au_scale", first.au_scale, 0.1, "how strongly the AUs are added; 0 is off"),
-        ]
+        for name, value, step, info in (
+            ("num_inference_steps", first.num_inference_steps, 1, "more is slower"),
+            ("guidance_scale", first.guidance_scale, 0.5, "how closely to follow the prompt"),
+            ("au_guidance_scale", au_guidance_scale, 0.5, "how closely to follow the sliders"),
+            ("au_scale", first.au_scale, 0.1, "how strongly the AUs are added; 0 is off"),
+        ):
+            options = {"precision": 0 if step == 1 else None, "min_width": 130, "elem_id": name}
+            ui.settings.append(gr.Number(value, label=LABELS[name], info=info, step=step, **options))
     ui.together = gr.Checkbox(is_joint, label="One guidance for prompt and expression, as in the paper")
-    ui.settings = [negative_prompt, *numbers]

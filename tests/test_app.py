@@ -25,9 +25,10 @@ from au_encoder import AUAdapter, write_au_adapter
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
-from drawing.studio import Change, Stopped, Studio, Sweep
+from drawing.studio import Stopped, Studio, change, sweep_au
 from hub import export
-from program import TOY_MODEL
+from pipeline_fineface_xl import FineFaceXLPipeline
+from program import TOY_MODEL, settle_device
 
 
 gr = pytest.importorskip("gradio", minversion="6", reason="needs Gradio 6 or newer: pip install gradio")
@@ -129,9 +130,9 @@ def test_a_wrong_sweep_is_a_message(studio, changes, part):
 
 
 def test_a_face_changes_into_another(studio, tmp_path):
-    change = actions.read_sweep(JOB, studio, "Into another expression", "AU12", 0, 5, "angry", "", 3)
-    assert change == Change(replace(JOB, aus=format_aus("angry")), JOB.aus, 3)
-    pictures, _, shown = studio.sweep(change)
+    sweep = actions.read_sweep(JOB, studio, "Into another expression", "AU12", 0, 5, "angry", "", 3)
+    assert sweep == change(replace(JOB, aus=format_aus("angry")), JOB.aus, 3)
+    pictures, _, shown = studio.sweep(sweep)
     assert shown["rows"] == [["AU4=5 AU5=3 AU17=3", "AU4=2.5 AU5=1.5 AU6=1.5 AU12=2 AU17=1.5", "AU6=3 AU12=4"]]
     assert np.array_equal(np.asarray(pictures[-1]), np.asarray(studio.draw(JOB)))
 
@@ -148,7 +149,7 @@ def test_the_page_follows_the_aus_of_the_adapter(tiny_sd_dir, tmp_path):
     with pytest.raises(ValueError, match="AU6"):
         actions.make_screen_job(studio, **ON_SCREEN)
     sweep = actions.read_sweep(job, studio, "One muscle", "AU12R", 0, 4, "", "", 3)
-    assert [job.aus for job in sweep.table().rows[0]] == ["AU12L=4 AU26=2", "AU12L=4 AU12R=2 AU26=2", "AU12=4 AU26=2"]
+    assert [job.aus for job in sweep.table.rows[0]] == ["AU12L=4 AU26=2", "AU12L=4 AU12R=2 AU26=2", "AU12=4 AU26=2"]
     page = face_controls("neutral", studio.au_names)
     assert page.props["aus"] == [["AU4"], ["AU12L", "AU12R"], ["AU26"]]
     assert 'data-preset="polite smile"' in page.html_template and 'data-preset="happy"' not in page.html_template
@@ -173,8 +174,7 @@ def test_a_picture_brings_its_controls_back(studio, tmp_path):
     (tmp_path / "notes.png").write_text("none")
     with pytest.raises(ValueError, match="^notes.png does not say"):
         actions.read_picture(tmp_path / "notes.png", studio)
-    sweep = Sweep(JOB, "AU12", 0, 5, 2)
-    _, strip, shown = studio.sweep(sweep)
+    _, strip, shown = studio.sweep(sweep_au(JOB, "AU12", 0, 5, 2))
     studio.write(strip, tmp_path / "strip.png", shown)
     with pytest.raises(ValueError, match="strip.png is a sheet"):
         actions.read_picture(tmp_path / "strip.png", studio)
@@ -236,10 +236,10 @@ def test_what_is_out_of_date_ends_at_its_next_step(page, studio, monkeypatch):
         def counted(step: int) -> None:
             steps.append(step)
             if step == 2:
-                page.stop("sweep", session, 2)  # another tab
-                page.stop("face", Session("b"), 2)  # another window
+                page.want(session, 1, 0, 2, 0)  # another tab
+                page.want(Session("b"), 2, 0, 0, 0)  # another window
             if step == 4:
-                page.stop("face", session, 2)
+                page.want(session, 2, 0, 0, 0)
             on_step(step)
 
         return draw(job, counted)
@@ -251,12 +251,26 @@ def test_what_is_out_of_date_ends_at_its_next_step(page, studio, monkeypatch):
     assert page.draw(session, 3, [], *values) == gr.skip() and steps[5:] == [0]
 
 
+def test_four_seeds_and_a_photo_end_at_their_next_step_as_well(page, tmp_path):
+    session, values = Session("a"), [*(ON_SCREEN | {"au_guidance_scale": 0}).values(), True]
+    page.want(session, 2, 0, 0, 0)
+    assert page.draw_four(session, 1, *values) == gr.skip()
+    choices = page.draw_four(session, 3, *values)[-1]
+    assert [choice.job.seed for choice in choices][0] == 3 and len({choice.job.seed for choice in choices}) == 4
+    assert [choice.values[2] for choice in choices] == [choice.job.seed for choice in choices]
+    Image.effect_noise((64, 64), 60).save(tmp_path / "photo.png")
+    photo = (str(tmp_path / "photo.png"), 0.8, 8, 8, 56, 56)
+    page.want(session, 0, 2, 0, 0)
+    assert page.edit(session, 1, *photo, *values) == gr.skip()
+    assert len(page.edit(session, 3, *photo, *values)) == 2
+
+
 def test_a_stopped_table_keeps_what_it_has(page, tmp_path):
     session, values = Session("a"), [*(ON_SCREEN | {"au_guidance_scale": 0}).values(), True]
     table = ("faces.csv", {f"{i}.png": "AU12=3" for i in range(4)})
     results = page.draw_table(session, 1, table, *values)
     assert len(next(results)[0]) == 1 and len(next(results)[0]) == 2
-    page.stop("table", session, 2)
+    page.want(session, 0, 0, 0, 2)
     _, archive, _ = next(results)
     with zipfile.ZipFile(archive.value["path"] if isinstance(archive.value, dict) else archive.value) as opened:
         assert opened.namelist() == ["0.png", "1.png", "metadata.csv"]
@@ -384,6 +398,25 @@ def test_users_wait_for_each_other(client, studio, monkeypatch):
     assert most == [1] * 5
 
 
+def test_nobody_waits_while_a_table_is_read(client, monkeypatch, tmp_path):
+    reading, is_drawn = threading.Event(), threading.Event()
+
+    def read_slowly(*args):
+        reading.set()
+        assert is_drawn.wait(60)
+        raise ValueError("read")
+
+    monkeypatch.setattr(actions, "read_expressions", read_slowly)
+    table = tmp_path / "faces.csv"
+    table.write_text("aus\nhappy\n")
+    job = client.submit(table=gradio_client.handle_file(str(table)), **screen(), api_name="/table")
+    assert reading.wait(60)
+    client.predict(**screen(), api_name="/draw")
+    is_drawn.set()
+    with pytest.raises(gradio_client.exceptions.AppError, match="read"):
+        job.result(timeout=60)
+
+
 def test_a_table_comes_back_as_a_zip(client, tmp_path):
     table = tmp_path / "faces.csv"
     table.write_text("aus\nhappy\nsad\n")
@@ -428,8 +461,8 @@ def browser():
 
 
 @contextmanager
-def opened(browser, url: str, width: int = 1280, height: int = 900, **options):
-    """A page with its first picture. It fails if it speaks to another host, breaks a script, or a request fails."""
+def opened(browser, url: str, width: int = 1280, height: int = 900, first="#picture img", **options):
+    """A page that shows `first`. It fails if it speaks to another host, breaks a script, or a request fails."""
     context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **options)
     page = context.new_page()
     page.set_default_timeout(int(os.environ.get("PAGE_TIMEOUT", 60_000)))
@@ -438,7 +471,7 @@ def opened(browser, url: str, width: int = 1280, height: int = 900, **options):
     page.on("response", lambda response: response.status >= 500 and broken.append(f"{response.status} {response.url}"))
     page.on("pageerror", lambda error: broken.append(str(error)))
     page.goto(url)
-    page.wait_for_selector("#picture img")
+    page.wait_for_selector(first)
     yield page
     assert hosts <= {"127.0.0.1", None} and broken == []
     context.close()
@@ -628,6 +661,8 @@ def test_another_person_looks_different(browser, url):
         page.click("#other-person")
         wait_for(page, "#said", "!element.innerText.includes('seed 0') && !element.closest('.stale')")
         assert page.input_value(PROMPT) != prompt and page.input_value(AUS) == "AU12=3"
+        # What was stopped is no reason not to draw the next.
+        page.click("#stop")
         page.click("#four")
         page.wait_for_selector("#choice img")
         page.locator("#choice .thumbnail-item").nth(2).click()
@@ -704,7 +739,7 @@ def test_a_sweep_and_a_table_by_hand(browser, url, tmp_path):
         wait_for(page, "#draw", "element.innerText === 'Draw sweep'")
         page.fill("#sweep-count input", "3")
         page.fill("#sweep-from input", "5")
-        page.click("#draw")
+        press(page, "#sweep-from input", "Enter")
         wait_for_message(page, "both 5, so nothing would move")
         page.fill("#sweep-from input", "0")
         page.click("#draw")
@@ -763,7 +798,7 @@ def test_a_photo_by_hand(browser, url, tmp_path):
         )
         assert (abs(top - 55) <= 2, abs(right - 210) <= 2, abs(bottom - 176) <= 2) == (True, True, True)
         assert page.is_visible("#photo .box")
-        page.click("#draw")
+        press(page, "#strength input", "Enter")
         page.wait_for_selector("#edited img")
         edited = pixels(download(page, "#download-photo", tmp_path))
         before = np.asarray(photo)
@@ -771,6 +806,88 @@ def test_a_photo_by_hand(browser, url, tmp_path):
         inside = np.zeros(before.shape[:2], bool)
         inside[top : bottom + 1, left : right + 1] = True
         assert np.array_equal(edited[~inside], before[~inside]) and (edited[inside] != before[inside]).any()
+
+
+FAINT_TEXTS = """
+() => {
+  const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+  const mix = (colors) => {
+    for (const color of ["white", ...colors]) { context.fillStyle = color; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => part / 255);
+  };
+  const luminance = (rgb) => {
+    const [r, g, b] = rgb.map((part) => (part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = (element) =>
+    element ? [...behind(element.parentElement), getComputedStyle(element).backgroundColor] : [];
+  const contrast = (element, color) => {
+    const background = behind(element);
+    const [low, high] = [mix(background), mix([...background, color])].map(luminance).sort((a, b) => a - b);
+    return (high + 0.05) / (low + 0.05);
+  };
+  const isText = (element) => element.matches("input[type=number], textarea")
+    || [...element.childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim());
+  const faint = [...document.querySelectorAll("body *")]
+    .filter((element) => isText(element) && !element.closest(":disabled, script, style"))
+    .filter((element) => element.checkVisibility({ visibilityProperty: true, opacityProperty: true }))
+    .map((element) => [contrast(element, getComputedStyle(element).color), element])
+    .filter(([value]) => value < 4.5)
+    .map(([value, element]) => `${value.toFixed(2)} ${element.outerHTML.slice(0, 130)}`);
+  const range = document.querySelector("#AU12 input[type=range]"), style = getComputedStyle(range);
+  for (const name of ["--slider-color", "--body-text-color-subdued"]) {
+    const value = contrast(range.closest(".part"), style.getPropertyValue(name));
+    if (value < 3) faint.push(`${value.toFixed(2)} ${name}`);
+  }
+  return faint;
+}
+"""
+"""JavaScript: the texts in sight with a contrast under 4.5, and the marks of sliders with one under 3, as in WCAG."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_everything_can_be_read_by_day_and_by_night(scheme, browser, url):
+    with opened(browser, url, color_scheme=scheme) as page:
+        assert (page.locator("body.dark, .dark").count() > 0) == (scheme == "dark")
+        page.get_by_role("button", name="Settings").click()
+        page.click(".more summary")
+        page.fill("#AU12 input[type=number]", "99")
+        page.locator("#AU12 .problem", has_text="goes from 0 to 5").wait_for()
+        for tab in ("Face", "Photo", "Sweep", "Table"):
+            open_tab(page, tab)
+            assert page.evaluate(FAINT_TEXTS) == []
+        # The check sees what is faint.
+        page.evaluate(
+            "document.querySelector('#title p').style.color = getComputedStyle(document.body).backgroundColor"
+        )
+        assert len(page.evaluate(FAINT_TEXTS)) == 1
+
+
+def test_a_slow_model_of_sdxl_says_so_and_draws(browser, tiny_xl_dir, tiny_xl_adapter_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr("drawing.studio.MAX_QUICK_WEIGHTS", 0)
+    base = FineFaceXLPipeline.from_pretrained(tiny_xl_dir, add_watermarker=False)
+    base.load_au_adapter(tiny_xl_adapter_dir)
+    base.save_pretrained(tmp_path / "model")
+    args = app.parse_args(["--model", str(tmp_path / "model"), "--device", "cpu", "--dtype", "float32"])
+    settle_device(args)
+    with (
+        served(app.load_page(args)) as url,
+        opened(browser, f"{url}?num_inference_steps=1", first="#picture .empty") as page,
+    ):
+        assert f"Model: {tmp_path / 'model'}" in page.inner_text("#title")
+        says = "() => getComputedStyle(document.querySelector('#picture .empty'), '::after').content"
+        assert page.evaluate(says) == '"Nothing is drawn yet. Press Draw."'
+        assert page.get_by_text("this model takes long here").is_visible() and not page.is_checked("#live input")
+        assert page.inner_text("#other-person") == "Another seed"
+        page.fill(AUS, "")
+        assert "6C+12D" in page.get_attribute("#aus textarea, #aus input", "placeholder")
+        page.fill(AUS, "12E")
+        prompt = page.input_value(PROMPT)
+        press(page, AUS, "Enter")
+        wait_for_said(page, "AU12=5")
+        page.click("#other-person")
+        wait_for(page, "#said", "!element.innerText.endsWith('seed 0') && !element.closest('.stale')")
+        assert page.input_value(PROMPT) == prompt
 
 
 def test_two_sides_are_linked_until_they_are_unlinked(browser):

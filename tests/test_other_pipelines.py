@@ -19,7 +19,7 @@ from PIL import Image
 
 from action_units import AU_NAMES, parse_aus
 from drawing.files import read_metadata
-from drawing.photo import edit_expression, face_mask
+from drawing.photo import edit_photo, face_mask
 from examples.edit_expression import main as edit_main
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL
@@ -277,8 +277,7 @@ def test_what_is_outside_the_mask_stays(tiny_pipe):
     outside = np.asarray(mask) == 0
     assert outside[:, :4].all() and outside[:6].all() and outside[:, 27:].all() and np.asarray(mask).max() == 255
     smile, frown = (
-        np.asarray(edit_expression(tiny_pipe, picture, mask, "a boy", aus, num_inference_steps=4))
-        for aus in (SMILE, "1+4")
+        np.asarray(edit_photo(tiny_pipe, picture, mask, "a boy", aus, num_inference_steps=4)) for aus in (SMILE, "1+4")
     )
     for edited in (smile, frown):
         assert (edited[outside] == np.asarray(picture)[outside]).all()
@@ -292,7 +291,7 @@ def test_the_surroundings_are_in_the_latents(tiny_pipe):
     inside = np.asarray(mask) == 255
     other = Image.composite(some_picture(0), some_picture(1), mask)
     first, second = (
-        np.asarray(edit_expression(tiny_pipe, picture, mask, "a boy", SMILE, 1.0, num_inference_steps=2))
+        np.asarray(edit_photo(tiny_pipe, picture, mask, "a boy", SMILE, strength=1.0, num_inference_steps=2))
         for picture in (some_picture(0), other)
     )
     assert (first[inside] != second[inside]).any()
@@ -325,8 +324,8 @@ def test_an_edited_face_shows_the_new_expression(toy_pipeline, meter):
         options = {"num_inference_steps": 8, "guidance_scale": 2.5, "au_guidance_scale": 5.0, "seed": seed}
         pictures = {
             "source": source,
-            "without AUs": edit_expression(toy_pipeline, source, mask, caption(portrait), None, **options),
-            "with AUs": edit_expression(toy_pipeline, source, mask, caption(portrait), aus, **options),
+            "without AUs": edit_photo(toy_pipeline, source, mask, caption(portrait), None, **options),
+            "with AUs": edit_photo(toy_pipeline, source, mask, caption(portrait), aus, **options),
         }
         outside = np.asarray(mask) == 0
         assert (np.asarray(pictures["with AUs"])[outside] == np.asarray(source)[outside]).all()

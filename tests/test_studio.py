@@ -19,13 +19,14 @@ from action_units import AU_NAMES
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
+from drawing.photo import encode
 from drawing.studio import (
     MAX_COLUMNS,
     MAX_ROWS,
     MAX_TABLE_BYTES,
     Studio,
-    Sweep,
     read_expressions,
+    sweep_au,
     write_gif,
     write_zip,
 )
@@ -89,7 +90,7 @@ def test_the_code_for_the_toy_model_draws_the_same_picture_to_the_bit(tmp_path, 
 
 def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp_path):
     # Where the face already has the AU, the sweep takes its place.
-    sweep = Sweep(JOBS[0], "AU12", -1.0, 5.0, 3)
+    sweep = sweep_au(JOBS[0], "AU12", -1.0, 5.0, 3)
     counts = []
     pictures, strip, values = tiny_studio.sweep(sweep, counts.append)
     assert list(dict.fromkeys(counts)) == [0, 1, 2, 3]
@@ -99,6 +100,21 @@ def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp
     again = run_command(tiny_studio.sweep_command(sweep), "sweep.png", tmp_path / "sweep.png")
     assert np.array_equal(again, pixels(strip))
     assert read_metadata(tmp_path / "sweep.png") == read_metadata(tmp_path / "screen.png")
+
+
+def test_a_photo_and_the_code_on_the_screen_on_sdxl(tiny_xl_dir, tiny_xl_adapter_dir, tmp_path):
+    studio = Studio(Weights(tiny_xl_dir, tiny_xl_adapter_dir), CPU, "float32")
+    job = Job("a boy", aus="AU12=5", seed=3, num_inference_steps=2)
+    assert "import FineFaceXLPipeline" in studio.python(job)
+    assert np.array_equal(run_snippet(studio.python(job), tmp_path / "python.png"), pixels(studio.draw(job)))
+    photo = Image.effect_noise((64, 64), 60).convert("RGB")
+    edited = pixels(studio.edit(photo, (8, 8, 56, 56), job, 1.0)) != pixels(photo)
+    assert edited[16:48, 16:48].mean() > 0.5 and not edited[:8].any()
+    # In half precision, the VAE of SDXL would overflow; it is in half precision again afterwards.
+    vae, dtypes = studio.pipeline.vae.half(), []
+    vae.encoder.register_forward_pre_hook(lambda module, inputs: dtypes.append(inputs[0].dtype))
+    latents = encode(studio.pipeline, photo)
+    assert (dtypes, latents.dtype, vae.dtype) == ([torch.float32], torch.float16, torch.float16)
 
 
 def test_progress_counts_the_steps(tiny_studio):
@@ -208,8 +224,3 @@ def test_the_zip_holds_the_pictures_and_a_table_of_them(tiny_studio, tmp_path):
     assert [row["text"] for row in rows] == [JOBS[0].prompt, JOBS[1].prompt]
     assert [float(rows[0][name]) for name in ("AU1", "AU6", "AU12")] == [0, 3, 4]
     assert read_metadata(tmp_path / "out" / "00002.png")["seed"] == 5
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The program
-# --------------------------------------------------------------------------------------------------------------------
