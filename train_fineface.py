@@ -70,11 +70,6 @@ from training.validation import choose_validation_aus, validate
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Model and loss
-# --------------------------------------------------------------------------------------------------------------------
-
-
 class FineFaceModel(nn.Module):
     """The UNet and the AU adapter as one module, because several processes need one `forward` for all parameters."""
 
@@ -180,10 +175,7 @@ def diffusion_loss(
     loss_weights: torch.Tensor | None = None,
     snr_gamma: float | None = None,
 ) -> torch.Tensor:
-    """
-    Mean squared error of `prediction` against the noise or the velocity, as the base predicts. `loss_weights` have the
-    shape `(batch, height, width)`.
-    """
+    """Mean squared error of the predicted noise or velocity. `loss_weights` has the shape `(batch, height, width)`."""
     target = noise
     if noise_scheduler.config.prediction_type == "v_prediction":
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
@@ -194,11 +186,6 @@ def diffusion_loss(
     if snr_gamma is not None:
         losses = losses * min_snr_weights(noise_scheduler, timesteps, snr_gamma)
     return losses.mean()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -240,9 +227,8 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def load_noise_scheduler(config: TrainConfig) -> DDPMScheduler:
-    noise_scheduler = DDPMScheduler.from_pretrained(
-        config.pretrained_model_name_or_path, subfolder="scheduler", revision=config.revision
-    )
+    base, revision = config.pretrained_model_name_or_path, config.revision
+    noise_scheduler = DDPMScheduler.from_pretrained(base, subfolder="scheduler", revision=revision)
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ValueError(f"The base model predicts {prediction_type!r}, but has to predict epsilon or v_prediction.")
@@ -250,10 +236,8 @@ def load_noise_scheduler(config: TrainConfig) -> DDPMScheduler:
 
 
 def choose_resolution(config: TrainConfig, unet: UNet2DConditionModel, vae_scale_factor: int) -> int:
-    sample_size = unet.config.sample_size
-    resolution = config.resolution or vae_scale_factor * (
-        sample_size if isinstance(sample_size, int) else sample_size[0]
-    )
+    side = unet.config.sample_size
+    resolution = config.resolution or vae_scale_factor * (side if isinstance(side, int) else side[0])
     if resolution % vae_scale_factor:
         raise ValueError(f"`--resolution` has to be divisible by {vae_scale_factor}, but is {resolution}.")
     return resolution
@@ -268,11 +252,11 @@ def make_optimizer(model: FineFaceModel, config: TrainConfig) -> torch.optim.Opt
     parameters = model.trained_parameters()
     au_learning_rate = config.learning_rate if config.au_learning_rate is None else config.au_learning_rate
     groups = [
-        {"params": [p for name, p in parameters.items() if name.startswith("unet.")], "lr": config.learning_rate},
-        {"params": [p for name, p in parameters.items() if name.startswith("au_adapter.")], "lr": au_learning_rate},
+        {"params": [p for name, p in parameters.items() if name.startswith(part)], "lr": learning_rate}
+        for part, learning_rate in (("unet.", config.learning_rate), ("au_adapter.", au_learning_rate))
     ]
-    devices = {parameter.device.type for parameter in parameters.values()}
-    optimizer_class, options = torch.optim.AdamW, {"fused": devices <= {"cpu", "cuda"}}
+    is_fused = {parameter.device.type for parameter in parameters.values()} <= {"cpu", "cuda"}
+    optimizer_class, options = torch.optim.AdamW, {"fused": is_fused}
     if config.use_8bit_adam:
         import bitsandbytes
 
@@ -341,11 +325,8 @@ def train(
                     batch["au_intensities"],
                     encoders.added_cond_kwargs(batch),
                 )
-                loss_weights = batch.get("loss_weights")
-                loss = diffusion_loss(
-                    prediction, noise_scheduler, latents, noise, timesteps, loss_weights, config.snr_gamma
-                )
-
+                weights, gamma = batch.get("loss_weights"), config.snr_gamma
+                loss = diffusion_loss(prediction, noise_scheduler, latents, noise, timesteps, weights, gamma)
                 feedback_loss = torch.zeros_like(loss)
                 if feedback is not None and state.step >= config.au_feedback_start:
                     size = config.au_feedback_batch_size
@@ -357,9 +338,8 @@ def train(
                 if accelerator.sync_gradients:
                     mean_loss, mean_feedback_loss = accelerator.reduce(step_losses, "mean").tolist()
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    # DeepSpeed may return None.
-                    gradient_norm = None if gradient_norm is None else float(gradient_norm)
                     # With fp16, the scaler skips steps whose gradients overflow and continues with a smaller scale.
+                    # DeepSpeed may return no norm.
                     overflows = accelerator.scaler is None and not math.isfinite(gradient_norm or 0)
                     if overflows or not math.isfinite(mean_loss):
                         stop_before_step(accelerator, state, samples, config, mean_loss, rows)
@@ -377,10 +357,12 @@ def train(
             progress.update()
             progress.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
             lora_lr, au_lr = lr_scheduler.get_last_lr()
-            values = {"train_loss": mean_loss, "lr": lora_lr, "au_lr": au_lr, "grad_norm": gradient_norm}
+            values = {"train_loss": mean_loss, "lr": lora_lr, "au_lr": au_lr}
+            if gradient_norm is not None:
+                values["grad_norm"] = float(gradient_norm)
             if feedback is not None and state.step > config.au_feedback_start:
                 values["au_feedback_loss"] = mean_feedback_loss
-            accelerator.log({name: value for name, value in values.items() if value is not None}, step=state.step)
+            accelerator.log(values, step=state.step)
             if state.step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, state, config)
             if state.step % config.validation_steps == 0 or state.step == config.max_train_steps:
@@ -394,12 +376,12 @@ def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState
     counts = {"unet": 0, "au_adapter": 0}
     for name, parameter in state.model.trained_parameters().items():
         counts[name.partition(".")[0]] += parameter.numel()
-    num_samples = len(samples.inputs.data)
-    epochs = config.max_train_steps * state.samples_per_step / num_samples
+    data = samples.inputs.data
+    epochs = config.max_train_steps * state.samples_per_step / len(data)
     accelerator.print(
         "***** Training *****",
-        f"AUs                       {', '.join(samples.inputs.data.au_names)}",
-        f"samples                   {num_samples:,}",
+        f"AUs                       {', '.join(data.au_names)}",
+        f"samples                   {len(data):,}",
         f"epochs                    {epochs:,.1f}",
         f"batch size of a process   {config.train_batch_size:,}",
         f"samples of a step         {state.samples_per_step:,}"
@@ -407,7 +389,7 @@ def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState
         f"optimizer steps           {config.max_train_steps:,}, from step {state.step:,} on",
         f"trained parameters        {sum(counts.values()):,}"
         f" (LoRA {counts['unet']:,}, AU encoder with keys and values {counts['au_adapter']:,})",
-        *samples.inputs.data.notes,
+        *data.notes,
         sep="\n  ",
     )
 
@@ -434,12 +416,7 @@ def stop_before_step(
 
 
 def plan_push(config: TrainConfig):
-    """
-    The repository of `--push_to_hub`: base and adapter together, which load in one line, with pictures in its card.
-
-    Raises:
-        OSError: if the user is not logged in, or the Hub cannot be reached.
-    """
+    """The repository of `--push_to_hub`, which loads in one line. Raises an OSError without access to the Hub."""
     from hub.export import ExportConfig, check_push
 
     api = check_push(config.repo_id)
