@@ -85,7 +85,7 @@ def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAM
 
 
 class ToyMeter:
-    """The network that reads the AUs of the toy world's portraits. It assumes that every picture shows a face."""
+    """A network that reads the AUs of the toy world's portraits. It assumes that every picture shows a face."""
 
     name = "toy"
 
@@ -97,13 +97,13 @@ class ToyMeter:
 
     @torch.no_grad()
     def measure(self, paths: list[Path]) -> list[Reading]:
-        from toy_faces.networks import PictureReader
+        from training.feedback import load_meter
 
         if self.network is None:
-            self.network = PictureReader.from_pretrained(self.folder, dtype=torch.float32).to(self.device).eval()
+            self.network = load_meter(str(self.folder), self.device)
         pixel_values = torch.cat([toy_pixel_values(read_picture(path)) for path in paths])
         measured = torch.cat([self.network(part.to(self.device)).cpu() for part in pixel_values.split(64)])
-        projection = au_projection(self.network.config.get("au_names") or AU_NAMES, self.au_names)
+        projection = au_projection(self.network.au_names, self.au_names)
         aus = torch.where(projection.any(dim=0), measured @ projection, torch.nan)
         return [Reading(row, 1) for row in aus.numpy()]
 

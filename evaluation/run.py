@@ -304,9 +304,11 @@ def write_settings(path: Path, settings: dict) -> None:
     write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
-def keep_settings(path: Path, settings: dict, what: str, state: PartialState) -> None:
+def keep_settings(
+    path: Path, settings: dict, what: str, state: PartialState, defaults: Mapping = MappingProxyType({})
+) -> None:
     """Write `settings` to `path`, or, if they are there already, check that they are the same."""
-    has_settings = check_settings(path, settings, what)
+    has_settings = check_settings(path, settings, what, defaults)
     # They are written after every process has looked for them.
     state.wait_for_everyone()
     if not has_settings and state.is_main_process:

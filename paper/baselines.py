@@ -33,7 +33,6 @@ from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -44,12 +43,14 @@ from au_attention_processor import au_layers
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
 from drawing.files import write_png
 from drawing.jobs import read_model_defaults
-from evaluation.run import check_settings, write_settings
-from evaluation.systems import UNET_FOLDER, append_tokens, au_words, aus_in_words, is_toy_model
+from drawing.model import Weights
+from evaluation.run import check_settings, keep_settings, write_settings
+from evaluation.systems import UNET_FOLDER, Sampling, System, append_tokens, au_words, aus_in_words, is_toy_model
 from pipeline_fineface import LORA_NAME
 from program import Parser, only_run_in, run_program, write_atomically
 from train_fineface import (
     LORA_TARGETS,
+    FineFaceModel,
     attention_for_training,
     choose_resolution,
     frozen_dtype,
@@ -86,19 +87,8 @@ NOT_FOR_BASELINES = ("streaming", "push_to_hub", "validation_prompt", "adapter_n
 """Flags of train_fineface.py that baselines do not have."""
 
 
-class BaselineModel(nn.Module):
-    """
-    All that a system trains, in one module. It predicts as a UNet does, from the text and the inputs of its system.
-
-    Args:
-        au_adapter (`AUEncoder`, *optional*):
-            For LoRA-AU only: it makes the AUs a token of the text sequence.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, au_adapter: AUEncoder | None = None):
-        super().__init__()
-        self.unet = unet
-        self.au_adapter = au_adapter
+class BaselineModel(FineFaceModel):
+    """The UNet of a system and, for LoRA-AU alone, an `AUEncoder` that makes the AUs a token of the text sequence."""
 
     def forward(self, noisy_latents, timesteps, prompt_embeds, au_intensities, added_cond_kwargs=None):
         """`au_intensities`, `(batch, 12)`, are for LoRA-AU; an IP-Adapter takes its input from `added_cond_kwargs`."""
@@ -109,9 +99,6 @@ class BaselineModel(nn.Module):
             prompt_embeds = append_tokens(prompt_embeds, self.au_adapter(au_intensities))
         noisy_latents = noisy_latents.to(dtype)
         return self.unet(noisy_latents, timesteps, prompt_embeds, added_cond_kwargs=added_cond_kwargs).sample
-
-    def trained_parameters(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
 def make_baseline(
@@ -124,18 +111,13 @@ def make_baseline(
     unet.requires_grad_(system == "dreambooth")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    token_encoder = None
     if system in ("lora_t", "lora_au"):
         lora = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
         unet.add_adapter(LoraConfig(**lora, target_modules=LORA_TARGETS), LORA_NAME)
+    token_encoder = None
     if system == "lora_au":
-        token_encoder = AUEncoder(
-            num_aus=len(AU_NAMES),
-            cross_attention_dim=unet.config.cross_attention_dim,
-            encoder_type=config.encoder_type,
-            num_tokens=config.num_au_tokens,
-            hidden_dim=config.au_hidden_dim,
-        )
+        sizes = (len(AU_NAMES), unet.config.cross_attention_dim)
+        token_encoder = AUEncoder(*sizes, config.encoder_type, config.num_au_tokens, config.au_hidden_dim)
     if system == "ip_adapter":
         add_ip_adapter(unet, image_embed_dim)
     # Use `nn.Module.to`: `ModelMixin.to` logs a warning on casts.
@@ -148,61 +130,35 @@ def make_baseline(
 def add_ip_adapter(unet: UNet2DConditionModel, image_embed_dim: int) -> None:
     """Add a new IP-Adapter by diffusers' own loader. Its keys and values start as copies of the text's."""
     width = unet.config.cross_attention_dim
-    layers = {}
-    for number, name in _ip_layers(unet).items():
-        attn = unet.get_submodule(name)
-        layers[f"{number}.to_k_ip.weight"] = attn.to_k.weight.detach().clone()
-        layers[f"{number}.to_v_ip.weight"] = attn.to_v.weight.detach().clone()
-    projection = nn.Linear(image_embed_dim, IMAGE_TOKENS * width)
-    image_proj = {
-        "proj.weight": projection.weight.detach(),
-        "proj.bias": projection.bias.detach(),
-        "norm.weight": torch.ones(width),
-        "norm.bias": torch.zeros(width),
+    layers = {
+        f"{number}.to_{kind}_ip.weight": getattr(attn, f"to_{kind}").weight.detach().clone()
+        for number, attn in _ip_layers(unet).items()
+        for kind in "kv"
     }
+    projection, norm = nn.Linear(image_embed_dim, IMAGE_TOKENS * width), nn.LayerNorm(width)
+    image_proj = nn.ModuleDict({"proj": projection, "norm": norm}).state_dict()
     unet._load_ip_adapter_weights([{"image_proj": image_proj, "ip_adapter": layers}])
-    for name in _ip_layers(unet).values():
-        unet.get_submodule(name).processor.requires_grad_(True)
+    for attn in _ip_layers(unet).values():
+        attn.processor.requires_grad_(True)
     unet.encoder_hid_proj.requires_grad_(True)
 
 
-def _ip_layers(unet: UNet2DConditionModel) -> dict[int, str]:
+def _ip_layers(unet: UNet2DConditionModel) -> dict[int, nn.Module]:
     """Cross-attention layers by their number among all attention layers, which published files use as names."""
-    widths = au_layers(unet)
     names = [name.removesuffix(".processor") for name in unet.attn_processors]
-    return {number: name for number, name in enumerate(names) if name in widths}
+    return {number: unet.get_submodule(name) for number, name in enumerate(names) if name in au_layers(unet)}
 
 
 def ip_adapter_state_dict(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:
     """The tensors of the IP-Adapter, by the names in published `.safetensors` files."""
-    tensors = {}
-    for number, name in _ip_layers(unet).items():
-        processor = unet.get_submodule(name).processor
-        tensors[f"ip_adapter.{number}.to_k_ip.weight"] = processor.to_k_ip[0].weight
-        tensors[f"ip_adapter.{number}.to_v_ip.weight"] = processor.to_v_ip[0].weight
-    projection = unet.encoder_hid_proj.image_projection_layers[0]
-    for ours, theirs in (("image_embeds", "proj"), ("norm", "norm")):
-        for kind in ("weight", "bias"):
-            tensors[f"image_proj.{theirs}.{kind}"] = getattr(getattr(projection, ours), kind)
+    tensors = {
+        f"ip_adapter.{number}.to_{kind}_ip.weight": getattr(attn.processor, f"to_{kind}_ip")[0].weight
+        for number, attn in _ip_layers(unet).items()
+        for kind in "kv"
+    }
+    projection = unet.encoder_hid_proj.image_projection_layers[0].state_dict()
+    tensors |= {f"image_proj.{name.replace('image_embeds', 'proj')}": tensor for name, tensor in projection.items()}
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-
-
-def save_baseline(system: str, model: BaselineModel, folder: Path) -> None:
-    """Write the files that `evaluation.run` reads."""
-    unet = model.unet
-    if system == "dreambooth":
-        unet.save_pretrained(folder / UNET_FOLDER)
-    if system in ("lora_t", "lora_au"):
-        StableDiffusionPipeline.save_lora_weights(
-            folder,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet, adapter_name=LORA_NAME)),
-            unet_lora_adapter_metadata=unet.peft_config[LORA_NAME].to_dict(),
-            weight_name=LORA_WEIGHTS_NAME,
-        )
-    if system == "lora_au":
-        model.au_adapter.save_pretrained(folder / ENCODER_FOLDER)
-    if system == "ip_adapter":
-        save_file(ip_adapter_state_dict(unet), folder / IP_ADAPTER_NAME)
 
 
 @dataclass
@@ -212,9 +168,24 @@ class BaselineState(TrainingState):
     system: str = ""
 
     def save_adapter(self, folder: Path) -> None:
+        """Write the files that `evaluation.run` reads."""
         folder.mkdir(parents=True, exist_ok=True)
         with self.ema_weights():
-            save_baseline(self.system, self.model, folder)
+            unet = self.model.unet
+            if self.system == "dreambooth":
+                unet.save_pretrained(folder / UNET_FOLDER)
+            if self.system in ("lora_t", "lora_au"):
+                lora = get_peft_model_state_dict(unet, adapter_name=LORA_NAME)
+                StableDiffusionPipeline.save_lora_weights(
+                    folder,
+                    unet_lora_layers=convert_state_dict_to_diffusers(lora),
+                    unet_lora_adapter_metadata=unet.peft_config[LORA_NAME].to_dict(),
+                    weight_name=LORA_WEIGHTS_NAME,
+                )
+            if self.system == "lora_au":
+                self.model.au_adapter.save_pretrained(folder / ENCODER_FOLDER)
+            if self.system == "ip_adapter":
+                save_file(ip_adapter_state_dict(unet), folder / IP_ADAPTER_NAME)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -266,7 +237,6 @@ class EncodersWithPictures(StableDiffusionEncoders):
         return {"image_embeds": [batch["image_embeds"][:, None]]}
 
 
-@torch.no_grad()
 def make_prior(config: TrainConfig, captions: list[str], device: torch.device, count: int, seed: int = 0) -> Path:
     """
     Draw captions of the data with the untrained base, as a data set of `count` pictures with all AUs 0. Its metadata
@@ -275,32 +245,19 @@ def make_prior(config: TrainConfig, captions: list[str], device: torch.device, c
     folder = config.output_dir / PRIOR_FOLDER
     if (folder / "metadata.jsonl").exists():
         return folder
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        config.pretrained_model_name_or_path,
-        dtype=torch.float32,
-        safety_checker=None,
-        requires_safety_checker=False,
-    ).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    defaults = read_model_defaults(config.pretrained_model_name_or_path)
-    sampling = {"num_inference_steps": 50, **defaults}
-    sampling.pop("au_guidance_scale", None)
-    folder.mkdir(parents=True, exist_ok=True)
+    model, size = config.pretrained_model_name_or_path, config.train_batch_size
+    sampling = read_model_defaults(model) | {"au_guidance_scale": None}
+    system = System("sd", Weights(model), device, torch.float32, Sampling(**sampling))
     order = np.random.default_rng(seed).permutation(len(captions))
-    rows, batch_size = [], config.train_batch_size
-    chosen = [captions[order[number % len(order)]] for number in range(count)]
-    for start in tqdm(range(0, count, batch_size), desc="prior", unit="batch"):
-        prompts = chosen[start : start + batch_size]
-        numbers = range(start, start + len(prompts))
-        paths = [folder / f"{number:05d}.png" for number in numbers]
-        if not all(path.exists() for path in paths):
-            generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-            images = pipeline(prompts, generator=generators, **sampling).images
-            for path, image in zip(paths, images, strict=True):
-                write_png(image, path)
-        neutral = dict.fromkeys(AU_NAMES, 0.0)
-        rows += [{"file_name": p.name, "text": t, **neutral} for p, t in zip(paths, prompts, strict=True)]
-    write_atomically(folder / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    prompts, lines = [captions[order[number % len(order)]] for number in range(count)], []
+    for start in tqdm(range(0, count, size), desc="prior", unit="batch"):
+        numbers = range(start, min(start + size, count))
+        images = system.draw([prompts[n] for n in numbers], [""] * len(numbers), [seed + n for n in numbers])
+        for number, image in zip(numbers, images, strict=True):
+            write_png(image, folder / f"{number:05d}.png")
+            row = {"file_name": f"{number:05d}.png", "text": prompts[number], **dict.fromkeys(AU_NAMES, 0.0)}
+            lines.append(json.dumps(row) + "\n")
+    write_atomically(folder / "metadata.jsonl", "".join(lines))
     return folder
 
 
@@ -314,27 +271,18 @@ def embed_pictures(data, config: TrainConfig, device: torch.device) -> torch.Ten
     size = encoder.config.image_size
     processor, embeds = CLIPImageProcessor(size=size, crop_size=size), []
     for start in tqdm(range(0, len(data), 64), desc="image embeddings", unit="batch"):
-        images = [open_rgb(data, row) for row in range(start, min(start + 64, len(data)))]
+        images = []
+        for row in range(start, min(start + 64, len(data))):
+            with data.open_picture(row) as picture:
+                images.append(picture.convert("RGB"))
         pixel_values = processor(images, return_tensors="pt").pixel_values.to(device)
         embeds.append(encoder(pixel_values).image_embeds.cpu())
     return torch.cat(embeds)
 
 
-def open_rgb(data: TrainingData, row: int) -> Image.Image:
-    with data.open_picture(row) as image:
-        return image.convert("RGB")
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def check_flags(config: TrainConfig) -> None:
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
-    for name in NOT_FOR_BASELINES:
-        if getattr(config, name) != defaults[name]:
-            raise ValueError(f"`--{name}` is for train_fineface.py alone: leave it out.")
 
 
 def steps_trained(folder: Path) -> int:
@@ -357,50 +305,47 @@ def encode_data(
 
 def run(system: str, config: TrainConfig) -> None:
     """Train a baseline, or continue a training that was stopped."""
-    check_flags(config)
+    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    for name in NOT_FOR_BASELINES:
+        if getattr(config, name) != defaults[name]:
+            raise ValueError(f"`--{name}` is for train_fineface.py alone: leave it out.")
     # The paper's systems have its twelve AUs and no others.
     config = replace(config, aus=AU_NAMES)
     config.check_machine()
     settings = {"system": system, **config.fixed_settings()}
-    has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
+    check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
     if steps_trained(config.output_dir) >= config.max_train_steps:
         return
     accelerator = make_accelerator(config)
     with only_run_in(config.output_dir) if accelerator.is_main_process else nullcontext():
-        _train(system, config, accelerator, settings if accelerator.is_main_process and not has_settings else None)
+        _train(system, config, accelerator, settings)
     accelerator.end_training()
 
 
-def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings: dict | None) -> None:
-    """Train a baseline, and write `settings`, if there are any, when the data have been checked."""
-    checkpoint = find_checkpoint(config)
+def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings: dict) -> None:
+    """Train a baseline, and write `settings` when the data have been checked."""
+    checkpoint, device, dtype = find_checkpoint(config), accelerator.device, frozen_dtype(accelerator)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     check_same_work(checkpoint, samples_per_step=samples_per_step)
     with accelerator.main_process_first():
         data = load_training_data(config)
         if accelerator.is_main_process:
             check_pictures(data)
-    if settings is not None:
-        write_settings(config.output_dir / SETTINGS_NAME, settings)
+    keep_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", accelerator, default_settings())
     init_trackers(accelerator, config)
-    device = accelerator.device
     noise_scheduler = load_noise_scheduler(config)
     plain_captions = data.captions.to_pylist()
     if system in ("dreambooth", "lora_t"):
         word_captions(data, au_words(is_toy_model(config.pretrained_model_name_or_path)))
     image_embeds = embed_pictures(data, config, device) if system == "ip_adapter" else None
     set_seed(config.seed)
-    width = 0 if image_embeds is None else image_embeds.shape[1]
-    model = make_baseline(system, config, frozen_dtype(accelerator), width).to(device)
-    if system == "ip_adapter":
-        encoders = EncodersWithPictures.from_pretrained(config, device, frozen_dtype(accelerator))
-    else:
-        encoders = load_encoders(config, device, frozen_dtype(accelerator))
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    model = make_baseline(system, config, dtype, 0 if image_embeds is None else image_embeds.shape[1]).to(device)
+    make_encoders = EncodersWithPictures.from_pretrained if system == "ip_adapter" else load_encoders
+    encoders = make_encoders(config, device, dtype)
 
     def make_samples(data: TrainingData, config: TrainConfig) -> TrainingSamples:
         inputs = encode_data(data, config, accelerator, encoders, model.unet)
-        return TrainingSamples(inputs, num_train_timesteps, config, samples_per_step)
+        return TrainingSamples(inputs, noise_scheduler.config.num_train_timesteps, config, samples_per_step)
 
     samples = make_samples(data, config)
     if system == "dreambooth":

@@ -5,11 +5,7 @@ An experiment: a data set of the toy world, systems that are trained on it under
 One folder keeps all of it, and nothing is made twice. The paper's tables and the trials share one experiment.
 """
 
-import importlib.util
 import json
-import os
-import shutil
-import sysconfig
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,7 +26,7 @@ from paper import baselines
 from paper.baselines import IP_ADAPTER_NAME
 from program import TOY_MODEL, write_atomically
 from training.config import TrainConfig, default_settings
-from training.data import FACE_BOX, load_training_data
+from training.data import FACE_BOX, LatentInputs, load_training_data
 from training.encoders import load_encoders
 
 
@@ -41,7 +37,8 @@ SETTINGS_NAME = "experiment.json"
 class Budget:
     """
     How much is spent on a system. It is trained on `pictures` for `steps` optimizer steps of `batch_size` samples, and
-    evaluated with so many `prompts` and `combinations`; None means all.
+    evaluated with so many `prompts` and `combinations`; None means all. A trial of feedback is trained for
+    `feedback_seconds` and evaluated with `feedback_prompts`.
     """
 
     name: str
@@ -50,13 +47,14 @@ class Budget:
     batch_size: int
     rank: int
     workers: int = 0
-    # On some CPUs bfloat16 and compiling make a step twice as fast, on others no faster at all.
     mixed_precision: str = "no"
-    torch_compile: bool = False
     prompts: int | None = None
     combinations: int | None = None
     evaluation_batch: int = 16
     bootstrap_draws: int = 1000
+    feedback_seconds: float = 40
+    feedback_prompts: int | None = 1
+    latent_meter_steps: int = 1000
 
     @property
     def training(self) -> dict:
@@ -66,35 +64,22 @@ class Budget:
 
 
 BUDGETS = {
-    "quick": Budget(
-        name="quick",
-        pictures=4_000,
-        steps=1_000,
-        batch_size=8,
-        rank=16,
-        prompts=4,
-        combinations=12,
-    ),
+    "quick": Budget("quick", 4_000, 1_000, 8, 16, prompts=4, combinations=12),
     "full": Budget(
-        name="full",
-        pictures=60_000,
-        steps=5_000,
-        batch_size=128,
-        rank=32,
-        workers=8,
-        mixed_precision="bf16",
-        torch_compile=True,
+        *("full", 60_000, 5_000, 128, 32, 8, "bf16"),
         evaluation_batch=110,
+        feedback_seconds=3600,
+        feedback_prompts=None,
+        latent_meter_steps=10_000,
     ),
     "tiny": Budget(
-        name="tiny",
-        pictures=12,
-        steps=2,
-        batch_size=2,
-        rank=4,
+        *("tiny", 12, 2, 2, 4),
         prompts=1,
         combinations=2,
         bootstrap_draws=20,
+        feedback_seconds=0.001,
+        feedback_prompts=1,
+        latent_meter_steps=2,
     ),
 }
 """`quick` finishes on two cores within an hour, `full` is for a GPU, `tiny` shows that every line runs."""
@@ -123,33 +108,33 @@ class Experiment:
             if not (Path(model) / part / "config.json").is_file():
                 raise FileNotFoundError(f"`--model` is {model!r}, which has no {part}/ of the toy world.")
         self.folder, self.budget, self.model = folder, budget, model
+        self.data = folder / "data" / "pictures"
         defaults = read_model_defaults(model)
         names = ("num_inference_steps", "guidance_scale")
         self.sampling = {name: defaults[name] for name in names if name in defaults} | (sampling or {})
         settings = {**budget.training, "model_files": run.digest_if_folder(model), **self.sampling}
-        with PartialState().main_process_first():
-            if not run.check_settings(folder / SETTINGS_NAME, settings, "systems"):
-                run.write_settings(folder / SETTINGS_NAME, settings)
+        run.keep_settings(folder / SETTINGS_NAME, settings, "systems", PartialState())
 
     # ---- data ------------------------------------------------------------------------------------------------------
-
-    @property
-    def data(self) -> Path:
-        return self.folder / "data" / "pictures"
 
     def prepare(self) -> None:
         """Make the data, and the caches that all systems share, before several processes train side by side."""
         with PartialState().main_process_first():
             self.render()
+        self.inputs()
+        self.inputs(in_words=True)
+
+    def inputs(self, in_words: bool = False) -> LatentInputs:
+        """The latents and captions of the data, from the cache; `in_words` with the AUs in the captions."""
         config = self.config("prepared")
         accelerator = train_fineface.make_accelerator(config)
         encoders = load_encoders(config, accelerator.device, train_fineface.frozen_dtype(accelerator))
         unet = UNet2DConditionModel.from_pretrained(self.model, subfolder="unet")
         with accelerator.main_process_first():
             data = load_training_data(config)
-        baselines.encode_data(data, config, accelerator, encoders, unet)
-        baselines.word_captions(data, au_words(is_toy=True))
-        baselines.encode_data(data, config, accelerator, encoders, unet)
+        if in_words:
+            baselines.word_captions(data, au_words(is_toy=True))
+        return baselines.encode_data(data, config, accelerator, encoders, unet)
 
     def render(self) -> None:
         """Render the training pictures as an image folder, with face boxes and captions that name no expression."""
@@ -194,7 +179,6 @@ class Experiment:
             caption_drop_prob=0.1,
             dataloader_num_workers=budget.workers,
             mixed_precision=budget.mixed_precision,
-            torch_compile=budget.torch_compile and can_compile(),
             checkpointing_steps=max(1, budget.steps // 10),
             checkpoints_total_limit=1,
             resume_from_checkpoint="latest",
@@ -204,26 +188,22 @@ class Experiment:
 
     def train_fineface(self, name: str, **changes) -> Path:
         """Train an adapter by the script that users run, if it is not trained yet. Returns its folder."""
-        folder = self._system_folder(name, changes)
+        folder = self.system_folder(name, changes)
         if not (folder / ATTN_PROCESSORS_NAME).exists():
-            torch.compiler.reset()
             train_fineface.run(self.config(name, **changes))
         return folder
 
     def train_baseline(self, name: str, system: str, **changes) -> Path:
-        folder = self._system_folder(name, changes)
-        if baselines.steps_trained(folder) < self.budget.steps:
-            torch.compiler.reset()
-            baselines.run(system, self.config(name, **changes))
-        return folder / IP_ADAPTER_NAME if system == "ip_adapter" else folder
+        """Train another system, if it is not trained yet. Returns what `evaluation.run` reads."""
+        config = self.config(name, **changes)
+        baselines.run(system, config)
+        return config.output_dir / IP_ADAPTER_NAME if system == "ip_adapter" else config.output_dir
 
-    def _system_folder(self, name: str, changes: dict) -> Path:
+    def system_folder(self, name: str, changes: dict) -> Path:
         """The folder of a system. It records the training's settings, and other settings than those are an error."""
         folder = self.folder / "systems" / name
         settings = self.config(name, **changes).fixed_settings()
-        with PartialState().main_process_first():
-            if not run.check_settings(folder / SETTINGS_NAME, settings, "a system", default_settings()):
-                run.write_settings(folder / SETTINGS_NAME, settings)
+        run.keep_settings(folder / SETTINGS_NAME, settings, "a system", PartialState(), default_settings())
         return folder
 
     # ---- evaluation ------------------------------------------------------------------------------------------------
@@ -266,12 +246,3 @@ class Experiment:
 
     def pictures(self, name: str) -> Path:
         return self.folder / "runs" / name / "pictures"
-
-
-def can_compile() -> bool:
-    """Whether `torch.compile` finds what it needs: a C++ compiler, Python's headers, and on a GPU Triton."""
-    if torch.accelerator.is_available() and importlib.util.find_spec("triton") is None:
-        return False
-    compilers = (os.environ.get("CXX"), "g++", "clang++")
-    has_headers = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
-    return has_headers and any(shutil.which(compiler) for compiler in compilers if compiler)

@@ -63,9 +63,14 @@ class Method:
     changes: tuple[tuple[str, object], ...] = ()
 
 
+def _encoder(label: str, paper: tuple[float, float, float, float], encoder_type: str) -> Method:
+    return Method(label, paper, f"encoder_{encoder_type}", changes=(("encoder_type", encoder_type),))
+
+
 OURS = Method("FineFace (Res + MLP64)", (4.71, 0.92, 7.54, 0.83), "fineface")
 """The paper's design. All three tables have it."""
 LORA_T = Method("LoRA-T", (7.45, 0.91, 9.06, 0.86), "lora_t", "lora_t")
+NO_SMOOTHING = (("au_noise_variance", 0.0), ("au_rounding_prob", 0.0))
 TABLES = {
     "Table 1: other systems": (
         Method("SD (AUs as text)", (6.98, 0.80, 8.90, 0.71), "sd", "sd"),
@@ -76,25 +81,15 @@ TABLES = {
         OURS,
     ),
     "Table 2: AU encoders": (
-        Method("No encoding", (4.72, 0.94, 7.64, 0.86), "encoder_none", changes=(("encoder_type", "none"),)),
-        Method("MLP", (4.79, 0.86, 7.60, 0.76), "encoder_mlp", changes=(("encoder_type", "mlp"),)),
-        Method("Res + MLP", (4.77, 0.84, 7.61, 0.74), "encoder_res_mlp", changes=(("encoder_type", "res_mlp"),)),
+        _encoder("No encoding", (4.72, 0.94, 7.64, 0.86), "none"),
+        _encoder("MLP", (4.79, 0.86, 7.60, 0.76), "mlp"),
+        _encoder("Res + MLP", (4.77, 0.84, 7.61, 0.74), "res_mlp"),
         OURS,
-        Method("Res + 3MLP", (4.97, 0.91, 7.70, 0.83), "encoder_res_3mlp", changes=(("encoder_type", "res_3mlp"),)),
-        Method(
-            "Individual + MLP",
-            (5.48, 0.85, 7.97, 0.70),
-            "encoder_individual",
-            changes=(("encoder_type", "individual"),),
-        ),
+        _encoder("Res + 3MLP", (4.97, 0.91, 7.70, 0.83), "res_3mlp"),
+        _encoder("Individual + MLP", (5.48, 0.85, 7.97, 0.70), "individual"),
     ),
     "Table 3: label smoothing": (
-        Method(
-            "without",
-            (4.81, 0.81, 7.64, 0.72),
-            "no_smoothing",
-            changes=(("au_noise_variance", 0.0), ("au_rounding_prob", 0.0)),
-        ),
+        Method("without", (4.81, 0.81, 7.64, 0.72), "no_smoothing", changes=NO_SMOOTHING),
         OURS,
     ),
 }
@@ -193,29 +188,27 @@ def figure_of(experiment: Experiment, run: str, metric: str, part: str) -> Figur
     return find_figure(experiment.summary(run), metric, part, "" if metric in PICTURE_METRICS else METER)
 
 
-def picture_values(experiment: Experiment, run: str, metric: str, part: str) -> pd.DataFrame:
-    """AU MSE or CLIP-I of each picture of a run, by its name; NaN if no face was found."""
-    results = experiment.results(run)
-    rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index("name")
-    values = rows[metric] if metric in rows else au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy())
-    return pd.DataFrame({"value": values, "prompt": rows["prompt_index"]}, index=rows.index)
-
-
 def paired_difference(experiment: Experiment, runs: tuple[str, str], metric: str, part: str) -> Figure:
     """
-    The mean of the first run minus the second, over pictures of the same prompt, AUs and seed. Pictures that are hard
-    for both runs do not widen the interval.
+    The mean AU MSE or CLIP-I of the first run minus the second, over pictures of the same prompt, AUs and seed.
+    Pictures that are hard for both runs do not widen the interval.
     """
-    first, second = (picture_values(experiment, run, metric, part) for run in runs)
-    both = first.join(second["value"].rename("other"), how="inner")
-    difference = (both["value"] - both["other"]).to_numpy()
-    return bootstrap(np.mean, difference, prompts=both["prompt"].to_numpy(), draws=experiment.budget.bootstrap_draws)
+
+    def values_of(run: str) -> pd.Series:
+        results = experiment.results(run)
+        rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index(["name", "prompt_index"])
+        if metric in rows:
+            return rows[metric]
+        return pd.Series(au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy()), rows.index)
+
+    difference = values_of(runs[0]).sub(values_of(runs[1])).dropna()
+    prompts = difference.index.get_level_values("prompt_index").to_numpy()
+    return bootstrap(np.mean, difference.to_numpy(), prompts=prompts, draws=experiment.budget.bootstrap_draws)
 
 
-Pairs = dict[str, list[tuple[int, int]]]
-
-
-def compare_orders(paper: Sequence[float], difference: Callable[[int, int], Figure], more_is_better: bool) -> Pairs:
+def compare_orders(
+    paper: Sequence[float], difference: Callable[[int, int], Figure], more_is_better: bool
+) -> dict[str, list[tuple[int, int]]]:
     """
     Compare the order of each pair of methods with the paper's. Returns the pairs by verdict: "agree", "turned", or
     "open", where the interval of `difference(first, second)` has 0 in it. In each pair, the method that is better in
@@ -235,7 +228,7 @@ def compare_orders(paper: Sequence[float], difference: Callable[[int, int], Figu
 
 
 def order_in_words(
-    heading: str, labels: Sequence[str], ours: Sequence[Figure], pairs: Pairs, more_is_better: bool
+    heading: str, labels: Sequence[str], ours: Sequence[Figure], pairs: dict, more_is_better: bool
 ) -> str:
     ranked = sorted(zip(labels, ours, strict=True), key=lambda pair: pair[1].value, reverse=more_is_better)
     counts = {verdict: len(found) for verdict, found in pairs.items()}
@@ -251,47 +244,37 @@ def order_in_words(
 
 
 def format_paper_table(experiment: Experiment, title: str, methods: Sequence[Method]) -> list[str]:
-    header = ["Method"]
-    for heading, *_ in COLUMNS:
-        header += [f"{heading}: paper", "ours"]
+    header = ["Method", *(cell for heading, *_ in COLUMNS for cell in (f"{heading}: paper", "ours"))]
     header += ["agreement with the prompt ↑", "slope, single", "pictures"]
-    rows, ours = [], {heading: [] for heading, *_ in COLUMNS}
+    rows, ours = [], []
     for method in methods:
-        row = [method.label]
-        for (heading, metric, part, _), paper in zip(COLUMNS, method.paper, strict=True):
-            figure = figure_of(experiment, method.name, metric, part)
-            ours[heading].append(figure)
-            row += [f"{paper:.2f}", f"{figure:.3f}"]
+        figures_of_method = [figure_of(experiment, method.name, metric, part) for _, metric, part, _ in COLUMNS]
+        ours.append(figures_of_method)
+        cells = zip(method.paper, figures_of_method, strict=True)
         agreement = figure_of(experiment, method.name, "agreement", "combination")
-        single = figure_of(experiment, method.name, "slope", "single")
-        count = single.num_pictures + figure_of(experiment, method.name, "au_mse", "combination").num_pictures
-        rows.append([*row, f"{agreement:.3f}", f"{single}", str(count)])
+        slope = figure_of(experiment, method.name, "slope", "single")
+        count = slope.num_pictures + figure_of(experiment, method.name, "au_mse", "combination").num_pictures
+        row = [method.label, *(cell for paper, figure in cells for cell in (f"{paper:.2f}", f"{figure:.3f}"))]
+        rows.append([*row, f"{agreement:.3f}", f"{slope}", str(count)])
     lines = ["", f"## {title}", "", *markdown_table(header, rows), ""]
-    labels = [method.label for method in methods]
     for column, (heading, metric, part, more_is_better) in enumerate(COLUMNS):
 
         def difference(first: int, second: int, metric: str = metric, part: str = part) -> Figure:
             return paired_difference(experiment, (methods[first].name, methods[second].name), metric, part)
 
         pairs = compare_orders([method.paper[column] for method in methods], difference, more_is_better)
-        lines += [f"- {order_in_words(f'{heading}.', labels, ours[heading], pairs, more_is_better)}"]
+        labels, of_column = [method.label for method in methods], [of_method[column] for of_method in ours]
+        lines += [f"- {order_in_words(f'{heading}.', labels, of_column, pairs, more_is_better)}"]
     return lines
 
 
 def format_figure7(experiment: Experiment) -> list[str]:
-    rows = []
+    rows, parts = [], ("combination", "single", "combination", "single")
     for run, label in FIGURE7_RUNS.items():
         kept = identity_kept(experiment, run, experiment.budget.bootstrap_draws)
-        figures_of_run = [
-            figure_of(experiment, run, metric, part)
-            for metric, part in (
-                ("reference_similarity", "combination"),
-                ("au_mse", "single"),
-                ("au_mse", "combination"),
-                ("slope", "single"),
-            )
-        ]
-        rows.append([label, f"{kept:.3f}", *(f"{figure:.3f}" for figure in figures_of_run), str(kept.num_pictures)])
+        metrics = zip(("reference_similarity", "au_mse", "au_mse", "slope"), parts, strict=True)
+        cells = [f"{figure_of(experiment, run, metric, part):.3f}" for metric, part in metrics]
+        rows.append([label, f"{kept:.3f}", *cells, str(kept.num_pictures)])
     header = ["FineFace", "attributes of the image prompt ↑", "likeness to it ↑", "AU MSE, single ↓"]
     header += ["AU MSE, combinations ↓", "slope, single", "pictures"]
     words = (
@@ -312,83 +295,71 @@ def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
     Draw the paper's Figs. 4 to 8, with a row for each system of Table 1 where the paper compares systems, and the
     charts of the paper's design. Returns the sheets by name.
     """
-    methods = TABLES["Table 1: other systems"]
-    folders = {_row_label(method): experiment.pictures(method.name) for method in methods}
-    prompt = read_prompts(TOY_PROMPTS)[0]
-    title = f"{prompt.text} · seed {prompt.seed}"
-    singles = {"neutral": Item("neutral", prompt, "")}
-    singles |= {au: Item("single", prompt, f"{au}=5") for au in AU_NAMES}
-    combinations = {"neutral": Item("neutral", prompt, "")}
-    count = min(10, experiment.budget.combinations or 10)
-    for number, aus in enumerate(read_combinations(COMBINATIONS, count)):
-        combinations[aus.replace("AU", "")] = Item("combination", prompt, aus, number)
+    table1, prompt = TABLES["Table 1: other systems"], read_prompts(TOY_PROMPTS)[0]
+    folders = {_row_label(method): experiment.pictures(method.name) for method in table1}
+    title, neutral = f"{prompt.text} · seed {prompt.seed}", {"neutral": Item("neutral", prompt, "").name}
+    singles = {au: Item("single", prompt, f"{au}=5").name for au in AU_NAMES}
+    found = enumerate(read_combinations(COMBINATIONS, min(10, experiment.budget.combinations or 10)))
+    combinations = {aus.replace("AU", ""): Item("combination", prompt, aus, number).name for number, aus in found}
     sheets = {
-        "results_figure4": figures.draw_comparison(folders, _names(singles), title),
-        "results_figure5": figures.draw_comparison(folders, _names(combinations), title),
-        "results_figure6": draw_intensities(experiment, prompt),
+        "results_figure4": figures.draw_comparison(folders, neutral | singles, title),
+        "results_figure5": figures.draw_comparison(folders, neutral | combinations, title),
     }
+
+    def row(run: str, prompt: Prompt, commands: Sequence[str]) -> list[Image.Image]:
+        items = [Item("neutral", prompt, ""), *(Item("single", prompt, aus) for aus in commands)]
+        return [read_picture(experiment.pictures(run) / item.name) for item in items]
+
+    rows, labels = [], []
+    for au in ("AU12", "AU4", "AU26"):
+        for method in (LORA_T, OURS):
+            rows.append(row(method.name, prompt, [f"{au}={value}" for value in INTENSITIES]))
+            labels.append(f"{au}\n{_row_label(method).splitlines()[0]}")
+    sheets["results_figure6"] = draw_sheet([[Table(rows, labels, ["0", *map(str, INTENSITIES)])]], title)
+
     references, prompts, _ = make_image_prompts(experiment)
-    shown = read_prompts(prompts, experiment.budget.prompts)
-    rows = []
-    for prompt in shown:
-        items = [Item("neutral", prompt, ""), *(Item("single", prompt, aus) for aus in ("AU12=5", "AU4=5", "AU26=5"))]
-        pictures = [read_picture(experiment.pictures("image_prompt") / item.name) for item in items]
-        rows.append([read_picture(references / f"{prompt.index}.png"), *pictures])
-    labels = ["image prompt", "neutral", "AU12=5", "AU4=5", "AU26=5"]
-    table = Table(rows, [prompt.text.removeprefix("a portrait of ") for prompt in shown], labels)
+    shown, commands = read_prompts(prompts, experiment.budget.prompts), ["AU12=5", "AU4=5", "AU26=5"]
+    rows = [[read_picture(references / f"{p.index}.png"), *row("image_prompt", p, commands)] for p in shown]
+    labels = [p.text.removeprefix("a portrait of ") for p in shown]
+    table = Table(rows, labels, ["image prompt", "neutral", *commands])
     sheets["results_figure7"] = draw_sheet([[table]], "text, image and AUs together")
     for name in (f"heat_map_{METER}", f"dose_response_{METER}", "figure8_extrapolation"):
         sheets[f"results_{name}"] = read_picture(experiment.folder / "runs" / OURS.name / "figures" / f"{name}.png")
     return sheets
 
 
-def draw_intensities(experiment: Experiment, prompt: Prompt) -> Image.Image:
-    """Draw the paper's Fig. 6: some AUs from 0 to 5, each by LoRA-T and by FineFace."""
-    rows, labels = [], []
-    for au in ("AU12", "AU4", "AU26"):
-        for method in (LORA_T, OURS):
-            items = [Item("neutral", prompt, ""), *(Item("single", prompt, f"{au}={value}") for value in INTENSITIES)]
-            rows.append([read_picture(experiment.pictures(method.name) / item.name) for item in items])
-            labels.append(f"{au}\n{_row_label(method).splitlines()[0]}")
-    table = Table(rows, labels, ["0", *map(str, INTENSITIES)])
-    return draw_sheet([[table]], f"{prompt.text} · seed {prompt.seed}")
-
-
 def _row_label(method: Method) -> str:
     return method.label.replace(" (", "\n").removesuffix(")")
 
 
-def _names(items: dict[str, Item]) -> dict[str, str]:
-    return {label: item.name for label, item in items.items()}
+INTRODUCTION = """\
+# The paper's tables, on the toy world
+
+By `python -m paper.tables --{budget.name}`: every system trained for {budget.steps} steps of {budget.batch_size}
+samples on the same {budget.pictures} pictures, from the same base, with the same seeds, and sampled with {sampling}
+and AUs guided together with the text, as in the paper. The loss and the label smoothing are the paper's. Other than
+in the paper, the learning rate is 1e-3 (for DB 1e-4) and falls along a cosine, a tenth of the captions is empty,
+and a running average of the weights is evaluated.
+
+Each of our figures is followed by its 95 % bootstrap interval over prompts and pictures. Do not compare our numbers
+with the paper's: world and base differ, and our AU meter knows the truth, while the paper's shares its training
+data with the method. Compare the order of methods, where the same pictures of two methods differ by more than
+chance. A high CLIP-I alone is no merit: a system that ignores the AUs has 1.
+
+Half of the captions that the base was trained with name the expression, in the very words that *SD*, *DB* and
+*LoRA-T* get. So this base was told more about AUs than Stable Diffusion was.
+"""
+SMALL_BUDGET = """
+This budget is small, so the faces of all systems under-shoot. The adapter of the toy model, see
+[its report](../toy_faces/weights/REPORT.md), was trained on thirty times as many samples.
+"""
 
 
 def write_results(experiment: Experiment, output: Path) -> None:
     """Write `output`, and the sheets of pictures beside it."""
-    budget = experiment.budget
     sampling = ", ".join(f"`{name}={value}`" for name, value in experiment.sampling.items())
-    lines = [
-        "# The paper's tables, on the toy world",
-        "",
-        f"By `python -m paper.tables --{budget.name}`: every system trained for {budget.steps} steps of"
-        f" {budget.batch_size} samples on the same {budget.pictures} pictures, from the same base, with the same"
-        f" seeds, and sampled with {sampling} and AUs guided together with the text, as in the paper. The loss and the"
-        " label smoothing are the paper's. Other than in the paper, the learning rate is 1e-3 (for DB 1e-4) and falls"
-        " along a cosine, a tenth of the captions is empty, and a running average of the weights is evaluated.",
-        "",
-        "Each of our figures is followed by its 95 % bootstrap interval over prompts and pictures. Do not compare our"
-        " numbers with the paper's: world and base differ, and our AU meter knows the truth, while the paper's shares"
-        " its training data with the method. Compare the order of methods, where the same pictures of two methods"
-        " differ by more than chance. A high CLIP-I alone is no merit: a system that ignores the AUs has 1.",
-        "",
-        "Half of the captions that the base was trained with name the expression, in the very words that *SD*, *DB*"
-        " and *LoRA-T* get. So this base was told more about AUs than Stable Diffusion was.",
-    ]
-    if budget.name == "quick":
-        lines += [
-            "",
-            "This budget is small, so the faces of all systems under-shoot. The adapter of the toy model, see"
-            " [its report](../toy_faces/weights/REPORT.md), was trained on thirty times as many samples.",
-        ]
+    text = INTRODUCTION.format(budget=experiment.budget, sampling=sampling)
+    lines = [text.rstrip(), *([SMALL_BUDGET.rstrip()] if experiment.budget.name == "quick" else [])]
     for title, methods in TABLES.items():
         lines += format_paper_table(experiment, title, methods)
     lines += format_figure7(experiment)
@@ -436,22 +407,17 @@ def report(work: Callable[[], object]) -> int:
     )
 
 
-def run(experiment: Experiment, output: Path, processes: int) -> Path | None:
-    """Make what is missing and write `output`, which is returned on the main process."""
-    make_all(experiment, processes)
-    if not PartialState().is_main_process:
-        return None
-    write_results(experiment, output)
-    return output
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("paper.tables", __doc__)
     add_arguments(parser)
 
     def work() -> Path | None:
         arguments = parser.parse_args(argv)
-        return run(make_experiment(arguments), arguments.output, arguments.processes)
+        experiment = make_experiment(arguments)
+        make_all(experiment, arguments.processes)
+        if PartialState().is_main_process:
+            write_results(experiment, arguments.output)
+            return arguments.output
 
     return report(work)
 

@@ -5,39 +5,30 @@ Trains and evaluates variants of the paper's design under one budget on the toy 
 
   python -m paper.trials --quick                       # all of them
   python -m paper.trials --full --only tokens_4 au_drop
+  python -m paper.trials --quick --feedback            # trials of AU feedback under equal processor time
   python -m paper.trials --list
 
 A trial changes settings of train_fineface.py, of sampling, or both. The table, which has diverged trials too, goes to
-trials.csv in the working folder, which `paper.tables` shares. docs/results.md has all trials that were run. The code
-has the paper's design, the trials that did well, and one of each kind that did not.
+trials.csv or feedback.csv in the working folder, which `paper.tables` shares. docs/results.md has all trials that were
+run. The code has the paper's design, the trials that did well, and one of each kind that did not.
 """
 
-import csv
-import dataclasses
 import functools
-import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pandas as pd
 from accelerate import PartialState
 
 from evaluation.metrics import Figure
 from paper.experiment import Experiment
-from paper.tables import (
-    OURS,
-    add_arguments,
-    all_methods,
-    figure_of,
-    make,
-    make_experiment,
-    paired_difference,
-    report,
-)
+from paper.feedback_trials import FEEDBACK_TRIALS, FeedbackTrials
+from paper.tables import OURS, add_arguments, all_methods, figure_of, make, make_experiment, paired_difference, report
 from paper.workers import run_jobs
 from program import Parser, write_atomically
-from training.config import TRAINING_PRESETS, TrainConfig
+from training.config import TRAINING_PRESETS
 
 
 @dataclass(frozen=True)
@@ -90,17 +81,9 @@ TRIALS = {
     "best_guided": Trial("the same, with AUs guided apart", BEST, GUIDED),
 }
 HEADER = (
-    *(
-        "Trial",
-        "what for",
-        "training",
-        "sampling",
-        "AU MSE, combinations ↓",
-        "against the paper's",
-        "AU MSE, single ↓",
-    ),
-    *("slope, single", "mean r ↑", "CLIP-I, combinations", "agreement with the prompt ↑", "other AUs move by ↓"),
-    "pictures",
+    *("Trial", "what for", "training", "sampling", "AU MSE, combinations ↓", "against the paper's"),
+    *("AU MSE, single ↓", "slope, single", "mean r ↑", "CLIP-I, combinations", "agreement with the prompt ↑"),
+    *("other AUs move by ↓", "pictures"),
 )
 
 
@@ -112,14 +95,14 @@ def adapter_name(trial: Trial) -> str:
     return "trial_" + "_".join(f"{flag}-{value}" for flag, value in sorted(trial.train.items()))
 
 
-def check_trials(names: Sequence[str]) -> None:
-    known = {field.name for field in dataclasses.fields(TrainConfig)}
+def run_name(name: str) -> str:
+    return OURS.name if name == "paper" else f"trial_{name}"
+
+
+def check_trials(names: Iterable[str], trials: Mapping = TRIALS) -> None:
     for name in names:
-        if name not in TRIALS:
-            raise ValueError(f"There is no trial {name!r}. There are {', '.join(TRIALS)}.")
-        unknown = set(TRIALS[name].train) - known
-        if unknown:
-            raise ValueError(f"train_fineface.py has no flag {', '.join(unknown)}, but the trial {name!r} needs it.")
+        if name not in trials:
+            raise ValueError(f"There is no trial {name!r}. There are {', '.join(trials)}.")
 
 
 def make_trials(experiment: Experiment, names: Sequence[str]) -> None:
@@ -127,7 +110,7 @@ def make_trials(experiment: Experiment, names: Sequence[str]) -> None:
     Train the adapter that the trials `names` share, and evaluate each trial. A training that diverges is a result
     too: it is recorded, and no error is raised.
     """
-    if has_diverged(experiment, names[0]):
+    if _divergence(experiment, names[0]).exists():
         return
     try:
         adapter = experiment.train_fineface(adapter_name(TRIALS[names[0]]), **TRIALS[names[0]].train)
@@ -152,59 +135,39 @@ def group_by_adapter(names: Iterable[str]) -> list[list[str]]:
 
 
 def _divergence(experiment: Experiment, name: str) -> Path:
+    """The file that says that the training of a trial ended with a loss that is not finite."""
     return experiment.folder / "systems" / adapter_name(TRIALS[name]) / "diverged.txt"
-
-
-def has_diverged(experiment: Experiment, name: str) -> bool:
-    """Whether the training of a trial ended with a loss that is not finite."""
-    return _divergence(experiment, name).exists()
-
-
-def run_name(name: str) -> str:
-    return OURS.name if name == "paper" else f"trial_{name}"
 
 
 def format_row(experiment: Experiment, name: str) -> list[str]:
     trial, run = TRIALS[name], run_name(name)
     settings = [" ".join(f"{key}={value}" for key, value in part.items()) for part in (trial.train, trial.sampling)]
-    if has_diverged(experiment, name):
+    if _divergence(experiment, name).exists():
         return [name, trial.why, *settings, "diverged", *["–"] * (len(HEADER) - 5)]
-
-    def figure(metric: str, part: str):
-        return figure_of(experiment, run, metric, part)
-
-    error, papers = figure("au_mse", "combination"), figure_of(experiment, OURS.name, "au_mse", "combination")
+    error, papers = (figure_of(experiment, of, "au_mse", "combination") for of in (run, OURS.name))
     change = paired_difference(experiment, (run, OURS.name), "au_mse", "combination")
     relative = [100 * value / papers.value for value in (change.value, change.low, change.high)]
-    single = figure("au_mse", "single")
-    return [
-        name,
-        trial.why,
-        *settings,
-        f"{error:.3f}",
-        "{:+.0f} % [{:+.0f}, {:+.0f}]".format(*relative),
-        f"{single:.3f}",
-        f"{figure('slope', 'single')}",
-        f"{figure('r', 'single')}",
-        f"{figure('clip_i', 'combination'):.3f}",
-        f"{figure('agreement', 'combination'):.3f}",
-        f"{figure('unrequested', 'single'):.3f}",
-        str(error.num_pictures + single.num_pictures),
-    ]
+    single, slope, r, others = (
+        figure_of(experiment, run, metric, "single") for metric in ("au_mse", "slope", "r", "unrequested")
+    )
+    kept = [figure_of(experiment, run, metric, "combination") for metric in ("clip_i", "agreement")]
+    row = [f"{error:.3f}", "{:+.0f} % [{:+.0f}, {:+.0f}]".format(*relative), f"{single:.3f}", f"{slope}", f"{r}"]
+    row += [*(f"{figure:.3f}" for figure in (*kept, others)), str(error.num_pictures + single.num_pictures)]
+    return [name, trial.why, *settings, *row]
 
 
 def finished_trials(experiment: Experiment) -> list[str]:
     """The trials that have been evaluated or have diverged in this experiment, in the order of `TRIALS`."""
     return [
-        name for name in TRIALS if experiment.summary(run_name(name)) is not None or has_diverged(experiment, name)
+        name
+        for name in TRIALS
+        if experiment.summary(run_name(name)) is not None or _divergence(experiment, name).exists()
     ]
 
 
 def write_table(experiment: Experiment) -> Path:
-    rows = [HEADER, *(format_row(experiment, name) for name in finished_trials(experiment))]
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_atomically(experiment.folder / TRIALS_NAME, text.getvalue())
+    rows = [format_row(experiment, name) for name in finished_trials(experiment)]
+    write_atomically(experiment.folder / TRIALS_NAME, pd.DataFrame(rows, columns=HEADER).to_csv(index=False))
     return experiment.folder / TRIALS_NAME
 
 
@@ -220,7 +183,7 @@ def best_trial(experiment: Experiment) -> str | None:
     def keeps(name: str, metric: str) -> bool:
         return figure(name, metric).high >= figure("paper", metric).value
 
-    names = [n for n in finished_trials(experiment) if n != "paper" and not has_diverged(experiment, n)]
+    names = [n for n in finished_trials(experiment) if n != "paper" and not _divergence(experiment, n).exists()]
     kept = [name for name in names if keeps(name, "clip_i") and keeps(name, "agreement")]
     return min(kept, key=lambda name: figure(name, "au_mse").value, default=None)
 
@@ -230,8 +193,7 @@ def describe_best(experiment: Experiment) -> str:
     if name is None:
         return "No trial keeps the CLIP-I and the agreement with the prompt of the paper's design."
     error, papers = (figure_of(experiment, run_name(n), "au_mse", "combination").value for n in (name, "paper"))
-    single = figure_of(experiment, run_name(name), "slope", "single").value
-    change = error / papers - 1
+    single, change = figure_of(experiment, run_name(name), "slope", "single").value, error / papers - 1
     return (
         "Of the trials whose CLIP-I and agreement with the prompt are not clearly below those of the paper's design,"
         f" `{name}` has the lowest AU MSE of combinations: {100 * change:+.0f} % against the paper's"
@@ -243,30 +205,43 @@ def describe_best(experiment: Experiment) -> str:
 
 def run(names: Sequence[str], experiment: Experiment, processes: int) -> str | None:
     """Make the trials. On the main process, returns a sentence: where their table is, and which trial is the best."""
-    check_trials(names)
     experiment.prepare()
     # The other trials are compared with the paper's design, so it is always made.
     groups = group_by_adapter(dict.fromkeys(["paper", *names]))
     run_jobs([functools.partial(make_trials, experiment, group) for group in groups], processes)
-    if not PartialState().is_main_process:
-        return None
-    return f"{write_table(experiment)}: {describe_best(experiment)}"
+    if PartialState().is_main_process:
+        return f"{write_table(experiment)}: {describe_best(experiment)}"
+
+
+def run_feedback(names: Sequence[str], experiment: Experiment, processes: int) -> str | None:
+    """Make the trials of AU feedback. On the main process, returns the path of their table."""
+    trials = FeedbackTrials(experiment)
+    experiment.prepare()
+    trials.prepare(names)
+    run_jobs([functools.partial(trials.make, name) for name in ["start", *names]], processes)
+    if PartialState().is_main_process:
+        return str(trials.write_table())
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("paper.trials", __doc__)
-    parser.add_argument("--only", nargs="+", metavar="TRIAL", default=list(TRIALS), help="(default: all of them)")
+    parser.add_argument("--only", nargs="+", metavar="TRIAL", help="(default: all of them)")
+    parser.add_argument("--feedback", action="store_true", help="the trials of AU feedback instead")
     if "--list" in (sys.argv[1:] if argv is None else argv):
         for name, trial in TRIALS.items():
             print(f"{name:30}{trial.why}: {trial.train | trial.sampling}")
+        for name, trial in FEEDBACK_TRIALS.items():
+            print(f"--feedback {name:19}{trial.why}: {trial.train}")
         return 0
     parser.add_argument("--list", action="store_true", help="show the trials and stop")
     add_arguments(parser)
 
     def work() -> str | None:
         arguments = parser.parse_args(argv)
-        check_trials(arguments.only)
-        return run(arguments.only, make_experiment(arguments), arguments.processes)
+        trials, make_all = (FEEDBACK_TRIALS, run_feedback) if arguments.feedback else (TRIALS, run)
+        names = arguments.only or list(trials)
+        check_trials(names, trials)
+        return make_all(names, make_experiment(arguments), arguments.processes)
 
     return report(work)
 

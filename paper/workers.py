@@ -21,9 +21,8 @@ def default_processes() -> int:
     """How many systems to train at once: one for each core, as a small UNet gains little by a second; one on a GPU."""
     import torch
 
-    if torch.accelerator.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return 1
-    return min(4, num_cores())
+    is_shared = torch.accelerator.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return 1 if is_shared else min(4, num_cores())
 
 
 def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
@@ -33,8 +32,7 @@ def run_jobs(jobs: Iterable[Callable[[], None]], processes: int) -> None:
         for job in jobs:
             job()
         return
-    threads = max(1, num_cores() // processes)
-    context = multiprocessing.get_context("spawn")
+    context, threads = multiprocessing.get_context("spawn"), max(1, num_cores() // processes)
     with ProcessPoolExecutor(processes, context, initializer=_begin_worker, initargs=(threads,)) as pool:
         try:
             for future in as_completed([pool.submit(job) for job in jobs]):
@@ -58,9 +56,6 @@ def _begin_worker(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """
-    End this worker when its parent ends. A parent that is killed cannot end its workers, and when it is started again,
-    two processes would train the same system.
-    """
+    """A parent that is killed cannot end its workers, and if it starts again, two would train the same system."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)

@@ -26,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from action_units import AU_NAMES, read_aus
+from au_encoder import find_adapter_files, read_au_adapter
 from drawing.model import Weights
 from evaluation import figures, metrics, report, run, training_picture
 from evaluation.image_encoders import make_image_encoder
@@ -44,6 +45,7 @@ from evaluation.testset import (
 from paper import baselines, trials
 from paper import tables as paper_tables
 from paper.experiment import BUDGETS, Experiment
+from paper.feedback_trials import change_encoder
 from paper.workers import run_jobs
 from program import only_run_in, write_atomically
 from toy_faces import networks
@@ -669,6 +671,7 @@ def world(tmp_path_factory) -> str:
         requires_safety_checker=False,
     ).save_pretrained(folder)
     networks.make_meter().save_pretrained(folder / "meter")
+    networks.make_second_meter().save_pretrained(folder / "second_meter")
     networks.make_attribute_reader().save_pretrained(folder / "attribute_reader")
     (folder / "fineface.json").write_text('{"num_inference_steps": 2, "guidance_scale": 2.0}')
     return str(folder)
@@ -881,6 +884,30 @@ def test_trials_are_flags_of_the_trainer_and_share_adapters(tmp_path):
     assert groups == [["paper", "au_guidance_3"], ["best", "best_guided"]]
     with pytest.raises(ValueError, match="no trial 'magic'"):
         trials.check_trials(["magic"])
+
+
+def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, tmp_path, capsys):
+    arguments = ["--size=tiny", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--feedback", "--only"]
+    assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
+    table = pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
+    assert table.index.tolist() == ["start", "ordinary", "latents", "interactions"]
+    # The budget pays for none, so each has the steps that are timed to find that out.
+    assert table["steps"].tolist() == ["–", "5", "5", "5"] and (table["seconds a step"][1:].astype(float) > 0).all()
+    assert table["slopes"].str.fullmatch(r"-?\d+\.\d\d to -?\d+\.\d\d").all()
+    assert json.loads((tmp_path / "runs" / "feedback_latents" / "settings.json").read_text())["adapter"]
+    before = read_files_in(tmp_path / "systems") | read_files_in(tmp_path / "runs")
+    assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
+    assert before == read_files_in(tmp_path / "systems") | read_files_in(tmp_path / "runs")
+
+    start = read_au_adapter(find_adapter_files(str(tmp_path / "systems" / "fineface")))
+    aus = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) * 5
+    for encoder_type in ("direct", "res_3mlp"):
+        changed = change_encoder(start, encoder_type)
+        assert changed.config.encoder_type == encoder_type
+        torch.testing.assert_close(changed(aus)[1], start(aus)[1], rtol=1e-4, atol=1e-5)
+    grown = read_au_adapter(find_adapter_files(str(tmp_path / "systems" / "feedback_interactions")))
+    values = [grown(row)[1] for row in (aus[:1], aus[1:2], aus[:1] + aus[1:2], 0 * aus[:1])]
+    assert (values[0] + values[1] - values[2] - values[3]).abs().max() > 0
 
 
 @pytest.mark.slow

@@ -144,6 +144,23 @@ def test_a_right_prediction_gives_the_clean_picture_and_noise_weighs_it(config, 
     torch.testing.assert_close(loss, (errors * snr / (1 + snr)).mean(), rtol=1e-3, atol=0)
 
 
+def test_a_meter_on_latents_needs_no_decoder(config):
+    class LatentMeter(TinyMeter):
+        reads_latents = True
+
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(16, 12)
+
+    model, feedback, batch = make_model_and_feedback(config, [LatentMeter().requires_grad_(False)], steps=2)
+    feedback.vae = None
+    assert feedback.draw(model, batch, draw_noise(), torch.rand(2, 12)).shape == draw_noise().shape
+    feedback.loss(model, batch, draw_noise(), torch.rand(2, 12), torch.Generator().manual_seed(0)).backward()
+    assert model.au_adapter.to_v_au.weight.grad.any()
+    with pytest.raises(ValueError, match="Some meters read latents and others pictures"):
+        make_model_and_feedback(config, [LatentMeter(), TinyMeter()])
+
+
 def test_the_one_step_estimate_draws_nothing(config):
     calls = []
     model, feedback, batch = make_model_and_feedback(config, mode="one_step")

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from action_units import AU_NAMES
 from toy_faces.renderer import ATTRIBUTES, SIZE, TOY_AU_NAMES
 
 
@@ -20,8 +21,8 @@ MAX_TOKENS = 48
 
 class PictureReader(ModelMixin, ConfigMixin):
     r"""
-    A convolutional network that reads numbers from a 128×128 picture: the AU meter and the attribute reader are two
-    trained instances of it.
+    A convolutional network that reads numbers from a 128×128 picture, or from its latents: the AU meter and the
+    attribute reader are two trained instances of it.
 
     Faces are nearly aligned, so the last feature map is flattened, not pooled: where a stroke is, is what it means.
 
@@ -31,6 +32,7 @@ class PictureReader(ModelMixin, ConfigMixin):
         hidden_size (`int`): width of the layer between the feature map and the outputs.
         scale (`float`): what an output of 1 stands for; 5 for AU intensities keeps the network's numbers near 1.
         au_names (`tuple[str, ...]`, *optional*): the AUs that a meter reads, one for each output.
+        in_channels, sample_size (`int`): shape of the input; 16 channels of side 16 for latents of the toy world.
     """
 
     @register_to_config
@@ -41,10 +43,11 @@ class PictureReader(ModelMixin, ConfigMixin):
         hidden_size: int = 128,
         scale: float = 1.0,
         au_names: tuple[str, ...] | None = None,
+        in_channels: int = 3,
+        sample_size: int = SIZE,
     ):
         super().__init__()
         layers: list[nn.Module] = []
-        in_channels = 3
         for index, channels in enumerate(block_out_channels):
             # A 5×5 first layer sees a whole stroke; every layer halves the resolution to stay cheap.
             kernel_size = 5 if index == 0 else 3
@@ -57,7 +60,7 @@ class PictureReader(ModelMixin, ConfigMixin):
                 layers += [nn.Conv2d(channels, channels, 3, padding=1), nn.GroupNorm(8, channels), nn.SiLU()]
             in_channels = channels
         self.features = nn.Sequential(*layers)
-        side = SIZE // 2 ** len(block_out_channels)
+        side = sample_size // 2 ** len(block_out_channels)
         self.head = nn.Sequential(
             nn.Flatten(),
             nn.Linear(in_channels * side**2, hidden_size),
@@ -65,8 +68,13 @@ class PictureReader(ModelMixin, ConfigMixin):
             nn.Linear(hidden_size, outputs),
         )
 
+    @property
+    def reads_latents(self) -> bool:
+        """Whether feedback hands it latents instead of decoded pictures."""
+        return self.config.in_channels != 3
+
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch, 3, 128, 128)` in [-1, 1] → `(batch, outputs)`."""
+        """`(batch, 3, 128, 128)` in [-1, 1], or latents, → `(batch, outputs)`."""
         return self.config.scale * self.head(self.features(pixel_values))
 
 
@@ -239,6 +247,12 @@ def make_scheduler() -> DDIMScheduler:
 def make_meter() -> PictureReader:
     """Reads the AUs of the toy world. It teaches the adapter, so it must not judge it."""
     return PictureReader(outputs=len(TOY_AU_NAMES), scale=5.0, au_names=TOY_AU_NAMES)
+
+
+def make_latent_meter() -> PictureReader:
+    """Reads the paper's AUs from latents, where feedback needs no decoder."""
+    channels = {"in_channels": 16, "sample_size": SIZE // 8, "block_out_channels": (96, 128)}
+    return PictureReader(outputs=len(AU_NAMES), scale=5.0, au_names=AU_NAMES, **channels)
 
 
 def make_second_meter() -> SecondMeter:

@@ -43,7 +43,7 @@ def load_meter(name: str, device: torch.device | str = "cpu") -> nn.Module:
             The callable takes no arguments and returns a `torch.nn.Module`. The module takes pictures of shape
             `(batch, 3, height, width)` in [-1, 1] and returns intensities of shape `(batch, n)` in FACS units from 0
             to 5; gradients must pass through. Its attribute `au_names` names the n AUs; without it, they are the
-            paper's twelve.
+            paper's twelve. With the attribute `reads_latents = True`, it takes latents instead, see `AUFeedback`.
 
     Raises:
         FileNotFoundError: if `name` is neither a folder with a meter nor an import path.
@@ -99,6 +99,11 @@ def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) 
     return shifted + 0.04 * random(*shifted.shape)
 
 
+def shake_latents(latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Add noise of a fifth of their standard deviation, which is 1, to scaled latents, as `shake` does to pictures."""
+    return latents + 0.2 * torch.randn(latents.shape, generator=generator).to(latents)
+
+
 class AUFeedback:
     r"""
     Read the AUs of pictures that the model in training makes, and compare them with the commanded AUs.
@@ -106,7 +111,8 @@ class AUFeedback:
     Args:
         meters (`list[nn.Module]`):
             From `load_meter`, on the device of the model. The errors of several meters are averaged, because several
-            are harder to deceive than one.
+            are harder to deceive than one. Meters whose attribute `reads_latents` is true get scaled latents of shape
+            `(batch, channels, height, width)`, so nothing is decoded; then all meters have to read latents.
         encoders (`StableDiffusionEncoders`):
             The frozen part of the base. This object keeps the decoder even if `encoders.unload` is called later.
         scheduler (`DDIMScheduler`):
@@ -145,6 +151,10 @@ class AUFeedback:
         self.meters, self.encoders, self.vae, self.steps = meters, encoders, encoders.vae, steps
         self.backprop, self.guidance_scale = steps if backprop is None else backprop, guidance_scale
         self.mode = mode
+        reads_latents = {bool(getattr(meter, "reads_latents", False)) for meter in meters}
+        if len(reads_latents) > 1:
+            raise ValueError("Some meters read latents and others pictures: use meters of one kind.")
+        self.reads_latents = reads_latents == {True}
         self.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
         self.empty = encoders.encode_captions(encoders.tokenize("")[None])
         self.projections = [au_projection(au_names, meter.au_names) for meter in meters]
@@ -241,7 +251,10 @@ class AUFeedback:
         au_intensities: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
-        """Draw pictures of shape `(batch, 3, height, width)`, about in [-1, 1]. The arguments are those of `loss`."""
+        """
+        Draw pictures of shape `(batch, 3, height, width)`, about in [-1, 1], or scaled latents for meters that read
+        these. The arguments are those of `loss`.
+        """
         # The timesteps stay on the CPU, so that no step waits for the device.
         self.scheduler.set_timesteps(self.steps)
         steps = range(self.steps)
@@ -264,6 +277,8 @@ class AUFeedback:
         return self._decode(latents)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        if self.reads_latents:
+            return latents
         latents = (latents / self.encoders.scaling_factor).to(self.vae.dtype)
         return self.vae.decode(latents, return_dict=False)[0].float()
 
@@ -283,7 +298,8 @@ class AUFeedback:
         """The error of `loss` for pictures that are there. `weights` of shape `(batch,)` are 1 by default."""
         generators = generator if isinstance(generator, list) else [generator]
         parts = zip(pictures.chunk(len(generators)), generators, strict=True)
-        shaken = torch.cat([shake(part, generator) for part, generator in parts])
+        perturb = shake_latents if self.reads_latents else shake
+        shaken = torch.cat([perturb(part, generator) for part, generator in parts])
         errors = []
         for meter, projection in zip(self.meters, self.projections, strict=True):
             projection = projection.to(au_intensities)
