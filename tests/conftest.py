@@ -1,8 +1,14 @@
 """Tiny real components, built in memory: no network, no files, the same on every run."""
 
+import json
+import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -166,6 +172,40 @@ def add_lora(unet: UNet2DConditionModel, name: str, seed: int = 2, rank: int = 4
     torch.manual_seed(seed)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets), name)
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory) -> Callable[..., list[dict]]:
+    """
+    Run Python code beside each other, each in a process, and return each `status`, `output` and `messages`. A run has
+    `code` and, where wanted, `arguments`, its working `folder`, folders of modules as its `path`, more variables as
+    its `environment`, `kill`, a function and a part of an argument at which it dies, and `largest_file` in bytes.
+
+    They compute in one thread, reach no Hub, and find its cache empty at the first of them.
+    """
+    folder = tmp_path_factory.mktemp("processes")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    command = [sys.executable, str(Path(__file__).with_name("processes.py"))]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    defaults = {"arguments": [], "folder": folder, "path": [], "environment": {}, "kill": None, "largest_file": None}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+
+        def processes(*runs: dict) -> list[dict]:
+            process.stdin.write(json.dumps([defaults | run for run in runs], default=str) + "\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        yield processes
+        process.stdin.close()
+
+
+def free_address() -> dict[str, str]:
+    """Where processes can meet, as the variables that say so."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN_DIM, make_adapter, make_components
+from conftest import HIDDEN_DIM, free_address, make_adapter, make_components
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -427,9 +426,8 @@ def test_a_second_run_into_the_same_folder_is_refused(model_args, tmp_path, caps
     draw = model.generate_batch
 
     def draw_while_another_run_begins(pipeline, jobs):
-        code = f"import sys, generate; sys.exit(generate.main({[*options, str(tmp_path / 'out')]!r}))"
-        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        assert second.returncode == 2 and "is being written by another run" in second.stderr
+        assert main([*options, str(tmp_path / "out")]) == 2
+        assert "is being written by another run" in capsys.readouterr().err
         return draw(pipeline, jobs)
 
     monkeypatch.setattr(model, "generate_batch", draw_while_another_run_begins)
@@ -454,22 +452,22 @@ def test_jobs_take_what_they_leave_out_from_the_command_line(model_args, tmp_pat
     ]
 
 
-def test_a_killed_batch_goes_on_where_it_was(model_args, tmp_path):
+GENERATE = {
+    "code": f"import runpy; runpy.run_path({str(ROOT / 'generate.py')!r}, run_name='__main__')",
+    "path": [ROOT],
+}
+
+
+def test_a_killed_batch_goes_on_where_it_was(model_args, processes, tmp_path):
     output = tmp_path / "out"
     path = write_jobs(tmp_path / "jobs.jsonl", *({"prompt": "a boy", "aus": "6C", "seed": i} for i in range(6)))
-    options = [*model_args, "--num-inference-steps", "12", "--batch-size", "1", "--batch", path]
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "generate.py", *options, "--output", output], cwd=tmp_path, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while len(list(output.glob("[0-9]*.png"))) < 2 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    options = [*model_args, "--batch-size", "1", "--batch", path, "--output", str(output)]
+    (answer,) = processes(GENERATE | {"arguments": options, "kill": ["os.replace", "00003.png"]})
+    assert answer["status"] == -signal.SIGKILL, answer
     finished = {path: path.stat().st_mtime_ns for path in output.glob("[0-9]*.png")}
-    assert 2 <= len(finished) < 6
+    assert sorted(path.name for path in finished) == ["00001.png", "00002.png"]
     assert all(pixels(path).shape == (SIZE, SIZE, 3) for path in finished)
-    assert main([*options, "--output", str(output)]) == 0
+    assert main(options) == 0
     assert [read_metadata(output / f"{i + 1:05d}.png")["seed"] for i in range(6)] == list(range(6))
     assert all(path.stat().st_mtime_ns == modified for path, modified in finished.items())
     assert len(list(output.iterdir())) == 6
@@ -529,20 +527,16 @@ def test_a_picture_that_cannot_be_written_is_an_error(model_args, tmp_path, caps
     assert "error: No space left on device\n" in capsys.readouterr().err
 
 
-def run_processes(count: int, options: list[str]) -> subprocess.CompletedProcess:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    return subprocess.run(
-        [*launcher, str(ROOT / "generate.py"), *options], env=environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_two_processes_share_a_batch(model_args, tmp_path, capsys):
+def test_two_processes_share_a_batch(model_args, processes, tmp_path, capsys):
     jobs = [{"prompt": "a boy", "aus": aus, "seed": i} for i, aus in enumerate(("6C", None, "12D", "4", "1+2"))]
     options = [*model_args, "--batch", write_jobs(tmp_path / "jobs.jsonl", *jobs, jobs[0]), "--output"]
-    result = run_processes(2, [*options, str(tmp_path / "two")])
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{tmp_path / 'two'}: 6 new pictures, 0 from before\n"
+    # What torchrun and accelerate launch tell each of the processes that they start.
+    environment = free_address() | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}
+    run = GENERATE | {"arguments": [*options, tmp_path / "two"]}
+    answers = processes(*(run | {"environment": environment | {"RANK": i, "LOCAL_RANK": i}} for i in ("0", "1")))
+    assert [answer["status"] for answer in answers] == [0, 0], answers
+    outputs = [answer["output"] for answer in answers]
+    assert outputs == [f"{tmp_path / 'two'}: 6 new pictures, 0 from before\n", ""]
     assert main([*options, str(tmp_path / "one"), "--batch-size", "1"]) == 0
     for number in range(1, 7):
         one, two = (tmp_path / folder / f"{number:05d}.png" for folder in ("one", "two"))
@@ -556,7 +550,10 @@ def test_two_processes_share_a_batch(model_args, tmp_path, capsys):
 @pytest.mark.slow
 def test_an_error_of_several_processes_is_one_line(model_args, tmp_path):
     path = write_jobs(tmp_path / "jobs.jsonl", {"prompt": "a boy", "aus": "AU7=1"})
-    result = run_processes(2, [*model_args, "--batch", path, "--output", str(tmp_path / "out")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    options = [str(ROOT / "generate.py"), *model_args, "--batch", path, "--output", str(tmp_path / "out")]
+    result = subprocess.run([*launcher, *options], env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode != 0
     assert result.stderr.count("error: ") == 1 and "jobs.jsonl, line 1: " in result.stderr
 

@@ -781,14 +781,11 @@ torch.save(pictures, "pictures.pt")
 """
 
 
-def test_an_export_of_xl_loads_in_each_way(exported_xl, tiny_xl_dir, tiny_xl_adapter_dir, tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+def test_an_export_of_xl_loads_in_each_way(processes, exported_xl, tiny_xl_dir, tiny_xl_adapter_dir, tmp_path):
     bundled = tmp_path / "fineface_xl.py"
     assert bundle.main([str(bundled), "--xl"]) == 0
-    arguments = [sys.executable, "-c", LOAD_XL, str(exported_xl), tiny_xl_dir, str(bundled)]
-    result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    (answer,) = processes({"code": LOAD_XL, "arguments": [exported_xl, tiny_xl_dir, bundled], "folder": tmp_path})
+    assert answer["status"] == 0, answer
     pipe = FAMILIES["sdxl"].make_pipe()
     pipe.load_au_adapter(tiny_xl_adapter_dir)
     expected = draw(pipe, aus="12E")

@@ -1,9 +1,6 @@
 """An exported adapter in plain diffusers: the pipelines of diffusers draw what `FineFacePipeline` draws."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -338,13 +335,11 @@ torch.save(pipe(["a boy in a park"] * 2, ip_adapter_image_embeds=embeds, **optio
 """
 
 
-def test_a_stranger_draws_with_the_weights_of_the_toy_model(tmp_path):
+def test_a_stranger_draws_with_the_weights_of_the_toy_model(processes, tmp_path):
     folder, elsewhere = write_export(TOY_MODEL, tmp_path / "folder", "--no-pictures"), tmp_path / "elsewhere"
     elsewhere.mkdir()
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run(
-        [sys.executable, "-c", STRANGER, str(TOY_MODEL), str(folder)], cwd=elsewhere, env=environment, check=True
-    )
+    (answer,) = processes({"code": STRANGER, "arguments": [TOY_MODEL, folder], "folder": elsewhere})
+    assert answer["status"] == 0, answer
     pipe = FineFacePipeline.from_pretrained(TOY_MODEL, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     options = {"prompt": [PROMPT] * 2, "num_inference_steps": 3, "guidance_scale": 2.5}

@@ -6,13 +6,12 @@ import json
 import re
 import shutil
 import signal
-import socket
 
 import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, make_components
+from conftest import FAMILIES, free_address, make_components
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from hub_server import TOKEN, running_hub
 from PIL import Image
@@ -347,10 +346,10 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, arguments, run_pro
     options = "--checkpointing_steps 1 --checkpoints_total_limit 1 --use_ema"
     whole = train("whole", options)
     moments = [
-        ["", "save_file", "checkpoint-2.part/trained_parameters"],
-        ["os", "replace", "run/checkpoint-2"],
-        ["shutil", "rmtree", "run/.checkpoint-1.old"],
-        ["os", "replace", "run/au_attn_processors"],
+        ["training.checkpoints.save_file", "checkpoint-2.part/trained_parameters"],
+        ["os.replace", "run/checkpoint-2"],
+        ["shutil.rmtree", "run/.checkpoint-1.old"],
+        ["os.replace", "run/au_attn_processors"],
     ]
     left = []
     for moment in moments:
@@ -377,13 +376,6 @@ def test_a_full_disk_is_reported_and_no_checkpoint_is_lost(train, arguments, run
     assert "Earlier files are kept. Free some space" in message
     assert [path.name for path in (tmp_path / "run").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert_equal(train("run", options), whole)
-
-
-def free_address() -> dict[str, str]:
-    """Where processes can meet."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
 
 
 def test_two_processes_equal_one_with_twice_the_batch(train, arguments, run_processes, tmp_path):

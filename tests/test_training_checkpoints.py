@@ -99,7 +99,7 @@ def test_a_second_run_in_one_folder_is_refused_and_a_killed_one_locks_nothing(re
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     argv = []
     resume(go=argv.extend)
-    (answer,) = run_processes({"arguments": argv, "kill": ["os", "replace", "run/checkpoint-4"]})
+    (answer,) = run_processes({"arguments": argv, "kill": ["os.replace", "run/checkpoint-4"]})
     assert answer["status"] < 0
     main(argv)
     assert sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]

@@ -1,9 +1,6 @@
 """Tiny training runs on rendered faces, for the tests of training and of its data."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,26 +72,11 @@ def config_fixture(arguments):
 
 
 @pytest.fixture(scope="session", name="run_processes")
-def run_processes_fixture(tmp_path_factory):
+def run_processes_fixture(processes):
     """
-    Run trainings beside each other, each in a process, and return their exit statuses and messages. They compute in
-    one thread, and so does this process from now on: other numbers of threads add in other orders.
+    Run trainings beside each other, each in a process. They compute in one thread, and so does this process from now
+    on: other numbers of threads add in other orders.
     """
     torch.set_num_threads(1)
-    program = Path(__file__).with_name("training_processes.py")
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(program.parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("datasets")),
-    }
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, str(program)], env=environment, **pipes) as process:
-
-        def run_processes(*runs):
-            defaults = {"environment": {}, "kill": None, "largest_file": None}
-            process.stdin.write(json.dumps([defaults | run for run in runs]) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield run_processes
-        process.stdin.close()
+    code = "import sys, train_fineface; sys.exit(train_fineface.start())"
+    return lambda *runs: processes(*({"code": code, "path": [Path(__file__).parents[1]]} | run for run in runs))

@@ -1,0 +1,85 @@
+"""
+Python code in processes of its own, as `python -c code arguments` runs it, for tests in which one has to die, runs out
+of disk, has a second one beside it, or must not find the clone.
+
+Reads a JSON list of runs a line, and answers with a list of their exit statuses, outputs and messages. The runs of a
+line go on at the same time. All are forks of this process, which has imported the large libraries and nothing of ours,
+so that these imports are paid for once. What a run is made of, the fixture `processes` of conftest.py says.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import signal
+import sys
+import tempfile
+import traceback
+
+import accelerate  # noqa: F401
+import datasets  # noqa: F401
+import peft  # noqa: F401
+import torch  # noqa: F401
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
+
+
+def kill_at(name: str, argument: str) -> None:
+    """Die in place of a call of a function that writes, renames or removes, once it is about what `argument` is in."""
+    module_name, _, function_name = name.rpartition(".")
+    module, function = importlib.import_module(module_name), pkgutil.resolve_name(name)
+
+    def killed(*args, **kwargs):
+        if any(argument in str(value) for value in args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(module, function_name, killed)
+
+
+def run(settings: dict) -> int:
+    os.chdir(settings["folder"])
+    os.environ |= settings["environment"]
+    sys.argv, sys.path = ["-c", *settings["arguments"]], ["", *settings["path"], *sys.path]
+    try:
+        if settings["kill"] is not None:
+            kill_at(*settings["kill"])
+        if settings["largest_file"] is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (settings["largest_file"], settings["largest_file"]))
+        exec(compile(settings["code"], "-c", "exec"), {"__name__": "__main__"})
+        return 0
+    except SystemExit as error:
+        return error.code or 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+
+
+def start(settings: dict):
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    process_id = os.fork()
+    if process_id == 0:
+        for output, number in zip(outputs, (1, 2), strict=True):
+            os.dup2(output.fileno(), number)
+        os._exit(run(settings))
+    return process_id, outputs
+
+
+# This folder is none in which a run looks for modules.
+sys.path.pop(0)
+for line in sys.stdin:
+    answers = []
+    for process_id, outputs in [start(settings) for settings in json.loads(line)]:
+        _, status = os.waitpid(process_id, 0)
+        texts = []
+        for output in outputs:
+            with output:
+                output.seek(0)
+                texts.append(output.read())
+        answers.append({"status": os.waitstatus_to_exitcode(status), "output": texts[0], "messages": texts[1]})
+    print(json.dumps(answers), flush=True)
+# Without the seconds in which Python takes all that is imported apart.
+os._exit(0)
