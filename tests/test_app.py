@@ -463,18 +463,26 @@ def browser():
 @contextmanager
 def opened(browser, url: str, width: int = 1280, height: int = 900, first="#picture img", **options):
     """A page that shows `first`. It fails if it speaks to another host, breaks a script, or a request fails."""
-    context = browser.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", **options)
+    # One context for all that want nothing special: it keeps the scripts that it has fetched and compiled.
+    shared = [] if options else browser.contexts
+    context = shared[0] if shared else browser.new_context(reduced_motion="reduce", **options)
     page = context.new_page()
+    page.set_viewport_size({"width": width, "height": height})
     page.set_default_timeout(int(os.environ.get("PAGE_TIMEOUT", 60_000)))
     hosts, broken = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
     page.on("response", lambda response: response.status >= 500 and broken.append(f"{response.status} {response.url}"))
     page.on("pageerror", lambda error: broken.append(str(error)))
-    page.goto(url)
-    page.wait_for_selector(first)
-    yield page
+    try:
+        page.goto(url)
+        page.wait_for_selector(first)
+        yield page
+        page.evaluate("localStorage.clear()")
+    finally:
+        page.close()
+        if options:
+            context.close()
     assert hosts <= {"127.0.0.1", None} and broken == []
-    context.close()
 
 
 def wait_for(page, selector: str, condition: str, *args) -> None:
