@@ -697,7 +697,7 @@ def test_presets_have_a_strength_and_mix(browser, url):
         wait_for_said(page, "AU6=4 AU12=4")
         press(page, ".strength input", *["ArrowLeft"] * 10)
         wait_for_said(page, "AU6=2 AU12=2")
-        assert page.get_attribute(".preset[data-preset=happy]", "aria-pressed") == "true"
+        wait_for(page, ".preset[data-preset=happy]", "element.ariaPressed === 'true'")
         page.check(".is-added")
         choose_preset(page, "angry")
         wait_for_said(page, "AU4=2.5 AU5=1.5 AU6=2 AU12=2 AU17=1.5")
@@ -707,7 +707,7 @@ def test_presets_have_a_strength_and_mix(browser, url):
         page.fill(AUS, "happy@0.5")
         press(page, AUS, "Enter")
         wait_for_said(page, "AU6=2 AU12=2")
-        assert page.get_attribute(".preset[data-preset=happy]", "aria-pressed") == "true"
+        wait_for(page, ".preset[data-preset=happy]", "element.ariaPressed === 'true'")
         assert page.inner_text(".strength output") == "50 %"
 
 

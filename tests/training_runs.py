@@ -79,4 +79,5 @@ def run_processes_fixture(processes):
     """
     torch.set_num_threads(1)
     code = "import sys, train_fineface; sys.exit(train_fineface.start())"
-    return lambda *runs: processes(*({"code": code, "path": [Path(__file__).parents[1]]} | run for run in runs))
+    path = [Path(__file__).parents[1], Path(__file__).parent]
+    return lambda *runs: processes(*({"code": code, "path": path} | run for run in runs))
