@@ -71,7 +71,7 @@ def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAM
     """
     tool, _, where = spec.partition(":")
     if tool == "toy":
-        return ToyMeter(Path(where) if where else TOY_MODEL / "meter", device, au_names)
+        return ToyMeter(Path(where) if where else TOY_MODEL / "second_meter", device, au_names)
     if tool not in TOOLS or not where:
         raise ValueError(f"`--meter` is {spec!r}. {WAYS_TO_NAME_A_METER}.")
     if tool == "table" or Path(where).suffix.lower() in TABLE_SUFFIXES:

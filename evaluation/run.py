@@ -478,7 +478,8 @@ def make_instruments(
 ) -> tuple[list[Meter], ImageEncoder | None]:
     """Make the meters and the image encoder of a run; models of the toy world default to their own."""
     is_toy = is_toy_model(config.model)
-    specs = config.meters or ([f"toy:{Path(config.model) / 'meter'}"] if is_toy else [])
+    # The first meter has taught the adapter, so it must not judge.
+    specs = config.meters or ([f"toy:{Path(config.model) / 'second_meter'}"] if is_toy else [])
     meters = [make_meter(spec, device, au_names) for spec in specs]
     names = [meter.name for meter in meters]
     if len(set(names)) < len(names):
