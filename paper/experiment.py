@@ -104,7 +104,7 @@ class Experiment:
     """
 
     def __init__(self, folder: Path, budget: Budget, model: str = str(TOY_MODEL), sampling: dict | None = None):
-        for part in ("meter", "image_encoder", "attribute_reader"):
+        for part in ("meter", "second_meter", "image_encoder", "attribute_reader"):
             if not (Path(model) / part / "config.json").is_file():
                 raise FileNotFoundError(f"`--model` is {model!r}, which has no {part}/ of the toy world.")
         self.folder, self.budget, self.model = folder, budget, model
