@@ -22,7 +22,7 @@ from accelerate.state import AcceleratorState
 from conftest import make_tokenizer
 from diffusers import StableDiffusionPipeline
 from endless_job import touch_for_ever
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
 from action_units import AU_NAMES, read_aus
@@ -307,26 +307,41 @@ MEDIAPIPE = """
             return FaceLandmarker()
         __enter__ = lambda self: self
         __exit__ = lambda self, *error: None
-        def detect(self, path):
-            faces = 0 if "AU12=2" in path else 2 if "AU12=3" in path else 1
+        def detect(self, image):
+            # Bright red is a face, and bright blue is two.
+            assert image.image_format == "sRGB"
+            ys, xs = (image.data.max(-1) == 255).nonzero()
+            faces = 0 if not len(ys) else 1 if image.data[ys[0], xs[0], 0] == 255 else 2
             shapes = [Some(category_name=name, score=0.5) for name in ("mouthSmileLeft", "mouthSmileRight")]
-            points = [Some(x=-0.1, y=0.25), Some(x=0.75, y=1.2)]
+            height, width = image.data.shape[:2]
+            points = [Some(x=x / width, y=y / height) for y, x in zip(ys, xs)] + [Some(x=-0.1, y=1.2)]
             return Some(face_blendshapes=[shapes] * faces, face_landmarks=[points] * faces)
     vision = Some(FaceLandmarkerOptions=Some, FaceLandmarker=FaceLandmarker)
-    tasks, Image = Some(vision=vision, BaseOptions=Some), Some(create_from_file=str)
+    tasks, Image, ImageFormat = Some(vision=vision, BaseOptions=Some), Some, Some(SRGB="sRGB")
 """
 
 
-def test_mediapipe_s_script_writes_a_table_with_faces_and_boxes(tmp_path, pictures):
+def test_mediapipe_s_script_measures_upright_pictures_and_writes_a_table_with_faces_and_boxes(tmp_path, pictures):
+    one, _, two = pictures
+    turned, exif = tmp_path / "turned_AU12=1.png", Image.Exif()
+    upright = Image.new("RGB", (64, 128), "gray")
+    upright.paste("red", (16, 32, 49, 97))
+    exif[ExifTags.Base.Orientation] = 6
+    upright.rotate(90, expand=True).save(turned, exif=exif)
+    for path, colour in ((one, "red"), (two, "blue")):
+        picture = Image.open(path)
+        picture.paste(colour, (0, 32, 97, 128))
+        picture.save(path)
     (tmp_path / "mediapipe.py").write_text(textwrap.dedent(MEDIAPIPE))
-    (tmp_path / "pictures.txt").write_text("\n".join(map(str, pictures)))
+    (tmp_path / "pictures.txt").write_text("\n".join(map(str, [*pictures, turned])))
     words = [sys.executable, TOOL_SCRIPTS / "mediapipe_table.py", "pictures.txt", "t.jsonl", "face_landmarker.task"]
     subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
-    readings = make_meter(f"mediapipe:{tmp_path / 't.jsonl'}", CPU).measure(pictures)
-    assert [reading.num_faces for reading in readings] == [1, 0, 2]
+    readings = make_meter(f"mediapipe:{tmp_path / 't.jsonl'}", CPU).measure([*pictures, turned])
+    assert [reading.num_faces for reading in readings] == [1, 0, 2, 1]
     assert readings[0].aus[AU_NAMES.index("AU12")] == pytest.approx(2.5)
-    first = json.loads((tmp_path / "t.jsonl").read_text().splitlines()[0])
-    assert [first[name] for name in ("face_x0", "face_y0", "face_x1", "face_y1")] == [0, 0.25, 0.75, 1]
+    rows = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    boxes = [[rows[number][name] for name in ("face_x0", "face_y0", "face_x1", "face_y1")] for number in (0, 3)]
+    assert boxes == [[0, 0.25, 0.75, 1], [0, 0.25, 0.75, 1]]
 
 
 def test_openface_s_tables_become_one(tmp_path, pictures):

@@ -5,7 +5,8 @@ Blendshapes by MediaPipe's FaceLandmarker: `python mediapipe_table.py PICTURES.t
 
 Runs in MediaPipe's environment, so it needs nothing of this repository. MODEL is `face_landmarker.task`, a download of
 its own. PICTURES.txt names a picture a line; each line of the table has the blendshapes of all faces of a picture, in
-the form of MediaPipe's own results, and the box of a face that is alone.
+the form of MediaPipe's own results, and the box of a face that is alone. Pictures that EXIF turns are measured
+upright; MediaPipe's own reader would leave them lying on their side.
 """
 
 import json
@@ -13,6 +14,8 @@ import os
 import sys
 
 import mediapipe
+import numpy
+from PIL import Image, ImageOps
 
 
 MAX_FACES = 5
@@ -22,6 +25,12 @@ def box_of(landmarks):
     """Left, top, right and bottom of a face as parts of the picture, where all of its landmarks are."""
     xs, ys = [min(max(p.x, 0.0), 1.0) for p in landmarks], [min(max(p.y, 0.0), 1.0) for p in landmarks]
     return {"face_x0": min(xs), "face_y0": min(ys), "face_x1": max(xs), "face_y1": max(ys)}
+
+
+def open_upright(path):
+    with Image.open(path) as file:
+        pixels = numpy.asarray(ImageOps.exif_transpose(file).convert("RGB"))
+    return mediapipe.Image(image_format=mediapipe.ImageFormat.SRGB, data=pixels)
 
 
 def main(listing, table, model):
@@ -35,7 +44,7 @@ def main(listing, table, model):
     landmarker = mediapipe.tasks.vision.FaceLandmarker.create_from_options(options)
     with landmarker, open(table + ".part", "w", encoding="utf-8") as file:
         for number, path in enumerate(paths):
-            result = landmarker.detect(mediapipe.Image.create_from_file(path))
+            result = landmarker.detect(open_upright(path))
             faces = [
                 {"categories": [{"categoryName": shape.category_name, "score": shape.score} for shape in face]}
                 for face in result.face_blendshapes
