@@ -62,7 +62,7 @@ from training.data import (
     make_dataloader,
     read_batches,
 )
-from training.encoders import StableDiffusionEncoders, load_encoders
+from training.encoders import StableDiffusionEncoders, find_family, load_encoders
 from training.feedback import AUFeedback, make_feedback
 from training.validation import choose_validation_aus, validate
 
@@ -454,6 +454,8 @@ def run(config: TrainConfig) -> None:
 
 def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(config)
+    # Before data are read, a base that cannot be trained is an error.
+    find_family(config)
     repository = plan_push(config) if config.push_to_hub else None
     if config.allow_tf32:
         torch.set_float32_matmul_precision("high")

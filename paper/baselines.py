@@ -28,7 +28,7 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
@@ -71,7 +71,7 @@ from training.data import (
     check_pictures,
     load_training_data,
 )
-from training.encoders import StableDiffusionEncoders, load_encoders
+from training.encoders import StableDiffusionEncoders, find_family, load_encoders
 
 
 BASELINES = ("dreambooth", "lora_t", "lora_au", "ip_adapter")
@@ -83,7 +83,10 @@ PRIOR_WEIGHT = 1.0
 """Weight of the prior in the loss. As in DreamBooth, each step has as many pictures of the prior as of the data."""
 SETTINGS_NAME = "baseline.json"
 DONE_NAME = "done.json"
-NOT_FOR_BASELINES = ("streaming", "push_to_hub", "validation_prompt", "adapter_name_or_path", "au_feedback_meter")
+NOT_FOR_BASELINES = (
+    *("streaming", "push_to_hub", "validation_prompt", "adapter_name_or_path", "au_feedback_meter"),
+    *("aus", "au_kv_init", "allow_tf32", "dry_run"),
+)
 """Flags of train_fineface.py that baselines do not have."""
 
 
@@ -303,12 +306,34 @@ def encode_data(
     return cache_inputs(inputs, config, accelerator) if config.cache_latents else inputs
 
 
-def run(system: str, config: TrainConfig) -> None:
-    """Train a baseline, or continue a training that was stopped."""
+def check_request(system: str, config: TrainConfig) -> None:
+    """Raise a ValueError for flags and bases that `system` cannot be trained with. No model is loaded."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
     for name in NOT_FOR_BASELINES:
         if getattr(config, name) != defaults[name]:
             raise ValueError(f"`--{name}` is for train_fineface.py alone: leave it out.")
+    if system == "lora_au" and config.encoder_type == "direct":
+        raise ValueError(
+            "`--encoder_type direct` makes no token for the text sequence, as `--system lora_au` needs it. Choose"
+            " another type."
+        )
+    base = config.pretrained_model_name_or_path
+    index = DiffusionPipeline.load_config(base, revision=config.revision)
+    if find_family(config) is not StableDiffusionEncoders:
+        raise ValueError(
+            f"The base {base!r} is a {index['_class_name']}, but the paper's other systems are trained on Stable"
+            " Diffusion 1 or 2 alone. Name such a base, or train an AU adapter with train_fineface.py."
+        )
+    if system == "ip_adapter" and not (index.get("image_encoder") or [None])[0]:
+        raise ValueError(
+            f"`--system ip_adapter` reads pictures with the image encoder of the base, but {base!r} has none. Name a"
+            " base with a CLIPVisionModelWithProjection as `image_encoder`, such as the toy model."
+        )
+
+
+def run(system: str, config: TrainConfig) -> None:
+    """Train a baseline, or continue a training that was stopped."""
+    check_request(system, config)
     # The paper's systems have its twelve AUs and no others.
     config = replace(config, aus=AU_NAMES)
     config.check_machine()

@@ -799,10 +799,25 @@ def test_a_baseline_trains_in_bfloat16_from_a_cache_in_half_precision(prepared, 
     assert baselines.steps_trained(folder) == 1
 
 
-def test_flags_that_a_baseline_cannot_follow_are_refused(prepared):
-    with pytest.raises(ValueError, match="`--streaming` is for train_fineface.py alone"):
-        train_baseline(prepared, "lora_t", "streamed", 1, streaming=True, cache_latents=False)
-    assert not (prepared.folder / "systems" / "streamed").exists()
+@pytest.mark.parametrize(
+    ("system", "changes", "message"),
+    [
+        ("lora_t", {"streaming": True, "cache_latents": False}, "`--streaming` is for train_fineface.py alone"),
+        ("lora_t", {"dry_run": True}, "`--dry_run` is for train_fineface.py alone"),
+        ("lora_au", {"encoder_type": "direct"}, "`--encoder_type direct` makes no token.* Choose another type"),
+        ("lora_t", {"pretrained_model_name_or_path": "tiny_xl_dir"}, "is a StableDiffusionXLPipeline.* 1 or 2 alone"),
+        ("ip_adapter", {"pretrained_model_name_or_path": "tiny_sd_dir"}, "image encoder of the base, but .* has none"),
+    ],
+)
+def test_flags_and_bases_that_a_baseline_cannot_follow_are_refused(
+    prepared, request, monkeypatch, system, changes, message
+):
+    changes = {name: request.getfixturevalue(v) if "_dir" in str(v) else v for name, v in changes.items()}
+    # Nothing is loaded before.
+    monkeypatch.setattr(baselines, "make_accelerator", None)
+    with pytest.raises(ValueError, match=message):
+        train_baseline(prepared, system, "refused", 1, **changes)
+    assert not (prepared.folder / "systems" / "refused").exists()
 
 
 def test_a_experiment_is_refused_with_other_settings(prepared, world):

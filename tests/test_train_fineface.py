@@ -694,6 +694,8 @@ def test_a_base_of_an_unknown_family_is_refused(arguments, tmp_path, tiny_sd_dir
     index = json.loads((tmp_path / "base/model_index.json").read_text())
     index |= {"_class_name": "StableDiffusion3Pipeline", "text_encoder_3": ["transformers", "T5EncoderModel"]}
     (tmp_path / "base/model_index.json").write_text(json.dumps(index))
+    # Nothing is loaded before.
+    shutil.rmtree(tmp_path / "base/unet")
     message = (
         "is a StableDiffusion3Pipeline of .*text_encoder_3.*A base that can be trained has a unet and text_encoder"
     )

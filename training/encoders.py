@@ -196,9 +196,9 @@ FAMILIES = {
 """The class for each family of bases with a UNet, by the text encoders in `model_index.json`."""
 
 
-def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionEncoders:
+def find_family(config: TrainConfig) -> type[StableDiffusionEncoders]:
     """
-    Load the encoders of the base with the class of its family.
+    The class of the family of the base. No model is loaded.
 
     Raises:
         ValueError: if the base belongs to no family in `FAMILIES`.
@@ -213,4 +213,9 @@ def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype)
             f"The base {base!r} is a {index.get('_class_name')} of {', '.join(sorted(components))}. A base that can be"
             f" trained has a unet and {known}."
         )
-    return FAMILIES[text_encoders].from_pretrained(config, device, dtype)
+    return FAMILIES[text_encoders]
+
+
+def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionEncoders:
+    """Load the encoders of the base with the class of its family. Raises the errors of `find_family`."""
+    return find_family(config).from_pretrained(config, device, dtype)
