@@ -168,8 +168,27 @@ def test_the_one_step_estimate_draws_nothing(config):
     timesteps, aus = torch.tensor([100, 500]), torch.rand(2, 12)
     prediction = model(draw_noise(), timesteps, batch["prompt_embeds"], aus)
     batch |= {"timesteps": timesteps, "au_intensities": aus, "feedback_seed": torch.tensor([1, 2])}
+    batch["aus_are_dropped"] = torch.tensor([False, False])
     feedback.batch_loss(model, batch, draw_noise(), prediction).backward()
     assert len(calls) == 1 and model.au_adapter.to_v_au.weight.grad.any()
+
+
+def test_the_one_step_estimate_asks_nothing_of_samples_without_their_aus(config, arguments):
+    _, feedback, _ = make_model_and_feedback(config, mode="one_step")
+    options = f"{FEEDBACK} --au_feedback_mode one_step --au_drop_prob 0.5 --au_noise_variance 0 --au_rounding_prob 0"
+    config = parse_args(arguments("run", options))
+    data, encoders = load_training_data(config), load_encoders(config, torch.device("cpu"), torch.float32)
+    data.au_intensities[0] = 0  # A neutral face keeps its label.
+    samples = TrainingSamples(PixelInputs(data, encoders, 32), 1000, config)
+    batch = [samples[number] for number in range(20)]
+    names = ("row", "timesteps", "au_intensities", "feedback_seed", "aus_are_dropped", "noise")
+    batch = {name: torch.stack([sample[name] for sample in batch]) for name in names}
+    prediction = batch["noise"].clone().requires_grad_()
+    feedback.batch_loss(None, batch, batch["noise"], prediction).backward()
+    is_taught = prediction.grad.flatten(1).any(dim=1)
+    assert torch.equal(is_taught, ~batch["aus_are_dropped"])
+    is_neutral = (batch["au_intensities"] == 0).all(dim=1)
+    assert is_neutral[~is_taught].all() and (is_neutral & is_taught).sum() > 0 and 4 < is_taught.sum() < 16
 
 
 def test_an_unknown_mode_is_refused(config, arguments, capsys):

@@ -731,6 +731,7 @@ class TrainingSamples(torch.utils.data.Dataset):
             weights = face_weights(data.face_boxes[index], size, side, config.face_loss_weight)
             sample["loss_weights"] = torch.from_numpy(np.flip(weights, 1).copy() if flip else weights)
         if config.au_feedback_meter is not None:
+            sample["aus_are_dropped"] = torch.tensor(bool(drop_aus))
             # AU feedback commands the AUs of another row; of the same row group with `--streaming`.
             rng = np.random.default_rng((config.seed, 3, number))
             other = (index + int(rng.integers(1, max(2, len(data))))) % len(data)

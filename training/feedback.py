@@ -189,7 +189,10 @@ class AUFeedback:
         generators = [torch.Generator().manual_seed(seed) for seed in batch["feedback_seed"].tolist()]
         if self.mode == "one_step":
             aus, timesteps = batch["au_intensities"], batch["timesteps"]
-            return self.one_step_loss(prediction, noisy_latents, timesteps, aus, generators)
+            # Without its AUs, a sample teaches the prediction that guidance leads away from. Its picture still has an
+            # expression, which that prediction has to explain and not to erase.
+            weights = (~batch["aus_are_dropped"]).float()
+            return self.one_step_loss(prediction, noisy_latents, timesteps, aus, generators, weights)
         noise = randn_tensor(noisy_latents.shape, generators, noisy_latents.device, noisy_latents.dtype)
         return self.loss(model, batch, noise, batch["commanded_aus"], generators)
 
@@ -228,12 +231,13 @@ class AUFeedback:
         timesteps: torch.Tensor,
         au_intensities: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        weights: torch.Tensor | float = 1.0,
     ) -> torch.Tensor:
         """
         The error of `loss` for the clean pictures that a `prediction` of noise or velocity implies. The error of a
-        picture has the weight `SNR / (1 + SNR)`, because an estimate from much noise is blurred. `noisy_latents` of
-        shape `(batch, channels, height, width)`, `timesteps` of shape `(batch,)` and `au_intensities` are what the
-        model predicted from.
+        picture has the weight `SNR / (1 + SNR)`, because an estimate from much noise is blurred, times `weights` of
+        shape `(batch,)`. `noisy_latents` of shape `(batch, channels, height, width)`, `timesteps` of shape `(batch,)`
+        and `au_intensities` are what the model predicted from.
         """
         signal = self.scheduler.alphas_cumprod.to(noisy_latents.device)[timesteps]  # SNR / (1 + SNR)
         alpha, sigma = (part.sqrt()[:, None, None, None] for part in (signal, 1 - signal))
@@ -241,7 +245,7 @@ class AUFeedback:
             latents = alpha * noisy_latents - sigma * prediction.float()
         else:
             latents = (noisy_latents - sigma * prediction.float()) / alpha
-        return self.error(self._decode(latents), au_intensities, generator, signal)
+        return self.error(self._decode(latents), au_intensities, generator, weights * signal)
 
     def draw(
         self,
