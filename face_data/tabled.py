@@ -45,6 +45,8 @@ from program import check_options, option
 
 
 INDEX = "pictures.sqlite"
+# An index that older versions have left, in another form.
+OLD_INDEX = "table.sqlite"
 # Parts beside those of the table's rows.
 TABLE_PART, UNTABLED_PART = "table", "untabled"
 BAD_ROW = "row of the table that cannot be read"
@@ -136,7 +138,9 @@ def prepare_tabled(tabled: Tabled, folder: Path, num_workers: int, on_error: str
     claim_folder(folder, tabled.settings())
     index = folder / INDEX
     if not index.is_file() or not part_path(folder, TABLE_PART).is_file():
-        part = Part(on_error)
+        part, old_index = Part(on_error), folder / OLD_INDEX
+        if old_index.is_file():
+            part.note(f"An older version began {str(folder)!r}. The tables are indexed anew; finished parts stay.")
         build_index(
             index,
             tabled.tables,
@@ -153,6 +157,7 @@ def prepare_tabled(tabled: Tabled, folder: Path, num_workers: int, on_error: str
         if missing:
             part.note(f"Of the paper's AUs the data do not have {', '.join(missing)}.")
         part.write(part_path(folder, TABLE_PART))
+        old_index.unlink(missing_ok=True)
     num_entries = count_entries(index)
     if num_entries == 0:
         raise ValueError(f"{tabled.tables[0].path}: the table has no rows.")

@@ -575,6 +575,22 @@ def test_an_output_inside_the_root_is_not_counted(tmp_path):
         prepare("build", root / name, "--output", root / f"faces-{name}", "--num_workers", 1)
 
 
+def test_a_folder_that_an_older_version_began_is_indexed_anew_which_is_said_once(tmp_path, caplog):
+    root = make_folder(tmp_path / "mine", 2)
+    command = ["folder", "--root", root, "--aus", root / "metadata.jsonl", "--output", tmp_path / "w"]
+    prepare(*command)
+    rows = files_of(tmp_path / "w/rows")
+    assert "older version" not in caplog.text
+    (tmp_path / "w/pictures.sqlite").rename(tmp_path / "w/table.sqlite")
+    for _ in range(2):
+        prepare(*command)
+        assert caplog.text.count("An older version began") == 1
+    assert not (tmp_path / "w/table.sqlite").exists() and (tmp_path / "w/pictures.sqlite").is_file()
+    assert {name: part for name, part in files_of(tmp_path / "w/rows").items() if rows[name] != part}.keys() == {
+        "table.jsonl"
+    }
+
+
 def test_names_that_no_file_can_have_are_rows_to_skip(tmp_path, capsys):
     root = make_folder(tmp_path / "mine", 1)
     zeros = dict.fromkeys(AU_NAMES, 0.0)
