@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -335,24 +336,30 @@ def _row_label(method: Method) -> str:
 INTRODUCTION = """\
 # The paper's tables, on the toy world
 
-By `python -m paper.tables --{budget.name}`: every system trained for {budget.steps} steps of {budget.batch_size}
-samples on the same {budget.pictures} pictures, from the same base, with the same seeds, and sampled with {sampling}
-and AUs guided together with the text, as in the paper. The loss and the label smoothing are the paper's. Other than
-in the paper, the learning rate is 1e-3 (for DB 1e-4) and falls along a cosine, a tenth of the captions is empty,
+By `python -m paper.tables --{budget.name}`: every system trained for {budget.steps} steps of {budget.batch_size} \
+samples on the same {budget.pictures} pictures, from the same base, with the same seeds, and sampled with {sampling} \
+and AUs guided together with the text, as in the paper. The loss and the label smoothing are the paper's. Other than \
+in the paper, the learning rate is 1e-3 (for DB 1e-4) and falls along a cosine, a tenth of the captions is empty, \
 and a running average of the weights is evaluated.
 
-Each of our figures is followed by its 95 % bootstrap interval over prompts and pictures. Do not compare our numbers
-with the paper's: world and base differ, and our AU meter knows the truth, while the paper's shares its training
-data with the method. Compare the order of methods, where the same pictures of two methods differ by more than
+Each of our figures is followed by its 95 % bootstrap interval over prompts and pictures. Do not compare our numbers \
+with the paper's: world and base differ, and our AU meter knows the truth, while the paper's shares its training \
+data with the method. Compare the order of methods, where the same pictures of two methods differ by more than \
 chance. A high CLIP-I alone is no merit: a system that ignores the AUs has 1.
 
-Half of the captions that the base was trained with name the expression, in the very words that *SD*, *DB* and
+Half of the captions that the base was trained with name the expression, in the very words that *SD*, *DB* and \
 *LoRA-T* get. So this base was told more about AUs than Stable Diffusion was.
 """
 SMALL_BUDGET = """
-This budget is small, so the faces of all systems under-shoot. The adapter of the toy model, see
+This budget is small, so the faces of all systems under-shoot. The adapter of the toy model, see \
 [its report](../toy_faces/weights/REPORT.md), was trained on thirty times as many samples.
 """
+
+
+def wrap(markdown: str, width: int = 120) -> str:
+    """Break the long lines of paragraphs. Lists keep theirs, because a line that begins with a plus is an item."""
+    lines = markdown.split("\n")
+    return "\n".join(line if line.startswith(("|", "#", "!", "-")) else textwrap.fill(line, width) for line in lines)
 
 
 def write_results(experiment: Experiment, output: Path) -> None:
@@ -368,7 +375,7 @@ def write_results(experiment: Experiment, output: Path) -> None:
     lines += [f"![{name.removeprefix('results_').replace('_', ' ')}]({name}.png)\n" for name in sheets]
     for name, sheet in sheets.items():
         write_png(sheet, output.parent / f"{name}.png")
-    write_atomically(output, "\n".join(lines).rstrip() + "\n" + read_trials(output))
+    write_atomically(output, wrap("\n".join(lines).rstrip()) + "\n" + read_trials(output))
 
 
 def all_methods() -> list[Method]:

@@ -888,6 +888,13 @@ def test_the_order_of_methods_is_compared_pair_by_pair():
     assert "from best to worst: a, b, c" in words and "order: 1 of 3" in words and "here: c before b" in words
 
 
+def test_the_paragraphs_of_the_results_are_wrapped_and_tables_and_lists_are_not():
+    kept = "# Title\n\n| a table |" + 60 * " cell |" + "\n\n- a list" + 60 * " + more"
+    assert paper_tables.wrap(kept) == kept
+    lines = paper_tables.wrap(f"{60 * 'word '}\n{kept}").split("\n")
+    assert [len(line) for line in lines[:3]] == [119, 119, 59] and "\n".join(lines[3:]) == kept
+
+
 def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
     write_run(experiment, trials.run_name("paper"), 1.0)
     assert "No trial keeps" in trials.describe_best(experiment)
@@ -895,7 +902,8 @@ def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
     write_run(experiment, trials.run_name("au_guidance_3"), 0.1, clip_i=0.5)
     assert trials.best_trial(experiment) == "stratified"
     words = trials.describe_best(experiment)
-    assert "`stratified`" in words and "-49 %" in words and words.count("reached") == 2 and "not reached" not in words
+    assert "`stratified`" in words and "-49 % against" in words and "goal of -65 % is not reached" in words
+    assert "0.90 (0.85 to 1.15 is the goal, reached)" in words
     write_atomically(
         experiment.folder / "systems" / trials.adapter_name(trials.TRIALS["rank_64"]) / "diverged.txt", "inf"
     )
