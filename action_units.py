@@ -746,7 +746,7 @@ class _Reader:
         if missing:
             raise self.error(
                 f"is the preset {_show(name)}, which needs {', '.join(missing)}, but this model knows"
-                f" {', '.join(self.au_names)}."
+                f" {', '.join(self.au_names)}. Load an AU adapter that was trained for them."
             )
         factor = _to_float(strength) if at else 1.0
         if factor is None or not math.isfinite(factor):
@@ -817,7 +817,7 @@ class _Reader:
         if whole in columns and len(side) == 1:
             raise self.error(
                 f"names {_show(name)}, one side of the face, but this model moves both sides of {whole} alike: leave"
-                f" out the L or R. It knows {known}."
+                f" out the L or R, or load an AU adapter with sides. It knows {known}."
             )
         unit, nearest = _BY_NAME.get(whole), _nearest_au(whole, side, self.au_names)
         what = f" ({unit.facs_name})" if unit else ""
