@@ -4,7 +4,7 @@ of disk, has a second one beside it, or must not find the clone.
 
 Reads a JSON list of runs a line, and answers with a list of their exit statuses, outputs and messages. The runs of a
 line go on at the same time. All are forks of this process, which has imported the large libraries and nothing of ours,
-so that these imports are paid for once. What a run is made of, the fixture `processes` of conftest.py says.
+so that these imports are paid for once. What a run is made of, the fixture `processes` of tiny.py says.
 """
 
 import importlib

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_au_attention_processor import SD15_UNET, SD21_UNET, SD_WIDTHS
+from tiny import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
 
 from action_units import AU_NAMES
 from au_attention_processor import AUAttnProcessor, au_layers

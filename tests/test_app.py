@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN_DIM, make_components
 from diffusers import PNDMScheduler
 from PIL import Image
+from tiny import HIDDEN_DIM, make_components
 
 from action_units import ACTION_UNITS, AU_NAMES, PRESETS, format_aus
 from au_encoder import AUAdapter, write_au_adapter

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import (
     AttnProcessor,
@@ -16,6 +15,7 @@ from diffusers.models.attention_processor import (
     SlicedAttnProcessor,
 )
 from PIL import Image
+from tiny import CROSS_ATTENTION_DIM, add_lora, make_adapter, make_components
 
 from au_attention_processor import (
     AUAttnProcessor,

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import make_adapter, make_components
+from tiny import make_adapter, make_components
 from torch import nn
 
 from au_encoder import ENCODER_TYPES, KV_INITS, AUAdapter, AUEncoder

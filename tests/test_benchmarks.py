@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_lora, make_adapter, make_components, make_xl_components
+from tiny import add_lora, make_adapter, make_components, make_xl_components
 from torch.profiler import ProfilerActivity, profile
 
 from au_attention_processor import au_layers

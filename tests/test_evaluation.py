@@ -19,11 +19,11 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_tokenizer
 from diffusers import StableDiffusionPipeline
 from endless_job import touch_for_ever
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
+from tiny import make_tokenizer
 
 from action_units import AU_NAMES, read_aus
 from au_encoder import find_adapter_files, read_au_adapter
@@ -703,6 +703,7 @@ def prepared(world, tmp_path_factory) -> Experiment:
 
 
 def train_baseline(experiment: Experiment, system: str, output: str, steps: int, **changes) -> Path:
+    """Train, unless another test has done so with this output, which tests share."""
     # A schedule that does not depend on where the run ends.
     constant = {"lr_scheduler": "constant_with_warmup", "learning_rate": 0.02, "checkpointing_steps": 1}
     baselines.run(system, experiment.config(output, **(constant | {"max_train_steps": steps} | changes)))
@@ -750,7 +751,7 @@ def read_files_in(folder: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("system", ["sd", "dreambooth", "lora_t", "lora_au"])
 def test_each_system_hears_of_aus_and_draws_otherwise_than_the_base(prepared, world, system):
-    adapter = None if system == "sd" else train_baseline(prepared, system, f"{system}_drawn", 2)
+    adapter = None if system == "sd" else train_baseline(prepared, system, f"{system}_whole", 2)
     neutral, expression = draw(world, system, adapter, ["", "AU12=5 AU26=4"])
     assert abs(neutral - expression).max() > 0
     if adapter is not None:
@@ -759,7 +760,7 @@ def test_each_system_hears_of_aus_and_draws_otherwise_than_the_base(prepared, wo
 
 
 def test_the_dreambooth_loss_keeps_the_prior(prepared):
-    folder = train_baseline(prepared, "dreambooth", "dreambooth_prior", 1) / baselines.PRIOR_FOLDER
+    folder = train_baseline(prepared, "dreambooth", "dreambooth_whole", 2) / baselines.PRIOR_FOLDER
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     assert len(rows) == TINY.pictures and all((folder / row["file_name"]).exists() for row in rows)
     # What the base draws for plain captions, which say nothing of AUs.
@@ -767,8 +768,8 @@ def test_the_dreambooth_loss_keeps_the_prior(prepared):
 
 
 def test_an_image_prompt_and_aus_work_together(prepared, world, tmp_path):
-    adapter = prepared.train_fineface("beside_the_image_prompt", learning_rate=0.05)
-    ip_adapter = train_baseline(prepared, "ip_adapter", "ip_adapter_drawn", 2) / baselines.IP_ADAPTER_NAME
+    adapter = prepared.train_fineface("of_rank_2", learning_rate=0.05, rank=2)
+    ip_adapter = train_baseline(prepared, "ip_adapter", "ip_adapter_whole", 2) / baselines.IP_ADAPTER_NAME
     (tmp_path / "prompts.txt").write_text("a man\n")
     pictures = {}
     for color in ("red", "blue"):
@@ -825,9 +826,9 @@ def test_a_experiment_is_refused_with_other_settings(prepared, world):
         Experiment(prepared.folder, TINY, world, {"guidance_scale": 3.0})
     with pytest.raises(ValueError, match="`steps` was 2 and is now 3"):
         Experiment(prepared.folder, replace(TINY, steps=3), world)
-    prepared.train_fineface("refused", rank=2)
+    prepared.train_fineface("of_rank_2", learning_rate=0.05, rank=2)
     with pytest.raises(ValueError, match="`rank` was 2 and is now 4"):
-        prepared.train_fineface("refused")
+        prepared.train_fineface("of_rank_2", learning_rate=0.05)
 
 
 def test_a_model_that_is_no_toy_world_is_refused(tiny_sd_dir, tmp_path):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_components
 from diffusers import DDIMScheduler
 from safetensors.torch import save_file
+from tiny import make_components
 from torch import nn
 
 import train_fineface

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import HIDDEN_DIM, free_address, make_adapter, make_components
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny import HIDDEN_DIM, free_address, make_adapter, make_components
 
 import program
 from action_units import AU_NAMES, PRESETS, action_units_of, parse_aus

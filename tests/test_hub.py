@@ -14,7 +14,6 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
 from diffusers import StableDiffusionPipeline
 from hub_server import TOKEN, HubRequestHandler, running_hub
 from huggingface_hub import ModelCard
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_adapter_files import ATTN_PROCESSORS, ENCODER, ENCODER_CONFIG, LORA, Exploit, draw, write_original
 from test_loading import assert_silent
+from tiny import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, add_lora, make_adapter, make_components
 
 from action_units import action_units_of, au_image_embeds
 from au_attention_processor import au_layers

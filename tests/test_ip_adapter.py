@@ -4,9 +4,9 @@ import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CROSS_ATTENTION_DIM, make_adapter, make_components
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.image_processor import IPAdapterMaskProcessor
+from tiny import CROSS_ATTENTION_DIM, make_adapter, make_components
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from action_units import parse_aus

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import make_adapter
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_relative_imports
+from tiny import make_adapter
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import add_lora, make_components
 from diffusers import (
     ControlNetModel,
     LCMScheduler,
@@ -16,6 +15,7 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
+from tiny import add_lora, make_components
 
 from action_units import AU_NAMES, au_projection, parse_aus
 from drawing.files import read_metadata

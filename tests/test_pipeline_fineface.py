@@ -5,11 +5,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, Family, add_lora, make_adapter
 from diffusers import EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 from test_ip_adapter import IMAGE_DIM, make_ip_adapter
+from tiny import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, Family, add_lora, make_adapter
 
 from action_units import AU_NAMES, parse_aus
 from au_attention_processor import pack_au_tensors
@@ -492,7 +492,24 @@ def test_a_hub_that_is_not_reached_is_said(tmp_path, caplog):
     assert find_adapter_beside("someone/base", **where) is None and not caplog.records
 
 
-def test_a_compiled_unet_is_compiled_once(tiny_pipe):
+@pytest.fixture
+def make_short_pipe(family, tiny_components):
+    """A pipeline with an adapter, its LoRA, and a UNet of two cross-attention layers: each layer compiles for long."""
+
+    def make_short_pipe(num_tokens: int):
+        unet = tiny_components["unet"]
+        depth = {"block_out_channels": (8,), "attention_head_dim": 2, "transformer_layers_per_block": 1}
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+        torch.manual_seed(0)
+        unet = type(unet).from_config({**unet.config, **depth, **blocks}).eval()
+        adapter = make_adapter(unet, num_tokens=num_tokens)
+        add_lora(unet, LORA_NAME)
+        return family.make_pipe(unet=unet, au_adapter=adapter)
+
+    return make_short_pipe
+
+
+def test_a_compiled_unet_is_compiled_once(make_short_pipe):
     calls = {
         "smile": {"aus": SMILE},
         "frown": {"aus": "1+4"},
@@ -501,19 +518,17 @@ def test_a_compiled_unet_is_compiled_once(tiny_pipe):
         "none": {},
         "other": {"prompt": "a girl", "aus": SMILE, "guidance_scale": 3.0},
     }
-    check_compiled_once(tiny_pipe, calls)
+    check_compiled_once(make_short_pipe(num_tokens=1), calls)
 
 
 @pytest.mark.parametrize(("family", "num_tokens"), [("sd", 3), ("sdxl", 1)], indirect=["family"])
-def test_with_masks_it_is_compiled_once_too(family, tiny_base, num_tokens):
-    adapter = make_adapter(tiny_base.unet, num_tokens=num_tokens)
-    pipe = family.make_pipe(**tiny_base.components | {"au_adapter": adapter})
+def test_with_masks_it_is_compiled_once_too(make_short_pipe, num_tokens):
     calls = {
         "both": {"aus": [SMILE, "1+4"], "au_masks": halves()},
         "one": {"aus": [SMILE, None], "au_masks": halves()[::-1]},
         "weak": {"prompt": "two girls", "aus": [SMILE, "1+4"], "au_masks": torch.rand(2, 16, 32), "au_scale": 0.5},
     }
-    check_compiled_once(pipe, {name: {**WIDE, **options} for name, options in calls.items()})
+    check_compiled_once(make_short_pipe(num_tokens), {name: {**WIDE, **options} for name, options in calls.items()})
 
 
 def check_compiled_once(pipe, calls: dict[str, dict]) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, HIDDEN_DIM, add_lora, make_adapter, make_components
 from diffusers import (
     AnimateDiffPipeline,
     ControlNetModel,
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_files import write_original
 from test_au_attention_processor import SD15_UNET, SD21_UNET, SDXL_UNET
 from test_ip_adapter import make_faceid_portrait, make_ip_adapter, make_pipe, some_face, some_id_embeds
+from tiny import CROSS_ATTENTION_DIM, HIDDEN_DIM, add_lora, make_adapter, make_components
 
 from action_units import AU_NAMES, au_image_embeds, au_image_masks, parse_aus
 from au_attention_processor import au_layers

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_lora, make_components
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from test_ip_adapter import FACE_DIM, make_faceid_portrait, make_image_encoder, make_ip_adapter
+from tiny import add_lora, make_components
 
 import examples.edit_expression
 import generate

@@ -11,12 +11,12 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, free_address, make_components
 from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from hub_server import TOKEN, running_hub
 from PIL import Image
 from safetensors.torch import load_file
 from test_feedback import FEEDBACK
+from tiny import FAMILIES, free_address, make_components
 from training_runs import (  # noqa: F401
     arguments_fixture,
     config_fixture,

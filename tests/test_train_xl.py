@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import CROSS_ATTENTION_DIM, FAMILIES
 from diffusers import DDIMScheduler, DDPMScheduler
 from test_feedback import TinyMeter
+from tiny import CROSS_ATTENTION_DIM, FAMILIES
 from training_runs import (  # noqa: F401
     arguments_fixture,
     datasets_cache_fixture,

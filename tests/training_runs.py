@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import FAMILIES
+from tiny import FAMILIES
 
 from action_units import AU_NAMES
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
