@@ -86,11 +86,11 @@ def test_a_saved_adapter_has_the_files_of_the_contract(tiny_adapter_dir):
     assert keys == {f"{layer}.processor.{name}.weight" for layer in layers for name in ("to_k_au", "to_v_au")}
 
 
-def test_a_saved_adapter_comes_back(tiny_pipe, tmp_path):
-    tiny_pipe.save_au_adapter(tmp_path / "new" / "folder")
+def test_a_saved_adapter_comes_back(steady_pipe, tmp_path):
+    steady_pipe.save_au_adapter(tmp_path / "new" / "folder")
     pipe = FineFacePipeline(**make_components(), requires_safety_checker=False)
     pipe.load_au_adapter(tmp_path / "new" / "folder")
-    assert torch.equal(draw(pipe, aus="12"), draw(tiny_pipe, aus="12"))
+    assert torch.equal(draw(pipe, aus="12"), draw(steady_pipe, aus="12"))
 
 
 def test_an_adapter_knows_its_own_aus(tiny_components, tmp_path):
@@ -128,8 +128,8 @@ def test_files_without_names_have_the_papers_aus(copy_dir, tiny_base):
     assert tiny_base.au_names == AU_NAMES
 
 
-def test_the_scale_of_the_lora_comes_back(tiny_pipe):
-    scales = {m.scaling[LORA_NAME] for m in tiny_pipe.unet.modules() if LORA_NAME in getattr(m, "scaling", {})}
+def test_the_scale_of_the_lora_comes_back(steady_pipe):
+    scales = {m.scaling[LORA_NAME] for m in steady_pipe.unet.modules() if LORA_NAME in getattr(m, "scaling", {})}
     assert scales == {2.0}  # alpha 8 over rank 4
 
 
@@ -143,7 +143,7 @@ def test_saving_over_an_adapter_replaces_all_of_it(copy_dir, tiny_base):
     assert {path.name for path in copy_dir.parent.iterdir()} == {"adapter"}
 
 
-def test_an_interrupted_save_never_leaves_a_mixture(copy_dir, tiny_pipe, tiny_base, monkeypatch):
+def test_an_interrupted_save_never_leaves_a_mixture(copy_dir, steady_pipe, steady_base, monkeypatch):
     renamed = []
 
     def replace_once(source, target):
@@ -154,12 +154,12 @@ def test_an_interrupted_save_never_leaves_a_mixture(copy_dir, tiny_pipe, tiny_ba
 
     monkeypatch.setattr(os, "replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
-        tiny_pipe.save_au_adapter(copy_dir)
+        steady_pipe.save_au_adapter(copy_dir)
     with pytest.raises(OSError, match="not complete"):
-        tiny_base.load_au_adapter(copy_dir)
+        steady_base.load_au_adapter(copy_dir)
 
 
-def test_a_save_that_cannot_be_written_leaves_the_old_adapter(copy_dir, tiny_pipe, monkeypatch):
+def test_a_save_that_cannot_be_written_leaves_the_old_adapter(copy_dir, steady_pipe, monkeypatch):
     before = {path: path.read_bytes() for path in copy_dir.rglob("*") if path.is_file()}
 
     def full_disk(*args, **kwargs):
@@ -167,19 +167,19 @@ def test_a_save_that_cannot_be_written_leaves_the_old_adapter(copy_dir, tiny_pip
 
     monkeypatch.setattr("au_encoder.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        tiny_pipe.save_au_adapter(copy_dir)
+        steady_pipe.save_au_adapter(copy_dir)
     assert {path: path.read_bytes() for path in copy_dir.rglob("*") if path.is_file()} == before
 
 
-def test_saving_into_a_file_is_an_error(tiny_pipe, tmp_path):
+def test_saving_into_a_file_is_an_error(steady_pipe, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="`save_directory` has to be a folder"):
-        tiny_pipe.save_au_adapter(tmp_path / "file")
+        steady_pipe.save_au_adapter(tmp_path / "file")
 
 
-def test_saving_without_an_adapter_is_an_error(tiny_base, tmp_path):
+def test_saving_without_an_adapter_is_an_error(steady_base, tmp_path):
     with pytest.raises(ValueError, match="no AU adapter to save"):
-        tiny_base.save_au_adapter(tmp_path)
+        steady_base.save_au_adapter(tmp_path)
 
 
 def test_loading_a_second_adapter_replaces_the_first(tiny_pipe, tmp_path):
@@ -230,7 +230,7 @@ def style_dir(tmp_path) -> str:
     return str(tmp_path / "style")
 
 
-def test_a_lora_of_the_user_works_before_and_after(tiny_base, tiny_pipe, tiny_adapter_dir, style_dir):
+def test_a_lora_of_the_user_works_before_and_after(tiny_pipe, tiny_adapter_dir, style_dir):
     pipe = FineFacePipeline(**make_components(), requires_safety_checker=False)
     pipe.load_lora_weights(style_dir, adapter_name="style")
     style = draw(pipe)
@@ -348,9 +348,9 @@ def offload_sequentially(pipe, monkeypatch):
 def test_offloading_works_before_and_after_loading(family, request, offload, loaded_first, monkeypatch, tmp_path):
     tiny_base = FAMILIES[family].make_pipe()
     tiny_adapter_dir = request.getfixturevalue("tiny_adapter_dir" if family == "sd" else "tiny_xl_adapter_dir")
-    plain = draw(tiny_base)
+    plain = draw(tiny_base, num_inference_steps=1)
     tiny_base.load_au_adapter(tiny_adapter_dir)
-    expected = draw(tiny_base, aus="12")
+    expected = draw(tiny_base, aus="12", num_inference_steps=1)
     if not loaded_first:
         tiny_base.unload_au_adapter()
     if offload == "model":
@@ -360,12 +360,12 @@ def test_offloading_works_before_and_after_loading(family, request, offload, loa
     if not loaded_first:
         tiny_base.load_au_adapter(tiny_adapter_dir)
     assert hasattr(tiny_base.au_adapter, "_hf_hook")
-    assert torch.equal(draw(tiny_base, aus="12"), expected)
-    assert torch.equal(draw(tiny_base, aus="12"), expected)
+    assert torch.equal(draw(tiny_base, aus="12", num_inference_steps=1), expected)
+    assert torch.equal(draw(tiny_base, aus="12", num_inference_steps=1), expected)
     tiny_base.save_au_adapter(tmp_path)
-    assert torch.equal(draw(tiny_base, aus="12"), expected)
+    assert torch.equal(draw(tiny_base, aus="12", num_inference_steps=1), expected)
     tiny_base.unload_au_adapter()
-    assert torch.equal(draw(tiny_base), plain)
+    assert torch.equal(draw(tiny_base, num_inference_steps=1), plain)
 
 
 # The published original
@@ -525,17 +525,17 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_a_broken_file_is_named_and_nothing_changes(breakage, copy_dir, tiny_pipe):
+def test_a_broken_file_is_named_and_nothing_changes(breakage, copy_dir, steady_pipe):
     name, damage, messages = BREAKAGES[breakage]
-    before = state(tiny_pipe)
+    before = state(steady_pipe)
     damage(copy_dir / name)
     with pytest.raises(ValueError) as error:
-        tiny_pipe.load_au_adapter(copy_dir)
+        steady_pipe.load_au_adapter(copy_dir)
     for message in messages:
         assert message in str(error.value)
     if breakage != "other AUs":
         assert str(copy_dir / name) in str(error.value)
-    assert_same_state(state(tiny_pipe), before)
+    assert_same_state(state(steady_pipe), before)
 
 
 class Exploit:
@@ -545,24 +545,24 @@ class Exploit:
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("name", ["attn_processors.ckpt", "au_encoder.ckpt"])
-def test_a_pickle_with_code_is_refused_and_not_run(name, legacy, tiny_pipe, tmp_path, capfd):
+def test_a_pickle_with_code_is_refused_and_not_run(name, legacy, steady_pipe, tmp_path, capfd):
     write_original(tmp_path, make_adapter(make_components()["unet"]))
     if legacy:
         (tmp_path / name).write_bytes(pickle.dumps({"au_encoder.weight": Exploit()}))
     else:
         torch.save({"au_encoder.weight": Exploit()}, tmp_path / name)
-    before = state(tiny_pipe)
+    before = state(steady_pipe)
     with pytest.raises(ValueError, match=f"{name}' .*carr(y|ies) code") as error:
-        tiny_pipe.load_au_adapter(tmp_path)
+        steady_pipe.load_au_adapter(tmp_path)
     # PyTorch's own error tells how to run the code all the same.
     assert error.value.__cause__ is None and (error.value.__suppress_context__ or legacy)
     assert "exploited" not in capfd.readouterr().out
-    assert_same_state(state(tiny_pipe), before)
+    assert_same_state(state(steady_pipe), before)
 
 
 @pytest.mark.parametrize("content", ["half", "text", "empty", "list"])
-def test_a_pickle_that_is_none_is_refused(content, tiny_base, tmp_path):
-    write_original(tmp_path, make_adapter(tiny_base.unet))
+def test_a_pickle_that_is_none_is_refused(content, steady_base, tmp_path):
+    write_original(tmp_path, make_adapter(steady_base.unet))
     path = tmp_path / "attn_processors.ckpt"
     if content == "half":
         truncate(path)
@@ -571,48 +571,48 @@ def test_a_pickle_that_is_none_is_refused(content, tiny_base, tmp_path):
     else:
         path.write_text("a web page, not a checkpoint" if content == "text" else "")
     with pytest.raises(ValueError, match="attn_processors.ckpt'"):
-        tiny_base.load_au_adapter(tmp_path)
+        steady_base.load_au_adapter(tmp_path)
 
 
-def test_an_original_encoder_of_another_kind_is_refused(tiny_base, tmp_path):
-    write_original(tmp_path, make_adapter(tiny_base.unet))
+def test_an_original_encoder_of_another_kind_is_refused(steady_base, tmp_path):
+    write_original(tmp_path, make_adapter(steady_base.unet))
     torch.save({"mlp.weight": torch.zeros(2, 2)}, tmp_path / "au_encoder.ckpt")
     with pytest.raises(ValueError, match="au_encoder.ckpt' misses the matrix au_encoder.weight. It holds mlp.weight"):
-        tiny_base.load_au_adapter(tmp_path)
+        steady_base.load_au_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("name", [ENCODER, ENCODER_CONFIG, ATTN_PROCESSORS])
-def test_an_absent_file_is_named(name, copy_dir, tiny_base):
+def test_an_absent_file_is_named(name, copy_dir, steady_base):
     (copy_dir / name).unlink()
     with pytest.raises(OSError, match=f"not complete: there is .*, but no {name}"):
-        tiny_base.load_au_adapter(copy_dir)
+        steady_base.load_au_adapter(copy_dir)
 
 
-def test_a_folder_without_an_adapter_is_an_error(tiny_base, tmp_path):
+def test_a_folder_without_an_adapter_is_an_error(steady_base, tmp_path):
     with pytest.raises(OSError, match="There is no AU adapter in"):
-        tiny_base.load_au_adapter(tmp_path)
+        steady_base.load_au_adapter(tmp_path)
     with pytest.raises(OSError, match="no AU adapter of the variant 'sd15' in the folder"):
-        tiny_base.load_au_adapter(tmp_path, variant="sd15")
+        steady_base.load_au_adapter(tmp_path, variant="sd15")
 
 
-def test_a_path_that_does_not_exist_is_an_error(tiny_base, tmp_path):
+def test_a_path_that_does_not_exist_is_an_error(steady_base, tmp_path):
     with pytest.raises(OSError, match="neither a folder nor the id of a Hub repository"):
-        tiny_base.load_au_adapter(tmp_path / "nowhere")
+        steady_base.load_au_adapter(tmp_path / "nowhere")
 
 
-def test_a_hub_repository_that_is_not_there_offline_is_an_error(tiny_base, tmp_path):
+def test_a_hub_repository_that_is_not_there_offline_is_an_error(steady_base, tmp_path):
     with pytest.raises(OSError, match="cache for the Hub repository .no folder. 'some/repository', and the Hub"):
-        tiny_base.load_au_adapter("some/repository", cache_dir=tmp_path, local_files_only=True)
+        steady_base.load_au_adapter("some/repository", cache_dir=tmp_path, local_files_only=True)
 
 
-def test_a_cached_hub_repository_loads(tiny_base, tiny_pipe, tiny_adapter_dir, tmp_path):
+def test_a_cached_hub_repository_loads(tiny_base, steady_pipe, tiny_adapter_dir, tmp_path):
     commit = "0" * 40
     repository = tmp_path / "models--some--repository"
     shutil.copytree(tiny_adapter_dir, repository / "snapshots" / commit / "sub")
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     tiny_base.load_au_adapter("some/repository", subfolder="sub", cache_dir=tmp_path, local_files_only=True)
-    assert torch.equal(draw(tiny_base, aus="12"), draw(tiny_pipe, aus="12"))
+    assert torch.equal(draw(tiny_base, aus="12"), draw(steady_pipe, aus="12"))
 
 
 def test_a_subfolder_loads(tiny_base, tiny_adapter_dir):

@@ -90,17 +90,17 @@ LEFT_AND_RIGHT[0, :, :16] = LEFT_AND_RIGHT[1, :, 16:] = 1
     ],
     ids=["guided", "unguided", "batch", "images_per_prompt", "masks", "lora_scale"],
 )
-def test_another_pipeline_draws_the_same(tiny_pipe, draw_by, au_options, options):
+def test_another_pipeline_draws_the_same(steady_pipe, draw_by, au_options, options):
     options = {"prompt": PROMPTS[0], "num_inference_steps": 2, "output_type": "latent", **options}
     batch_size = len(options["prompt"]) if isinstance(options["prompt"], list) else 1
     options["latents"] = latents_for(batch_size * options.get("num_images_per_prompt", 1))
-    expected = tiny_pipe(**options, **au_options).images
+    expected = steady_pipe(**options, **au_options).images
     shared = {name: options[name] for name in options if name in ("num_images_per_prompt", "guidance_scale")}
     shared["cross_attention_kwargs"] = options.pop("cross_attention_kwargs", None)
-    au_kwargs = tiny_pipe.au_cross_attention_kwargs(batch_size=batch_size, **shared, **au_options)
-    found = draw_by(tiny_pipe, **options, cross_attention_kwargs=au_kwargs)
+    au_kwargs = steady_pipe.au_cross_attention_kwargs(batch_size=batch_size, **shared, **au_options)
+    found = draw_by(steady_pipe, **options, cross_attention_kwargs=au_kwargs)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    without = draw_by(tiny_pipe, **options, cross_attention_kwargs=shared["cross_attention_kwargs"])
+    without = draw_by(steady_pipe, **options, cross_attention_kwargs=shared["cross_attention_kwargs"])
     assert not torch.allclose(without, expected, atol=1e-3)
 
 
@@ -131,11 +131,11 @@ def test_lcm_and_another_lora_on_top(tiny_pipe, tmp_path):
     assert not torch.allclose(styled, draw_both("1+4"), atol=1e-3)
 
 
-def test_a_controlnet_and_the_aus_both_count(tiny_pipe):
-    au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE)
+def test_a_controlnet_and_the_aus_both_count(steady_pipe):
+    au_kwargs = steady_pipe.au_cross_attention_kwargs(SMILE)
     options = {"prompt": PROMPTS[0], "num_inference_steps": 2, "output_type": "latent", "latents": latents_for(1)}
     pictures = [
-        draw_by_control(tiny_pipe, scale, cross_attention_kwargs=kwargs, **options)
+        draw_by_control(steady_pipe, scale, cross_attention_kwargs=kwargs, **options)
         for scale in (0.0, 1.0)
         for kwargs in (None, au_kwargs)
     ]
@@ -143,13 +143,13 @@ def test_a_controlnet_and_the_aus_both_count(tiny_pipe):
         assert not any(torch.allclose(picture, other, atol=1e-3) for other in pictures[:index])
 
 
-def test_image_to_image(tiny_pipe):
-    other = make_other(StableDiffusionImg2ImgPipeline, tiny_pipe)
+def test_image_to_image(steady_pipe):
+    other = make_other(StableDiffusionImg2ImgPipeline, steady_pipe)
 
     def draw(prompt, aus, seeds, **kwargs):
         count = len(seeds)
         if aus is not None:
-            kwargs["cross_attention_kwargs"] = tiny_pipe.au_cross_attention_kwargs(aus, batch_size=count, **kwargs)
+            kwargs["cross_attention_kwargs"] = steady_pipe.au_cross_attention_kwargs(aus, batch_size=count, **kwargs)
             kwargs.pop("au_scale", None)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         images = [some_picture()] * count
@@ -239,9 +239,9 @@ def test_self_attention_guidance(tiny_pipe, plain_sd, guidance_scale):
 
 
 @pytest.mark.parametrize("change", [{"guidance_scale": 1.0}, {"batch_size": 2}, {"num_images_per_prompt": 3}])
-def test_aus_for_another_call_name_the_cause(tiny_pipe, change):
-    other = make_other(StableDiffusionImg2ImgPipeline, tiny_pipe)
-    au_kwargs = tiny_pipe.au_cross_attention_kwargs(SMILE, **change)
+def test_aus_for_another_call_name_the_cause(steady_pipe, change):
+    other = make_other(StableDiffusionImg2ImgPipeline, steady_pipe)
+    au_kwargs = steady_pipe.au_cross_attention_kwargs(SMILE, **change)
     with pytest.raises(ValueError, match="this call of the UNet has 2. Make them with the values of this call"):
         other(PROMPTS[0], some_picture(), num_inference_steps=2, cross_attention_kwargs=au_kwargs)
 
@@ -258,26 +258,27 @@ def test_aus_for_another_call_name_the_cause(tiny_pipe, change):
         ({"aus": SMILE, "au_masks": torch.ones(1, 8, 16)}, "another shape"),
     ],
 )
-def test_a_bad_argument_is_an_error(tiny_pipe, options, message):
+def test_a_bad_argument_is_an_error(steady_pipe, options, message):
     with pytest.raises(ValueError, match=message):
-        tiny_pipe.au_cross_attention_kwargs(**options)
+        steady_pipe.au_cross_attention_kwargs(**options)
 
 
-def test_without_an_adapter_there_are_no_aus(tiny_base):
+def test_without_an_adapter_there_are_no_aus(steady_base):
     with pytest.raises(ValueError, match="load_au_adapter"):
-        tiny_base.au_cross_attention_kwargs(SMILE)
+        steady_base.au_cross_attention_kwargs(SMILE)
 
 
 # Editing a picture
 
 
-def test_what_is_outside_the_mask_stays(tiny_pipe):
+def test_what_is_outside_the_mask_stays(steady_pipe):
     picture = some_picture()
     mask = face_mask((32, 32), (4, 6, 26, 30))
     outside = np.asarray(mask) == 0
     assert outside[:, :4].all() and outside[:6].all() and outside[:, 27:].all() and np.asarray(mask).max() == 255
     smile, frown = (
-        np.asarray(edit_photo(tiny_pipe, picture, mask, "a boy", aus, num_inference_steps=4)) for aus in (SMILE, "1+4")
+        np.asarray(edit_photo(steady_pipe, picture, mask, "a boy", aus, num_inference_steps=4))
+        for aus in (SMILE, "1+4")
     )
     for edited in (smile, frown):
         assert (edited[outside] == np.asarray(picture)[outside]).all()
@@ -285,13 +286,13 @@ def test_what_is_outside_the_mask_stays(tiny_pipe):
     assert (smile != frown).any()
 
 
-def test_the_surroundings_are_in_the_latents(tiny_pipe):
+def test_the_surroundings_are_in_the_latents(steady_pipe):
     """What is kept guides what is drawn: beside other surroundings, the same face becomes another."""
     mask = face_mask((32, 32), (8, 8, 24, 24))
     inside = np.asarray(mask) == 255
     other = Image.composite(some_picture(0), some_picture(1), mask)
     first, second = (
-        np.asarray(edit_photo(tiny_pipe, picture, mask, "a boy", SMILE, strength=1.0, num_inference_steps=2))
+        np.asarray(edit_photo(steady_pipe, picture, mask, "a boy", SMILE, strength=1.0, num_inference_steps=2))
         for picture in (some_picture(0), other)
     )
     assert (first[inside] != second[inside]).any()

@@ -75,6 +75,12 @@ def exported(tiny_adapter_dir, tmp_path_factory) -> Path:
     return write_export(tiny_adapter_dir, tmp_path_factory.mktemp("exported") / "folder")
 
 
+@pytest.fixture(scope="module")
+def steady_plain(exported) -> StableDiffusionPipeline:
+    """Plain diffusers with the export, for all tests that only draw with it."""
+    return plain_pipe(exported)
+
+
 # The token
 
 
@@ -121,19 +127,18 @@ def test_a_token_too_narrow_for_its_aus_is_an_error():
     ],
     ids=["guided", "neutral", "far", "unguided", "several", "prompts", "several prompts", "lora_scale"],
 )
-def test_plain_diffusers_draws_the_same(exported, tiny_pipe, aus, options):
+def test_plain_diffusers_draws_the_same(steady_plain, steady_pipe, aus, options):
     guided = options.get("guidance_scale", 7.5) > 1
     embeds = au_image_embeds(aus, do_classifier_free_guidance=guided)
-    expected = draw(tiny_pipe, aus=aus, **options)
-    pipe = plain_pipe(exported)
-    assert_same(draw(pipe, ip_adapter_image_embeds=embeds, **options), expected)
+    expected = draw(steady_pipe, aus=aus, **options)
+    assert_same(draw(steady_plain, ip_adapter_image_embeds=embeds, **options), expected)
     other = au_image_embeds("1+15", do_classifier_free_guidance=guided)
-    assert not torch.allclose(draw(pipe, ip_adapter_image_embeds=other, **options), expected, atol=1e-3)
+    assert not torch.allclose(draw(steady_plain, ip_adapter_image_embeds=other, **options), expected, atol=1e-3)
 
 
-def test_the_expression_to_guide_away_from(exported, tiny_pipe):
-    expected = draw(tiny_pipe, aus=SMILE, negative_aus="4")
-    found = draw(plain_pipe(exported), ip_adapter_image_embeds=au_image_embeds(SMILE, "4"))
+def test_the_expression_to_guide_away_from(steady_plain, steady_pipe):
+    expected = draw(steady_pipe, aus=SMILE, negative_aus="4")
+    found = draw(steady_plain, ip_adapter_image_embeds=au_image_embeds(SMILE, "4"))
     assert_same(found, expected)
 
 
@@ -159,13 +164,12 @@ def test_half_precision_errs_no_more_than_ours_does(
     assert their_error < 2 * error and their_error < 0.1 * (draw(tiny_pipe, aus="1+4").float() - exact).abs().max()
 
 
-def test_each_prompt_of_a_batch_has_its_expression_by_masks(exported, tiny_pipe):
+def test_each_prompt_of_a_batch_has_its_expression_by_masks(steady_plain, steady_pipe):
     """diffusers shows all embeddings to every prompt. A mask for each prompt picks one of them."""
     prompts, aus = [PROMPT, "a girl", "a man"], [SMILE, "1+4", "neutral"]
-    expected = draw(tiny_pipe, prompt=prompts, aus=aus, num_images_per_prompt=2)
-    pipe = plain_pipe(exported)
+    expected = draw(steady_pipe, prompt=prompts, aus=aus, num_images_per_prompt=2)
     found = draw(
-        pipe,
+        steady_plain,
         prompt=prompts,
         num_images_per_prompt=2,
         ip_adapter_image_embeds=au_image_embeds(aus, num_people=3),
@@ -174,28 +178,30 @@ def test_each_prompt_of_a_batch_has_its_expression_by_masks(exported, tiny_pipe)
     assert_same(found, expected)
     options = {"prompt": prompts, "guidance_scale": 1.0}
     found = draw(
-        pipe,
+        steady_plain,
         ip_adapter_image_embeds=au_image_embeds(aus, num_people=3, do_classifier_free_guidance=False),
         cross_attention_kwargs={"ip_adapter_masks": [au_image_masks(3, do_classifier_free_guidance=False)]},
         **options,
     )
-    assert_same(found, draw(tiny_pipe, aus=aus, **options))
+    assert_same(found, draw(steady_pipe, aus=aus, **options))
     # Without masks, all get the mean.
     mean = parse_aus(aus).mean(0, keepdim=True)
-    found = draw(pipe, ip_adapter_image_embeds=au_image_embeds(aus, do_classifier_free_guidance=False), **options)
-    assert_same(found, draw(tiny_pipe, aus=mean, **options))
+    found = draw(
+        steady_plain, ip_adapter_image_embeds=au_image_embeds(aus, do_classifier_free_guidance=False), **options
+    )
+    assert_same(found, draw(steady_pipe, aus=mean, **options))
 
 
-def test_the_scale_is_that_of_the_aus(exported, tiny_pipe):
+def test_the_scale_is_that_of_the_aus(exported, steady_pipe):
     pipe = plain_pipe(exported)
     for scale in (0.0, 0.6, 1.4):
         pipe.set_ip_adapter_scale(scale)
         found = draw(pipe, ip_adapter_image_embeds=au_image_embeds(SMILE))
-        assert_same(found, draw(tiny_pipe, aus=SMILE, au_scale=scale))
+        assert_same(found, draw(steady_pipe, aus=SMILE, au_scale=scale))
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("whole", 1e-4), ("soft", 0.05)])
-def test_masks_are_people(exported, tiny_pipe, kind, tolerance):
+def test_masks_are_people(steady_plain, steady_pipe, kind, tolerance):
     """
     Up to how masks become smaller: by area in our pipeline, bicubic in diffusers. For whole pictures that is the same,
     for soft edges nearly.
@@ -203,12 +209,11 @@ def test_masks_are_people(exported, tiny_pipe, kind, tolerance):
     left = torch.ones(32) if kind == "whole" else (torch.linspace(1.25, -0.25, 32).clamp(0, 1))
     masks = torch.stack([left.expand(32, 32), 1 - left.expand(32, 32)])
     expressions = [SMILE, "1+4"]
-    expected = draw(tiny_pipe, aus=expressions, au_masks=masks)
-    pipe = plain_pipe(exported)
+    expected = draw(steady_pipe, aus=expressions, au_masks=masks)
 
     def draw_plain(masks):
         embeds, options = au_image_embeds(expressions, num_people=2), {"ip_adapter_masks": [masks[None]]}
-        return draw(pipe, ip_adapter_image_embeds=embeds, cross_attention_kwargs=options)
+        return draw(steady_plain, ip_adapter_image_embeds=embeds, cross_attention_kwargs=options)
 
     effect = (draw_plain(masks.flip(0)) - expected).abs().mean()
     assert (draw_plain(masks) - expected).abs().mean() < tolerance * effect
@@ -290,7 +295,7 @@ def test_other_pipelines_draw_what_they_draw_with_our_processors(
     assert_same(found, draw_with(other, cross_attention_kwargs=au_kwargs))
 
 
-def test_each_frame_of_an_animation_is_the_picture_where_nothing_moves(exported, tiny_pipe):
+def test_each_frame_of_an_animation_is_the_picture_where_nothing_moves(exported, steady_pipe):
     torch.manual_seed(0)
     components = make_components()
     motion = MotionAdapter(
@@ -309,7 +314,7 @@ def test_each_frame_of_an_animation_is_the_picture_where_nothing_moves(exported,
     embeds = au_image_embeds(SMILE)
     frames = pipe(PROMPT, num_frames=2, latents=latents, ip_adapter_image_embeds=embeds, **options).frames
     for index in range(2):
-        expected = tiny_pipe(PROMPT, aus=SMILE, latents=latents[:, :, index], **options).images
+        expected = steady_pipe(PROMPT, aus=SMILE, latents=latents[:, :, index], **options).images
         assert_same(frames[:, :, index], expected)
 
 
@@ -409,11 +414,11 @@ def test_the_real_unets_take_all_of_a_file(config):
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
-def test_our_pipeline_reads_the_file_back(exported, tiny_base, tiny_pipe, tmp_path, source):
+def test_our_pipeline_reads_the_file_back(exported, tiny_base, steady_pipe, tmp_path, source):
     tiny_base.load_au_adapter(exported if source == "folder" else exported / NAME)
     assert tiny_base.au_adapter.config.encoder_type == "direct" and tiny_base.au_names == AU_NAMES
     options = {"aus": [SMILE, "1+4"], "prompt": [PROMPT] * 2, "au_guidance_scale": 3.0}
-    expected = draw(tiny_pipe, **options)
+    expected = draw(steady_pipe, **options)
     assert_same(draw(tiny_base, **options), expected)
     tiny_base.save_au_adapter(tmp_path / "ours")
     again = FineFacePipeline(**make_components(), requires_safety_checker=False)
@@ -421,12 +426,12 @@ def test_our_pipeline_reads_the_file_back(exported, tiny_base, tiny_pipe, tmp_pa
     assert torch.equal(draw(again, **options), draw(tiny_base, **options))
 
 
-def test_a_base_with_the_file_beside_it_has_aus(exported, tiny_pipe, tmp_path):
+def test_a_base_with_the_file_beside_it_has_aus(exported, steady_pipe, tmp_path):
     StableDiffusionPipeline(**make_components(), requires_safety_checker=False).save_pretrained(tmp_path)
     for name in (NAME, "pytorch_lora_weights.safetensors"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())
     pipe = FineFacePipeline.from_pretrained(tmp_path)
-    assert_same(draw(pipe, aus=SMILE), draw(tiny_pipe, aus=SMILE))
+    assert_same(draw(pipe, aus=SMILE), draw(steady_pipe, aus=SMILE))
 
 
 def test_the_file_names_its_aus(tmp_path):
@@ -478,12 +483,12 @@ def flat(parts: dict) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_foreign_file_is_an_error(exported, tiny_base, tmp_path, name):
+def test_a_foreign_file_is_an_error(exported, steady_base, tmp_path, name):
     edit, message = FOREIGN[name]
     folder = changed(exported, tmp_path / "foreign", edit)
     with pytest.raises(ValueError, match=message) as error:
-        tiny_base.load_au_adapter(folder)
-    assert NAME in str(error.value) and tiny_base.au_adapter is None
+        steady_base.load_au_adapter(folder)
+    assert NAME in str(error.value) and steady_base.au_adapter is None
 
 
 def test_a_file_for_another_base_is_an_error(exported):
@@ -493,10 +498,10 @@ def test_a_file_for_another_base_is_an_error(exported):
         pipe.load_au_adapter(exported)
 
 
-def test_broken_names_are_an_error(exported, tiny_base, tmp_path):
+def test_broken_names_are_an_error(exported, steady_base, tmp_path):
     folder = changed(exported, tmp_path / "broken", lambda t: None, {"au_names": "AU1, AU2"})
     with pytest.raises(ValueError, match="broken metadata"):
-        tiny_base.load_au_adapter(folder)
+        steady_base.load_au_adapter(folder)
 
 
 # The export

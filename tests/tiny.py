@@ -248,6 +248,20 @@ def tiny_xl_adapter_dir(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def steady_base() -> FineFacePipeline:
+    """A pipeline without an adapter, for all tests of a file that leave it as it was: making it takes longer."""
+    return FAMILIES["sd"].make_pipe()
+
+
+@pytest.fixture(scope="module")
+def steady_pipe(tiny_adapter_dir) -> FineFacePipeline:
+    """A pipeline with the adapter and its LoRA on, for all tests of a file that leave it as it was."""
+    pipeline = FAMILIES["sd"].make_pipe()
+    pipeline.load_au_adapter(tiny_adapter_dir)
+    return pipeline
+
+
 @pytest.fixture
 def tiny_base(tiny_components) -> FineFacePipeline:
     """A pipeline without an adapter."""
