@@ -295,6 +295,8 @@ def read_au_masks(au_masks, batch_size: int, latent_size: tuple[int, int]) -> to
             f"`au_masks` are {masks.shape[-1]}×{masks.shape[-2]} wide and high, but the picture has another shape."
             " Masks cover the whole picture: draw them in its `width` and `height`."
         )
+    # By area, weights stay in [0, 1] and add up as the masks do. The bicubic interpolation of diffusers' IP-Adapters
+    # reads only the four pixels around a position: it loses narrow masks and goes below 0.
     return F.interpolate(masks, latent_size, mode="area").expand(batch_size, -1, -1, -1)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
+from torch import nn
 
 from au_attention_processor import read_au_masks
 from pipeline_fineface import FineFacePipeline
@@ -108,13 +109,18 @@ def check_box(box, size: tuple[int, int], label: str = "box") -> Box:
 
 def face_mask(size: tuple[int, int], box: Box, feather: float = 0.04) -> Image.Image:
     """
-    Draw a white ellipse in `box` on black (mode `"L"`). Its edge fades inwards over `feather` times the width of the
-    box, so that everything outside the box is black.
+    Draw the shape of a face in `box`, white on black (mode `"L"`). Its edge fades inwards over `feather` times the
+    shorter side of the box, so that everything outside the box is black.
     """
-    left, top, right, bottom = box
-    edge = feather * min(right - left, bottom - top)
+    shorter = min(box[2] - box[0], box[3] - box[1])
+    edge = feather * shorter
+    left, top, right, bottom = box[0] + 2 * edge, box[1] + 2 * edge, box[2] - 2 * edge, box[3] - 2 * edge
     mask = Image.new("L", size)
-    ImageDraw.Draw(mask).ellipse((left + 2 * edge, top + 2 * edge, right - 2 * edge, bottom - 2 * edge), fill=255)
+    draw = ImageDraw.Draw(mask)
+    draw.ellipse((left, top, right, bottom), fill=255)
+    # An ellipse alone would cut the outer ends of the brows, and leave them no room to rise.
+    upper_half = (left, top, right, (top + bottom) / 2)
+    draw.rounded_rectangle(upper_half, shorter / 4, fill=255, corners=(True, True, False, False))
     inside = Image.new("L", size)
     ImageDraw.Draw(inside).rectangle(box, fill=255)
     return Image.composite(mask.filter(ImageFilter.GaussianBlur(edge)), Image.new("L", size), inside)
@@ -194,6 +200,10 @@ def edit_photo(
 def surroundings(box: Box, size: tuple[int, int]) -> Box:
     """The square of a portrait of the face in `box`, as far as it lies inside a picture of `size`."""
     side = SURROUNDINGS * max(box[2] - box[0], box[3] - box[1])
+    # A picture that is a portrait itself is not cut. In a cut that is slightly too tight, the model would draw brows
+    # and eyes where they are in portraits, beside those that are kept.
+    if side > 0.75 * min(size):
+        side = max(side, min(size))
     region = []
     for low, high, length in ((box[0], box[2], size[0]), (box[1], box[3], size[1])):
         extent = min(length, max(round(side), high - low))
@@ -211,12 +221,13 @@ def encode(pipe: FineFacePipeline, picture: Image.Image) -> torch.Tensor:
     """
     vae, dtype = pipe.vae, pipe.vae.dtype
     overflows = hasattr(pipe, "text_encoder_2") and dtype == torch.float16 and vae.config.force_upcast
-    vae.to(dtype=torch.float32 if overflows else dtype)
+    # `ModelMixin.to` logs a warning on casts.
+    nn.Module.to(vae, torch.float32 if overflows else dtype)
     try:
         pixel_values = pipe.image_processor.preprocess(picture).to(vae.device, vae.dtype)
         latents = vae.encode(pixel_values).latent_dist.mode()
     finally:
-        vae.to(dtype=dtype)
+        nn.Module.to(vae, dtype)
     if getattr(vae.config, "latents_mean", None) is not None and getattr(vae.config, "latents_std", None) is not None:
         shape = (1, -1, 1, 1)
         latents = latents - latents.new_tensor(vae.config.latents_mean).view(shape)

@@ -1,3 +1,4 @@
+import logging
 import re
 
 import numpy as np
@@ -45,6 +46,25 @@ def test_the_model_sees_the_face_with_its_surroundings():
     assert surroundings((400, 300, 500, 400), (1000, 800)) == (380, 280, 520, 420)
     assert surroundings((0, 0, 100, 50), (1000, 800)) == (0, 0, 140, 140)
     assert surroundings((24, 24, 104, 116), (128, 128)) == (0, 0, 128, 128)
+    # A portrait is not cut, even if the box cuts the face.
+    assert surroundings((28, 52, 100, 116), (128, 128)) == (0, 0, 128, 128)
+    assert surroundings((128, 52, 200, 116), (400, 128)) == (100, 0, 228, 128)
+    assert surroundings((28, 52, 100, 116), (400, 136)) == (14, 34, 115, 135)
+
+
+def test_brows_have_room_to_rise_and_the_jaw_is_round():
+    mask = face_mask((100, 100), (0, 0, 100, 100))
+    assert mask.getpixel((18, 22)) > 220 and mask.getpixel((18, 78)) < 128 and mask.getpixel((2, 2)) == 0
+
+
+def test_editing_logs_nothing(tiny_pipe, caplog):
+    photo, logger = some_photo((32, 32)), logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        edit_photo(tiny_pipe, photo, face_mask(photo.size, (0, 0, 32, 32)), "a boy", "12E", num_inference_steps=1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(
