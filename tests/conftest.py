@@ -18,4 +18,5 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     gc.freeze()
+    gc.set_threshold(10_000)
     gc.enable()

@@ -7,6 +7,7 @@ line go on at the same time. All are forks of this process, which has imported t
 so that these imports are paid for once. What a run is made of, the fixture `processes` of tiny.py says.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -16,9 +17,11 @@ import signal
 import sys
 import tempfile
 import traceback
+import types
 
 import accelerate  # noqa: F401
-import datasets  # noqa: F401
+import datasets
+import huggingface_hub
 import peft  # noqa: F401
 import torch  # noqa: F401
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline  # noqa: F401
@@ -38,16 +41,29 @@ def kill_at(name: str, argument: str) -> None:
     setattr(module, function_name, killed)
 
 
+def talk_to(hub: str) -> None:
+    """As `HF_ENDPOINT=hub HF_HUB_DISABLE_XET=1`, which these libraries read when they are imported."""
+    constants = huggingface_hub.constants
+    constants.ENDPOINT = datasets.config.HF_ENDPOINT = hub
+    constants.HUGGINGFACE_CO_URL_TEMPLATE = hub + "/{repo_id}/resolve/{revision}/{filename}"
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+    constants.HF_HUB_DISABLE_XET = True
+
+
 def run(settings: dict) -> int:
     os.chdir(settings["folder"])
     os.environ |= settings["environment"]
     sys.argv, sys.path = ["-c", *settings["arguments"]], ["", *settings["path"], *sys.path]
+    # This module is none of the run's: processes that the run starts would import it.
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
     try:
+        if settings["hub"] is not None:
+            talk_to(settings["hub"])
         if settings["kill"] is not None:
             kill_at(*settings["kill"])
         if settings["largest_file"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (settings["largest_file"], settings["largest_file"]))
-        exec(compile(settings["code"], "-c", "exec"), {"__name__": "__main__"})
+        exec(compile(settings["code"], "-c", "exec"), main.__dict__)
         return 0
     except SystemExit as error:
         return error.code or 0
@@ -62,12 +78,15 @@ def start(settings: dict):
     outputs = [tempfile.TemporaryFile("w+") for _ in range(2)]
     process_id = os.fork()
     if process_id == 0:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for output, number in zip(outputs, (1, 2), strict=True):
             os.dup2(output.fileno(), number)
         os._exit(run(settings))
     return process_id, outputs
 
 
+# A run does not search the half a million objects of these libraries for garbage.
+gc.freeze()
 # This folder is none in which a run looks for modules.
 sys.path.pop(0)
 for line in sys.stdin:

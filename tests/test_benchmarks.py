@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import add_lora, make_adapter, make_components, make_xl_components
+from tiny import make_components, make_xl_components
 from torch.profiler import ProfilerActivity, profile
 
 from au_attention_processor import au_layers
 from benchmarks import bench_inference, bench_loading, bench_training
 from benchmarks.bench_inference import ROWS, Variant, make_row
 from benchmarks.tables import Report, markdown_table
-from pipeline_fineface import LORA_NAME, FineFacePipeline
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,56 +157,6 @@ def compiler():
     torch._dynamo.reset()
     yield CountingBackend()
     torch._dynamo.reset()
-
-
-VARIATIONS = (
-    {"aus": {"AU1": 3, "AU4": 2}},
-    {"aus": "12E", "au_scale": 0.5},
-    {"aus": "12E", "au_scale": 1.7},
-    {"aus": "12E", "au_scale": 0},
-    {"aus": None},
-    {"aus": {}},
-    {"aus": "6C", "negative_aus": "4D"},
-    {"aus": "6C", "guidance_scale": 3.0},
-    {"aus": "6C", "num_inference_steps": 3},
-)
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "one token and its LoRA",
-        "four tokens",
-        pytest.param("LoRA fused", marks=pytest.mark.slow),
-        pytest.param("masks", marks=pytest.mark.slow),
-    ],
-)
-def test_one_compilation_serves_all_calls(kind, tiny_components, compiler):
-    unet = tiny_components["unet"]
-    adapter = make_adapter(unet, num_tokens=4 if kind == "four tokens" else 1)
-    pipeline = FineFacePipeline(**tiny_components, requires_safety_checker=False, au_adapter=adapter)
-    add_lora(unet, LORA_NAME)
-    if kind == "LoRA fused":
-        pipeline.fuse_lora(components=["unet"])
-    pipeline.set_progress_bar_config(disable=True)
-    masks = {"au_masks": torch.ones(1, 32, 32)} if kind == "masks" else {}
-
-    def call(prompt, aus, **kwargs):
-        generator = torch.Generator().manual_seed(0)
-        aus, with_masks = ([aus], masks) if masks and aus is not None else (aus, {})
-        kwargs = {"num_inference_steps": 2, "output_type": "latent"} | with_masks | kwargs
-        return pipeline(prompt, aus=aus, generator=generator, **kwargs).images
-
-    variations = [v for v in VARIATIONS if not masks or (v["aus"] is not None and "negative_aus" not in v)]
-    prompts = ["a boy in a park", "a girl", "an old man with a beard"]
-    calls = [(prompts[i % 3], variation) for i, variation in enumerate(variations)]
-    eager = [call(prompt, **variation) for prompt, variation in calls]
-    # A graph break would be an error.
-    unet.compile(backend=compiler, fullgraph=True)
-    compiled = [call(prompt, **variation) for prompt, variation in calls]
-    assert compiler.graphs == 1
-    for ours, theirs in zip(compiled, eager, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,31 +75,29 @@ def hub_command(pictures: Path, *options) -> list[str]:
     return list(map(str, [*words, "--rows_per_part", 4]))
 
 
-def test_a_killed_fetch_goes_on_where_it_was(shards, tmp_path):
+def test_a_killed_fetch_goes_on_where_it_was(shards, processes, tmp_path):
     (tmp_path / "faces_of_mine.py").write_text(DETECTOR)
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     filters = ("--face_count_column", "num_faces", "--detector", "faces_of_mine:find")
     commands = [hub_command(tmp_path / name / "pictures", *filters) for name in ("killed", "whole")]
-    code = "import json, sys; from face_data.prepare import main; sys.exit(max(map(main, json.loads(sys.argv[1]))))"
+    code = "import sys; from face_data.prepare import main; sys.exit(main(sys.argv[1:]))"
     with running_hub() as hub:
         hub.add_folder("user/portraits", shards, "dataset")
-        environment |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
 
-        def run(*commands: list[str]) -> subprocess.CompletedProcess:
+        def run(command: list[str]) -> dict:
             hub.requests_of_files.clear()
-            words = [sys.executable, "-c", code, json.dumps(commands)]
-            return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+            places = {"folder": tmp_path, "path": [ROOT, tmp_path], "hub": hub.url}
+            return processes({"code": code, "arguments": command, **places})[0]
 
         (tmp_path / "halt").touch()
-        assert run(commands[0]).returncode == -signal.SIGKILL
+        assert run(commands[0])["status"] == -signal.SIGKILL
         killed = tmp_path / "killed/pictures"
         assert not (killed / "metadata.jsonl").exists() and (killed / ".hub/rows/0000000.jsonl").exists()
         (tmp_path / "halt").unlink()
         finished = run(commands[0])
-        assert finished.returncode == 0, finished.stderr
+        assert finished["status"] == 0, finished
         # Shards that were read to their end are not asked for again; the first one says what the columns are.
         assert "data/train-00001-of-00005.parquet" not in {path for path, _ in hub.requests_of_files}
-        assert run(*commands[1:]).returncode == 0
+        assert run(commands[1])["status"] == 0
         assert hub.not_understood == []
     of_killed, of_whole = files_of(killed), files_of(tmp_path / "whole/pictures")
     # Where the stream goes on, it counts from where it was opened.
@@ -112,9 +107,10 @@ def test_a_killed_fetch_goes_on_where_it_was(shards, tmp_path):
     assert [row["text"] for row in rows] == [f"a person {row}" for row in KEPT]
     assert [(killed / row["file_name"]).read_bytes() for row in rows] == [portrait(row) for row in KEPT]
     assert rows[0]["face_x0"] == 0.25 and rows[0]["removed_words"] == ["smiling", "furrowed brows"]
+    said = finished["output"]
     for line in ("several faces", "no face", "no caption, or nothing left of it", "words of emotion taken out of the"):
-        assert line in finished.stdout
-    assert "smiling 11, furrowed brows 11" in finished.stdout and "run the same command with --aus" in finished.stdout
+        assert line in said
+    assert "smiling 11, furrowed brows 11" in said and "run the same command with --aus" in said
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -112,23 +111,16 @@ def exported(hub, logged_in, tmp_path_factory, tiny_sd_dir, tiny_adapter_dir) ->
 
 
 @pytest.fixture(scope="module")
-def loaded(hub, exported, tmp_path_factory) -> tuple[dict[str, torch.Tensor], str]:
+def loaded(hub, exported, processes, tmp_path_factory) -> tuple[dict[str, torch.Tensor], str]:
     """Pictures from each way of loading, and what was printed, by a process in an empty folder with an empty cache."""
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     bundled = tmp_path_factory.mktemp("bundle") / "fineface.py"
     assert bundle.main([str(bundled)]) == 0
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "HF_TOKEN", "HF_HUB_OFFLINE")}
-    environment |= {"HF_HOME": str(elsewhere / "hf"), "HF_ENDPOINT": hub.url, "PYTHONWARNINGS": "default"}
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_IN_EVERY_WAY, str(ROOT), str(bundled), str(exported)],
-        cwd=elsewhere,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return torch.load(elsewhere / "pictures.pt", weights_only=True), result.stderr
+    arguments = [ROOT, bundled, exported]
+    run = {"code": LOAD_IN_EVERY_WAY, "arguments": arguments, "folder": elsewhere, "hub": hub.url}
+    (answer,) = processes(run)
+    assert answer["status"] == 0, answer["messages"]
+    return torch.load(elsewhere / "pictures.pt", weights_only=True), answer["messages"]
 
 
 @pytest.fixture(scope="module")

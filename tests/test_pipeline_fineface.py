@@ -509,16 +509,33 @@ def make_short_pipe(family, tiny_components):
     return make_short_pipe
 
 
-def test_a_compiled_unet_is_compiled_once(make_short_pipe):
+@pytest.mark.parametrize(
+    ("family", "num_tokens", "fused"),
+    [
+        ("sd", 1, False),
+        ("sdxl", 1, False),
+        ("sd", 4, False),
+        pytest.param("sd", 1, True, marks=pytest.mark.slow),
+    ],
+    indirect=["family"],
+)
+def test_a_compiled_unet_is_compiled_once(make_short_pipe, num_tokens, fused):
+    pipe = make_short_pipe(num_tokens)
+    if fused:
+        pipe.fuse_lora(components=["unet"])
     calls = {
         "smile": {"aus": SMILE},
         "frown": {"aus": "1+4"},
         "weak": {"aus": SMILE, "au_scale": 0.5},
+        "strong": {"aus": SMILE, "au_scale": 1.7},
         "off": {"aus": SMILE, "au_scale": 0},
         "none": {},
+        "neutral": {"aus": {}},
+        "away from a frown": {"aus": SMILE, "negative_aus": "4D"},
         "other": {"prompt": "a girl", "aus": SMILE, "guidance_scale": 3.0},
+        "longer": {"aus": SMILE, "num_inference_steps": 2},
     }
-    check_compiled_once(make_short_pipe(num_tokens=1), calls)
+    check_compiled_once(pipe, calls)
 
 
 @pytest.mark.parametrize(("family", "num_tokens"), [("sd", 3), ("sdxl", 1)], indirect=["family"])
@@ -534,13 +551,14 @@ def test_with_masks_it_is_compiled_once_too(make_short_pipe, num_tokens):
 def check_compiled_once(pipe, calls: dict[str, dict]) -> None:
     from torch._dynamo.utils import counters
 
-    expected = {name: draw(pipe, num_inference_steps=1, **options) for name, options in calls.items()}
+    calls = {name: {"num_inference_steps": 1, **options} for name, options in calls.items()}
+    expected = {name: draw(pipe, **options) for name, options in calls.items()}
     torch._dynamo.reset()
     counters.clear()
     pipe.unet = torch.compile(pipe.unet, fullgraph=True, backend="eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for name, options in calls.items():
-            assert_close(draw(pipe, num_inference_steps=1, **options), expected[name])
+            assert_close(draw(pipe, **options), expected[name])
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 

@@ -426,8 +426,9 @@ def test_deepspeed_equals_training_without_it_and_resumes(train, arguments, run_
 @pytest.mark.parametrize("options", ["", "--cache_latents --use_ema --mixed_precision bf16"], ids=["plain", "cached"])
 def test_validation_pictures_are_sheets_and_change_nothing(train, tmp_path, options):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    validation = "--validation_aus neutral AU12=5 --validation_inference_steps 1 --validation_prompt woman"
     silent = train("silent", options)
-    shown = train("shown", f"{options} {VALIDATION} --validation_steps 3 --report_to tensorboard")
+    shown = train("shown", f"{options} {validation} --validation_steps 3 --report_to tensorboard")
     assert_equal(shown, silent)
     sheets = sorted((tmp_path / "shown/validation").iterdir())
     assert [path.name for path in sheets] == ["step-000003.png", "step-000004.png"]

@@ -175,17 +175,19 @@ def processes(tmp_path_factory) -> Callable[..., list[dict]]:
     """
     Run Python code beside each other, each in a process, and return each `status`, `output` and `messages`. A run has
     `code` and, where wanted, `arguments`, its working `folder`, folders of modules as its `path`, more variables as
-    its `environment`, `kill`, a function and a part of an argument at which it dies, and `largest_file` in bytes.
+    its `environment`, `kill`, a function and a part of an argument at which it dies, `largest_file` in bytes, and
+    `hub`, the address of one that it may reach.
 
-    They compute in one thread, reach no Hub, and find its cache empty at the first of them.
+    They compute in one thread, and find the cache of the Hub empty at the first of them.
     """
     folder = tmp_path_factory.mktemp("processes")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
     environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
     command = [sys.executable, str(Path(__file__).with_name("processes.py"))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    defaults = {"arguments": [], "folder": folder, "path": [], "environment": {}, "kill": None, "largest_file": None}
+    defaults = {"arguments": [], "folder": folder, "path": [], "environment": {}}
+    defaults |= {"kill": None, "largest_file": None, "hub": None}
     with subprocess.Popen(command, env=environment, **pipes) as process:
 
         def processes(*runs: dict) -> list[dict]:

@@ -111,8 +111,8 @@ SIZES = {
         parallel=True,
     ),
     "tiny": Size(
-        pictures=32,
-        judge_pictures=16,
+        pictures=8,
+        judge_pictures=4,
         vae_channels=(8, 8, 8, 8),
         vae_layers=0,
         unet_channels=(32, 32),
