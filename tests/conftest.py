@@ -1,16 +1,36 @@
-"""What a process of pytest does before it collects tests. Components and fixtures that they share are in tiny.py."""
+"""
+What a process of pytest does before it collects tests, and the processes that tests start. It imports nothing large;
+components and fixtures made of them are in tiny.py.
+"""
 
 import gc
+import json
+import os
 import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
 
 
 # Where tests run in the background, Ctrl-C is ignored, and some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+ADDRESS = "FINEFACE_TEST_PROCESSES"
+
 
 def pytest_configure(config):
     # With workers (-n), this process only hands out tests, and they would wait until it has imported torch.
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+    if not hasattr(config, "workerinput") and config.getoption("numprocesses", None):
+        with ExitStack() as stack:
+            os.environ[ADDRESS] = stack.enter_context(served_processes())
+            config.add_cleanup(stack.pop_all().close)
+    else:
         # Imports make half a million objects, none of them garbage. Python would look through them again and again.
         gc.disable()
         config.pluginmanager.import_plugin("tiny")
@@ -20,3 +40,47 @@ def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(10_000)
     gc.enable()
+
+
+@contextmanager
+def served_processes() -> Iterator[str]:
+    """Start processes.py. Yields the path of the socket at which it takes runs, at once: it reads them later."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        environment |= {"HF_HOME": f"{folder}/hf", "HF_HUB_OFFLINE": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+        listener.bind(f"{folder}/runs")
+        listener.listen()
+        command = [sys.executable, str(Path(__file__).with_name("processes.py")), str(listener.fileno())]
+        pipe = {"stdin": subprocess.PIPE, "pass_fds": [listener.fileno()]}
+        with subprocess.Popen(command, env=environment, **pipe) as process:
+            yield f"{folder}/runs"
+            process.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def processes(tmp_path_factory) -> Iterator[Callable[..., list[dict]]]:
+    """
+    Run Python code beside each other, each in a process, and return each `status`, `output` and `messages`. A run has
+    `code` and, where wanted, `arguments`, its working `folder`, folders of modules as its `path`, more variables as
+    its `environment`, `kill`, a function and a part of an argument at which it dies, `largest_file` in bytes,
+    `hub`, the address of one that it may reach, and `bare`, whether it finds nothing imported but what diffusers
+    imports with Stable Diffusion.
+
+    They compute in one thread, and find the cache of the Hub empty at the first of them.
+    """
+    defaults = {"arguments": [], "folder": tmp_path_factory.mktemp("processes"), "path": [], "environment": {}}
+    defaults |= {"kill": None, "largest_file": None, "hub": None, "bare": False}
+    with ExitStack() as stack:
+        # All workers share what the process that hands out tests has started.
+        address = os.environ.get(ADDRESS) or stack.enter_context(served_processes())
+        connection = stack.enter_context(socket.socket(socket.AF_UNIX))
+        connection.connect(address)
+        stream = stack.enter_context(connection.makefile("rw"))
+
+        def processes(*runs: dict) -> list[dict]:
+            stream.write(json.dumps([defaults | run for run in runs], default=str) + "\n")
+            stream.flush()
+            return json.loads(stream.readline())
+
+        yield processes

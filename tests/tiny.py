@@ -1,13 +1,8 @@
 """Tiny real components, built in memory: no network, no files, the same on every run; and fixtures made of them."""
 
-import json
-import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -168,35 +163,6 @@ def add_lora(unet: UNet2DConditionModel, name: str, seed: int = 2, rank: int = 4
     torch.manual_seed(seed)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets), name)
-
-
-@pytest.fixture(scope="session")
-def processes(tmp_path_factory) -> Callable[..., list[dict]]:
-    """
-    Run Python code beside each other, each in a process, and return each `status`, `output` and `messages`. A run has
-    `code` and, where wanted, `arguments`, its working `folder`, folders of modules as its `path`, more variables as
-    its `environment`, `kill`, a function and a part of an argument at which it dies, `largest_file` in bytes, and
-    `hub`, the address of one that it may reach.
-
-    They compute in one thread, and find the cache of the Hub empty at the first of them.
-    """
-    folder = tmp_path_factory.mktemp("processes")
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
-    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    command = [sys.executable, str(Path(__file__).with_name("processes.py"))]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    defaults = {"arguments": [], "folder": folder, "path": [], "environment": {}}
-    defaults |= {"kill": None, "largest_file": None, "hub": None}
-    with subprocess.Popen(command, env=environment, **pipes) as process:
-
-        def processes(*runs: dict) -> list[dict]:
-            process.stdin.write(json.dumps([defaults | run for run in runs], default=str) + "\n")
-            process.stdin.flush()
-            return json.loads(process.stdout.readline())
-
-        yield processes
-        process.stdin.close()
 
 
 def free_address() -> dict[str, str]:

@@ -1,4 +1,8 @@
-"""The rendered training pictures of the toy world: files of pixels, and what each picture shows."""
+"""
+The rendered training pictures of the toy world: files of pixels, and what each picture shows.
+
+The processes that render them import no torch; only functions that return tensors do.
+"""
 
 import os
 import time
@@ -6,13 +10,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from program import replacing
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait, sample_toy_aus, to_toy_aus
+
+
+if TYPE_CHECKING:
+    import torch
 
 
 UNSEEN = 10_000_000
@@ -114,14 +122,18 @@ class Pictures:
         return self.finished(len(self.seeds))
 
 
-def to_pixel_values(pictures: np.ndarray | torch.Tensor) -> torch.Tensor:
+def to_pixel_values(pictures: "np.ndarray | torch.Tensor") -> "torch.Tensor":
     """uint8 `(batch, height, width, 3)` → float32 `(batch, 3, height, width)` in [-1, 1], on the same device."""
+    import torch
+
     pixels = pictures if isinstance(pictures, torch.Tensor) else torch.from_numpy(np.array(pictures))
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def aus_of(seeds: Iterable[int]) -> torch.Tensor:
+def aus_of(seeds: Iterable[int]) -> "torch.Tensor":
     """Intensities of the paper's twelve AUs in the pictures of `render_seed`, `(batch, 12)` float32."""
+    import torch
+
     return torch.from_numpy(np.stack([sample_aus(int(seed)) for seed in seeds]))
 
 
