@@ -49,6 +49,7 @@ TOOLS = """
         return dict(zip(AU_NAMES, map(float, sample_aus(int(Path(path).stem)))))
 """
 MEDIAPIPE = """
+    import numpy, PIL.Image
     from tools import *
     SHAPES = {"AU2": "browOuterUp", "AU4": "browDown", "AU6": "cheekSquint", "AU9": "noseSneer", "AU12": "mouthSmile"}
     SHAPES |= {"AU15": "mouthFrown", "AU20": "mouthStretch"}
@@ -56,15 +57,18 @@ MEDIAPIPE = """
         create_from_options = staticmethod(lambda options: FaceLandmarker())
         __enter__ = lambda self: self
         __exit__ = lambda self, *error: None
-        def detect(self, path):
-            aus = aus_of(path)
+        def detect(self, pixels):
+            aus = aus_of(next(path for path in Path(sys.argv[1]).read_text().splitlines() if shows(path, pixels)))
             values = {shape + side: aus[au] / 5 for au, shape in SHAPES.items() for side in ("Left", "Right")}
             values |= {"noseSneerLeft": 0.0, "eyeBlinkLeft": 1.0, "eyeBlinkRight": 0.0}
             values |= {"browInnerUp": aus["AU1"] / 5, "jawOpen": aus["AU26"] / 5, "mouthShrugLower": aus["AU17"] / 5}
             shapes = [Some(category_name=name, score=value) for name, value in values.items()]
             return Some(face_blendshapes=[shapes], face_landmarks=[[Some(x=0.2, y=0.1), Some(x=0.8, y=0.9)]])
     tasks = Some(vision=Some(FaceLandmarkerOptions=Some, FaceLandmarker=FaceLandmarker), BaseOptions=Some)
-    Image = Some(create_from_file=str)
+    Image, ImageFormat = lambda image_format, data: data, Some(SRGB="sRGB")
+    def shows(path, pixels):
+        with PIL.Image.open(path) as image:
+            return numpy.array_equal(image.convert("RGB"), pixels)
 """
 PYFEAT = """
     from tools import *
