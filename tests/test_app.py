@@ -436,9 +436,9 @@ def toy_studio() -> Studio:
 
 @pytest.fixture(scope="module")
 def toy() -> Studio:
-    """The toy model in a hurry."""
+    """The toy model in a hurry: small pictures in few steps."""
     studio = toy_studio()
-    studio.defaults = replace(studio.defaults, num_inference_steps=2)
+    studio.defaults = replace(studio.defaults, num_inference_steps=2, height=64, width=64)
     return studio
 
 
