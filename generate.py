@@ -25,16 +25,16 @@ import sys
 from pathlib import Path
 
 from drawing.contact_sheet import ANIMATION_SUFFIXES
-from drawing.jobs import MODEL_DEFAULTS_NAME, is_animation
+from drawing.jobs import MODEL_DEFAULTS_NAME, Job, is_animation
 from face_data.au_tables import AU_TABLE_TOOLS
-from program import Parser, add_model_options, check_integer, number_or_none, run_program, spell_option
+from program import Parser, add_model_options, add_options, check_integer, run_program, spell_option
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The arguments. Those that are fields of `Job` are there only if they were given."""
     parser = Parser(description=__doc__)
     _add_what_to_make(parser)
-    _add_picture_options(parser)
+    add_options(parser.add_argument_group("a picture"), Job, spell=spell_option)
     model = parser.add_argument_group(
         "the model",
         f"A model folder may set steps, guidance and size in its {MODEL_DEFAULTS_NAME}, as the toy model does.",
@@ -86,30 +86,6 @@ def _add_what_to_make(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of an animation, pictures between two rows of the table; 0 for a video's frames (default: 4)",
     )
-
-
-def _add_picture_options(parser: argparse.ArgumentParser) -> None:
-    job = parser.add_argument_group("a picture", argument_default=argparse.SUPPRESS)
-    job.add_argument("--prompt", help="what to draw; AUs may stand in it: 'a boy <AU6=3 AU12=5>'")
-    job.add_argument(
-        "--aus",
-        help='"AU6=2.5 AU12=5", "6C+12D", "L12C" for one side, or "doubtful@0.5 + AU4=2" (default: up to the prompt)',
-    )
-    job.add_argument("--seed", type=int, help="equal seeds give equal pictures (default: 0)")
-    job.add_argument("--negative-prompt", help="what not to draw")
-    job.add_argument("--negative-aus", help="the expression to guide away from (default: neutral)")
-    job.add_argument("--au-scale", type=float, help="how strongly the AUs are added (default: 1)")
-    job.add_argument(
-        "--guidance-scale", type=float, help="how closely to follow prompt and AUs (default: the model's, or 7.5)"
-    )
-    job.add_argument(
-        "--au-guidance-scale",
-        type=number_or_none,
-        help="... and the AUs, apart from the prompt, or none (default: the model's, or none)",
-    )
-    job.add_argument("--num-inference-steps", type=int, help="denoising steps (default: the model's, or 50)")
-    job.add_argument("--height", type=int, help="in pixels (default: the model's)")
-    job.add_argument("--width", type=int, help="in pixels (default: the model's)")
 
 
 def _check_counts(args: argparse.Namespace) -> None:

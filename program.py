@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -108,55 +109,100 @@ def number_or_none(text: str) -> float | None:
     return None if text == "none" else float(text)
 
 
-def option(default, description: str, *, flag: str | None = None, low=None, high=None, **argument):
+def option(default, description: str | None, low=None, high=None, *, flag: str = "", group: str = "", **argument):
     """
-    A field of a dataclass which is an option of a program.
+    A field of a dataclass which is an option of a program. The field's type says what the option takes: a bool makes a
+    flag that sets the opposite of the default, a Literal has choices, and a tuple several values.
 
     Args:
         default:
-            The field's default. A bool makes a flag that sets the opposite.
-        description (`str`):
+            The field's default; `dataclasses.MISSING` for an option that is required.
+        description (`str`, *optional*):
             The text of `--help`.
-        flag (`str`, *optional*):
-            The option's name, without dashes; by default the field's.
         low, high (*optional*):
             The range of a number, both ends included.
+        flag (`str`):
+            The option as it is written, or several ways to write it; by default the field's name.
+        group (`str`):
+            The heading of `--help` below which it stands.
         argument:
-            More arguments of `ArgumentParser.add_argument`.
+            More arguments of `ArgumentParser.add_argument`, which replace those of the type.
     """
-    if isinstance(default, bool):
-        argument["action"] = "store_false" if default else "store_true"
-    metadata = {"flag": flag, "low": low, "high": high, "argument": argument | {"help": description}}
+    argument["help"] = description
+    metadata = {"flag": flag, "group": group, "low": low, "high": high, "argument": argument}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _options_of(config, names: Sequence[str] | None) -> dict[str, dataclasses.Field]:
-    """The fields of a dataclass that are options, by their flags."""
-    found = [field for field in dataclasses.fields(config) if "argument" in field.metadata]
-    return {field.metadata["flag"] or field.name: field for field in found if names is None or field.name in names}
+@functools.cache
+def _options_of(config: type) -> list[tuple[dataclasses.Field, object]]:
+    """The fields of a dataclass that are options, each with its type, without None."""
+    hints, found = typing.get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        if "argument" in field.metadata:
+            kinds = typing.get_args(hints[field.name])
+            found.append((field, kinds[0] if type(None) in kinds else hints[field.name]))
+    return found
 
 
-def add_options(parser, config: type, names: Sequence[str] | None = None, **defaults) -> None:
-    """Add the options of a dataclass, or those of its fields `names`, to a parser. `defaults` replace the fields'."""
-    for flag, field in _options_of(config, names).items():
-        default = defaults.get(field.name, field.default)
-        parser.add_argument(f"--{flag}", dest=field.name, default=default, **field.metadata["argument"])
+def _flags_of(field: dataclasses.Field, spell: Callable[[str], str]) -> list[str]:
+    return field.metadata["flag"].split() or [spell(field.name)]
+
+
+def _argument_of(field: dataclasses.Field, kind) -> dict:
+    if kind is bool:
+        return {"action": "store_false" if field.default is True else "store_true"}
+    if typing.get_origin(kind) is typing.Literal:
+        return {"choices": typing.get_args(kind)}
+    if typing.get_origin(kind) is tuple:
+        # Several values after one flag, or the flag several times.
+        return {"type": typing.get_args(kind)[0], "action": "extend", "nargs": "+"}
+    return {"type": kind}
+
+
+def add_options(
+    parser, config: type, names: Sequence[str] | None = None, spell: Callable[[str], str] = "--{}".format, **defaults
+) -> None:
+    """
+    Add the options of a dataclass, or those of its fields `names`, to a parser. `spell` makes an option of a field's
+    name. `defaults` replace the dataclass's own, which apply when `take_options` leaves a value out.
+    """
+    groups = {"": parser}
+    for field, kind in _options_of(config):
+        if names is not None and field.name not in names:
+            continue
+        argument = _argument_of(field, kind) | field.metadata["argument"]
+        argument["default"] = defaults.get(field.name, argparse.SUPPRESS)
+        flags, title = _flags_of(field, spell), field.metadata["group"]
+        if flags[0].startswith("-"):
+            argument = {"dest": field.name, "required": field.default is dataclasses.MISSING} | argument
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(*flags, **argument)
 
 
 def take_options(config: type, args: argparse.Namespace, names: Sequence[str] | None = None) -> dict:
-    """The values of the options that `add_options` added, by field."""
-    values = {field.name: getattr(args, field.name) for field in _options_of(config, names).values()}
+    """The values of the options that `add_options` added, by field. Those that were not given are left out."""
+    fields = [field.name for field, _ in _options_of(config) if names is None or field.name in names]
+    values = {name: getattr(args, name) for name in fields if hasattr(args, name)}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def check_options(config) -> None:
-    """Raise a ValueError unless all options of a dataclass are in their ranges."""
-    for flag, field in _options_of(config, None).items():
+def check_options(config, spell: Callable[[str], str] = "--{}".format) -> None:
+    """Raise a ValueError unless all options of a dataclass have values of their choices and in their ranges."""
+    for field, kind in _options_of(type(config)):
         value, low, high = getattr(config, field.name), field.metadata["low"], field.metadata["high"]
-        if value is None or low is None or low <= value <= (math.inf if high is None else high):
+        if typing.get_origin(kind) is typing.Literal:
+            holds, allowed = value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}"
+        elif kind in (int, float) and low is not None:
+            allowed = "an integer" if kind is int else "a finite number"
+            allowed = "a probability" if field.name.endswith("_prob") else allowed
+            allowed += f", at least {low}" if high is None else f" in [{low}, {high}]"
+            is_number = is_integer(value) or (kind is float and is_real(value))
+            holds = is_number and low <= value <= (math.inf if high is None else high)
+        else:
             continue
-        allowed = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"`--{flag}` has to be {allowed}, but is {value}.")
+        if value is not None and not holds:
+            raise ValueError(f"`{_flags_of(field, spell)[0]}` has to be {allowed}, but is {value!r}.")
 
 
 # --------------------------------------------------------------------------------------------------------------------

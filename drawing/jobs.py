@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 
 from action_units import (
@@ -28,7 +28,7 @@ from action_units import (
 )
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table
 from face_data.au_tables import read_au_table
-from program import MAX_NAME_BYTES, check_integer, is_integer, is_real, show_value
+from program import MAX_NAME_BYTES, check_integer, is_integer, is_real, number_or_none, option, show_value
 
 
 _logger = logging.getLogger(__name__)
@@ -55,17 +55,22 @@ class Job:
     arguments of `FineFacePipeline.__call__`, with the same defaults. Equal jobs give equal pictures.
     """
 
-    prompt: str
-    aus: str | None = None
-    seed: int = 0
-    negative_prompt: str | None = None
-    negative_aus: str | None = None
-    au_scale: float = 1.0
-    guidance_scale: float = 7.5
-    au_guidance_scale: float | None = None
-    num_inference_steps: int = 50
-    height: int | None = None
-    width: int | None = None
+    prompt: str = option(MISSING, "what to draw; AUs may stand in it: 'a boy <AU6=3 AU12=5>'", required=False)
+    aus: str | None = option(
+        None,
+        '"AU6=2.5 AU12=5", "6C+12D", "L12C" for one side, or "doubtful@0.5 + AU4=2" (default: up to the prompt)',
+    )
+    seed: int = option(0, "equal seeds give equal pictures (default: 0)")
+    negative_prompt: str | None = option(None, "what not to draw")
+    negative_aus: str | None = option(None, "the expression to guide away from (default: neutral)")
+    au_scale: float = option(1.0, "how strongly the AUs are added (default: 1)")
+    guidance_scale: float = option(7.5, "how closely to follow prompt and AUs (default: the model's, or 7.5)")
+    au_guidance_scale: float | None = option(
+        None, "... and the AUs, apart from the prompt, or none (default: the model's, or none)", type=number_or_none
+    )
+    num_inference_steps: int = option(50, "denoising steps (default: the model's, or 50)")
+    height: int | None = option(None, "in pixels (default: the model's)")
+    width: int | None = option(None, "in pixels (default: the model's)")
 
 
 JOB_FIELDS = tuple(field.name for field in fields(Job))

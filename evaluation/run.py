@@ -15,15 +15,15 @@ OUTPUT gets the results: report.md, results.csv and results.parquet with a row f
 and drawings in figures/. A run that was stopped goes on when the same command runs again.
 """
 
-import argparse
 import functools
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -53,16 +53,18 @@ from evaluation.testset import (
 from program import (
     TOY_MODEL,
     Parser,
-    check_integer,
+    add_options,
+    check_options,
     check_output,
     file_digest,
     folder_digest,
-    number_or_none,
+    option,
     replacing,
     run_program,
     share_of,
     show_value,
     spell_option,
+    take_options,
     write_atomically,
 )
 
@@ -72,6 +74,12 @@ TOY_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
 PAPER_PARTS = ("single", "combination")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EMBEDDED_AT_ONCE = 32
+
+
+evaluated, tested, measured = (
+    functools.partial(option, group=heading) for heading in ("what is evaluated", "the test set", "measuring")
+)
+BY_DEFAULT = "(default: toy, for a model of the toy world)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,36 +92,51 @@ class EvaluationConfig:
             Arguments of `Sampling`. They replace those in the model's `fineface.json`.
         meters (`tuple` of `str`), image_encoder (`str`, *optional*):
             As `make_meter` and `make_image_encoder` take them. Models of the toy world default to its own.
-        only (`str`, *optional*):
-            `"generate"` or `"measure"`; by default both.
     """
 
-    output: Path
-    model: str = str(TOY_MODEL)
-    adapter: str | None = None
-    adapter_variant: str | None = None
-    system: str = "fineface"
-    ip_adapter: Path | None = None
-    reference_images: Path | None = None
-    prompts: Path | None = None
-    combinations: Path = COMBINATIONS
-    parts: tuple[str, ...] = PAPER_PARTS
-    limit: int | None = None
-    limit_combinations: int | None = None
+    output: Path = option(MISSING, "folder for all that is made")
+    only: Literal["generate", "measure"] | None = option(None, "one of the two steps (default: both)")
+    batch_size: int = option(8, "pictures at once (default: 8)", low=1)
+    device: Literal["cpu"] | None = option(None, "(default: the accelerator, if there is one)")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = option(None, "(default: float32 on cpu, else 16)")
+
+    model: str = evaluated(str(TOY_MODEL), "folder or Hub id (default: the toy model)")
+    adapter: str | None = evaluated(None, "folder or Hub id (default: the AU adapter beside the model)")
+    adapter_variant: str | None = evaluated(None, "sd15: of the published adapter, the files for Stable Diffusion 1.5")
+    system: Literal[tuple(SYSTEMS)] = evaluated(
+        "fineface", "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items()) + " (default: fineface)"
+    )
+    ip_adapter: Path | None = evaluated(None, "IP-Adapter weights, for an image prompt", metavar="FILE")
+    reference_images: Path | None = evaluated(None, "its pictures, one for each prompt in turn", metavar="DIR")
+
+    prompts: Path | None = tested(None, "CSV, or text with a prompt a line (default: 15 that suit the model)")
+    combinations: Path = tested(COMBINATIONS, "CSV (default: the 50 of this repository)")
+    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=PARTS[1:])
+    limit: int | None = tested(None, "only so many prompts, the first ones", low=1)
+    limit_combinations: int | None = tested(None, "only so many combinations, the first ones", low=1)
+
     sampling: Mapping[str, object] = field(default_factory=dict)
-    batch_size: int = 8
-    device: str | None = None
-    dtype: str | None = None
-    meters: tuple[str, ...] = ()
-    image_encoder: str | None = None
-    face_box: tuple[float, float, float, float] | None = None
-    bootstrap_draws: int = 1000
-    only: str | None = None
+
+    meters: tuple[str, ...] = measured(
+        (),
+        f"toy, or TOOL:WHERE with the tool libreface, pyfeat, openface or table; repeatable {BY_DEFAULT}",
+        flag="--meter",
+        metavar="METER",
+        action="append",
+        nargs=None,
+    )
+    image_encoder: str | None = measured(None, f"toy, or folder or Hub id of a CLIP {BY_DEFAULT}")
+    face_box: tuple[float, float, float, float] | None = measured(
+        None,
+        "where the face is, in parts of the picture, to measure what changes around it",
+        action="store",
+        nargs=4,
+        metavar=("LEFT", "TOP", "RIGHT", "BOTTOM"),
+    )
+    bootstrap_draws: int = measured(1000, "for the intervals (default: 1000)", low=1)
 
     def __post_init__(self):
-        for name in ("batch_size", "limit", "limit_combinations", "bootstrap_draws"):
-            if getattr(self, name) is not None:
-                check_integer(spell_option(name), getattr(self, name), 1)
+        check_options(self, spell_option)
         if self.face_box is not None:
             left, top, right, bottom = self.face_box
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -125,53 +148,12 @@ class EvaluationConfig:
 
 
 def parse_args(argv: list[str] | None) -> EvaluationConfig:
-    parser = Parser("evaluation.run", __doc__, argument_default=argparse.SUPPRESS)
-    add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder for all that is made")
-    add("--only", choices=("generate", "measure"), help="one of the two steps (default: both)")
-    add("--batch-size", type=int, help="pictures at once (default: 8)")
-    add("--device", choices=("cpu",), help="(default: the accelerator, if there is one)")
-    add("--dtype", choices=("float32", "float16", "bfloat16"), help="(default: float32 on cpu, else 16)")
-
-    add = parser.add_argument_group("what is evaluated").add_argument
-    add("--model", help="folder or Hub id (default: the toy model)")
-    add("--adapter", help="folder or Hub id (default: the AU adapter beside the model)")
-    add("--adapter-variant", help="sd15: of the published adapter, the files for Stable Diffusion 1.5")
-    systems = "; ".join(f"{name}: {what}" for name, what in SYSTEMS.items())
-    add("--system", choices=SYSTEMS, help=f"{systems} (default: fineface)")
-    add("--ip-adapter", type=Path, metavar="FILE", help="IP-Adapter weights, for an image prompt")
-    add("--reference-images", type=Path, metavar="DIR", help="its pictures, one for each prompt in turn")
-
-    add = parser.add_argument_group("the test set").add_argument
-    add("--prompts", type=Path, help="CSV, or text with a prompt a line (default: 15 that suit the model)")
-    add("--combinations", type=Path, help="CSV (default: the 50 of this repository)")
-    add("--parts", nargs="+", choices=PARTS[1:], help="(default: the paper's two)")
-    add("--limit", type=int, help="only so many prompts, the first ones")
-    add("--limit-combinations", type=int, help="only so many combinations, the first ones")
-
+    parser = Parser("evaluation.run", __doc__)
+    add_options(parser, EvaluationConfig, spell=spell_option)
     defaults = "Default: what the fineface.json of the model says, or that of Stable Diffusion."
-    add = parser.add_argument_group("sampling", defaults).add_argument
-    add("--num-inference-steps", type=int)
-    add("--guidance-scale", type=float)
-    add("--au-guidance-scale", type=number_or_none, help="a number, or none for joint guidance")
-    add("--au-scale", type=float)
-    add("--height", type=int)
-    add("--width", type=int)
-
-    add = parser.add_argument_group("measuring").add_argument
-    tools = "toy, or TOOL:WHERE with the tool libreface, pyfeat, openface or table"
-    by_default = "(default: toy, for a model of the toy world)"
-    add("--meter", action="append", dest="meters", metavar="METER", help=f"{tools}; repeatable {by_default}")
-    add("--image-encoder", help=f"toy, or folder or Hub id of a CLIP {by_default}")
-    box = ("LEFT", "TOP", "RIGHT", "BOTTOM")
-    where = "where the face is, in parts of the picture, to measure what changes around it"
-    add("--face-box", type=float, nargs=4, metavar=box, help=where)
-    add("--bootstrap-draws", type=int, help="for the intervals (default: 1000)")
-
-    given = vars(parser.parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    given["sampling"] = {option.name: given.pop(option.name) for option in fields(Sampling) if option.name in given}
-    return EvaluationConfig(**given)
+    add_options(parser.add_argument_group("sampling", defaults), Sampling, spell=spell_option)
+    args = parser.parse_args(argv)
+    return EvaluationConfig(**take_options(EvaluationConfig, args), sampling=take_options(Sampling, args))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from PIL import Image
 from action_units import AU_NAMES, action_units_of, parse_aus
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
 from drawing.model import Weights, load_pipeline, pipeline_class_of
+from program import number_or_none, option
 
 
 SYSTEMS = {
@@ -33,12 +34,12 @@ TRAINED_FILES = {
 class Sampling:
     """Arguments of `FineFacePipeline.__call__`. Only `"fineface"` uses `au_guidance_scale` and `au_scale`."""
 
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    au_guidance_scale: float | None = None
-    au_scale: float = 1.0
-    height: int | None = None
-    width: int | None = None
+    num_inference_steps: int = option(50, None)
+    guidance_scale: float = option(7.5, None)
+    au_guidance_scale: float | None = option(None, "a number, or none for joint guidance", type=number_or_none)
+    au_scale: float = option(1.0, None)
+    height: int | None = option(None, None)
+    width: int | None = option(None, None)
 
 
 def is_toy_model(model: str) -> bool:

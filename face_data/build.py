@@ -15,12 +15,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from action_units import AU_NAMES, au_columns, whole_au
 from face_data.captions import take_emotion_words
-from face_data.report import Histogram, Report, draw_histograms, report_folders, save_picture
+from face_data.report import Histogram, Report, draw_histograms, report_folders
 from face_data.store import (
     CAPTIONS,
     PHOTOS,
@@ -67,13 +68,13 @@ class Build:
 
     folders: tuple[Path, ...]
     output: Path
-    format: str = option("imagefolder", "Files, or shards to stream.", choices=("imagefolder", "parquet"))
+    format: Literal["imagefolder", "parquet"] = option("imagefolder", "Files, or shards to stream.")
     default_caption: str | None = option(None, "For pictures that have none.")
-    photo_filter: bool = option(True, "Do not ask whether pictures are photographs.", flag="keep_drawings")
-    correct_aus: bool = option(True, "Do not correct measured AUs.", flag="keep_aus")
+    photo_filter: bool = option(True, "Do not ask whether pictures are photographs.", flag="--keep_drawings")
+    correct_aus: bool = option(True, "Do not correct measured AUs.", flag="--keep_aus")
     drop_emotion_words: bool = option(False, "Take words of emotion out of captions.")
     au_names: tuple[str, ...] | None = option(
-        None, "AUs of the data set; by default those that all sources have.", nargs="+", metavar="AU12"
+        None, "AUs of the data set; by default those that all sources have.", metavar="AU12"
     )
 
 
@@ -314,7 +315,8 @@ def _finish(build: Build, parts: list[str], sources: list[Source], before: Histo
     write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
     names = ", ".join(source.name for source in sources)
     title = f"Faces by intensity of each AU, heights logarithmic ({names})"
-    save_picture(draw_histograms(before, after, title), build.output / "histogram.png")
+    with replacing(build.output / "histogram.png") as unfinished:
+        draw_histograms(before, after, title).save(unfinished, "PNG")
     return report
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -45,12 +46,12 @@ class Disfa:
     """
 
     root: Path
-    images: Path | None = option(None, "Frames of DISFA as pictures, SN001/00001.jpg; no videos then.", type=Path)
-    camera: str = option("left", "Which videos of DISFA.", choices=("left", "right"))
-    neutral_share: float = option(0.1, "Kept share of DISFA's frames without AUs.", type=float, low=0, high=1)
-    seed: int = option(0, "Decides which.", type=int)
-    jpeg_quality: int = option(95, "Of frames taken from videos.", type=int, low=1, high=95)
-    subjects: tuple[str, ...] = option((), "Only these; by default all.", nargs="+", metavar="SN001")
+    images: Path | None = option(None, "Frames of DISFA as pictures, SN001/00001.jpg; no videos then.")
+    camera: Literal["left", "right"] = option("left", "Which videos of DISFA.")
+    neutral_share: float = option(0.1, "Kept share of DISFA's frames without AUs.", low=0, high=1)
+    seed: int = option(0, "Decides which.")
+    jpeg_quality: int = option(95, "Of frames taken from videos.", low=1, high=95)
+    subjects: tuple[str, ...] = option((), "Only these; by default all.", metavar="SN001")
 
     def __post_init__(self):
         check_options(self)
@@ -75,10 +76,13 @@ def prepare_disfa(disfa: Disfa, folder: Path, num_workers: int, on_error: str) -
     else:
         media = {path.name: path for path in sorted(disfa.images.glob("SN*")) if _SUBJECT.fullmatch(path.name)}
         first_number = 0 if any(0 in number_pictures(path) for path in media.values()) else 1
-    subjects = choose_subjects(sorted(labels.keys() | media.keys()), disfa.subjects)
+    subjects = sorted(labels.keys() | media.keys())
+    missing = sorted(set(disfa.subjects) - set(subjects))
+    if missing:
+        raise ValueError(f"`--subjects` names {', '.join(missing)}, but there are {', '.join(subjects)}.")
     claim_folder(folder, disfa.settings())
     work = functools.partial(make_part, disfa, labels, media, first_number, folder, on_error)
-    run_parts(work, subjects, folder / "rows", num_workers, "DISFA")
+    run_parts(work, disfa.subjects or subjects, folder / "rows", num_workers, "DISFA")
     mark_finished(folder)
 
 
@@ -170,13 +174,6 @@ def number_pictures(folder: Path) -> dict[int, Path]:
             raise ValueError(f"{path} and {numbered[int(match[0])]} have the same number.")
         numbered[int(match[0])] = path
     return numbered
-
-
-def choose_subjects(present: list[str], wanted: tuple[str, ...]) -> list[str]:
-    missing = sorted(set(wanted) - set(present))
-    if missing:
-        raise ValueError(f"`--subjects` names {', '.join(missing)}, but there are {', '.join(present)}.")
-    return list(wanted) or present
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -61,10 +62,8 @@ class HubPictures:
     caption_column: str | None = option(None, "By default text, caption or prompt, if it is there.")
     face_count_column: str | None = option(None, "Column with the number of faces: only rows with 1 are kept.")
     boxes_column: str | None = option(None, "Column with boxes of faces: only rows with one are kept.")
-    box_format: str = option(
-        "xyxy",
-        "Of --boxes_column: left, top, and right, bottom or width, height.",
-        choices=("xyxy", "xywh"),
+    box_format: Literal["xyxy", "xywh"] = option(
+        "xyxy", "Of --boxes_column: left, top, and right, bottom or width, height."
     )
     detector: str | None = option(
         None,
@@ -72,9 +71,9 @@ class HubPictures:
         metavar="MODULE:FUNCTION",
     )
     keep_emotion_words: bool = option(False, "Leave the captions as they are.")
-    max_pictures: int | None = option(None, "Stop when so many are kept.", type=int, low=1)
-    min_side: int = option(1, "Pixels both sides of a picture have.", type=int, low=1)
-    rows_per_part: int = option(1024, "Rows of the table that are done together.", type=int, low=1)
+    max_pictures: int | None = option(None, "Stop when so many are kept.", low=1)
+    min_side: int = option(1, "Pixels both sides of a picture have.", low=1)
+    rows_per_part: int = option(1024, "Rows of the table that are done together.", low=1)
 
     def __post_init__(self):
         check_source(self.source)
@@ -93,7 +92,10 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
         check_folder(folder)
     find_faces = load_detector(pictures.detector) if pictures.detector else None
     claim_folder(work, {name: value for name, value in vars(pictures).items() if name != "max_pictures"})
-    state = read_state(work)
+    # How far the stream was read, and how many pictures were kept.
+    path, state = work / STATE, {"part": 0, "kept": 0, "is_at_end": False, "stream": None}
+    if path.is_file():
+        state = json.loads(path.read_text(encoding="utf-8"))
     if not state["is_at_end"] and state["kept"] < (pictures.max_pictures or math.inf):
         _fetch(pictures, folder, work, state, find_faces, on_error)
         rows = chain.from_iterable(read_rows(part_path(work, part)) for part in list_parts(work))
@@ -110,13 +112,6 @@ def _metadata(row: dict) -> dict:
     # A list, because tables take the entries of an object for columns.
     words = list(Counter(row.get("removed_words")).elements())
     return known | ({"removed_words": words} if words else {})
-
-
-def read_state(work: Path) -> dict:
-    """How far the stream was read, and how many pictures were kept."""
-    path = work / STATE
-    start = {"part": 0, "kept": 0, "is_at_end": False, "stream": None}
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else start
 
 
 def load_detector(name: str) -> FaceDetector:

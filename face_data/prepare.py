@@ -112,7 +112,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_options(paper, Build, ("format",))
     _add_work(paper, "Folder of the data set; OUTPUT/.work has what the single steps make.")
 
-    report = add("report", "What the steps kept and left out, and why.", run_report)
+    text = "What the steps kept and left out, and why."
+    report = add("report", text, lambda args: report_folders(args.folders).to_text())
     report.add_argument("folders", type=Path, nargs="+", help="Work folders.")
     return parser.parse_args(argv)
 
@@ -171,10 +172,6 @@ def run(args: argparse.Namespace) -> str:
     return args.work(args)
 
 
-def run_report(args: argparse.Namespace) -> str:
-    return report_folders(args.folders).to_text()
-
-
 def run_disfa(args: argparse.Namespace, root: Path, folder: Path) -> str:
     prepare_disfa(Disfa(root, **take_options(Disfa, args)), folder, args.num_workers, args.on_error)
     return report_folders([folder]).to_text()
@@ -214,7 +211,7 @@ def run_hub(args: argparse.Namespace) -> str:
         if args.au_names:
             au_columns(args.au_names)
         report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
-        given = [name for name in OPTIONS_OF_AUS if getattr(args, name) not in (None, 0.0, False)]
+        given = [name for name in OPTIONS_OF_AUS if getattr(args, name, None) not in (None, 0.0, False)]
         unused = ", ".join("--measured" if name == "correct_aus" else f"--{name}" for name in given)
         return (
             f"{report}\nMeasure the AUs of the pictures in {args.pictures}, and run the same command with --aus. It"
@@ -248,7 +245,7 @@ def run_paper(args: argparse.Namespace) -> str:
     run_affectnet(args, args.affectnet, folders[1])
     run_blip2(args, folders[1:], PHOTOS)
     run_blip2(args, folders, CAPTIONS)
-    build = Build(tuple(folders), args.output, args.format)
+    build = Build(tuple(folders), args.output, **take_options(Build, args, ("format",)))
     return build_dataset(build, args.num_workers).to_text()
 
 

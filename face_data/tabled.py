@@ -86,16 +86,16 @@ class Tabled:
     source: str
     bases: tuple[Path, ...]
     tables: tuple[AUTable, ...]
-    about: Path | None = option(None, "Captions, if --aus has none.", flag="captions", type=Path, metavar="TABLE")
+    about: Path | None = option(None, "Captions, if --aus has none.", flag="--captions", metavar="TABLE")
     image_column: str | None = option(None, "Column of the file names; by default the first usual one.")
     caption_column: str | None = option(None, "By default text, caption or prompt, if it is there.")
-    min_side: int = option(1, "Pixels both sides of a picture have.", type=int, low=1)
+    min_side: int = option(1, "Pixels both sides of a picture have.", low=1)
     # Of an AU with sides, their mean counts.
-    min_total_intensity: float = option(0.0, "Smallest sum of all AUs.", type=float, low=0)
-    correct_aus: bool = option(False, "AUs are measured: correct them as the paper does.", flag="measured")
-    needs_photo_filter: bool = option(False, "There may be drawings: ask BLIP-2, as in `photos`.", flag="drawings")
+    min_total_intensity: float = option(0.0, "Smallest sum of all AUs.", low=0)
+    correct_aus: bool = option(False, "AUs are measured: correct them as the paper does.", flag="--measured")
+    needs_photo_filter: bool = option(False, "There may be drawings: ask BLIP-2, as in `photos`.", flag="--drawings")
     drop_emotion_words: bool = option(False, "Take words of emotion out of captions.")
-    rows_per_part: int = option(1024, "Rows of the table that are done together.", type=int, low=1)
+    rows_per_part: int = option(1024, "Rows of the table that are done together.", low=1)
 
     def __post_init__(self):
         check_source(self.source)

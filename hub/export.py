@@ -20,10 +20,10 @@ pipeline, and a card, with pictures if there is a base to draw them with. With `
 for `load_au_adapter` that has a few vectors for each layer instead of encoder, keys and values.
 """
 
-import argparse
 import ast
 import contextlib
 import copy
+import functools
 import importlib.util
 import json
 import re
@@ -31,9 +31,10 @@ import shutil
 import string
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from huggingface_hub import HfApi, ModelCard, SpaceCardData
@@ -64,12 +65,16 @@ from hub.ip_adapter import fits_ip_adapter, write_ip_adapter
 from program import (
     TOY_MODEL,
     Parser,
+    add_options,
     check_folder_or_hub_id,
     check_new_folder,
     is_hub_id,
     new_folder,
+    option,
     pick_device,
     run_program,
+    spell_option,
+    take_options,
 )
 from training.config import published_settings
 
@@ -136,29 +141,42 @@ class CardFacts:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+on_pictures, on_card = (
+    functools.partial(option, group=heading)
+    for heading in ("pictures of the model card", "other facts of the model card")
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """The options of the program, with the same defaults: what is exported, and facts for its card."""
+    """What is exported, and facts for its card."""
 
-    source: str
-    folder: Path
-    base: str | None = None
-    adapter_variant: str | None = None
-    format: str = FORMATS[0]
-    push: str | None = None
-    private: bool = False
-    space: bool = False
-    overwrite: bool = False
-    dtype: str = "float32"
-    no_pictures: bool = False
-    num_inference_steps: int | None = None
-    seed: int = 0
-    device: str | None = None
-    license: str = "apache-2.0"
-    base_model: str | None = None
-    datasets: list[str] | None = None
-    training: Path | None = None
-    evaluation: Path | None = None
+    source: str = option(MISSING, "folder or Hub id", flag="source", metavar="ADAPTER_OR_PIPELINE")
+    folder: Path = option(MISSING, "new folder", flag="folder", metavar="FOLDER")
+    base: str | None = option(None, "the base model, if the first argument is an adapter", metavar="ID_OR_FOLDER")
+    adapter_variant: str | None = option(
+        None,
+        "of the published adapter, the files of this variant",
+        flag="--variant --adapter-variant",
+        metavar="sd15",
+    )
+    format: Literal[FORMATS] = option(FORMATS[0], "what to write (default: pipeline, see above)")
+    push: str | None = option(None, "upload the folder to this repository, made if need be", metavar="REPO_ID")
+    private: bool = option(False, "with --push, make a private repository")
+    space: bool = option(False, "write a Space, which runs app.py with the weights in it")
+    overwrite: bool = option(False, "replace FOLDER if this program has written it")
+    dtype: Literal["float32", "float16", "bfloat16"] = option("float32", "of the weights (default: float32)")
+
+    no_pictures: bool = on_pictures(False, "draw none")
+    num_inference_steps: int | None = on_pictures(None, "denoising steps of each (default: the model's)")
+    seed: int = on_pictures(0, "(default: 0)")
+    device: str | None = on_pictures(None, "where they are drawn (default: the accelerator, if there is one)")
+
+    license: str = on_card("apache-2.0", "Hub name of the licence (default: apache-2.0)")
+    base_model: str | None = on_card(None, "Hub id of the base, where it does not show from --base", metavar="ID")
+    datasets: tuple[str, ...] | None = on_card(None, "what the adapter was trained on", metavar="ID")
+    training: Path | None = on_card(None, "text on the training (default: what is beside the weights)", metavar="MD")
+    evaluation: Path | None = on_card(None, f"results (default: {REPORT_NAME} of the model)", metavar="MD")
 
     def __post_init__(self):
         if self.private and self.push is None:
@@ -181,40 +199,11 @@ class ExportConfig:
     def repo_type(self) -> str:
         return "space" if self.space else "model"
 
-    @property
-    def picture_options(self) -> dict:
-        """The options of the card's pictures, as fields of a `Job`."""
-        steps = {} if self.num_inference_steps is None else {"num_inference_steps": self.num_inference_steps}
-        return steps | {"seed": self.seed}
-
 
 def parse_args(argv: list[str] | None) -> ExportConfig:
-    parser = Parser("hub.export", __doc__, argument_default=argparse.SUPPRESS)
-    parser.add_argument("source", metavar="ADAPTER_OR_PIPELINE", help="folder or Hub id")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="new folder")
-    parser.add_argument("--base", metavar="ID_OR_FOLDER", help="the base model, if the first argument is an adapter")
-    help_variant = "of the published adapter, the files of this variant"
-    parser.add_argument("--variant", "--adapter-variant", dest="adapter_variant", metavar="sd15", help=help_variant)
-    parser.add_argument("--format", choices=FORMATS, help="what to write (default: pipeline, see above)")
-    parser.add_argument("--push", metavar="REPO_ID", help="upload the folder to this repository, made if need be")
-    parser.add_argument("--private", action="store_true", help="with --push, make a private repository")
-    parser.add_argument("--space", action="store_true", help="write a Space, which runs app.py with the weights in it")
-    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER if this program has written it")
-    dtypes = ("float32", "float16", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, help="of the weights (default: float32)")
-    pictures = parser.add_argument_group("pictures of the model card")
-    pictures.add_argument("--no-pictures", action="store_true", help="draw none")
-    pictures.add_argument("--num-inference-steps", type=int, help="denoising steps of each (default: the model's)")
-    pictures.add_argument("--seed", type=int, help="(default: 0)")
-    pictures.add_argument("--device", help="where they are drawn (default: the accelerator, if there is one)")
-    card = parser.add_argument_group("other facts of the model card")
-    card.add_argument("--license", help="Hub name of the licence (default: apache-2.0)")
-    card.add_argument("--base-model", metavar="ID", help="Hub id of the base, where it does not show from --base")
-    card.add_argument("--datasets", nargs="+", metavar="ID", help="what the adapter was trained on")
-    training_help = "text on the training (default: what is beside the weights)"
-    card.add_argument("--training", type=Path, metavar="MD", help=training_help)
-    card.add_argument("--evaluation", type=Path, metavar="MD", help=f"results (default: {REPORT_NAME} of the model)")
-    return ExportConfig(**vars(parser.parse_args(argv)))
+    parser = Parser("hub.export", __doc__)
+    add_options(parser, ExportConfig, spell=spell_option)
+    return ExportConfig(**take_options(ExportConfig, parser.parse_args(argv)))
 
 
 def find_weights(config: ExportConfig) -> Weights | None:
@@ -293,7 +282,7 @@ def gather_facts(config: ExportConfig, weights: Weights | None, is_original: boo
         raise ValueError(f"`--base-model` is {config.base_model!r}, which is no id of a Hub repository.")
     # A folder on this disk is no base for anybody else.
     base_model = next((name for name in bases if name is not None and is_hub_id(name)), None)
-    datasets = config.datasets
+    datasets = None if config.datasets is None else list(config.datasets)
     if datasets is None and is_hub_id(trained.get("dataset_name") or ""):
         datasets = [trained["dataset_name"]]
     # Only the paper's authors use the original layout, and the template names the data that they trained on.
@@ -662,7 +651,9 @@ def run(config: ExportConfig) -> str:
     device, weights = pick_device(config.device), find_weights(config)
     check_new_folder(config.folder, config.overwrite, config.marker)
     defaults = {} if weights is None else read_model_defaults(weights.model)
-    options = defaults | config.picture_options
+    options = defaults | {"seed": config.seed}
+    if config.num_inference_steps is not None:
+        options["num_inference_steps"] = config.num_inference_steps
     make_job({**options, "prompt": DEMO_PROMPT})  # checks the options
     api = None if config.push is None else check_push(config.push, config.repo_type, config.marker)
     files = find_adapter_files(config.source, variant=config.adapter_variant)

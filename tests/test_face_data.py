@@ -927,7 +927,7 @@ def test_names_that_would_be_taken_for_splits_are_refused(tmp_path, capsys, sour
     ("changes", "message"),
     [
         (["--aus", "none.csv"], "There is no table 'none.csv'"),
-        (["--min_side", "0"], "`--min_side` has to be at least 1"),
+        (["--min_side", "0"], "`--min_side` has to be an integer, at least 1"),
         (["--num_workers", "0"], "`--num_workers` has to be at least 1"),
         (["--au_tool", "openface"], "there is no AU that openface measures"),
         (["--au_names", "AU12L"], "it needs both AU12L and AU12R"),

@@ -193,7 +193,7 @@ def test_options_of_aus_without_a_table_are_said(shards, tmp_path, capsys):
         (["--caption_column", "title"], "no column 'title' for `--caption_column`. The columns are image, prompt"),
         (["--picture_column", "photo"], "no column 'photo' for `--picture_column`"),
         (["--detector", "no_module:find"], "has to be MODULE:FUNCTION: No module named 'no_module'"),
-        (["--max_pictures", "0"], "`--max_pictures` has to be at least 1"),
+        (["--max_pictures", "0"], "`--max_pictures` has to be an integer, at least 1"),
         (["--aus", "none.csv"], "There is no table 'none.csv'"),
         (["--source", "train"], "no name of a split"),
     ],

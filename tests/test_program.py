@@ -3,7 +3,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -11,15 +13,20 @@ import torch
 import program
 from program import (
     Parser,
+    add_options,
     check_integer,
     check_new_folder,
+    check_options,
     is_hub_id,
     is_real,
     new_folder,
     only_run_in,
+    option,
     replacing,
     run_program,
     show_value,
+    spell_option,
+    take_options,
     write_atomically,
 )
 
@@ -87,6 +94,59 @@ def test_a_parser_raises_instead_of_exiting():
     with pytest.raises(ValueError, match="--cou"):
         parser.parse_args(["--cou", "1"])
     assert parser.prog == "python -m some.module" and "  two\n  lines" in parser.format_help()
+
+
+@dataclass(frozen=True)
+class Request:
+    source: str = option(MISSING, "where from", flag="source")
+    output: Path = option(MISSING, "where to")
+    num_steps: int | None = option(None, "how many", low=1, group="drawing")
+    drop_prob: float = option(0.5, "how often", 0, 1)
+    mode: Literal["fast", "slow"] = option("fast", "how")
+    is_kept: bool = option(True, "throw it away", flag="-t --throw-away")
+    names: tuple[str, ...] = option((), "which")
+
+    def __post_init__(self):
+        check_options(self, spell_option)
+
+
+def read_request(*words: str) -> Request:
+    parser = Parser("some.module")
+    add_options(parser, Request, spell=spell_option)
+    return Request(**take_options(Request, parser.parse_args(words)))
+
+
+def test_the_fields_of_a_dataclass_are_the_options_of_a_program():
+    request = read_request("a", "--output", "b")
+    assert request == Request("a", Path("b"))
+    given = read_request("a", "--output=b", "--num-steps=3", "-t", "--names", "x", "y", "--names=z", "--mode=slow")
+    assert given == replace(request, num_steps=3, is_kept=False, names=("x", "y", "z"), mode="slow")
+    # What replaces a default stands, and what belongs to others is left alone.
+    parser = Parser("some.module")
+    add_options(parser, Request, ("num_steps", "drop_prob"), num_steps=7)
+    assert take_options(Request, parser.parse_args([])) == {"num_steps": 7}
+    assert "\ndrawing:\n  --num_steps" in parser.format_help()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a"], "--output"),
+        (["a", "--output=b", "--mode=other"], "--mode"),
+        (["a", "--output=b", "--num-steps=0"], "`--num-steps` has to be an integer, at least 1, but is 0"),
+        (["a", "--output=b", "--drop-prob=nan"], r"`--drop-prob` has to be a probability in \[0, 1\], but is nan"),
+    ],
+)
+def test_values_that_an_option_cannot_have_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        read_request(*words)
+
+
+def test_values_are_checked_in_python_too():
+    with pytest.raises(ValueError, match="`--mode` has to be one of fast, slow, but is 'other'"):
+        Request("a", Path("b"), mode="other")
+    with pytest.raises(ValueError, match="`--num-steps` has to be an integer"):
+        Request("a", Path("b"), num_steps=1.5)
 
 
 def test_importing_it_does_not_import_torch():

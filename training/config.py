@@ -4,12 +4,9 @@
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import json
-import math
 import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from action_units import ALL_AU_NAMES, au_columns, read_aus
 from au_encoder import ENCODER_TYPES, KV_INITS
-from program import is_integer, is_real
+from program import add_options, check_options, option, take_options
 
 
 TRAINING_PRESETS = {
@@ -42,24 +39,14 @@ TRAINING_PRESETS = {
 FEEDBACK_MODES = ("draw", "random_step", "one_step")
 
 
-def fixed(default, description: str, low: float | None = None, high: float | None = None, is_fixed: bool = True):
-    r"""
-    A field of `TrainConfig` and its flag, which keeps its value when a run is resumed.
-
-    Args:
-        default:
-            `dataclasses.MISSING` for a flag that is required.
-        description (`str`):
-            The text of `--help`.
-        low, high (`float`, *optional*):
-            The range of a number, both ends included.
-    """
-    metadata = {"help": description, "low": low, "high": high, "is_fixed": is_fixed}
-    return dataclasses.field(default=default, metadata=metadata)
+free = option
+"""For a flag that may change: paths, the length of the run, logging, and what changes only time or memory."""
 
 
-free = functools.partial(fixed, is_fixed=False)
-"""The same for a flag that may change: paths, the length of the run, logging, and what changes only time or memory."""
+def fixed(default, description: str, low: float | None = None, high: float | None = None):
+    """The same for a flag that keeps its value when a run is resumed."""
+    metadata = option(default, description, low, high).metadata
+    return dataclasses.field(default=default, metadata=metadata | {"is_fixed": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +186,7 @@ class TrainConfig:
     def __post_init__(self):
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("The data come either from `--train_data_dir` or from `--dataset_name`: set one of them.")
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is not None:
-                self._check_range(field)
+        check_options(self)
         if self.aus:
             try:
                 au_columns(self.aus)
@@ -233,17 +218,6 @@ class TrainConfig:
         if self.push_to_hub:
             validate_repo_id(self.repo_id)
 
-    def _check_range(self, field: dataclasses.Field) -> None:
-        name, value, kind = field.name, getattr(self, field.name), _value_type(field.name)
-        low, high = field.metadata["low"], field.metadata["high"]
-        if typing.get_origin(kind) is Literal:
-            self._check(name, value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}")
-        elif kind in (int, float):
-            what = "a probability" if name.endswith("_prob") else {int: "an integer", float: "a finite number"}[kind]
-            allowed = f"{what}, at least {low}" if high is None else f"{what} in [{low}, {high}]"
-            is_number = is_integer(value) or (kind is float and is_real(value))
-            self._check(name, is_number and low <= value <= (math.inf if high is None else high), allowed)
-
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ValueError(f"`--{name}` has to be {allowed}, but is {getattr(self, name)!r}.")
@@ -269,7 +243,7 @@ class TrainConfig:
     def fixed_settings(self) -> dict:
         """The settings that a run has to keep when it is resumed, as `to_json` writes them."""
         settings = json.loads(self.to_json())
-        return {field.name: settings[field.name] for field in dataclasses.fields(self) if field.metadata["is_fixed"]}
+        return {field.name: settings[field.name] for field in dataclasses.fields(self) if "is_fixed" in field.metadata}
 
     @property
     def repo_id(self) -> str:
@@ -286,7 +260,7 @@ def published_settings(settings: dict) -> dict:
     prompts, which are private.
     """
     more = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision")
-    names = [f.name for f in dataclasses.fields(TrainConfig) if f.metadata["is_fixed"] or f.name in more]
+    names = [f.name for f in dataclasses.fields(TrainConfig) if "is_fixed" in f.metadata or f.name in more]
     shown = {name: settings[name] for name in names if settings.get(name) is not None}
     return {name: value for name, value in shown.items() if not re.search(r"[/\\|\n]", str(value))}
 
@@ -298,20 +272,10 @@ def default_settings() -> dict:
     return json.loads(json.dumps(defaults, default=str))
 
 
-@functools.cache
-def _value_type(field_name: str):
-    """The type of a field of `TrainConfig`, without None."""
-    hint = typing.get_type_hints(TrainConfig)[field_name]
-    return typing.get_args(hint)[0] if type(None) in typing.get_args(hint) else hint
-
-
 def parse_args(argv: list[str] | None = None) -> TrainConfig:
     """Read the command line. An error is printed, and the program exits with status 2."""
     parser = argparse.ArgumentParser(
-        description="Fine-tune an AU adapter on a frozen Stable Diffusion base.",
-        allow_abbrev=False,
-        # `TrainConfig` and the presets have the defaults.
-        argument_default=argparse.SUPPRESS,
+        description="Fine-tune an AU adapter on a frozen Stable Diffusion base.", allow_abbrev=False
     )
     parser.add_argument(
         "--preset",
@@ -319,22 +283,9 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         default="paper",
         help='Set of defaults: "best" did best in docs/results.md. Flags on the command line override it.',
     )
-    for field in dataclasses.fields(TrainConfig):
-        kind = _value_type(field.name)
-        if kind is bool:
-            options = {"action": "store_true"}
-        elif typing.get_origin(kind) is Literal:
-            options = {"choices": typing.get_args(kind)}
-        elif typing.get_origin(kind) is tuple:
-            # Several values after one flag, or the flag several times.
-            options = {"action": "extend", "nargs": "+"}
-        else:
-            options = {"type": kind}
-        is_required = field.default is dataclasses.MISSING
-        parser.add_argument(f"--{field.name}", help=field.metadata["help"], required=is_required, **options)
-    given = vars(parser.parse_args(argv))
-    given = TRAINING_PRESETS[given.pop("preset")] | given
+    add_options(parser, TrainConfig)
+    args = parser.parse_args(argv)
     try:
-        return TrainConfig(**{n: tuple(value) if isinstance(value, list) else value for n, value in given.items()})
+        return TrainConfig(**TRAINING_PRESETS[args.preset] | take_options(TrainConfig, args))
     except ValueError as error:
         parser.error(str(error))
