@@ -12,7 +12,6 @@ belongs to a step: data, forward and backward pass, clipping, optimizer. All wei
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from torch import nn
 from action_units import AU_NAMES
 from benchmarks.bench_inference import ARCHITECTURES, DTYPES, default_resolution, set_textbook_processors
 from benchmarks.tables import Report, count, markdown_table
+from face_data.store import write_lines
 from program import Parser, pick_device, run_program
 from toy_faces.renderer import caption, render, sample_aus, sample_portrait
 from train_fineface import FineFaceModel, attention_for_training, make_accelerator, make_model, train
@@ -85,12 +85,14 @@ class Measured:
 def write_pictures(folder: Path, resolution: int) -> None:
     """Write portraits in the size of training, as an image folder that the trainer reads."""
     folder.mkdir()
-    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
-        for seed in range(PICTURES):
-            picture = render(sample_portrait(seed), sample_aus(seed))
-            picture.resize((resolution, resolution), Image.Resampling.BICUBIC).save(folder / f"{seed}.jpg", quality=95)
-            aus = dict(zip(AU_NAMES, sample_aus(seed).tolist(), strict=True))
-            file.write(json.dumps({"file_name": f"{seed}.jpg", "text": caption(sample_portrait(seed)), **aus}) + "\n")
+    lines = []
+    for seed in range(PICTURES):
+        portrait, aus = sample_portrait(seed), sample_aus(seed)
+        picture = render(portrait, aus).resize((resolution, resolution), Image.Resampling.BICUBIC)
+        picture.save(folder / f"{seed}.jpg", quality=95)
+        named = dict(zip(AU_NAMES, aus.tolist(), strict=True))
+        lines.append({"file_name": f"{seed}.jpg", "text": caption(portrait), **named})
+    write_lines(folder / "metadata.jsonl", lines)
 
 
 def measure(row: Row, folder: Path, args: argparse.Namespace) -> Measured:

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a labelled data set for training. Its expressions and prompts are drawn at random from a distribution."""
 
-import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 from action_units import AU_NAMES, read_aus
 from drawing.jobs import Job, canonical_aus, check_keys, errors_at, make_job, read_json_object
-from program import is_integer, is_real, write_atomically
+from program import is_integer, is_real
 
 
 DEFAULT_DISTRIBUTION = Path(__file__).resolve().parents[1] / "examples" / "dataset_distribution.json"
@@ -138,11 +137,6 @@ def _draw_aus(expressions: list[Expressions], rng: random.Random, au_names: Sequ
         values = read_aus(kind.aus, au_names=au_names)[0]
         aus = {name: round(value, 4) for name, value in zip(au_names, values, strict=True) if value}
     return aus if kind.intensity is None else {name: round(rng.uniform(*kind.intensity), 2) for name in aus}
-
-
-def write_dataset_metadata(rows: Sequence[Mapping], folder: Path) -> None:
-    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-    write_atomically(folder / DATASET_METADATA_NAME, text)
 
 
 def check_dataset_folder(folder: Path, num_pictures: int) -> None:

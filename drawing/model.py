@@ -113,7 +113,7 @@ def complete_weights(model: str) -> Iterator[None]:
         )
 
 
-def pipeline_class_of(model: str) -> type:
+def pipeline_class_of(model: str, revision: str | None = None) -> type:
     """
     The class of pipelines for a base model, by the text encoders that its `model_index.json` names.
 
@@ -126,7 +126,7 @@ def pipeline_class_of(model: str) -> type:
     from pipeline_fineface import FineFacePipeline
     from pipeline_fineface_xl import FineFaceXLPipeline
 
-    index = DiffusionPipeline.load_config(model)
+    index = DiffusionPipeline.load_config(model, revision=revision)
     components = {name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None}
     text_encoders = sorted(name for name in components if name.startswith("text_encoder"))
     classes = {("text_encoder",): FineFacePipeline, ("text_encoder", "text_encoder_2"): FineFaceXLPipeline}

@@ -35,13 +35,14 @@ from drawing.jobs import (
     sweep_table,
 )
 from drawing.labelled_set import (
+    DATASET_METADATA_NAME,
     DEFAULT_DISTRIBUTION,
     check_dataset_folder,
     draw_dataset,
     read_distribution,
-    write_dataset_metadata,
 )
 from drawing.model import Weights, check_weights, draw_jobs, group_jobs, read_au_names
+from face_data.store import write_lines
 from program import check_output, on_main_process, only_run_in, settle_device, share_of, spell_option, start_processes
 
 
@@ -152,7 +153,7 @@ def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, pro
         return draw_dataset(distribution, args.dataset, values, au_names)
 
     jobs, rows = on_main_process(processes, read)
-    label = partial(write_dataset_metadata, list(rows.values()), args.output)
+    label = partial(write_lines, args.output / DATASET_METADATA_NAME, rows.values())
     return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite, label)}"
 
 

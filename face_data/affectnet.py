@@ -52,7 +52,8 @@ def find_layout(root: Path) -> Layout:
     """
     if not root.is_dir():
         raise ValueError(f"{str(root)!r} is no folder.")
-    lists = tuple(sorted(path for path in _below(root, "*.csv", 2) if _is_file_list(path)))
+    tables, names = _below(root, "*.csv", 2), ("training.csv", "validation.csv")
+    lists = tuple(sorted(path for path in tables if "file_lists" in path.parent.name or path.name in names))
     if lists:
         picture_dirs = tuple(path for path in _below(root, "*_Annotated_Images", 1) if path.is_dir())
         return Layout(picture_dirs or (root,), lists)
@@ -133,7 +134,3 @@ def _read_lists(paths: tuple[Path, ...]) -> Iterator[tuple[str, dict]]:
 def _below(root: Path, pattern: str, depth: int) -> Iterator[Path]:
     for level in range(depth + 1):
         yield from sorted(root.glob("*/" * level + pattern))
-
-
-def _is_file_list(path: Path) -> bool:
-    return "file_lists" in path.parent.name or path.name in ("training.csv", "validation.csv")

@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK
 from face_data.store import list_parts, part_path, read_lines, read_settings
-from program import replacing
 
 
 KEPT = "kept"
@@ -161,8 +160,3 @@ def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Im
             x = left + (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
             write(x, bottom + 4, str(intensity), 12, "ma", GREY)
     return sheet
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with replacing(path) as unfinished:
-        picture.save(unfinished, "PNG")

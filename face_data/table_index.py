@@ -47,10 +47,6 @@ class FaceBox:
         return dict(zip(FACE_BOX, (left, top, right, bottom), strict=True)) if left < right and top < bottom else {}
 
 
-def pixel_box(left: float, top: float, width: float, height: float) -> FaceBox:
-    return FaceBox((left, top, left + width, top + height), in_pixels=True)
-
-
 @dataclass(frozen=True)
 class AUTable:
     """
@@ -352,7 +348,8 @@ def _read_box(by_key: dict) -> list | None:
         if any(map(math.isnan, values)):
             return None
         if columns is PIXEL_BOX:
-            return [pixel_box(*values).corners, True]
+            left, top, width, height = values
+            return [[left, top, left + width, top + height], True]
         left, top, right, bottom = values
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")

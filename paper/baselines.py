@@ -46,8 +46,9 @@ from drawing.jobs import read_model_defaults
 from drawing.model import Weights
 from evaluation.run import check_settings, keep_settings, write_settings
 from evaluation.systems import UNET_FOLDER, Sampling, System, append_tokens, au_words, aus_in_words, is_toy_model
+from face_data.store import write_lines
 from pipeline_fineface import LORA_NAME
-from program import Parser, only_run_in, run_program, write_atomically
+from program import Parser, only_run_in, run_program
 from train_fineface import (
     LORA_TARGETS,
     FineFaceModel,
@@ -258,9 +259,8 @@ def make_prior(config: TrainConfig, captions: list[str], device: torch.device, c
         images = system.draw([prompts[n] for n in numbers], [""] * len(numbers), [seed + n for n in numbers])
         for number, image in zip(numbers, images, strict=True):
             write_png(image, folder / f"{number:05d}.png")
-            row = {"file_name": f"{number:05d}.png", "text": prompts[number], **dict.fromkeys(AU_NAMES, 0.0)}
-            lines.append(json.dumps(row) + "\n")
-    write_atomically(folder / "metadata.jsonl", "".join(lines))
+            lines.append({"file_name": f"{number:05d}.png", "text": prompts[number], **dict.fromkeys(AU_NAMES, 0.0)})
+    write_lines(folder / "metadata.jsonl", lines)
     return folder
 
 

@@ -22,6 +22,7 @@ from drawing.jobs import read_model_defaults
 from evaluation import run
 from evaluation.run import TOY_FACE_BOX, EvaluationConfig
 from evaluation.systems import au_words
+from face_data.store import write_lines
 from paper import baselines
 from paper.baselines import IP_ADAPTER_NAME
 from program import TOY_MODEL, write_atomically
@@ -152,8 +153,8 @@ class Experiment:
         for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
             Image.fromarray(rendered[seed]).save(self.data / f"{seed:06}.png", compress_level=1)
             named = dict(zip(AU_NAMES, (round(value, 4) for value in aus), strict=True))
-            lines.append(json.dumps({"file_name": f"{seed:06}.png", "text": text, **named, **face_box}) + "\n")
-        write_atomically(metadata, "".join(lines))
+            lines.append({"file_name": f"{seed:06}.png", "text": text, **named, **face_box})
+        write_lines(metadata, lines)
 
     # ---- training --------------------------------------------------------------------------------------------------
 

@@ -126,18 +126,11 @@ def change_encoder(adapter: AUAdapter, encoder_type: str) -> AUAdapter:
 
 
 class FeedbackTrials:
-    """
-    The trials of one experiment.
-
-    Raises:
-        FileNotFoundError: if the world has no second meter.
-    """
+    """The trials of one experiment."""
 
     def __init__(self, experiment: Experiment):
         self.experiment, self.budget = experiment, experiment.budget
         self.judge = Path(experiment.model) / "second_meter"
-        if not (self.judge / "config.json").is_file():
-            raise FileNotFoundError(f"`--model` is {experiment.model!r}, which has no second_meter/ that could judge.")
 
     def prepare(self, names: Sequence[str]) -> None:
         """Make what several trials share: the common adapter, and the meter on latents."""

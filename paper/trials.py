@@ -4,7 +4,7 @@
 Trains and evaluates variants of the paper's design under one budget on the toy world.
 
   python -m paper.trials --quick                       # all of them
-  python -m paper.trials --full --only tokens_4 au_drop
+  python -m paper.trials --full --only tokens_4 au_drop_guided
   python -m paper.trials --quick --feedback            # trials of AU feedback under equal processor time
   python -m paper.trials --list
 

@@ -44,13 +44,13 @@ from tqdm.auto import tqdm
 from action_units import au_columns, mirrored_columns, whole_au
 from au_encoder import read_tensors
 from face_data.pictures import to_rgb
+from face_data.table_index import FACE_BOX
 from program import replacing, show_value
 from training.checkpoints import disk_errors_explained
 from training.config import TrainConfig
 from training.encoders import StableDiffusionEncoders
 
 
-FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 ROWS_PER_SHARD = 1024
 CACHE_FORMAT = 2

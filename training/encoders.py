@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from au_encoder import AUAdapter
+from drawing.model import pipeline_class_of
 from pipeline_fineface import FineFacePipeline
 from pipeline_fineface_xl import FineFaceXLPipeline
 from training.config import TrainConfig
@@ -66,10 +67,6 @@ class StableDiffusionEncoders:
             dtype = torch.float32
         # `ModelMixin.to` logs a warning on casts.
         return cls(tokenizers, text_encoders, nn.Module.to(vae, device, dtype))
-
-    @property
-    def are_loaded(self) -> bool:
-        return self.vae is not None
 
     def unload(self) -> None:
         """Free the memory of VAE and text encoders. Methods that need neither still work."""
@@ -190,30 +187,12 @@ class StableDiffusionXLEncoders(StableDiffusionEncoders):
         return f"{super().fingerprint()} {self.zeros_for_empty}"
 
 
-FAMILIES = {
-    tuple(family.text_encoder_classes): family for family in (StableDiffusionEncoders, StableDiffusionXLEncoders)
-}
-"""The class for each family of bases with a UNet, by the text encoders in `model_index.json`."""
+FAMILIES = {family.pipeline_class: family for family in (StableDiffusionEncoders, StableDiffusionXLEncoders)}
 
 
 def find_family(config: TrainConfig) -> type[StableDiffusionEncoders]:
-    """
-    The class of the family of the base. No model is loaded.
-
-    Raises:
-        ValueError: if the base belongs to no family in `FAMILIES`.
-    """
-    base = config.pretrained_model_name_or_path
-    index = DiffusionPipeline.load_config(base, revision=config.revision)
-    components = {name for name, entry in index.items() if isinstance(entry, list | tuple) and entry[0] is not None}
-    text_encoders = tuple(sorted(name for name in components if name.startswith("text_encoder")))
-    if "unet" not in components or text_encoders not in FAMILIES:
-        known = " or ".join(" and ".join(names) for names in FAMILIES)
-        raise ValueError(
-            f"The base {base!r} is a {index.get('_class_name')} of {', '.join(sorted(components))}. A base that can be"
-            f" trained has a unet and {known}."
-        )
-    return FAMILIES[text_encoders]
+    """The class of the family of the base. No model is loaded. Raises the errors of `pipeline_class_of`."""
+    return FAMILIES[pipeline_class_of(config.pretrained_model_name_or_path, config.revision)]
 
 
 def load_encoders(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> StableDiffusionEncoders:

@@ -84,7 +84,7 @@ def validate(
     accelerator: Accelerator, state: TrainingState, config: TrainConfig, encoders: StableDiffusionEncoders
 ) -> None:
     """Draw the sheet, write it into the folder `validation`, and show it in TensorBoard or W&B."""
-    are_temporary = not encoders.are_loaded
+    are_temporary = encoders.vae is None
     if are_temporary:
         encoders = load_encoders(config, accelerator.device, state.model.unet.dtype)
     with accelerator.autocast():
