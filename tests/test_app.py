@@ -461,13 +461,14 @@ def browser():
 
 
 @contextmanager
-def opened(browser, url: str, width: int = 1280, height: int = 900, first="#picture img", **options):
+def opened(browser, url: str, width: int = 1280, height: int = 900, first="#picture img", scheme="light", **options):
     """A page that shows `first`. It fails if it speaks to another host, breaks a script, or a request fails."""
     # One context for all that want nothing special: it keeps the scripts that it has fetched and compiled.
     shared = [] if options else browser.contexts
     context = shared[0] if shared else browser.new_context(reduced_motion="reduce", **options)
     page = context.new_page()
     page.set_viewport_size({"width": width, "height": height})
+    page.emulate_media(color_scheme=scheme)
     page.set_default_timeout(int(os.environ.get("PAGE_TIMEOUT", 60_000)))
     hosts, broken = set(), []
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
@@ -855,7 +856,7 @@ FAINT_TEXTS = """
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_everything_can_be_read_by_day_and_by_night(scheme, browser, url):
-    with opened(browser, url, color_scheme=scheme) as page:
+    with opened(browser, url, scheme=scheme) as page:
         assert (page.locator("body.dark, .dark").count() > 0) == (scheme == "dark")
         page.get_by_role("button", name="Settings").click()
         page.click(".more summary")
