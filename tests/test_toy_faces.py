@@ -204,6 +204,14 @@ def test_tied_sides_do_what_both_sides_do():
         assert one.shape == (3, 1, 12) and torch.allclose(one, both, atol=1e-5)
 
 
+def test_half_of_the_commands_let_one_side_rest():
+    commanded = train.rest_one_side(torch.ones(400, 24), np.random.default_rng(0))
+    left, right = ([name.endswith(side) for name in TOY_AU_NAMES] for side in "LR")
+    rests = torch.stack([(commanded[:, side] == 0).all(1) for side in (left, right)])
+    assert not rests.all(0).any() and (rests.sum(1) > 70).all() and 160 < rests.sum() < 240
+    assert (commanded[:, ~(np.array(left) | np.array(right))] == 1).all()
+
+
 def test_a_finished_recipe_does_nothing_twice(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
     train.main(["--preset=tiny", f"--output_dir={tiny_run}", "--device=cpu", "--until=attribute_reader"])
