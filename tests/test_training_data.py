@@ -205,6 +205,15 @@ def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_
     assert torch.equal(*pictures)
 
 
+def base_without_models(tmp_path: Path) -> str:
+    """A base that tells its family, and fails when any of its models is loaded."""
+    (tmp_path / "base").mkdir()
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    return str(tmp_path / "base")
+
+
 @pytest.mark.parametrize(
     "changes, drop, message",
     [
@@ -222,7 +231,7 @@ def test_other_forms_of_a_data_set_give_the_same_rows(arguments, faces_dir, tmp_
 )
 def test_a_wrong_label_is_named_before_any_model_is_loaded(arguments, tmp_path, changes, drop, message):
     folder = write_faces(tmp_path / "wrong", changes, drop)
-    missing_model = ["--pretrained_model_name_or_path", str(tmp_path / "no model")]
+    missing_model = ["--pretrained_model_name_or_path", base_without_models(tmp_path)]
     with pytest.raises(ValueError, match=message):
         main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
     assert not (tmp_path / "run").exists()
@@ -291,7 +300,7 @@ def change_picture(folder, change):
 def test_a_broken_picture_is_named_before_any_model_is_loaded(arguments, tmp_path, change):
     folder = write_faces(tmp_path / "broken")
     change_picture(folder, change)
-    missing_model = ["--pretrained_model_name_or_path", str(tmp_path / "no model")]
+    missing_model = ["--pretrained_model_name_or_path", base_without_models(tmp_path)]
     with pytest.raises(ValueError, match=r"Row 2: the picture '.*2\.png' cannot be read"):
         main([*arguments("run", f"--train_data_dir {folder}"), *missing_model])
     assert not (tmp_path / "run").exists()
