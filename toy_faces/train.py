@@ -533,6 +533,9 @@ class Recipe:
             # Where the stages lay on this disk is nobody else's business.
             config = json.loads(path.read_text())
             config.pop("_name_or_path", None)
+            if "dtype" in config:
+                # transformers loads in this type where nobody names one, and diffusers in float32.
+                config["dtype"] = "float32"
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 
