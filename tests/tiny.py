@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +166,14 @@ def add_lora(unet: UNet2DConditionModel, name: str, seed: int = 2, rank: int = 4
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=False, target_modules=targets), name)
 
 
+def write_adapter(folder: Path, unet: UNet2DConditionModel) -> str:
+    """Save an adapter with a LoRA, both for `unet`, and return the folder."""
+    adapter = make_adapter(unet)
+    add_lora(unet, LORA_NAME)
+    write_au_adapter(folder, adapter, unet, LORA_NAME)
+    return str(folder)
+
+
 def free_address() -> dict[str, str]:
     """Where processes can meet, as the variables that say so."""
     with socket.socket() as free:
@@ -181,20 +190,14 @@ def tiny_components() -> dict:
 def tiny_sd_dir(tmp_path_factory) -> str:
     """A saved Stable Diffusion pipeline without an adapter."""
     folder = tmp_path_factory.mktemp("tiny_sd")
-    pipeline = StableDiffusionPipeline(**make_components(), requires_safety_checker=False)
-    pipeline.save_pretrained(folder)
+    FAMILIES["sd"].make_plain_pipe().save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="session")
 def tiny_adapter_dir(tmp_path_factory) -> str:
     """A saved adapter with a LoRA, for the base of `tiny_sd_dir`."""
-    folder = tmp_path_factory.mktemp("tiny_adapter")
-    unet = make_components()["unet"]
-    adapter = make_adapter(unet)
-    add_lora(unet, LORA_NAME)
-    write_au_adapter(folder, adapter, unet, LORA_NAME)
-    return str(folder)
+    return write_adapter(tmp_path_factory.mktemp("tiny_adapter"), make_components()["unet"])
 
 
 @pytest.fixture(scope="session")
@@ -208,12 +211,7 @@ def tiny_xl_dir(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tiny_xl_adapter_dir(tmp_path_factory) -> str:
     """A saved adapter with a LoRA, for the base of `tiny_xl_dir`."""
-    folder = tmp_path_factory.mktemp("tiny_xl_adapter")
-    unet = make_xl_components()["unet"]
-    adapter = make_adapter(unet)
-    add_lora(unet, LORA_NAME)
-    write_au_adapter(folder, adapter, unet, LORA_NAME)
-    return str(folder)
+    return write_adapter(tmp_path_factory.mktemp("tiny_xl_adapter"), make_xl_components()["unet"])
 
 
 @pytest.fixture(scope="module")
