@@ -6,20 +6,23 @@ encoding them, and the branches of guidance. Only the files of pipelines import 
 """
 
 import functools
+import inspect
 import logging
 import math
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg, retrieve_timesteps
 from transformers import PreTrainedModel
 
 
@@ -150,7 +153,7 @@ class AUPipelineMixin:
     Base class that adds AUs to a diffusers pipeline with a `UNet2DConditionModel`.
 
     A subclass names this class before the pipeline in its bases. Its constructor takes a component `au_adapter` and
-    calls `_attach_adapter` with it.
+    calls `_attach_adapter` with it, its `__call__` calls `_generate`, and it has `_encode_prompts` and `_decode`.
     """
 
     # The extended pipeline of diffusers. `save_pretrained` writes the files of this class.
@@ -441,29 +444,31 @@ class AUPipelineMixin:
         guidance_scale = None if aus is None or au_scale == 0 else au_guidance_scale
         return AUControls(intensities, negative, au_scale * has_aus, masks, guidance_scale)
 
-    def _check_batch(
-        self, prompt, negative_prompt, prompt_embeds, num_inference_steps, num_images_per_prompt, generator
-    ) -> int:
+    def _check_call(self, call: SimpleNamespace) -> None:
         """
-        Check arguments that all pipelines have and diffusers does not check. Returns the number of prompts.
+        Check the arguments of `call` but for AUs, and add `batch_size`, the number of prompts.
 
         Raises:
             ValueError: if one of them is wrong.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
+        pass_arguments(self.check_inputs, call, callback_steps=None)
+        prompts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
         if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
-            raise ValueError(f"`prompt` has to be a string or a list of at least one string, but is {prompt!r}.")
-        batch_size = len(prompt_embeds if prompts is None else prompts)
-        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
-            raise ValueError(f"`negative_prompt` has {len(negative_prompt)} entries, but `prompt` has {batch_size}.")
-        check_count("num_inference_steps", num_inference_steps)
-        check_count("num_images_per_prompt", num_images_per_prompt)
-        if isinstance(generator, list) and len(generator) != batch_size * num_images_per_prompt:
+            raise ValueError(f"`prompt` has to be a string or a list of at least one string, but is {prompts!r}.")
+        call.batch_size = len(call.prompt_embeds if prompts is None else prompts)
+        for name in ("prompt_2", "negative_prompt", "negative_prompt_2"):
+            texts = getattr(call, name, None)
+            if isinstance(texts, list) and len(texts) != call.batch_size:
+                raise ValueError(f"`{name}` has {len(texts)} entries, but `prompt` has {call.batch_size}.")
+        check_count("num_inference_steps", call.num_inference_steps)
+        check_count("num_images_per_prompt", call.num_images_per_prompt)
+        num_images = call.batch_size * call.num_images_per_prompt
+        if isinstance(call.generator, list) and len(call.generator) != num_images:
             raise ValueError(
-                f"`generator` is a list of {len(generator)}, but the call makes {batch_size * num_images_per_prompt}"
-                " images. Pass one generator for each image, or a single one."
+                f"`generator` is a list of {len(call.generator)}, but the call makes {num_images} images. Pass one"
+                " generator for each image, or a single one."
             )
-        return batch_size
+        check_scale("guidance_scale", call.guidance_scale)
 
     def take_au_tags(self, prompt, aus):
         """
@@ -622,57 +627,96 @@ class AUPipelineMixin:
     def do_au_guidance(self) -> bool:
         return self._au_guidance_scale is not None
 
-    def _denoise(
-        self,
-        tensors: dict[str, torch.Tensor],
-        timesteps: torch.Tensor,
-        num_inference_steps: int,
-        *,
-        eta: float,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback_on_step_end: Callable | None,
-        callback_on_step_end_tensor_inputs: Sequence[str],
-        **conditions,
-    ) -> None:
-        r"""
-        Take the denoising steps of a call, which replace `tensors["latents"]`.
-
-        Args:
-            tensors (`dict[str, torch.Tensor]`):
-                The tensors that `callback_on_step_end` may read and replace.
-            conditions:
-                The arguments of `_predict_noise` that are the same at all steps.
+    def _generate(self, call: SimpleNamespace) -> tuple[Any, list[bool] | None]:
         """
-        extra_step_kwargs = self.prepare_extra_step_kwargs(generator, eta)
+        Carry out a call of the pipeline; `call` has the arguments of `__call__` by name. Returns the images, and their
+        NSFW flags if there is a safety checker.
+        """
+        # 1. Check inputs.
+        if isinstance(call.callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            call.callback_on_step_end_tensor_inputs = call.callback_on_step_end.tensor_inputs
+        call.prompt, call.aus = self.take_au_tags(call.prompt, call.aus)
+        call.height, call.width = self._image_size(call.height, call.width)
+        self._check_call(call)
+        au_controls = pass_arguments(self.read_au_controls, call)
+
+        self._guidance_scale = call.guidance_scale
+        self._guidance_rescale = call.guidance_rescale
+        self._au_guidance_scale = au_controls.guidance_scale
+        self._clip_skip = call.clip_skip
+        self._cross_attention_kwargs = call.cross_attention_kwargs
+        self._interrupt = False
+        num_images = call.batch_size * call.num_images_per_prompt
+        device, dtype, is_guided = self._execution_device, self.unet.dtype, self.do_classifier_free_guidance
+        lora_scale = (call.cross_attention_kwargs or {}).get("scale")
+
+        # 2. Encode prompts, AUs and the images of an IP-Adapter. Unconditional rows come first.
+        tensors = self._encode_prompts(
+            call, device=device, do_classifier_free_guidance=is_guided, lora_scale=lora_scale
+        )
+        au_kwargs, negative_au_kwargs = self._encode_au_controls(
+            au_controls, device, call.num_images_per_prompt, 1.0 if lora_scale is None else lora_scale
+        )
+        image_embeds = None
+        if call.ip_adapter_image is not None or call.ip_adapter_image_embeds is not None:
+            image_embeds = self.prepare_ip_adapter_image_embeds(
+                call.ip_adapter_image, call.ip_adapter_image_embeds, device, num_images, is_guided
+            )
+
+        # 3. Prepare timesteps and latents.
+        timesteps, num_inference_steps = self._prepare_timesteps(call, device)
+        self._num_timesteps = len(timesteps)
+        size = (num_images, self.unet.config.in_channels, call.height, call.width)
+        tensors["latents"] = self.prepare_latents(*size, dtype, device, call.generator, call.latents)
+        extra_step_kwargs = self.prepare_extra_step_kwargs(call.generator, call.eta)
         timestep_cond, time_cond_dim = None, self.unet.config.time_cond_proj_dim
         if time_cond_dim is not None:
             scale = torch.tensor([self.guidance_scale - 1])
             timestep_cond = self.get_guidance_scale_embedding(scale, time_cond_dim).to(tensors["latents"])
-        self._num_timesteps = len(timesteps)
+
+        # 4. Denoise.
         num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     break
 
-                noise_pred = self._predict_noise(t, tensors, timestep_cond, **conditions)
+                noise_pred = self._predict_noise(
+                    t, tensors, timestep_cond, au_kwargs, negative_au_kwargs, image_embeds
+                )
                 tensors["latents"] = self.scheduler.step(
                     noise_pred, t, tensors["latents"], **extra_step_kwargs, return_dict=False
                 )[0]
 
-                if callback_on_step_end is not None:
-                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                    tensors |= callback_on_step_end(self, i, t, callback_kwargs)
+                if call.callback_on_step_end is not None:
+                    callback_kwargs = {name: tensors[name] for name in call.callback_on_step_end_tensor_inputs}
+                    tensors |= call.callback_on_step_end(self, i, t, callback_kwargs)
 
                 if i == len(timesteps) - 1 or ((i + 1) > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
                     progress_bar.update()
+
+        # 5. Decode.
+        images, has_nsfw_concept = tensors["latents"], None
+        if call.output_type != "latent":
+            images, has_nsfw_concept = self._decode(images, call.generator)
+        self._check_finite(images, tensors, au_kwargs)
+        if call.output_type != "latent":
+            if getattr(self, "watermark", None) is not None:
+                images = self.watermark.apply_watermark(images)
+            do_denormalize = [not nsfw for nsfw in has_nsfw_concept or [False] * len(images)]
+            images = self.image_processor.postprocess(images, call.output_type, do_denormalize)
+        self.maybe_free_model_hooks()
+        return images, has_nsfw_concept
+
+    def _prepare_timesteps(self, call: SimpleNamespace, device: torch.device) -> tuple[torch.Tensor, int]:
+        """The timesteps of a call, and the number of its steps."""
+        return retrieve_timesteps(self.scheduler, call.num_inference_steps, device, call.timesteps, call.sigmas)
 
     def _predict_noise(
         self,
         t: torch.Tensor,
         tensors: dict[str, torch.Tensor],
         timestep_cond: torch.Tensor | None,
-        *,
         au_kwargs: dict[str, torch.Tensor],
         negative_au_kwargs: dict[str, torch.Tensor],
         image_embeds: list[torch.Tensor] | None,
@@ -750,6 +794,12 @@ class AUPipelineMixin:
         raise ValueError(
             f"The picture holds numbers that are not finite. They come from {cause} Load with `dtype=torch.float32`."
         )
+
+
+def pass_arguments(method: Callable, call: SimpleNamespace, **others):
+    """Call `method` with `others`, and with the arguments of `call` that it has parameters for."""
+    arguments = {name: getattr(call, name) for name in inspect.signature(method).parameters if hasattr(call, name)}
+    return method(**arguments, **others)
 
 
 def _au_names_of(adapter: ModelMixin) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text and facial Action Units (AUs) to faces: FineFace on Stable Diffusion."""
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +12,6 @@ from diffusers import AutoencoderKL, ModelMixin, StableDiffusionPipeline, UNet2D
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import replace_example_docstring
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -21,7 +22,7 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, check_scale, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, pass_arguments, takes_turns  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import action_units as _action_units
@@ -34,7 +35,7 @@ else:  # a clone: the files are top-level modules
     AUAdapter = _au_encoder.AUAdapter
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-    check_scale = _au_pipeline_mixin.check_scale
+    pass_arguments = _au_pipeline_mixin.pass_arguments
     takes_turns = _au_pipeline_mixin.takes_turns
 
 
@@ -110,8 +111,8 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         )
         self._attach_adapter(au_adapter)
 
-    def encode_prompt(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As [`StableDiffusionPipeline.encode_prompt`]."""
+    @functools.wraps(StableDiffusionPipeline.encode_prompt)
+    def encode_prompt(self, *args, **kwargs):
         if kwargs.get("clip_skip") is None or hasattr(self.text_encoder or self, "text_model"):
             return super().encode_prompt(*args, **kwargs)
         # diffusers looks for the last norm in `text_model`, which transformers 5 has removed. Provide it during the
@@ -198,108 +199,21 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         Raises:
             ValueError: if an argument is wrong. This is checked before any model runs.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        images, has_nsfw_concept = self._generate(SimpleNamespace(**locals()))
+        if not return_dict:
+            return images, has_nsfw_concept
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=has_nsfw_concept)
 
-        # 1. Check inputs.
-        prompt, aus = self.take_au_tags(prompt, aus)
-        height, width = self._image_size(height, width)
-        self.check_inputs(
-            prompt,
-            height,
-            width,
-            None,
-            negative_prompt,
-            prompt_embeds,
-            negative_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
-        batch_size = self._check_batch(
-            prompt, negative_prompt, prompt_embeds, num_inference_steps, num_images_per_prompt, generator
-        )
-        check_scale("guidance_scale", guidance_scale)
-        au_controls = self.read_au_controls(
-            aus, negative_aus, au_scale, au_guidance_scale, au_masks, batch_size, height, width
-        )
-
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._au_guidance_scale = au_controls.guidance_scale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._interrupt = False
-        num_images = batch_size * num_images_per_prompt
-        device = self._execution_device
-        lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
-
-        # 2. Encode prompts, AUs and the images of an IP-Adapter. Unconditional rows come first.
-        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=clip_skip,
-        )
+    def _encode_prompts(self, call: SimpleNamespace, **options) -> dict[str, torch.Tensor]:
+        prompt_embeds, negative_prompt_embeds = pass_arguments(self.encode_prompt, call, **options)
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        # Text encoder and VAE may have other dtypes than the UNet.
+        # The text encoder may have another dtype than the UNet.
         prompt_embeds = prompt_embeds.to(self.unet.dtype)
-        au_kwargs, negative_au_kwargs = self._encode_au_controls(
-            au_controls, device, num_images_per_prompt, lora_scale
-        )
-        image_embeds = None
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            image_embeds = self.prepare_ip_adapter_image_embeds(
-                ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
-            )
+        return {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
 
-        # 3. Prepare timesteps and latents.
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
-        num_channels = self.unet.config.in_channels
-        latents = self.prepare_latents(
-            num_images, num_channels, height, width, prompt_embeds.dtype, device, generator, latents
-        )
-
-        # 4. Denoise.
-        tensors = {
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-        }
-        self._denoise(
-            tensors,
-            timesteps,
-            num_inference_steps,
-            eta=eta,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            au_kwargs=au_kwargs,
-            negative_au_kwargs=negative_au_kwargs,
-            image_embeds=image_embeds,
-        )
-        latents = tensors["latents"]
-
-        # 5. Decode.
-        if output_type == "latent":
-            image, has_nsfw_concept = latents, None
-        else:
-            scaled_latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
-            image = self.vae.decode(scaled_latents, return_dict=False, generator=generator)[0]
-            safety_dtype = None if self.safety_checker is None else self.safety_checker.dtype
-            image, has_nsfw_concept = self.run_safety_checker(image, device, safety_dtype)
-        self._check_finite(image, tensors, au_kwargs)
-        do_denormalize = [not nsfw for nsfw in has_nsfw_concept or [False] * image.shape[0]]
-        image = self.image_processor.postprocess(image, output_type=output_type, do_denormalize=do_denormalize)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return image, has_nsfw_concept
-        return StableDiffusionPipelineOutput(images=image, nsfw_content_detected=has_nsfw_concept)
+    def _decode(self, latents: torch.Tensor, generator) -> tuple[torch.Tensor, list[bool] | None]:
+        latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        images = self.vae.decode(latents, return_dict=False, generator=generator)[0]
+        safety_dtype = None if self.safety_checker is None else self.safety_checker.dtype
+        return self.run_safety_checker(images, self._execution_device, safety_dtype)

@@ -3,6 +3,7 @@
 """Text and facial Action Units (AUs) to faces: FineFace on Stable Diffusion XL."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from diffusers import AutoencoderKL, ModelMixin, StableDiffusionXLPipeline, UNet
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
-from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import retrieve_timesteps
 from diffusers.schedulers import KarrasDiffusionSchedulers
 from diffusers.utils import replace_example_docstring
 from transformers import (
@@ -27,7 +27,7 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, check_scale, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, pass_arguments, takes_turns  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import action_units as _action_units
@@ -40,7 +40,7 @@ else:  # a clone: the files are top-level modules
     AUAdapter = _au_encoder.AUAdapter
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-    check_scale = _au_pipeline_mixin.check_scale
+    pass_arguments = _au_pipeline_mixin.pass_arguments
     takes_turns = _au_pipeline_mixin.takes_turns
 
 
@@ -119,25 +119,6 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
         )
         self._attach_adapter(au_adapter)
 
-    def _check_xl(self, batch_size: int, second_prompts: dict, embeds: dict, denoising_end: float | None) -> None:
-        """Raise a ValueError for wrong arguments of this family that diffusers does not check."""
-        for name, other in second_prompts.items():
-            if isinstance(other, list) and len(other) != batch_size:
-                raise ValueError(f"`{name}` has {len(other)} entries, but `prompt` has {batch_size}.")
-        pooled_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
-        for name, tensor in embeds.items():
-            expected = pooled_dim if "pooled" in name else self.unet.config.cross_attention_dim
-            if tensor is not None and tensor.shape[-1] != expected:
-                raise ValueError(
-                    f"`{name}` is {tensor.shape[-1]} wide, but this base needs {expected}. Embeddings of Stable"
-                    " Diffusion 1.x and 2.x do not fit Stable Diffusion XL: make them with `encode_prompt` of this"
-                    " pipeline."
-                )
-        if denoising_end is not None and not 0 < denoising_end <= 1:
-            raise ValueError(
-                f"`denoising_end` is the share of the steps to take, above 0 and up to 1, but is {denoising_end}."
-            )
-
     @torch.no_grad()
     @takes_turns
     @replace_example_docstring(EXAMPLE_DOC_STRING)
@@ -208,145 +189,70 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
         Raises:
             ValueError: if an argument is wrong. No model has run then.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        images, _ = self._generate(SimpleNamespace(**locals()))
+        if not return_dict:
+            return (images,)
+        return StableDiffusionXLPipelineOutput(images=images)
 
-        # 1. Check inputs.
-        prompt, aus = self.take_au_tags(prompt, aus)
-        height, width = self._image_size(height, width)
-        self.check_inputs(
-            prompt,
-            prompt_2,
-            height,
-            width,
-            None,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds,
-            negative_prompt_embeds,
-            pooled_prompt_embeds,
-            negative_pooled_prompt_embeds,
-            ip_adapter_image,
-            ip_adapter_image_embeds,
-            callback_on_step_end_tensor_inputs,
-        )
-        batch_size = self._check_batch(
-            prompt, negative_prompt, prompt_embeds, num_inference_steps, num_images_per_prompt, generator
-        )
-        check_scale("guidance_scale", guidance_scale)
-        embeds = {
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "pooled_prompt_embeds": pooled_prompt_embeds,
-            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-        }
-        second_prompts = {"prompt_2": prompt_2, "negative_prompt_2": negative_prompt_2}
-        self._check_xl(batch_size, second_prompts, embeds, denoising_end)
-        au_controls = self.read_au_controls(
-            aus, negative_aus, au_scale, au_guidance_scale, au_masks, batch_size, height, width
-        )
+    def _check_call(self, call: SimpleNamespace) -> None:
+        super()._check_call(call)
+        pooled_dim = self.unet.add_embedding.linear_1.in_features - 6 * self.unet.config.addition_time_embed_dim
+        widths = {"prompt_embeds": self.unet.config.cross_attention_dim, "pooled_prompt_embeds": pooled_dim}
+        for name, expected in (widths | {f"negative_{name}": width for name, width in widths.items()}).items():
+            tensor = getattr(call, name)
+            if tensor is not None and tensor.shape[-1] != expected:
+                raise ValueError(
+                    f"`{name}` is {tensor.shape[-1]} wide, but this base needs {expected}. Embeddings of Stable"
+                    " Diffusion 1.x and 2.x do not fit Stable Diffusion XL: make them with `encode_prompt` of this"
+                    " pipeline."
+                )
+        if call.denoising_end is not None and not 0 < call.denoising_end <= 1:
+            raise ValueError(
+                f"`denoising_end` is the share of the steps to take, above 0 and up to 1, but is {call.denoising_end}."
+            )
 
-        self._guidance_scale = guidance_scale
-        self._guidance_rescale = guidance_rescale
-        self._au_guidance_scale = au_controls.guidance_scale
-        self._clip_skip = clip_skip
-        self._cross_attention_kwargs = cross_attention_kwargs
-        self._denoising_end = denoising_end
-        self._interrupt = False
-        num_images = batch_size * num_images_per_prompt
-        device = self._execution_device
-        lora_scale = (cross_attention_kwargs or {}).get("scale")
-
-        # 2. Encode prompts, AUs, sizes and the images of an IP-Adapter. Unconditional rows come before the prompts'.
-        prompt_embeds, negative_prompt_embeds, add_text_embeds, negative_pooled_prompt_embeds = self.encode_prompt(
-            prompt,
-            prompt_2,
-            device,
-            num_images_per_prompt,
-            self.do_classifier_free_guidance,
-            negative_prompt,
-            negative_prompt_2,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            pooled_prompt_embeds=pooled_prompt_embeds,
-            negative_pooled_prompt_embeds=negative_pooled_prompt_embeds,
-            lora_scale=lora_scale,
-            clip_skip=clip_skip,
+    def _encode_prompts(self, call: SimpleNamespace, device: torch.device, **options) -> dict[str, torch.Tensor]:
+        prompt_embeds, negative_prompt_embeds, add_text_embeds, negative_pooled_prompt_embeds = pass_arguments(
+            self.encode_prompt, call, device=device, **options
         )
-        # Text encoders and VAE may have other dtypes than the UNet.
-        dtype = self.unet.dtype
-        pooled_dim = add_text_embeds.shape[-1]
-        sizes = (original_size or (height, width), crops_coords_top_left, target_size or (height, width))
-        add_time_ids = self._get_add_time_ids(*sizes, dtype, pooled_dim).repeat(num_images, 1)
+        # The text encoders may have another dtype than the UNet.
+        dtype, num_images, size = self.unet.dtype, len(prompt_embeds), (call.height, call.width)
+
+        def time_ids(original_size, crops_coords_top_left, target_size) -> torch.Tensor:
+            sizes = (original_size, crops_coords_top_left, target_size)
+            return self._get_add_time_ids(*sizes, dtype, add_text_embeds.shape[-1]).repeat(num_images, 1)
+
+        add_time_ids = time_ids(call.original_size or size, call.crops_coords_top_left, call.target_size or size)
         if self.do_classifier_free_guidance:
             negative_add_time_ids = add_time_ids
-            if negative_original_size is not None and negative_target_size is not None:
-                sizes = (negative_original_size, negative_crops_coords_top_left, negative_target_size)
-                negative_add_time_ids = self._get_add_time_ids(*sizes, dtype, pooled_dim).repeat(num_images, 1)
+            if call.negative_original_size is not None and call.negative_target_size is not None:
+                negative_add_time_ids = time_ids(
+                    call.negative_original_size, call.negative_crops_coords_top_left, call.negative_target_size
+                )
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
             add_text_embeds = torch.cat([negative_pooled_prompt_embeds, add_text_embeds])
             add_time_ids = torch.cat([negative_add_time_ids, add_time_ids])
-        prompt_embeds, add_text_embeds = prompt_embeds.to(device, dtype), add_text_embeds.to(device, dtype)
-        add_time_ids = add_time_ids.to(device)
-        au_kwargs, negative_au_kwargs = self._encode_au_controls(
-            au_controls, device, num_images_per_prompt, 1.0 if lora_scale is None else lora_scale
-        )
-        image_embeds = None
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            image_embeds = self.prepare_ip_adapter_image_embeds(
-                ip_adapter_image, ip_adapter_image_embeds, device, num_images, self.do_classifier_free_guidance
-            )
+        return {
+            "prompt_embeds": prompt_embeds.to(device, dtype),
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "add_text_embeds": add_text_embeds.to(device, dtype),
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            "add_time_ids": add_time_ids.to(device),
+        }
 
-        # 3. Prepare timesteps and latents.
-        timesteps, num_inference_steps = retrieve_timesteps(
-            self.scheduler, num_inference_steps, device, timesteps, sigmas
-        )
-        if denoising_end is not None and denoising_end < 1:
+    def _prepare_timesteps(self, call: SimpleNamespace, device: torch.device) -> tuple[torch.Tensor, int]:
+        self._denoising_end = call.denoising_end
+        timesteps, num_inference_steps = super()._prepare_timesteps(call, device)
+        if call.denoising_end is not None and call.denoising_end < 1:
             num_train_timesteps = self.scheduler.config.num_train_timesteps
-            cutoff = int(round(num_train_timesteps - denoising_end * num_train_timesteps))
+            cutoff = int(round(num_train_timesteps - call.denoising_end * num_train_timesteps))
             num_inference_steps = sum(bool(t >= cutoff) for t in timesteps)
             timesteps = timesteps[:num_inference_steps]
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(0)
-        num_channels = self.unet.config.in_channels
-        latents = self.prepare_latents(num_images, num_channels, height, width, dtype, device, generator, latents)
+        return timesteps, num_inference_steps
 
-        # 4. Denoise.
-        tensors = {
-            "latents": latents,
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "add_text_embeds": add_text_embeds,
-            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
-            "add_time_ids": add_time_ids,
-        }
-        self._denoise(
-            tensors,
-            timesteps,
-            num_inference_steps,
-            eta=eta,
-            generator=generator,
-            callback_on_step_end=callback_on_step_end,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
-            au_kwargs=au_kwargs,
-            negative_au_kwargs=negative_au_kwargs,
-            image_embeds=image_embeds,
-        )
-        latents = tensors["latents"]
-
-        # 5. Decode.
-        image = latents if output_type == "latent" else self._decode(latents)
-        self._check_finite(image, tensors, au_kwargs)
-        if output_type != "latent":
-            if self.watermark is not None:
-                image = self.watermark.apply_watermark(image)
-            image = self.image_processor.postprocess(image, output_type=output_type)
-        self.maybe_free_model_hooks()
-        if not return_dict:
-            return (image,)
-        return StableDiffusionXLPipelineOutput(images=image)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents: torch.Tensor, generator) -> tuple[torch.Tensor, None]:
         """Pictures from -1 to 1. In `float16` the VAE of SDXL overflows, unless its config says otherwise."""
         config = self.vae.config
         needs_upcasting = self.vae.dtype == torch.float16 and config.force_upcast
@@ -359,7 +265,7 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
             )
             latents = latents * std + mean
         try:
-            return self.vae.decode(latents, return_dict=False)[0]
+            return self.vae.decode(latents, return_dict=False)[0], None
         finally:
             if needs_upcasting:
                 self.vae.to(dtype=torch.float16)
