@@ -210,12 +210,19 @@ def draw_jobs(
         if pipeline.au_adapter is None and any(job.aus is not None for job in jobs):
             raise ValueError(f"{weights.model!r} has no AU adapter, which AUs need. Name one with `--adapter`.")
         fuse_lora(pipeline)
-        total = num_finished + len(jobs)
-        # A single picture shows its denoising steps instead.
-        pipeline.set_progress_bar_config(disable=silent or total > 1)
-        no_bar = silent or total == 1
-        with tqdm(total=total, initial=num_finished, unit="picture", mininterval=0, disable=no_bar) as bar:
-            for batch in make_batches(jobs, batch_size):
-                for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
-                    yield job, image
-                    bar.update()
+        # A single picture shows its denoising steps instead of a bar of pictures.
+        is_single = num_finished + len(jobs) == 1
+        pipeline.set_progress_bar_config(disable=silent or not is_single)
+        yield from draw_batches(pipeline, jobs, batch_size, num_finished, silent or is_single)
+
+
+def draw_batches(
+    pipeline, jobs: list[Job], batch_size: int = 4, num_finished: int = 0, silent: bool = False
+) -> Iterator[tuple[Job, Image.Image]]:
+    """Yield each job with its picture, under a progress bar that begins at `num_finished`."""
+    total = num_finished + len(jobs)
+    with tqdm(total=total, initial=num_finished, unit="picture", mininterval=0, disable=silent) as bar:
+        for batch in make_batches(jobs, batch_size):
+            for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
+                yield job, image
+                bar.update()

@@ -80,26 +80,16 @@ def merge_imports(nodes: list[ast.Import | ast.ImportFrom]) -> str:
     for node in nodes:
         if isinstance(node, ast.ImportFrom):
             members.setdefault(node.module, set()).update(ast.unparse(alias) for alias in node.names)
-    sections = []
-    for is_standard in (True, False):
-        lines = [
-            f"import {ast.unparse(alias)}"
-            for name, alias in sorted(whole.items(), key=lambda item: item[0].lower())
-            if _is_standard(name) == is_standard
-        ]
-        for module in sorted(members, key=str.lower):
-            if _is_standard(module) == is_standard:
-                names = sorted(members[module], key=_member_order)
-                line = f"from {module} import {', '.join(names)}"
-                if len(line) > LINE_LENGTH:
-                    line = f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
-                lines.append(line)
-        sections.append("\n".join(lines))
-    return "\n\n".join(sections)
-
-
-def _is_standard(module: str) -> bool:
-    return module.partition(".")[0] in sys.stdlib_module_names
+    lines = [(name, f"import {ast.unparse(whole[name])}") for name in sorted(whole, key=str.lower)]
+    for module in sorted(members, key=str.lower):
+        names = sorted(members[module], key=_member_order)
+        line = f"from {module} import {', '.join(names)}"
+        if len(line) > LINE_LENGTH:
+            line = f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
+        lines.append((module, line))
+    is_standard = {module: module.partition(".")[0] in sys.stdlib_module_names for module, _ in lines}
+    sections = ([line for module, line in lines if is_standard[module] == wanted] for wanted in (True, False))
+    return "\n\n".join("\n".join(section) for section in sections)
 
 
 def _member_order(name: str) -> tuple[int, str]:

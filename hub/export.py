@@ -11,13 +11,7 @@ Makes a Hugging Face repository that anybody can load without a clone of this co
     ... for plain diffusers python -m hub.export fineface-adapter FOLDER --format ip-adapter
     ... as small as it gets python -m hub.export Tvaranka/fineface FOLDER --format folded [--variant sd15]
 
-FOLDER then holds the base with the adapter's LoRA fused into it, the adapter as a component of the pipeline, the same
-adapter in the files that `load_au_adapter` reads, the code, the handler of an Inference Endpoint, and a model card
-with pictures.
-
-With `--format ip-adapter` it holds files for `load_lora_weights` and `load_ip_adapter` of any Stable Diffusion
-pipeline, and a card, with pictures if there is a base to draw them with. With `--format folded` it holds an adapter
-for `load_au_adapter` that has a few vectors for each layer instead of encoder, keys and values.
+docs/hub.md says what FOLDER then holds.
 """
 
 import ast
@@ -43,9 +37,8 @@ from huggingface_hub import HfApi, ModelCard, SpaceCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
-from tqdm import tqdm
 
-from action_units import AU_NAMES, ActionUnit, action_units_of, au_columns, extract_au_tags
+from action_units import AU_NAMES, action_units_of, au_columns, extract_au_tags
 from au_encoder import (
     IP_ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
@@ -58,7 +51,7 @@ from au_encoder import (
 )
 from drawing.files import write_picture
 from drawing.jobs import DEMO_PROMPT, MODEL_DEFAULTS_NAME, Job, make_job, read_json_file, read_model_defaults
-from drawing.model import Weights, generate_batch, load_pipeline, make_batches, pipeline_class_of, quiet, read_au_names
+from drawing.model import Weights, draw_batches, load_pipeline, pipeline_class_of, quiet, read_au_names
 from hub.bundle import SOURCE_DIR, leaf_modules
 from hub.convert_original import write_unscaled_lora
 from hub.ip_adapter import fits_ip_adapter, write_ip_adapter
@@ -100,13 +93,6 @@ XL_WIDTH = 2048
 ENDPOINT_REQUIREMENTS = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 SPACE_REQUIREMENTS = (*ENDPOINT_REQUIREMENTS, "torch", "numpy", "Pillow", "tqdm")
 
-SHIM_HEADER = '''\
-# Copyright 2026 The FineFace authors.
-# SPDX-License-Identifier: Apache-2.0
-"""The file that `custom_pipeline=` looks for. It imports every module, because diffusers copies no others."""
-
-'''
-
 # The widget sends only text, so its AUs stand in the prompt.
 WIDGET_PROMPTS = (
     f"{DEMO_PROMPT} <AU6=3 AU12=4>",
@@ -115,11 +101,7 @@ WIDGET_PROMPTS = (
     "a closeup of a man with short black hair and a beard in the city <doubtful>",
 )
 
-
-SPACE_TEXT = "A prompt, sliders for {num_aus} muscles of the face, and a picture. The code is in this Space."
-PLAIN_USE = "Without any code but that of diffusers, on the plain base model:"
 NO_PLAIN_USE = "The layout of an IP-Adapter cannot hold this adapter, so it needs the code of this repository."
-BASE_NOTE = "`BASE_MODEL` stands for the base that this adapter was trained on."
 NOT_RECORDED = "Nothing about the training was recorded beside these weights."
 NOT_MEASURED = "No measurements of these weights were given when they were exported."
 
@@ -389,7 +371,8 @@ def add_remote_code(folder: Path, pipeline_class: type) -> None:
     (folder / "requirements.txt").write_text(requirements(ENDPOINT_REQUIREMENTS), encoding="utf-8")
     imports = "".join(f"from .{module} import {names[0]}  # noqa: F401\n" for module, names in leaves.items())
     imports += f"from .{pipeline_module} import {pipeline_class.__name__}  # noqa: F401\n"
-    (folder / "pipeline.py").write_text(SHIM_HEADER + imports, encoding="utf-8")
+    shim = '"""The file that `custom_pipeline=` looks for: diffusers copies only modules that it imports."""\n\n'
+    (folder / "pipeline.py").write_text(shim + imports, encoding="utf-8")
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
     index["_class_name"] = [pipeline_module, pipeline_class.__name__]
@@ -407,11 +390,8 @@ def draw_pictures(pipeline, folder: Path, jobs: dict[str, Job], metadata: dict) 
     """Draw each job into the file of its name in `folder`."""
     names = {job: name for name, job in jobs.items()}
     pipeline.set_progress_bar_config(disable=True)
-    with tqdm(total=len(names), unit="picture", mininterval=0) as bar:
-        for batch in make_batches(list(names), 4):
-            for job, image in zip(batch, generate_batch(pipeline, batch), strict=True):
-                write_picture(image, folder / names[job], asdict(job) | metadata)
-                bar.update()
+    for job, image in draw_batches(pipeline, list(names)):
+        write_picture(image, folder / names[job], asdict(job) | metadata)
 
 
 def picture_jobs(defaults: dict, au_names: Sequence[str] = AU_NAMES) -> dict[str, Job]:
@@ -459,7 +439,8 @@ def fill_card(
         ]
         data.inference = {"parameters": defaults} if defaults else None
         example = re.search("```python\n.*?```", plain, flags=re.DOTALL)[0]
-        text = text.replace("$plain_use", f"{PLAIN_USE}\n\n{example}" if has_ip_adapter else NO_PLAIN_USE)
+        plain_use = f"Without any code but that of diffusers, on the plain base model:\n\n{example}"
+        text = text.replace("$plain_use", plain_use if has_ip_adapter else NO_PLAIN_USE)
     else:
         data.tags = [*data.tags, "ip-adapter"]
         # The widget has no place for embeddings.
@@ -473,7 +454,7 @@ def fill_card(
     filled = string.Template(text).substitute(
         repo_id=repo_id,
         base=facts.base_model or "BASE_MODEL",
-        base_note="" if facts.base_model else f" {BASE_NOTE}",
+        base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
         load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
         au_names=" ".join(au_names),
         num_aus=_count_aus(au_names),
@@ -512,20 +493,16 @@ def for_family(card: str, pipeline_class: type) -> str:
 def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
     """The AUs of the adapter as a table with a row for each, which says if each side can be moved by itself."""
     columns_of = au_columns(au_names)
-
-    def hint(unit: ActionUnit) -> str:
-        has_sides = len(columns_of[unit.name]) > 1
-        return f"{unit.hint}; {unit.name}L and {unit.name}R move one side" if has_sides else unit.hint
-
-    columns = ["AU", "FACS name", "muscles", "what it does", *(["at 5"] if has_pictures else [])]
-    rows = [
-        [unit.name, unit.facs_name, unit.muscles, hint(unit)]
-        + ([f'<img src="images/{unit.name}.png" alt="{unit.facs_name}" width="96">'] if has_pictures else [])
-        for unit in action_units_of(au_names)
-    ]
-    neutral = ["", "neutral", "", "all AUs at 0", '<img src="images/neutral.png" alt="neutral" width="96">']
-    lines = [columns, ["---"] * len(columns), *([neutral] if has_pictures else []), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    picture = '<img src="images/{}.png" alt="{}" width="96">'
+    rows = [["AU", "FACS name", "muscles", "what it does", "at 5"], ["---"] * 5]
+    if has_pictures:
+        rows.append(["", "neutral", "", "all AUs at 0", picture.format("neutral", "neutral")])
+    for unit in action_units_of(au_names):
+        sides = f"; {unit.name}L and {unit.name}R move one side" if len(columns_of[unit.name]) > 1 else ""
+        image = picture.format(unit.name, unit.facs_name)
+        rows.append([unit.name, unit.facs_name, unit.muscles, unit.hint + sides, image])
+    num_columns = 5 if has_pictures else 4
+    return "\n".join(f"| {' | '.join(cells[:num_columns])} |" for cells in rows)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -564,27 +541,25 @@ def write_space(weights: Weights, folder: Path, title: str, facts: CardFacts, dt
         models=[facts.base_model] if facts.base_model else None,
         **gradio,
     )
-    text = SPACE_TEXT.format(num_aus=num_aus)
+    text = f"A prompt, sliders for {num_aus} muscles of the face, and a picture. The code is in this Space."
     (folder / "README.md").write_text(f"---\n{card}\n---\n\n{text}\n", encoding="utf-8")
 
 
 def imported_files(path: Path) -> list[Path]:
     """`path` and all files of this repository that it imports, directly or through others, on top or in functions."""
-    found, waiting = [], [path]
+    found, waiting = {}, [path]
     while waiting:
         path = waiting.pop()
-        if path in found:
+        if path in found or not path.is_file():
             continue
-        found.append(path)
+        found[path] = None
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and not node.level:
                 names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-            for name in names:
-                folder = SOURCE_DIR.joinpath(*name.split("."))
-                candidates = (folder.with_suffix(".py"), folder / "__init__.py", folder.parent / "__init__.py")
-                waiting += [file for file in candidates if file.is_file()]
-    return found
+            for module in (SOURCE_DIR.joinpath(*name.split(".")) for name in names):
+                waiting += [module.with_suffix(".py"), module / "__init__.py", module.parent / "__init__.py"]
+    return list(found)
 
 
 # --------------------------------------------------------------------------------------------------------------------
