@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from action_units import available_presets
+from drawing import labelled_set
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, draw_sheet, import_av, write_animation
 from drawing.files import background_writer, describe, find_unfinished, sheet_metadata, write_picture
 from drawing.jobs import (
@@ -33,13 +34,6 @@ from drawing.jobs import (
     read_model_defaults,
     read_table_jobs,
     sweep_table,
-)
-from drawing.labelled_set import (
-    DATASET_METADATA_NAME,
-    DEFAULT_DISTRIBUTION,
-    check_dataset_folder,
-    draw_dataset,
-    read_distribution,
 )
 from drawing.model import Weights, check_weights, draw_jobs, group_jobs, read_au_names
 from face_data.store import write_lines
@@ -147,13 +141,13 @@ def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, pro
         given = [name for name in ("prompt", "aus") if name in values]
         if given:
             raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
-        check_dataset_folder(args.output, args.dataset)
+        labelled_set.check_dataset_folder(args.output, args.dataset)
         au_names = read_au_names(weights)
-        distribution = read_distribution(args.distribution or DEFAULT_DISTRIBUTION, au_names)
-        return draw_dataset(distribution, args.dataset, values, au_names)
+        distribution = labelled_set.read_distribution(args.distribution or labelled_set.DEFAULT_DISTRIBUTION, au_names)
+        return labelled_set.draw_dataset(distribution, args.dataset, values, au_names)
 
     jobs, rows = on_main_process(processes, read)
-    label = partial(write_lines, args.output / DATASET_METADATA_NAME, rows.values())
+    label = partial(write_lines, args.output / labelled_set.DATASET_METADATA_NAME, rows.values())
     return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite, label)}"
 
 

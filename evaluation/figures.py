@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK, Table, draw_sheet
 from evaluation.meters import read_picture
-from evaluation.report import commanded_aus, intensities, with_neutral, without_unmeasured
+from evaluation.report import by_meter, commanded_aus, intensities, with_neutral, without_unmeasured
 
 
 PICTURE_SIDE = 128
@@ -28,7 +28,7 @@ def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
         "figure6_intensity": intensity_sheet(shown, pictures, (0, 1, 2, 3, 4, 5)),
         "figure8_extrapolation": intensity_sheet(shown, pictures, (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8)),
     }
-    for meter, table in results[results["meter"] != ""].groupby("meter", sort=False):
+    for meter, table in by_meter(results):
         measured = with_neutral(without_unmeasured(table))
         if (measured["part"] == "single").any():
             drawings[f"dose_response_{meter}"] = draw_dose_response(measured, meter)
@@ -111,17 +111,14 @@ def draw_dose_response(measured: pd.DataFrame, meter: str, side: int = 220) -> I
     height = top + -(-len(au_names) // columns) * (side + gap)
     image = Image.new("RGB", (columns * (side + gap) + gap, height), "white")
     draw = ImageDraw.Draw(image)
-    draw.text(
-        (gap, 14), f"Measured by {meter} against commanded; dashed: as commanded", INK, ImageFont.load_default(18)
-    )
+    title = f"Measured by {meter} against commanded; dashed: as commanded"
+    draw.text((gap, 14), title, INK, ImageFont.load_default(18))
     alone = measured[measured["part"].isin(("neutral", "single", "extrapolation"))]
     values = alone[au_names].to_numpy()
     low, high = min(0.0, values.min()), max(5.0, values.max())
     for number, au in enumerate(au_names):
-        left = gap + number % columns * (side + gap)
-        panel = (left, top + number // columns * (side + gap), side, low, high)
-        chosen = alone[(alone[au] != 0) | (alone["part"] == "neutral")]
-        _draw_panel(draw, panel, au, chosen)
+        left, y = gap + number % columns * (side + gap), top + number // columns * (side + gap)
+        _draw_panel(draw, (left, y, side, low, high), au, alone[(alone[au] != 0) | (alone["part"] == "neutral")])
     return image
 
 
@@ -144,11 +141,9 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: tuple, au: str, rows: pd.DataF
     for start, end in zip(steps[::2], steps[1::2], strict=False):
         draw.line((*place(start, start), *place(end, end)), "#999")
     for _, group in rows.groupby("prompt_index"):
-        group = group.sort_values(au)
-        points = [place(x, y) for x, y in zip(group[au], group[f"measured_{au}"], strict=True)]
+        points = [place(x, y) for x, y in group.sort_values(au)[[au, f"measured_{au}"]].to_numpy()]
         draw.line(points, OTHER_CURVE, 1)
-    mean = rows.groupby(au)[f"measured_{au}"].mean()
-    points = [place(x, y) for x, y in mean.items()]
+    points = [place(x, y) for x, y in rows.groupby(au)[f"measured_{au}"].mean().items()]
     draw.line(points, CURVE, 3)
     for x, y in points:
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), CURVE)
@@ -188,13 +183,14 @@ def movement_matrix(measured: pd.DataFrame) -> pd.DataFrame:
     mean over the intensities 1–5, divided by the mean command. `measured` is what `with_neutral` returns.
     """
     single = measured[measured["part"] == "single"]
-    matrix, au_names = [], commanded_aus(measured)
+    au_names = commanded_aus(measured)
+    matrix = pd.DataFrame(np.nan, index=au_names, columns=au_names)
     for au in au_names:
         rows = single[single[au] != 0]
-        _, moved, neutral = intensities(rows)
-        per_grade = np.nanmean(moved - neutral, axis=0) / rows[au].mean() if len(rows) else [np.nan] * len(au_names)
-        matrix.append(per_grade)
-    return pd.DataFrame(matrix, index=au_names, columns=au_names)
+        if len(rows):
+            _, moved, neutral = intensities(rows)
+            matrix.loc[au] = np.nanmean(moved - neutral, axis=0) / rows[au].mean()
+    return matrix
 
 
 def _heat_color(value: float) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ Meters read AU intensities from pictures. The toy world's meter runs here; Libre
 environments of their own and write tables.
 """
 
+import functools
 import os
 import shlex
 import shutil
@@ -92,15 +93,17 @@ class ToyMeter:
     def __init__(self, folder: Path, device: torch.device, au_names: Sequence[str]):
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the toy world.")
-        self.folder, self.device, self.network, self.au_names = folder, device, None, au_names
+        self.folder, self.device, self.au_names = folder, device, au_names
         self.settings = {"folder": folder_digest(folder)}
+
+    @functools.cached_property
+    def network(self):
+        from training.feedback import load_meter
+
+        return load_meter(str(self.folder), self.device)
 
     @torch.no_grad()
     def measure(self, paths: list[Path]) -> list[Reading]:
-        from training.feedback import load_meter
-
-        if self.network is None:
-            self.network = load_meter(str(self.folder), self.device)
         pixel_values = torch.cat([toy_pixel_values(read_picture(path)) for path in paths])
         measured = torch.cat([self.network(part.to(self.device)).cpu() for part in pixel_values.split(64)])
         projection = au_projection(self.network.au_names, self.au_names)
@@ -150,13 +153,13 @@ class TableMeter:
                 f"{self.path} has no row for {len(missing)} of {len(paths)} pictures, the first of them"
                 f" {missing[0]!r}. Measure them too: a picture without a face needs a row that says so."
             )
-        return [self._surest_face(self.rows[path.name]) for path in paths]
-
-    def _surest_face(self, rows: list[AURow]) -> Reading:
-        faces = [row for row in rows if row.face_found]
-        if not faces:
-            return Reading(np.full(len(self.au_names), np.nan, np.float32), 0)
-        return Reading(max(faces, key=lambda row: row.confidence).aus, len(faces))
+        readings = []
+        for path in paths:
+            faces = [row for row in self.rows[path.name] if row.face_found]
+            surest = max(faces, key=lambda row: row.confidence, default=None)
+            aus = np.full(len(self.au_names), np.nan, np.float32) if surest is None else surest.aus
+            readings.append(Reading(aus, len(faces)))
+        return readings
 
 
 class ToolMeter:
@@ -175,20 +178,17 @@ class ToolMeter:
             script = TOOL_SCRIPTS / f"{self.name}_table.py"
             words = [*self.command, script, listing, table]
             if self.name == "openface":
-                paths = _copy_without_dots(paths, Path(folder) / "pictures")
-                run_tool([*self.command, "-fdir", paths[0].parent, "-out_dir", written, "-aus"])
+                # OpenFace cuts a file name at its first dot.
+                copies = Path(folder) / "pictures"
+                copies.mkdir()
+                paths = [Path(shutil.copy(path, copies / f"{n:05d}.png")) for n, path in enumerate(paths)]
+                run_tool([*self.command, "-fdir", copies, "-out_dir", written, "-aus"])
                 words = [sys.executable, script, listing, written, table]
             listing.write_text("".join(f"{path.resolve()}\n" for path in paths), encoding="utf-8")
             run_tool(words)
             if not table.is_file():
                 raise ToolError(f"{self.settings['command']} has written no table.")
             return TableMeter(self.name, table, self.au_names).measure(paths)
-
-
-def _copy_without_dots(paths: list[Path], folder: Path) -> list[Path]:
-    """Copy pictures to names that OpenFace, which cuts a file name at its first dot, leaves as they are."""
-    folder.mkdir()
-    return [Path(shutil.copy(path, folder / f"{number:05d}.png")) for number, path in enumerate(paths)]
 
 
 def run_tool(command: list[str | Path]) -> None:

@@ -4,6 +4,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from types import MappingProxyType
 
 import numpy as np
@@ -76,23 +77,29 @@ def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     rows = []
 
     def add(meter: str, part: str, au: str, metric: str, figure: Figure) -> None:
-        numbers = {"value": figure.value, "low": figure.low, "high": figure.high}
-        counts = {"pictures": figure.num_pictures, "prompts": figure.num_prompts}
-        rows.append({"meter": meter, "part": part, "au": au, "metric": metric, **numbers, **counts})
+        rows.append({"meter": meter, "part": part, "au": au, "metric": metric, **asdict(figure)})
+
+    def compute(meter: str, part: str, au: str, metric: str, group: pd.DataFrame, statistic: Callable, *columns):
+        figure = bootstrap(statistic, *columns, prompts=group["prompt_index"].to_numpy(), draws=draws)
+        add(meter, part, au, metric, figure)
 
     for part, group in results.drop_duplicates("name").groupby("part", sort=False):
         for metric in PICTURE_METRICS:
             if metric in group and group[metric].notna().any() and (part, metric) != ("neutral", "clip_i"):
                 statistic = np.median if metric == "seconds" else np.mean
-                values = group[metric].to_numpy(float)
-                add("", part, "", metric, bootstrap(statistic, values, prompts=_prompts(group), draws=draws))
-    for meter, table in results[results["meter"] != ""].groupby("meter", sort=False):
+                compute("", part, "", metric, group, statistic, group[metric].to_numpy(float))
+    for meter, table in by_meter(results):
         for part, group in table.groupby("part", sort=False):
             missing = int((group["num_faces"] == 0).sum())
             add(meter, part, "", "no_face", Figure(missing, missing, missing, len(group), 0))
-        for part, au, metric, group, statistic, *columns in _statistics(with_neutral(without_unmeasured(table))):
-            add(meter, part, au, metric, bootstrap(statistic, *columns, prompts=_prompts(group), draws=draws))
-    return pd.DataFrame(rows)
+        for part, au, metric, *computed in _statistics(with_neutral(without_unmeasured(table))):
+            compute(meter, part, au, metric, *computed)
+    return pd.DataFrame(rows).rename(columns={"num_pictures": "pictures", "num_prompts": "prompts"})
+
+
+def by_meter(results: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
+    """The rows of each meter, by its name."""
+    return results[results["meter"] != ""].groupby("meter", sort=False)
 
 
 def commanded_aus(table: pd.DataFrame) -> list[str]:
@@ -127,10 +134,6 @@ def intensities(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray
     return tuple(table[[f"{kind}{name}" for name in au_names]].to_numpy(float) for kind in kinds)
 
 
-def _prompts(group: pd.DataFrame) -> np.ndarray:
-    return group["prompt_index"].to_numpy()
-
-
 def _statistics(table: pd.DataFrame) -> Iterator[tuple]:
     """Yield part, AU ("" for all), metric, the pictures that it is computed from, the statistic, and its columns."""
     for part in ("single", "combination"):
@@ -142,7 +145,7 @@ def _statistics(table: pd.DataFrame) -> Iterator[tuple]:
                 chosen = group if part == "combination" else group[group[au] != 0]
                 if not chosen.empty:
                     for metric, *computed in _au_statistics(chosen, part, column):
-                        yield part, au, metric, chosen, *computed
+                        yield part, au, metric, *computed
     if (table["part"] == "extrapolation").any():
         alone = table[table["part"].isin(("single", "extrapolation"))]
         for column, au in enumerate(commanded_aus(table)):
@@ -189,11 +192,11 @@ def _mean_over_aus(function: Callable, only_where_commanded: bool) -> Callable[[
 def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tuple]:
     commanded, measured, neutral = intensities(group)
     x, y = commanded[:, column], measured[:, column]
-    yield "r", pearson, x, y
-    yield "slope", slope, x, y
-    yield "au_mse", np.mean, au_mse(commanded, measured) if part == "single" else np.square(y - x)
+    yield "r", group, pearson, x, y
+    yield "slope", group, slope, x, y
+    yield "au_mse", group, np.mean, au_mse(commanded, measured) if part == "single" else np.square(y - x)
     if part == "single":
-        yield "unrequested", np.mean, unrequested_movement(commanded, measured, neutral)
+        yield "unrequested", group, np.mean, unrequested_movement(commanded, measured, neutral)
 
 
 def _extrapolation_statistics(group: pd.DataFrame, column: int) -> Iterator[tuple]:

@@ -10,9 +10,7 @@ Draws the paper's test set (§5) with a model, and measures whether the faces sh
       --image-encoder openai/clip-vit-large-patch14
   accelerate launch --num_processes 4 -m evaluation.run …                 # split over processes
 
-OUTPUT/pictures gets the pictures, whose names tell prompt, AUs and seed, and OUTPUT/measurements what was measured.
-OUTPUT gets the results: report.md, results.csv and results.parquet with a row for each picture and meter, summary.csv,
-and drawings in figures/. A run that was stopped goes on when the same command runs again.
+A run that was stopped goes on when the same command runs again. docs/evaluation.md says what OUTPUT then holds.
 """
 
 import functools
@@ -35,21 +33,12 @@ from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
 from drawing.jobs import make_job, read_model_defaults
 from drawing.model import Weights, check_weights, quiet, read_au_names
-from evaluation import figures, report
+from evaluation import figures, report, testset
 from evaluation.image_encoders import ImageEncoder, make_image_encoder
 from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
 from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_toy_model
-from evaluation.testset import (
-    COMBINATIONS,
-    PARTS,
-    PROMPTS,
-    TOY_PROMPTS,
-    Item,
-    make_items,
-    read_combinations,
-    read_prompts,
-)
+from evaluation.testset import Item
 from program import (
     TOY_MODEL,
     Parser,
@@ -110,8 +99,8 @@ class EvaluationConfig:
     reference_images: Path | None = evaluated(None, "its pictures, one for each prompt in turn", metavar="DIR")
 
     prompts: Path | None = tested(None, "CSV, or text with a prompt a line (default: 15 that suit the model)")
-    combinations: Path = tested(COMBINATIONS, "CSV (default: the 50 of this repository)")
-    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=PARTS[1:])
+    combinations: Path = tested(testset.COMBINATIONS, "CSV (default: the 50 of this repository)")
+    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=testset.PARTS[1:])
     limit: int | None = tested(None, "only so many prompts, the first ones", low=1)
     limit_combinations: int | None = tested(None, "only so many combinations, the first ones", low=1)
 
@@ -176,16 +165,8 @@ class Task:
     settings: dict
     """Everything that the pictures depend on."""
 
-    @property
-    def output(self) -> Path:
-        return self.config.output
-
-    @property
-    def pictures(self) -> Path:
-        return self.output / "pictures"
-
     def path(self, item: Item) -> Path:
-        return self.pictures / item.name
+        return self.config.output / "pictures" / item.name
 
     def reference(self, item: Item) -> Path:
         return self.references[item.prompt.index % len(self.references)]
@@ -207,11 +188,12 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
     check_system(config.system, weights)
     check_output(config.output, is_folder=True)
     sampling = make_sampling(config)
-    prompts = read_prompts(config.prompts or (TOY_PROMPTS if is_toy_model(config.model) else PROMPTS))
+    default_prompts = testset.TOY_PROMPTS if is_toy_model(config.model) else testset.PROMPTS
+    prompts = testset.read_prompts(config.prompts or default_prompts)
     au_names = read_au_names(weights) if config.system == "fineface" else AU_NAMES
     combinations = []
     if "combination" in config.parts:
-        combinations = read_combinations(config.combinations, config.limit_combinations, au_names)
+        combinations = testset.read_combinations(config.combinations, config.limit_combinations, au_names)
     if config.ip_adapter is not None and not config.ip_adapter.is_file():
         raise FileNotFoundError(f"`--ip-adapter` is {str(config.ip_adapter)!r}, which is no file.")
     references = []
@@ -235,7 +217,7 @@ def make_task(config: EvaluationConfig, device: torch.device) -> Task:
         "dtype": dtype,
         "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
     }
-    items = make_items(prompts[: config.limit], combinations, config.parts, au_names)
+    items = testset.make_items(prompts[: config.limit], combinations, config.parts, au_names)
     return Task(config, weights, sampling, dtype, items, au_names, references, settings)
 
 
@@ -361,7 +343,7 @@ def measure(
     Measure this process's share of the groups of pictures that have no table yet, and write their tables into
     OUTPUT/measurements/`name`. A table appears when it is complete.
     """
-    folder = task.output / "measurements" / name
+    folder = task.config.output / "measurements" / name
     keep_settings(folder / "settings.json", settings, "measurements", state)
     groups = [(folder / f"{key}.csv", items) for key, items in task.groups().items()]
     groups = [(path, items) for path, items in groups if not is_measured(path, items)]
@@ -425,7 +407,7 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
     commands[list(task.au_names)] = read_aus([item.aus for item in task.items], au_names=task.au_names)
 
     def read(name: str) -> pd.DataFrame:
-        folder = task.output / "measurements" / name
+        folder = task.config.output / "measurements" / name
         return pd.concat([pd.read_csv(folder / f"{key}.csv") for key in task.groups()])
 
     pictures = commands.merge(read("pictures"), on="name", how="left", validate="one_to_one")
@@ -434,17 +416,16 @@ def collect(task: Task, meters: list[str]) -> pd.DataFrame:
 
 
 def write_results(task: Task, results: pd.DataFrame, agreement_name: str) -> Path:
-    output = task.output
+    output = task.config.output
     write_atomically(output / "results.csv", results.to_csv(index=False))
     with replacing(output / "results.parquet") as unfinished:
         results.to_parquet(unfinished, index=False)
     summary = report.summarize(results, task.config.bootstrap_draws)
     write_atomically(output / "summary.csv", summary.to_csv(index=False))
-    drawings = {f"figures/{name}.png": image for name, image in figures.draw_all(results, task.pictures).items()}
+    drawings = {f"figures/{name}.png": image for name, image in figures.draw_all(results, output / "pictures").items()}
     for name, image in drawings.items():
         write_png(image, output / name)
-    by_meter = results[results["meter"] != ""].groupby("meter", sort=False)
-    unmeasured = {meter: report.unmeasured_aus(table) for meter, table in by_meter}
+    unmeasured = {meter: report.unmeasured_aus(table) for meter, table in report.by_meter(results)}
     text = report.format_report(summary, task.settings, agreement_name, list(drawings), unmeasured)
     write_atomically(output / "report.md", text)
     return output / "report.md"
@@ -480,10 +461,10 @@ def run(config: EvaluationConfig) -> Path | None:
         meters, encoder = make_instruments(config, task.au_names, state.device)
     if config.only == "measure" and (missing := task.missing()):
         raise FileNotFoundError(
-            f"{len(missing)} of {len(task.items)} pictures are missing in {str(task.pictures)!r}, the first of them"
-            f" {missing[0].name!r}. Run without `--only measure`, which makes them."
+            f"{len(missing)} of {len(task.items)} pictures are missing in {str(task.path(missing[0]).parent)!r}, the"
+            f" first of them {missing[0].name!r}. Run without `--only measure`, which makes them."
         )
-    keep_settings(task.output / "settings.json", task.settings, "pictures", state)
+    keep_settings(config.output / "settings.json", task.settings, "pictures", state)
     if config.only != "measure":
         generate(task, state)
     if config.only == "generate":
