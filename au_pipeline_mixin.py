@@ -104,10 +104,11 @@ class AUControls:
 
 def check_scale(name: str, scale: float) -> None:
     """Raise a ValueError unless `scale` is a number within ±`MAX_SCALE`."""
-    if not isinstance(scale, Real) or not math.isfinite(scale):
+    # `math.isfinite` fails on whole numbers that no float can hold.
+    if not isinstance(scale, Real) or not -math.inf < scale < math.inf:
         raise ValueError(f"`{name}` has to be a finite number, but is {scale!r}.")
     if abs(scale) > MAX_SCALE:
-        raise ValueError(f"`{name}` goes from -{MAX_SCALE} to {MAX_SCALE}, but is {scale:g}.")
+        raise ValueError(f"`{name}` goes from -{MAX_SCALE} to {MAX_SCALE}, but is {scale!r}.")
 
 
 def check_count(name: str, count: int) -> None:
@@ -171,7 +172,10 @@ class AUPipelineMixin:
         """
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
-            pipeline._unify_dtypes()
+            # Models of transformers load in the dtype of their files.
+            for module in pipeline.components.values():
+                if isinstance(module, PreTrainedModel) and not getattr(module, "is_quantized", False):
+                    module.to(pipeline.unet.dtype)
         if pipeline.au_adapter is None and "au_adapter" not in kwargs:
             hub_options = ("revision", "token", "cache_dir", "force_download", "local_files_only")
             hub_kwargs = {name: kwargs[name] for name in hub_options if kwargs.get(name) is not None}
@@ -329,14 +333,6 @@ class AUPipelineMixin:
         self._has_lora = adapter is not None and LORA_NAME in getattr(self.unet, "peft_config", {})
         self._lora_warning = None
         self.register_modules(au_adapter=adapter)
-
-    def _unify_dtypes(self) -> None:
-        """Cast models of transformers, which load in the dtype of their files, to the dtype of the UNet."""
-        dtype = self.unet.dtype
-        for module in self.components.values():
-            is_quantized = getattr(module, "is_quantized", False)
-            if isinstance(module, PreTrainedModel) and module.dtype != dtype and not is_quantized:
-                module.to(dtype)
 
     @contextmanager
     def _offloading_paused(self) -> Iterator[None]:

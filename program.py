@@ -28,6 +28,9 @@ TOY_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
 LOCK_NAME = ".fineface.lock"
 # The longest file name of most file systems is 255 bytes, and a file has ".part" and a dot more while it is written.
 MAX_NAME_BYTES = 249
+# It can be read only by setting it.
+UMASK = os.umask(0)
+os.umask(UMASK)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -75,7 +78,9 @@ def run_program(
         _say("; ".join(filter(None, ("interrupted", interrupted))), sys.stderr)
         return 130
     except Exception as error:
-        if _is_out_of_memory(error):
+        # An error can be one of torch's only if torch has been imported.
+        torch = sys.modules.get("torch")
+        if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
             message, status = f"out of memory. {out_of_memory}", 1
         elif isinstance(error, (*failures, *refusals)):
             message, status = " ".join(str(error).split()), 1 if isinstance(error, failures) else 2
@@ -93,12 +98,6 @@ def _say(line: str, stream) -> None:
     # A terminal that knows only ASCII must not end a program that has just finished.
     encoding = stream.encoding or "utf-8"
     print(line.encode(encoding, "backslashreplace").decode(encoding), file=stream)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # An error can be one of torch's only if torch has been imported.
-    torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
 
 
 def spell_option(name: str) -> str:
@@ -277,16 +276,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-@functools.cache
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _make_readable(path: Path) -> None:
     """Some libraries write files that only their owner may read."""
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
 
 
 def _work_folder(folder: Path) -> Path:

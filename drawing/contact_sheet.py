@@ -112,26 +112,24 @@ def write_animation(pictures: Iterable[Image.Image], path: Path, fps: float, com
         comment (`str`, *optional*):
             Text that is written into the file.
     """
-    writers: dict[str, Callable] = {".gif": _write_gif, ".mp4": _write_mp4}
-    with replacing(path) as unfinished:
-        writers[path.suffix.lower()](iter(pictures), unfinished, fps, comment)
-
-
-def _write_gif(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:
-    duration = 10 * max(2, round(100 / fps))  # milliseconds
-    options = {"save_all": True, "append_images": pictures, "duration": duration, "loop": 0, "comment": comment}
-    with open(path, "wb") as file:
-        next(pictures).save(file, "GIF", **options)
-
-
-def _write_mp4(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:
-    av = import_av()
+    pictures = iter(pictures)
     first = next(pictures)
+    with replacing(path) as unfinished:
+        if path.suffix.lower() == ".mp4":
+            _write_mp4(first, pictures, unfinished, fps, comment)
+            return
+        duration = 10 * max(2, round(100 / fps))  # milliseconds
+        options = {"append_images": pictures, "duration": duration, "loop": 0, "comment": comment}
+        first.save(unfinished, "GIF", save_all=True, **options)
+
+
+def _write_mp4(first: Image.Image, others: Iterable[Image.Image], path: Path, fps: float, comment: str) -> None:
+    av = import_av()
     with av.open(str(path), "w", format="mp4") as container:
         container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "16"})
         stream.width, stream.height, stream.pix_fmt = *first.size, "yuv420p"
-        for picture in itertools.chain([first], pictures):
+        for picture in itertools.chain([first], others):
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
 

@@ -108,13 +108,9 @@ class Studio:
                 f"{weights.model!r} has no AU adapter, which the sliders need. Name one with `--adapter`."
             )
         fuse_lora(self.pipeline)
+        self.au_names = self.pipeline.au_names
         # A scheduler counts its steps, so two drawings at a time would spoil each other.
         self._turns = threading.Lock()
-
-    @property
-    def au_names(self) -> tuple[str, ...]:
-        """The AUs that the adapter knows."""
-        return tuple(getattr(self.pipeline, "au_names", AU_NAMES))
 
     @property
     def is_quick(self) -> bool:

@@ -22,12 +22,8 @@ from PIL import Image
 MODEL_DEFAULTS_NAME = "fineface.json"
 MAX_TEXT_LENGTH = 2000
 MAX_SEED = 2**63 - 1
-MAX_GUIDANCE = 100
-
-EXPRESSIONS = ("aus", "negative_aus")
-NUMBERS = ("au_scale", "au_guidance_scale", "guidance_scale", "seed", "num_inference_steps", "width", "height")
-TEXTS = ("negative_prompt",)
-PARAMETERS = (*EXPRESSIONS, *NUMBERS, *TEXTS)
+PARAMETERS = ("aus", "negative_aus", "au_scale", "au_guidance_scale", "guidance_scale", "negative_prompt")
+PARAMETERS += ("seed", "num_inference_steps", "width", "height")
 
 
 class EndpointHandler:
@@ -42,10 +38,9 @@ class EndpointHandler:
     """
 
     def __init__(self, path: str = "", max_steps: int = 100, max_pixels: int = 1024 * 1024):
-        side, scale = (8, max_pixels // 8, 8), (-MAX_GUIDANCE, MAX_GUIDANCE, None)
-        # The lowest value, the highest one, and what it has to be a multiple of, or None if any number will do.
-        limits = (scale, scale, scale, (0, MAX_SEED, 1), (1, max_steps, 1), side, side)
-        self.limits = dict(zip(NUMBERS, limits, strict=True))
+        # The lowest value, the highest one, and what it has to be a multiple of.
+        self.limits = {"seed": (0, MAX_SEED, 1), "num_inference_steps": (1, max_steps, 1)}
+        self.limits |= dict.fromkeys(("width", "height"), (8, max_pixels // 8, 8))
         self.max_pixels = max_pixels
         has_accelerator = torch.accelerator.is_available()
         device = torch.accelerator.current_accelerator() if has_accelerator else torch.device("cpu")
@@ -102,9 +97,9 @@ class EndpointHandler:
         _check_names(parameters, PARAMETERS, "`parameters`")
         given = {name: value for name, value in parameters.items() if value is not None}
         for name, value in given.items():
-            if name in NUMBERS:
+            if name in self.limits:
                 _check_number(name, value, *self.limits[name])
-            elif name in TEXTS or isinstance(value, str):
+            elif name == "negative_prompt" or isinstance(value, str):
                 _check_text(name, value)
         arguments = {**self.defaults, **given, "prompt": prompt}
         height, width = self.pipeline._image_size(arguments.get("height"), arguments.get("width"))
@@ -122,10 +117,10 @@ def _read_defaults(path: Path) -> dict:
     return defaults | ({} if size is None else {"width": size, "height": size})
 
 
-def _check_number(name: str, value, lowest: int, highest: int, step: int | None) -> None:
-    is_number = isinstance(value, int if step else (int, float)) and not isinstance(value, bool)
-    if not is_number or not lowest <= value <= highest or (step and value % step):
-        what = {None: "a number", 1: "a whole number"}.get(step, f"a multiple of {step}")
+def _check_number(name: str, value, lowest: int, highest: int, step: int) -> None:
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    if not is_number or not lowest <= value <= highest or value % step:
+        what = "a whole number" if step == 1 else f"a multiple of {step}"
         raise ValueError(f"`{name}` has to be {what} from {lowest} to {highest}, but is {_show(value)}.")
 
 
