@@ -25,14 +25,8 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, pass_arguments, takes_turns  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
-    import action_units as _action_units
-    import au_attention_processor as _au_attention_processor
-    import au_encoder as _au_encoder
     import au_pipeline_mixin as _au_pipeline_mixin
 
-    AU_NAMES = _action_units.AU_NAMES
-    AUAttnProcessor = _au_attention_processor.AUAttnProcessor
-    AUAdapter = _au_encoder.AUAdapter
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
     pass_arguments = _au_pipeline_mixin.pass_arguments

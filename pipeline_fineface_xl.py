@@ -22,23 +22,16 @@ from transformers import (
 )
 
 
-# diffusers copies only files that this one names, so those that the mixin needs are named too.
+# diffusers copies only the files that this file imports, so it also imports the files that the mixin needs.
 if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, pass_arguments, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import AUPipelineMixin, pass_arguments, takes_turns
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
-    import action_units as _action_units
-    import au_attention_processor as _au_attention_processor
-    import au_encoder as _au_encoder
     import au_pipeline_mixin as _au_pipeline_mixin
 
-    AU_NAMES = _action_units.AU_NAMES
-    AUAttnProcessor = _au_attention_processor.AUAttnProcessor
-    AUAdapter = _au_encoder.AUAdapter
-    LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
     pass_arguments = _au_pipeline_mixin.pass_arguments
     takes_turns = _au_pipeline_mixin.takes_turns

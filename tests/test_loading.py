@@ -84,7 +84,9 @@ def test_both_ways_of_importing_bring_the_same_names():
         block = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If))
         in_package = {alias.name for node in block.body for alias in node.names}
         in_clone = {node.targets[0].id for node in block.orelse if isinstance(node, ast.Assign)}
-        assert in_package == in_clone
+        # A pipeline names these only because diffusers copies the files that it names.
+        for_copying = {"AU_NAMES", "AUAttnProcessor", "AUAdapter"} if path in PIPELINES else set()
+        assert in_package == in_clone | for_copying and not in_clone & for_copying
 
 
 @pytest.mark.parametrize("path", PIPELINES)
