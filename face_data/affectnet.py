@@ -20,8 +20,7 @@ import numpy as np
 
 from face_data.pictures import PICTURE_SUFFIXES
 from face_data.store import Part
-from face_data.table_index import PIXEL_BOX, TableEntry
-from face_data.tabled import Tabled
+from face_data.tabled import PIXEL_BOX, Tabled
 
 
 MIN_SIDE = 512
@@ -37,16 +36,10 @@ _LIST_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a copy of AffectNet has its pictures, and its file lists if it is of the old form."""
-
-    picture_dirs: tuple[Path, ...]
-    file_lists: tuple[Path, ...]
-
-
-def find_layout(root: Path) -> Layout:
+def find_files(root: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """
+    Where a copy of AffectNet has its pictures, and its file lists if it is of the old form.
+
     Raises:
         ValueError: if there is no AffectNet, of either form, at `root`.
     """
@@ -55,13 +48,10 @@ def find_layout(root: Path) -> Layout:
     tables, names = _below(root, "*.csv", 2), ("training.csv", "validation.csv")
     lists = tuple(sorted(path for path in tables if "file_lists" in path.parent.name or path.name in names))
     if lists:
-        picture_dirs = tuple(path for path in _below(root, "*_Annotated_Images", 1) if path.is_dir())
-        return Layout(picture_dirs or (root,), lists)
-    picture_dirs = tuple(
-        path for path in _below(root, "images", 2) if path.is_dir() and (path.parent / "annotations").is_dir()
-    )
-    if picture_dirs:
-        return Layout(picture_dirs, ())
+        return tuple(path for path in _below(root, "*_Annotated_Images", 1) if path.is_dir()) or (root,), lists
+    folders = tuple(path for path in _below(root, "images", 2) if (path.parent / "annotations").is_dir())
+    if folders:
+        return folders, ()
     raise ValueError(
         f"{str(root)!r} holds no AffectNet. It has either Manually_Annotated_file_lists/training.csv and"
         " Manually_Annotated_Images, or images/12.jpg and annotations/12_exp.npy, or these within train_set and"
@@ -71,38 +61,35 @@ def find_layout(root: Path) -> Layout:
 
 @dataclass(frozen=True)
 class AffectNet(Tabled):
-    """Pictures of AffectNet and a table of their AUs; `bases` are the root and the folders of its `layout`."""
+    """Pictures of AffectNet and a table of their AUs; `bases` are the root and the folders of pictures."""
 
-    layout: Layout | None = None
+    file_lists: tuple[Path, ...] = ()
 
     def read_about(self, say: Callable[[str], None]) -> Iterator[tuple[str, dict]] | None:
-        return _read_lists(self.layout.file_lists) if self.layout.file_lists else None
+        return _read_lists(self.file_lists) if self.file_lists else None
 
-    def refuses(self, entry: TableEntry, picture: Path, part: Part) -> bool:
+    def refuses(self, facts: dict, picture: Path, part: Part) -> bool:
         """Whether AffectNet marks a picture as no face, or does not know it."""
-        if self.layout.file_lists:
-            if entry.about is None:
-                part.problem(NOT_LISTED, picture)
-                return True
-            expression = entry.about["expression"]
-        else:
-            path = picture.parent.parent / "annotations" / f"{picture.stem}_exp.npy"
-            try:
-                expression = int(np.load(path, allow_pickle=False).item())
-            except FileNotFoundError:
-                part.problem(NO_LABEL_FILE, path)
-                return True
-            except (OSError, ValueError, EOFError) as error:
-                part.problem(BAD_LABEL_FILE, path, str(error))
-                return True
-        if expression == NON_FACE:
+        path = picture.parent.parent / "annotations" / f"{picture.stem}_exp.npy"
+        if self.file_lists and facts["about"] is None:
+            part.problem(NOT_LISTED, picture)
+            return True
+        try:
+            is_face = NON_FACE != (facts["about"]["expression"] if self.file_lists else int(np.load(path).item()))
+        except FileNotFoundError:
+            part.problem(NO_LABEL_FILE, path)
+            return True
+        except (OSError, ValueError, EOFError) as error:
+            part.problem(BAD_LABEL_FILE, path, str(error))
+            return True
+        if not is_face:
             part.drop(NON_FACE_REASON, picture)
-        return expression == NON_FACE
+        return not is_face
 
     def list_pictures(self) -> Iterator[Path]:
-        if self.layout.file_lists:
-            yield from (Path(record["file_name"]) for _, record in _read_lists(self.layout.file_lists))
-        for folder in () if self.layout.file_lists else self.layout.picture_dirs:
+        if self.file_lists:
+            yield from (Path(record["file_name"]) for _, record in _read_lists(self.file_lists))
+        for folder in () if self.file_lists else self.bases[1:]:
             yield from (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
 
 

@@ -1,10 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-AU intensities from the tables of other tools: LibreFace, py-feat 2, OpenFace 2, ARKit and MediaPipe blendshapes, the
-published `affectnet_metadata.csv`, and tables in this project's own columns. Files are read row by row.
+AU intensities from the tables of other tools, row by row. docs/data.md lists the tools, their columns and scales.
 
-`au_names`, the list of an adapter, decides which AUs are read. Blendshapes and this project's own columns have sides.
 A measurement of the whole face sets both sides, and two sides give their mean if the adapter moves both alike. Eyes
 that are closed for long (AU43) or briefly (AU45) look the same in a picture, so each AU can replace the other.
 
@@ -27,7 +25,7 @@ from statistics import fmean
 
 import numpy as np
 
-from action_units import ACTION_UNITS, AU_NAMES, GRADES, au_columns, read_aus, whole_au
+from action_units import ACTION_UNITS, ALL_AU_NAMES, AU_NAMES, GRADES, au_columns, read_aus, whole_au
 from face_data.table_files import read_records
 
 
@@ -41,38 +39,48 @@ _MIN_ROWS_OF_A_SCALE = 10
 # Texts that C libraries, spreadsheets and pandas write for a missing number.
 _NO_NUMBER = re.compile(r"[+-]?(nan(\(\w*\))?|1\.#(ind|[qs]nan)\d*)|#?n/?a|null|none|", re.IGNORECASE)
 NO = ("", "0", "0.0", "false", "no", "nan")
+_EVERY_AU = tuple(dict.fromkeys((*ALL_AU_NAMES, *map(whole_au, ALL_AU_NAMES))))
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class _Tool:
+class _Form:
     """
-    How a tool writes AUs. `column` is the name of an AU's column in lower case, which may end with l or r if the tool
+    Columns of a tool. `column` is the name of an AU's column in lower case, which may end with l or r if it
     `has_sides`; `factor` turns a value into an intensity; `overshoot` is how far a value may lie below and above its
-    range before it is clipped; `presence` is the column of a presence (0 or 1).
+    range before it is clipped. A presence is 0 or 1.
     """
 
     column: str
     factor: float = 1.0
     overshoot: tuple[float, float] = (0.0, 0.0)
-    presence: str | None = None
     has_sides: bool = False
+    is_presence: bool = False
+
+    def find(self, columns: Iterable[str]) -> dict[str, str]:
+        """Map the AUs that have columns of this form to these columns."""
+        number = self.column.replace("{:02}", r"(\d\d)").replace("{}", r"([1-9]\d?)")
+        pattern = re.compile(number + ("([lr]?)" if self.has_sides else "()"))
+        found = ((pattern.fullmatch(name.lower()), name) for name in columns)
+        return {f"AU{int(match[1])}{match[2].upper()}": name for match, name in found if match}
 
 
+# FACS notation reads an AU without a grade as C.
+_PRESENT = {"factor": float(GRADES["C"]), "is_presence": True}
 _TOOLS = {
     # OpenFace uses regressors, and older versions did not clamp them.
-    "openface": _Tool("au{:02}_r", overshoot=(1.0, 1.0), presence="au{:02}_c"),
+    "openface": (_Form("au{:02}_r", overshoot=(1.0, 1.0)), _Form("au{:02}_c", **_PRESENT)),
     # LibreFace multiplies a sigmoid by 5.
-    "libreface": _Tool("au_{}_intensity", overshoot=(0.01, 0.01), presence="au_{}"),
+    "libreface": (_Form("au_{}_intensity", overshoot=(0.01, 0.01)), _Form("au_{}", **_PRESENT)),
     # py-feat gives probabilities. The factor 5 is the usual convention, not a calibration.
-    "pyfeat": _Tool("au{:02}", 5.0, (0.01, 0.01)),
-    "fineface": _Tool("au{}", has_sides=True),
+    "pyfeat": (_Form("au{:02}", 5.0, (0.01, 0.01)),),
+    "fineface": (_Form("au{}", has_sides=True),),
     # The data of the paper's authors have LibreFace's intensities divided by 5.
-    "affectnet": _Tool("au{}_rec", 5.0, (0.01, 0.01)),
+    "affectnet": (_Form("au{}_rec", 5.0, (0.01, 0.01)),),
 }
 # Blendshapes have names of their own. Calibrated trackers slightly exceed their range.
-_ARKIT = _Tool("", 5.0, (0.1, 0.25))
+_SHAPE = _Form("", 5.0, (0.1, 0.25))
 _SAME_IN_A_PICTURE = {"AU43": "AU45", "AU45": "AU43"}
 
 # Columns that may hold a picture's name, the most likely first. A frame number names a picture of a video.
@@ -183,16 +191,10 @@ def read_au_table(
         path (`str` or `os.PathLike`):
             A .csv, .tsv, .jsonl, .json or .parquet file, see `table_files.read_records`.
         tool (`str`, *optional*):
-            One of `AU_TABLE_TOOLS`; by default `detect_tool` finds it from the columns.
-
-            - `"openface"`: OpenFace 2, `AU01_r`, intensities from 0 to 5. An AU that has only a presence, `AU28_c`,
-              becomes 3 if it is present, because FACS notation reads an AU without a grade as C.
-            - `"libreface"`: LibreFace, `au_1_intensity`, from 0 to 5; a presence such as `au_7` becomes 3 too.
-            - `"pyfeat"`: py-feat, `AU01`, probabilities from 0 to 1, times 5.
-            - `"arkit"`, `"mediapipe"`: blendshapes as columns, or as MediaPipe's own results have them; see
-              `blendshapes_to_aus`.
-            - `"fineface"`: `AU1`, `AU12L`, …, from 0 to 5; or a column `aus` in any form that `parse_aus` reads.
-            - `"affectnet"`: the published `affectnet_metadata.csv`, `AU1_rec`, from 0 to 1, times 5.
+            One of `AU_TABLE_TOOLS`, whose columns and scales docs/data.md lists; by default `detect_tool` finds it.
+            Intensities from 0 to 5 are taken as they are, and probabilities and blendshapes from 0 to 1
+            times 5. An AU that is only called present becomes 3, because FACS notation reads an AU without a grade as
+            C. A column `aus` has any form that `parse_aus` reads.
         image_column (`str`, *optional*):
             Column of the picture's name; by default the first usual one in the table, such as `file_name` or `frame`.
         on_error (`Callable`, *optional*):
@@ -214,34 +216,30 @@ def read_au_table(
         raise ValueError(f"`tool` is {tool!r}. The tools are {', '.join(AU_TABLE_TOOLS)}.")
     au_columns(au_names)
     path, counts, layout, largest, num_faces = Path(path), Counter(), None, 0.0, 0
-    for line, whole in read_records(path, say):
-        for record in _split_faces(whole):
-            try:
-                if layout is None or record.keys() != layout.columns:
-                    layout = _Layout(record.keys(), tool, image_column, tuple(au_names), unmeasured, counts)
-                    if layout.has_other_shapes and tool is None and not counts["shapes"]:
-                        counts["shapes"] += 1
-                        say(
-                            f"{path} has AUs of {layout.tool} and blendshapes (arkit), which differ. The AUs are read;"
-                            " name the tool to read the blendshapes."
-                        )
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from error
-            try:
-                row = layout.read(record, line)
-            except ValueError as error:
-                placed = ValueError(f"{path}, line {line}: {error}")
-                if on_error is None:
-                    raise placed from error
-                on_error(placed)
-                continue
-            if row.face_found:
-                num_faces += 1
-                largest = max(largest, float(np.nanmax(row.aus)))
-            yield row
+    for line, record in _read_faces(path, say):
+        try:
+            if layout is None or record.keys() != layout.columns:
+                layout = None
+                layout = _Layout(record.keys(), tool, image_column, tuple(au_names), unmeasured, counts)
+            row = layout.read(record, line)
+        except ValueError as error:
+            placed = ValueError(f"{path}, line {line}: {error}")
+            # Columns that cannot be read are no error of one row.
+            if on_error is None or layout is None:
+                raise placed from error
+            on_error(placed)
+            continue
+        if row.face_found:
+            num_faces += 1
+            largest = max(largest, float(np.nanmax(row.aus)))
+        yield row
     if layout is not None:
         for sentence in _notes(counts, layout.tool, largest, num_faces, au_names, unmeasured):
             say(f"{path}: {sentence}")
+
+
+def _read_faces(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
+    return ((line, face) for line, record in read_records(path, say) for face in _split_faces(record))
 
 
 class _Layout:
@@ -256,30 +254,46 @@ class _Layout:
         unmeasured: float,
         counts: Counter,
     ):
-        self.columns = columns
+        self.columns, self.au_names = columns, au_names
         self.tool = _ALIASES.get(tool, tool) or detect_tool(columns)
-        self.read_aus = _make_reader(self.tool, list(columns), au_names, unmeasured, counts)
-        self.num_aus = len(au_names)
+        found = _find_sources(self.tool, columns)
+        sources = {name: found.get(name) for name in au_names}
+        self.expression = (
+            _first_of(columns, ("aus",)) if self.tool == "fineface" and None in sources.values() else None
+        )
+        if self.expression is None and not any(sources.values()):
+            shapes = [shape for name in au_names for shape in _shapes_of(name)]
+            numbers = [int(whole_au(name)[2:]) for name in au_names]
+            wanted = shapes if self.tool == "arkit" else list(map(_TOOLS[self.tool][0].column.format, numbers))
+            raise _no_column(f"{', '.join(wanted[:2])}{', …' if len(wanted) > 2 else ''}", columns)
+        self.read_values = _make_reader(self.tool, sources, unmeasured, counts)
         self.name_column = find_name_column(columns, image_column)
         self.face_column = _first_of(columns, _FACE_COLUMNS)
         self.confidence_column = _first_of(columns, ("confidence", "facescore"))
         self.signs = [column for column in columns if column.lower() in _SIGNS_OF_A_FACE]
-        self.has_other_shapes = self.tool != "arkit" and "arkit" in _tools_of(columns)
+        counts["shapes"] |= tool is None and self.tool != "arkit" and "arkit" in _tools_of(columns)
 
     def read(self, record: dict, line: int) -> AURow:
-        aus = self.read_aus(record) if all(_says_face(record[column], column) for column in self.signs) else None
-        face_found = aus is not None and not np.isnan(aus).all()
-        if not face_found:
-            aus = np.full(self.num_aus, np.nan, np.float32)
+        aus = np.full(len(self.au_names), np.nan, np.float32)
+        if all(_says_face(record[column], column) for column in self.signs):
+            aus = self.read_values(record) if self.expression is None else self._read_expression(record)
         name = _name(record[self.name_column]) if self.name_column else ""
         number = re.fullmatch(r"([0-9]{1,9})(\.0)?", _name(record[self.face_column])) if self.face_column else None
         face = int(number[1]) if number else None
-        return AURow(name, aus, face_found, line, record, face, self._confidence(record))
+        return AURow(name, aus, not np.isnan(aus).all(), line, record, face, self._confidence(record))
+
+    def _read_expression(self, record: dict) -> np.ndarray:
+        value = record[self.expression]
+        if value is None:
+            return np.full(len(self.au_names), np.nan, np.float32)
+        rows = np.float32(read_aus(value, self.expression, self.au_names))
+        if len(rows) != 1 or not ((rows >= 0) & (rows <= MAX_AU)).all():
+            raise ValueError(f"column {self.expression!r} is {value!r}, but has to be one expression from 0 to 5.")
+        return rows[0]
 
     def _confidence(self, record: dict) -> float:
-        column = self.confidence_column
         try:
-            value = 0.0 if column is None else read_number(record[column], column)
+            value = read_number(record.get(self.confidence_column), "")
         except ValueError:
             return 0.0
         return value if value > 0 else 0.0
@@ -289,6 +303,11 @@ def _notes(
     counts: Counter, tool: str, largest: float, num_faces: int, au_names: Sequence[str], unmeasured: float
 ) -> Iterator[str]:
     """Sentences about a table that was read to its end."""
+    if counts["shapes"]:
+        yield (
+            f"the table has AUs of {tool} and blendshapes (arkit), which differ. The AUs are read; name the tool to"
+            " read the blendshapes."
+        )
     missing = [name for name in au_names if counts[name]]
     if missing:
         taken = "taken as 0" if unmeasured == 0 else "left out"
@@ -299,7 +318,7 @@ def _notes(
         yield f"{tool} measures only the presence of {', '.join(present)}: present is taken as {GRADES['C']}."
     if counts["decimal commas"]:
         yield f"{counts['decimal commas']:,} numbers have a decimal comma."
-    is_whole_scale = tool != "arkit" and _TOOLS[tool].factor == 1
+    is_whole_scale = tool != "arkit" and _TOOLS[tool][0].factor == 1
     if is_whole_scale and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
         yield (
             f"the largest AU of {num_faces:,} faces is {largest:.3g}, but {tool} measures from 0 to {MAX_AU:g}. If"
@@ -325,7 +344,7 @@ def detect_tool(columns: Iterable[str]) -> str:
         return found[0]
     if found:
         raise ValueError(f"The columns are those of {' and '.join(found)}. Name the tool to read.")
-    examples = ", ".join(f"{tool} {format.column.format(1)!r}" for tool, format in _TOOLS.items())
+    examples = ", ".join(f"{tool} {forms[0].column.format(1)!r}" for tool, forms in _TOOLS.items())
     hint = " There is one column: commas, semicolons, tabs and bars divide columns." if len(columns) == 1 else ""
     raise ValueError(
         f"The columns are those of no known tool: {', '.join(columns[:30])}.{hint} AUs are read as {examples} and so"
@@ -336,11 +355,8 @@ def detect_tool(columns: Iterable[str]) -> str:
 def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
     """The tools that have columns in the table, and whether each has all of its columns."""
     present = {column.strip().lower() for column in columns}
-    found = {}
-    for name, tool in _TOOLS.items():
-        aus = {whole_au(au) for au in _find_aus(tool.column, tool.has_sides, present)}
-        if aus:
-            found[name] = aus.issuperset(AU_NAMES)
+    aus_of_tools = {tool: set(map(whole_au, forms[0].find(present))) for tool, forms in _TOOLS.items()}
+    found = {tool: aus.issuperset(AU_NAMES) for tool, aus in aus_of_tools.items() if aus}
     # py-feat and FineFace both write AU12, but AU01 is py-feat's, and AU1 and columns of sides are FineFace's.
     own = {"pyfeat": r"au0\d", "fineface": r"au[1-9]|au\d+[lr]"}
     owners = {name for name, pattern in own.items() if any(re.fullmatch(pattern, column) for column in present)}
@@ -371,9 +387,8 @@ def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple
         ValueError: if the table has no rows, or no columns of a tool.
     """
     path, columns = Path(path), {}
-    for _, whole in read_records(path, lambda sentence: None):
-        for record in _split_faces(whole):
-            columns |= dict.fromkeys(record)
+    for _, record in _read_faces(path, lambda sentence: None):
+        columns |= dict.fromkeys(record)
         if path.suffix.lower() not in (".json", ".jsonl"):
             break
     if not columns:
@@ -382,19 +397,18 @@ def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple
         used_tool = _ALIASES.get(tool, tool) or detect_tool(columns)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    find, names = _source_finder(used_tool, columns), []
+    sources, names = _find_sources(used_tool, columns), []
     for unit in ACTION_UNITS:
-        sides = [f"{unit.name}{side}" for side in "LR"] if unit.sided else []
-        left, right = map(find, sides) if sides else (None, None)
-        if unit.name == "AU45":
-            continue
+        sides = (f"{unit.name}L", f"{unit.name}R")
+        left, right = map(sources.get, sides)
         if None not in (left, right) and left != right:
             names += sides
-        elif find(unit.name):
+        elif unit.name in sources:
             names.append(unit.name)
+    names = tuple(name for name in names if whole_au(name) != "AU45")
     if not names and _first_of(columns, ("aus",)) is None:
         raise ValueError(f"{path}: there is no AU that {used_tool} measures. The columns are {', '.join(columns)}.")
-    return used_tool, tuple(names)
+    return used_tool, names
 
 
 def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str] = AU_NAMES) -> np.ndarray:
@@ -424,28 +438,26 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str]
     unknown = [name for name in blendshapes if _shape_key(name) not in _ALL_SHAPES]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
-    if not any(map(_shapes_of, au_names)):
-        return np.zeros(len(au_names), np.float32)
     values = dict.fromkeys(_ALL_SHAPES, 0.0) | {_shape_key(name): value for name, value in blendshapes.items()}
-    return _make_reader("arkit", list(_ALL_SHAPES), tuple(au_names), 0.0, Counter())(values)
+    sources = _find_sources("arkit", _ALL_SHAPES)
+    return _make_reader("arkit", {name: sources.get(name) for name in au_names}, 0.0, Counter())(values)
 
 
 @dataclass(frozen=True)
 class _Source:
-    """
-    What an AU is computed from: `factor` times the mean of `columns`, whose values go from 0 to `high`. None is a
-    blendshape that the table does not have, and counts as 0.
-    """
+    """What an AU is computed from. None is a blendshape that the table does not have, and counts as 0."""
 
     columns: tuple[str | None, ...]
-    factor: float
-    high: float
-    overshoot: tuple[float, float] = (0.0, 0.0)
-    is_presence: bool = False
+    form: _Form
     combine: Callable[[list[float]], float] = fmean
 
+    @property
+    def high(self) -> float:
+        """The end of the scale of the columns."""
+        return 1.0 if self.form.is_presence else MAX_AU / self.form.factor
+
     def intensity(self, values: dict[str, float]) -> float:
-        return self.factor * self.combine(
+        return self.form.factor * self.combine(
             [0.0 if column is None else min(max(values[column], 0.0), self.high) for column in self.columns]
         )
 
@@ -455,63 +467,38 @@ def _parted_lips(values: list[float]) -> float:
     return max(jaw * (1 - close), fmean(lips[:2]), fmean(lips[2:]))
 
 
-def _find_aus(column: str, has_sides: bool, columns: Iterable[str]) -> dict[str, str]:
-    """Map the AUs that have columns of the form `column` to these columns."""
-    number = column.replace("{:02}", r"(\d\d)").replace("{}", r"([1-9]\d?)")
-    pattern = re.compile(number + ("([lr]?)" if has_sides else "()"))
-    found = ((pattern.fullmatch(name.lower()), name) for name in columns)
-    return {f"AU{int(match[1])}{match[2].upper()}": name for match, name in found if match}
-
-
-def _source_finder(tool: str, columns: Iterable[str]) -> Callable[[str], _Source | None]:
-    """A function from an AU to what it is computed from, which is None if the table lacks it."""
+def _find_sources(tool: str, columns: Iterable[str]) -> dict[str, _Source]:
+    """What each AU and each side can be computed from, as far as the columns of a table of `tool` tell it."""
+    sources = {}
     if tool == "arkit":
         by_key = {_shape_key(column): column for column in columns}
-
-        def find_shapes(name: str) -> _Source | None:
+        for name in _EVERY_AU:
             found = tuple(map(by_key.get, _shapes_of(name)))
-            combine = _parted_lips if name == "AU25" else fmean
-            return _Source(found, _ARKIT.factor, 1.0, _ARKIT.overshoot, combine=combine) if any(found) else None
-
-        return find_shapes
-    form = _TOOLS[tool]
-    intensities = _find_aus(form.column, form.has_sides, columns)
-    presences = _find_aus(form.presence, False, columns) if form.presence else {}
-
-    def find(name: str) -> _Source | None:
-        whole, side = whole_au(name), name[len(whole_au(name)) :]
-        numbers = [whole, _SAME_IN_A_PICTURE.get(whole, whole)]
-        for au in numbers:
-            # The side, the whole face, or both sides, whichever the table has.
-            for wanted in ((f"{au}{side}",), (au,), (f"{au}L", f"{au}R")):
-                if intensities.keys() >= set(wanted):
-                    found = tuple(intensities[au] for au in wanted)
-                    return _Source(found, form.factor, MAX_AU / form.factor, form.overshoot)
-        present = next((presences[au] for au in numbers if au in presences), None)
-        return None if present is None else _Source((present,), GRADES["C"], 1.0, is_presence=True)
-
-    return find
+            if any(found):
+                sources[name] = _Source(found, _SHAPE, _parted_lips if name == "AU25" else fmean)
+        return sources
+    for form in _TOOLS[tool]:
+        found = form.find(columns)
+        for name in _EVERY_AU:
+            whole = whole_au(name)
+            for au in (whole, _SAME_IN_A_PICTURE.get(whole, whole)):
+                # The side, the whole face, or both sides, whichever the table has.
+                for wanted in ((name.replace(whole, au),), (au,), (f"{au}L", f"{au}R")):
+                    if name not in sources and found.keys() >= set(wanted):
+                        sources[name] = _Source(tuple(map(found.get, wanted)), form)
+    return sources
 
 
 def _make_reader(
-    tool: str, columns: list[str], au_names: tuple[str, ...], unmeasured: float, counts: Counter
+    tool: str, sources: dict[str, _Source | None], unmeasured: float, counts: Counter
 ) -> Callable[[dict], np.ndarray]:
     """
-    A function from a row to its AUs, which are all NaN if all cells are empty. AUs without a column are `unmeasured`.
+    A function from a row to its AUs, which are all NaN if all cells are empty. AUs without a source are `unmeasured`.
     `counts` gets the rows of which an AU is not measured, or only its presence.
     """
-    find = _source_finder(tool, columns)
-    sources = {name: find(name) for name in au_names}
     of_columns = {column: source for source in sources.values() if source for column in source.columns if column}
-    expression = _first_of(columns, ("aus",))
-    if tool == "fineface" and expression is not None and None in sources.values():
-        return lambda record: _read_expression(record[expression], expression, au_names)
-    if not of_columns:
-        shapes = [shape for name in au_names for shape in _shapes_of(name)]
-        wanted = shapes if tool == "arkit" else [_TOOLS[tool].column.format(int(whole_au(n)[2:])) for n in au_names]
-        raise _no_column(f"{', '.join(wanted[:2])}{', …' if len(wanted) > 2 else ''}", columns)
     noted = [name for name, source in sources.items() if source is None]
-    noted += [(name, "presence") for name, source in sources.items() if source and source.is_presence]
+    noted += [(name, "presence") for name, source in sources.items() if source and source.form.is_presence]
 
     def read(record: dict) -> np.ndarray:
         values = {column: read_number(record[column], column, counts) for column in of_columns}
@@ -521,9 +508,9 @@ def _make_reader(
                 f"column {missing[0]!r} is empty, while other AUs have values. A row has all of them or none."
             )
         if missing:
-            return np.full(len(au_names), np.nan, np.float32)
+            return np.full(len(sources), np.nan, np.float32)
         for column, source in of_columns.items():
-            below, above = source.overshoot
+            below, above = source.form.overshoot
             if not -below <= values[column] <= source.high + above:
                 raise ValueError(
                     f"column {column!r} is {values[column]:g}. {tool} measures from 0 to {source.high:g}."
@@ -532,15 +519,6 @@ def _make_reader(
         return np.float32([source.intensity(values) if source else unmeasured for source in sources.values()])
 
     return read
-
-
-def _read_expression(value, column: str, au_names: tuple[str, ...]) -> np.ndarray:
-    if value is None:
-        return np.full(len(au_names), np.nan, np.float32)
-    rows = np.float32(read_aus(value, column, au_names))
-    if len(rows) != 1 or not ((rows >= 0) & (rows <= MAX_AU)).all():
-        raise ValueError(f"column {column!r} is {value!r}, but has to be one expression from 0 to 5.")
-    return rows[0]
 
 
 def _first_of(columns: Iterable[str], names: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ is no photograph is left out, and measured AUs are corrected (paper, supplement 
 import functools
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -21,23 +22,22 @@ import numpy as np
 
 from action_units import AU_NAMES, au_columns, whole_au
 from face_data.captions import take_emotion_words
-from face_data.report import Histogram, Report, draw_histograms, report_folders
+from face_data.pictures import FACE_BOX, link_file
+from face_data.report import Histogram, Report, draw_histograms
 from face_data.store import (
     CAPTIONS,
     PHOTOS,
     claim_folder,
-    link_file,
     list_parts,
     part_path,
     read_lines,
     read_rows,
-    read_settings,
     remove_unfinished,
     require_finished,
     run_parts,
     write_lines,
 )
-from face_data.table_index import FACE_BOX, sort_aus
+from face_data.table_choice import sort_aus
 from program import option, replacing, write_atomically
 
 
@@ -111,7 +111,10 @@ class Correction:
 
 @dataclass(frozen=True)
 class Source:
-    """A work folder, and what its settings say: name, AUs, and whether drawings are left out and AUs corrected."""
+    """
+    A work folder, and what its settings say: name, AUs, and whether drawings are left out and AUs corrected. Its rows
+    say how, and whether there are boxes of faces.
+    """
 
     folder: Path
     name: str
@@ -119,6 +122,7 @@ class Source:
     needs_photo_filter: bool
     correct_aus: bool
     correction: Correction | None = None
+    has_boxes: bool = False
 
 
 def build_dataset(build: Build, num_workers: int) -> Report:
@@ -130,17 +134,14 @@ def build_dataset(build: Build, num_workers: int) -> Report:
     """
     sources = read_sources(build)
     build = replace(build, au_names=choose_aus(build, sources))
-    before, digest, has_boxes = Histogram(build.au_names), hashlib.blake2b(digest_size=16), False
-    for number, source in enumerate(sources):
-        correction, boxes = _measure(source, build, before, digest)
-        sources[number], has_boxes = replace(source, correction=correction), has_boxes or boxes
-    names = [source.name for source in sources]
-    settings = {"sources": names, "hash of rows": digest.hexdigest(), "au_names": list(build.au_names)}
-    for name in ("format", "default_caption", "photo_filter", "correct_aus", "drop_emotion_words"):
+    before, digest = Histogram(build.au_names), hashlib.blake2b(digest_size=16)
+    sources = [_measure(source, build, before, digest) for source in sources]
+    settings = {"sources": [source.name for source in sources], "hash of rows": digest.hexdigest()}
+    for name in ("au_names", "format", "default_caption", "photo_filter", "correct_aus", "drop_emotion_words"):
         settings[name] = getattr(build, name)
-    claim_folder(build.output, settings)
+    claim_folder(build.output, settings | {"au_names": list(build.au_names)})
     parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in list_parts(source.folder)]
-    work = functools.partial(make_part, build, sources, has_boxes)
+    work = functools.partial(make_part, build, sources)
     run_parts(work, parts, build.output / PARTS, num_workers, "data set")
     return _finish(build, parts, sources, before)
 
@@ -149,8 +150,7 @@ def read_sources(build: Build) -> list[Source]:
     """The sources, once all is there that is needed of them."""
     sources = []
     for folder in build.folders:
-        require_finished(folder)
-        settings = read_settings(folder)
+        settings = require_finished(folder)
         names = tuple(settings.get("au_names", AU_NAMES))
         photo_filter = build.photo_filter and settings["needs_photo_filter"]
         source = Source(folder, settings["source"], names, photo_filter, build.correct_aus and settings["correct_aus"])
@@ -213,17 +213,17 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
             raise ValueError(
                 f"{source.folder}: part {part} of rows and of annotations differ. Delete captions and photos."
             )
-        text, words = caption.get("text") or row["text"], {}
+        text, words = caption.get("text") or row["text"], Counter(row.pop("removed_words", None))
         if build.drop_emotion_words:
-            text, words = take_emotion_words(text)
+            text, found = take_emotion_words(text)
+            words += Counter(found)
         text = text or build.default_caption or ""
-        known = {name: row.pop(name) for name in ("changed", "removed_words") if name in row}
         is_photo = photo.get("is_photo", row.pop("is_photo", None))
         reason = None if text else NO_CAPTION
         if source.needs_photo_filter and is_photo is not True:
             reason = UNCLEAR if is_photo is None else NOT_A_PHOTO
         if reason:
-            yield {"dropped": reason, "path": row["origin"], "count": 1} | known
+            yield {"dropped": reason, "path": row["origin"], "count": 1}
         else:
             yield row | {"text": text} | ({"removed_words": words} if words else {})
 
@@ -233,7 +233,7 @@ def _annotations(folder: Path, kind: str, part: str) -> Iterator[dict]:
     return read_lines(path) if path.is_file() else iter(())
 
 
-def _measure(source: Source, build: Build, before: Histogram, digest) -> tuple[Correction | None, bool]:
+def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
     """A first pass over a source: how to correct its AUs, and whether it has boxes. `digest` gets its rows."""
     has_boxes, names = False, source.au_names
     lowest, highest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
@@ -246,13 +246,13 @@ def _measure(source: Source, build: Build, before: Histogram, digest) -> tuple[C
             before.add(select_aus(aus, names, build.au_names))
             lowest, highest = np.minimum(lowest, aus.min(axis=0)), np.maximum(highest, aus.max(axis=0))
     correction = Correction(tuple(lowest.tolist()), tuple(highest.tolist()), names) if source.correct_aus else None
-    return correction, has_boxes
+    return replace(source, correction=correction, has_boxes=has_boxes)
 
 
-def make_part(build: Build, sources: list[Source], has_boxes: bool, part: str) -> None:
+def make_part(build: Build, sources: list[Source], part: str) -> None:
     """Write a part of the data set, and when all of it is there, its lines."""
     number, _, name = part.partition("-")
-    source = sources[int(number)]
+    source, has_boxes = sources[int(number)], any(source.has_boxes for source in sources)
     lines = list(join_part(source, name, build))
     kept = [line for line in lines if "dropped" not in line]
     pictures = [source.folder / line["file_name"] for line in kept]
@@ -263,7 +263,7 @@ def make_part(build: Build, sources: list[Source], has_boxes: bool, part: str) -
             del line[au]
         line |= dict(zip(build.au_names, aus.tolist(), strict=True))
         if has_boxes:
-            line |= dict(zip(FACE_BOX, WHOLE_PICTURE, strict=True)) | {n: line[n] for n in FACE_BOX if n in line}
+            line |= {name: line.get(name, value) for name, value in zip(FACE_BOX, WHOLE_PICTURE, strict=True)}
         line["file_name"] = f"images/{source.name}/{name}/{index:05d}{picture.suffix.lower()}"
         if build.format == "imagefolder":
             link_file(picture, build.output / "train" / line["file_name"])
@@ -291,25 +291,26 @@ def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, 
 
 
 def _finish(build: Build, parts: list[str], sources: list[Source], before: Histogram) -> Report:
-    report, after = report_folders(list(build.folders)), Histogram(build.au_names)
+    report, after = Report(), Histogram(build.au_names)
     for source in sources:
-        report.sources[source.name].notes.extend(_other_aus(source.au_names, build.au_names))
+        found = report.sources[source.name]
+        for part in list_parts(source.folder):
+            for line in read_lines(part_path(source.folder, part)):
+                # The lines of pictures stand in the parts of the data set.
+                if "file_name" not in line:
+                    found.add(line)
+        found.notes.extend(_other_aus(source.au_names, build.au_names))
     for part in parts:
-        aus, source = [], sources[int(part.partition("-")[0])].name
-        for line in read_lines(build.output / PARTS / f"{part}.jsonl"):
-            if "dropped" in line:
-                report.move(source, line)
-            else:
-                aus.append([line[au] for au in build.au_names])
-                report.sources[source].count_changes({"removed_words": line.get("removed_words")})
-        if aus:
-            after.add(np.float32(aus))
+        lines = list(read_lines(build.output / PARTS / f"{part}.jsonl"))
+        for line in lines:
+            report.sources[sources[int(part.partition("-")[0])].name].add(line)
+        after.add([[line[au] for au in build.au_names] for line in lines if "dropped" not in line])
     if not after.counts.any():
         raise ValueError(f"Nothing is left for the data set:\n{report.to_text()}")
     remove_unfinished(build.output / "train")
     if build.format == "imagefolder":
         lines = chain.from_iterable(read_rows(build.output / PARTS / f"{part}.jsonl") for part in parts)
-        rows = ({name: value for name, value in line.items() if name != "removed_words"} for line in lines)
+        rows = ({name: line[name] for name in line if name not in ("changed", "removed_words")} for line in lines)
         write_lines(build.output / "train" / "metadata.jsonl", rows)
     write_atomically(build.output / "report.txt", report.to_text() + "\n")
     write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")

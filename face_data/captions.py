@@ -13,6 +13,8 @@ import re
 from collections import Counter
 
 
+# The columns of tables and data sets that may hold captions, the most likely first.
+CAPTION_COLUMNS = ("text", "caption", "prompt", "textdescription")
 # Families of words, each a pattern of whole words: emotions and moods (those of the data set EmoNet-Face among them),
 # what a face does, and what somebody does who shows them.
 EMOTION_WORDS = """

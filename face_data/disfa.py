@@ -21,8 +21,8 @@ from typing import Literal
 import numpy as np
 
 from action_units import AU_NAMES
-from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
-from face_data.store import Part, claim_folder, mark_finished, part_path, run_parts
+from face_data.pictures import PICTURE_SUFFIXES
+from face_data.store import UNREADABLE, Part
 from program import check_options, option, replacing
 
 
@@ -33,7 +33,6 @@ NO_LABELS = "no labels"
 NO_PICTURES = "subject without video or pictures"
 NO_FRAME = "labels without a frame"
 NO_LABEL = "frames without a label"
-UNREADABLE = "picture or video that cannot be read"
 _SUBJECT = re.compile(r"SN\d{3}")
 
 
@@ -52,95 +51,84 @@ class Disfa:
     seed: int = option(0, "Decides which.")
     jpeg_quality: int = option(95, "Of frames taken from videos.", low=1, high=95)
     subjects: tuple[str, ...] = option((), "Only these; by default all.", metavar="SN001")
+    source = "disfa"
 
     def __post_init__(self):
         check_options(self)
         for folder in (self.root, self.images):
             if folder is not None and not folder.is_dir():
                 raise ValueError(f"{str(folder)!r} is no folder.")
+        present = sorted(self.labels.keys() | self.media.keys())
+        missing = sorted(set(self.subjects) - set(present))
+        if missing:
+            raise ValueError(f"`--subjects` names {', '.join(missing)}, but there are {', '.join(present)}.")
+
+    @functools.cached_property
+    def labels(self) -> dict[str, Path]:
+        return find_label_folders(self.root)
+
+    @functools.cached_property
+    def media(self) -> dict[str, Path]:
+        """The video of each subject, or the folder of its pictures."""
+        if self.images is not None:
+            return {path.name: path for path in sorted(self.images.glob("SN*")) if _SUBJECT.fullmatch(path.name)}
+        videos = find_videos(self.root, self.camera)
+        if videos:
+            import_av()
+        return videos
+
+    @functools.cached_property
+    def first_number(self) -> int:
+        is_zero = self.images and any(0 in number_pictures(path) for path in self.media.values())
+        return 0 if is_zero else 1
 
     def settings(self) -> dict:
         values = asdict(self) | {"root": str(self.root.resolve()), "subjects": list(self.subjects)}
         values["images"] = None if self.images is None else str(self.images.resolve())
         flags = {"correct_aus": False, "needs_photo_filter": False}
-        return {"source": "disfa", "au_names": list(AU_NAMES)} | flags | values
+        return {"source": self.source, "au_names": list(AU_NAMES)} | flags | values
 
+    def begin(self, folder: Path, on_error: str) -> list[str]:
+        """The subjects. One number for the first frame of all of them is found before they are shared out."""
+        _ = self.first_number
+        return list(self.subjects) or sorted(self.labels.keys() | self.media.keys())
 
-def prepare_disfa(disfa: Disfa, folder: Path, num_workers: int, on_error: str) -> None:
-    """Fill the work folder `folder`, which `face_data.store` describes."""
-    labels = find_label_folders(disfa.root)
-    if disfa.images is None:
-        media, first_number = find_videos(disfa.root, disfa.camera), 1
-        if media:
-            import_av()
-    else:
-        media = {path.name: path for path in sorted(disfa.images.glob("SN*")) if _SUBJECT.fullmatch(path.name)}
-        first_number = 0 if any(0 in number_pictures(path) for path in media.values()) else 1
-    subjects = sorted(labels.keys() | media.keys())
-    missing = sorted(set(disfa.subjects) - set(subjects))
-    if missing:
-        raise ValueError(f"`--subjects` names {', '.join(missing)}, but there are {', '.join(subjects)}.")
-    claim_folder(folder, disfa.settings())
-    work = functools.partial(make_part, disfa, labels, media, first_number, folder, on_error)
-    run_parts(work, disfa.subjects or subjects, folder / "rows", num_workers, "DISFA")
-    mark_finished(folder)
-
-
-def make_part(
-    disfa: Disfa,
-    labels: dict[str, Path],
-    media: dict[str, Path],
-    first_number: int,
-    folder: Path,
-    on_error: str,
-    subject: str,
-) -> None:
-    """Write the part of one subject. If its video is damaged, the frames before the damage are kept."""
-    part = Part(on_error)
-    intensities = {}
-    if subject in labels:
-        intensities = read_labels(labels[subject], subject, part)
-    else:
-        part.problem(NO_LABELS, media[subject])
-    if intensities and subject not in media:
-        part.problem(NO_PICTURES, disfa.images or disfa.root, subject, len(intensities))
-    elif intensities:
-        source, chosen, seen = media[subject], choose_frames(intensities, subject, disfa, part), set()
+    def make_part(self, folder: Path, part: Part, subject: str) -> None:
+        """One subject. If its video is damaged, the frames before the damage are kept."""
+        if subject not in self.labels:
+            part.problem(NO_LABELS, self.media[subject])
+            return
+        intensities = read_labels(self.labels[subject], subject, part)
+        if intensities and subject not in self.media:
+            part.problem(NO_PICTURES, self.images or self.root, subject, len(intensities))
+        if not intensities or subject not in self.media:
+            return
+        source, chosen, seen = self.media[subject], choose_frames(intensities, subject, self, part), set()
+        frames = read_video(source) if self.images is None else read_pictures(source, self.first_number)
         try:
-            for frame, picture in read_pictures(source, first_number) if disfa.images else read_video(source):
+            for frame, picture in frames:
                 seen.add(frame)
-                if frame in chosen:
-                    target = folder / "images" / subject / f"{frame:05d}"
-                    try:
-                        path = place_frame(picture, target, disfa.jpeg_quality)
-                    except PICTURE_ERRORS as error:
-                        part.problem(UNREADABLE, picture, str(error))
-                        continue
+                target = folder / "images" / subject / f"{frame:05d}"
+                path = place_frame(picture, target, self.jpeg_quality, part) if frame in chosen else None
+                if path is not None:
                     row = {"file_name": path.relative_to(folder).as_posix(), "text": ""}
                     row |= dict(zip(AU_NAMES, intensities[frame].tolist(), strict=True))
-                    part.rows.append(row | {"source": "disfa", "subject": subject, "origin": f"{subject}/{frame}"})
+                    part.keep(row | {"source": self.source, "subject": subject, "origin": f"{subject}/{frame}"})
         except VideoError as error:
             part.problem(UNREADABLE, source, str(error), len(chosen - seen))
         else:
             part.drop(NO_FRAME, source, len(chosen - seen))
         part.drop(NO_LABEL, source, len(seen - intensities.keys()))
-    part.write(part_path(folder, subject))
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Finding the files
-# --------------------------------------------------------------------------------------------------------------------
+    def end(self, folder: Path, subjects: list[str]) -> None:
+        pass
 
 
 def find_label_folders(root: Path) -> dict[str, Path]:
     """Map each subject to the folder of its labels."""
-    candidates = [root, root / "ActionUnit_Labels", *sorted(path for path in root.glob("*/ActionUnit_Labels"))]
-    for candidate in candidates:
-        found = {
-            path.name: path
-            for path in candidate.glob("SN*")
-            if _SUBJECT.fullmatch(path.name) and any(path.glob(f"{path.name}_au*.txt"))
-        }
+    for candidate in (root, root / "ActionUnit_Labels", *sorted(root.glob("*/ActionUnit_Labels"))):
+        folders = [path for path in candidate.glob("SN*") if _SUBJECT.fullmatch(path.name)]
+        found = {path.name: path for path in folders if any(path.glob(f"{path.name}_au*.txt"))}
         if found:
             return found
     raise ValueError(
@@ -154,31 +142,25 @@ def find_videos(root: Path, camera: str) -> dict[str, Path]:
     for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         match = re.match(rf"{camera}video(sn\d{{3}})", path.name, flags=re.IGNORECASE)
         if match:
-            subject = match[1].upper()
-            if subject in found:
-                raise ValueError(f"There are two videos of {subject}: {found[subject]} and {path}. Keep one of them.")
-            found[subject] = path
+            _add_once(found, match[1].upper(), path)
     return found
 
 
 def number_pictures(folder: Path) -> dict[int, Path]:
     """Map the number at the end of a picture's name to the picture."""
     numbered = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in PICTURE_SUFFIXES:
-            continue
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES):
         match = re.search(r"\d+$", path.stem)
         if match is None:
             raise ValueError(f"{path}: the name of a frame ends with its number, such as 00001.jpg.")
-        if int(match[0]) in numbered:
-            raise ValueError(f"{path} and {numbered[int(match[0])]} have the same number.")
-        numbered[int(match[0])] = path
+        _add_once(numbered, int(match[0]), path)
     return numbered
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Labels and frames
-# --------------------------------------------------------------------------------------------------------------------
+def _add_once(found: dict, key: str | int, path: Path) -> None:
+    if key in found:
+        raise ValueError(f"Both {found[key]} and {path} are {key}. Keep one of them.")
+    found[key] = path
 
 
 def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]:
@@ -186,11 +168,11 @@ def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]
     by_au = []
     for name in AU_NAMES:
         path = folder / f"{subject}_{name.lower()}.txt"
-        if not path.is_file():
-            part.problem("missing label file", path)
-            return {}
         try:
             by_au.append(read_label_file(path))
+        except FileNotFoundError:
+            part.problem("missing label file", path)
+            return {}
         except ValueError as error:
             part.problem("label file that cannot be read", path, str(error))
             return {}
@@ -203,17 +185,14 @@ def read_label_file(path: Path) -> dict[int, int]:
     """Map the number of a frame to its intensity."""
     values = {}
     for line, text in enumerate(path.read_text().splitlines(), 1):
-        if not text.strip():
-            continue
-        match = re.fullmatch(r"\s*(\d+)\s*[,\s]\s*([0-5])(?:\.0*)?\s*", text)
-        if match is None:
-            raise ValueError(f"line {line} is {text[:40]!r}, but has to be a frame and an intensity from 0 to 5")
-        frame = int(match[1])
-        if frame == 0:
-            raise ValueError(f"line {line} has the frame 0; the first frame of DISFA is 1")
-        if frame in values:
-            raise ValueError(f"line {line} has the frame {frame} for the second time")
-        values[frame] = int(match[2])
+        match = re.fullmatch(r"\s*0*([1-9]\d*)\s*[,\s]\s*([0-5])(?:\.0*)?\s*", text)
+        if text.strip() and (match is None or int(match[1]) in values):
+            raise ValueError(
+                f"line {line} is {text[:40]!r}, but has to be a frame, from 1 on and none twice, and an intensity from"
+                " 0 to 5"
+            )
+        if match:
+            values[int(match[1])] = int(match[2])
     return values
 
 
@@ -231,10 +210,11 @@ def read_pictures(folder: Path, first_number: int) -> Iterator[tuple[int, Path]]
         yield number - first_number + 1, path
 
 
-def place_frame(picture, target: Path, quality: int) -> Path:
-    """Put a picture, or a frame of PyAV, at `target` with the suffix of its type, and return where it is."""
+def place_frame(picture, target: Path, quality: int, part: Part) -> Path | None:
+    """Put a picture, or a frame of PyAV, at `target` with the suffix of its type. Return where it is, if it can be."""
     if isinstance(picture, Path):
-        return place_picture(picture, target.with_suffix(picture.suffix.lower())).path
+        placed = part.place(picture, target.with_suffix(picture.suffix.lower()))
+        return placed and placed.path
     target = target.with_suffix(".jpg")
     with replacing(target) as unfinished:
         picture.to_image().save(unfinished, "JPEG", quality=quality, subsampling=0)
@@ -256,8 +236,7 @@ class VideoError(ValueError):
 
 def read_video(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the numbers of frames, from 1, with frames of PyAV. Raises `VideoError` at a damage."""
-    av = import_av()
-    frame = 0
+    av, frame = import_av(), 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

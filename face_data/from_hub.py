@@ -21,22 +21,21 @@ from typing import Literal
 from PIL import Image
 from tqdm.auto import tqdm
 
-from face_data.captions import take_emotion_words
-from face_data.pictures import PICTURE_ERRORS, place_picture
-from face_data.report import Report
+from face_data.captions import CAPTION_COLUMNS, take_emotion_words
+from face_data.pictures import FACE_BOX, box_columns
+from face_data.report import Report, report_folders
 from face_data.store import (
+    UNREADABLE,
     Part,
     check_folder,
     check_source,
     claim_folder,
     list_parts,
     part_path,
-    read_lines,
     read_rows,
     write_lines,
 )
-from face_data.table_index import CAPTION_COLUMNS, FACE_BOX, FaceBox
-from face_data.tabled import NO_FACE, SEVERAL_FACES, TOO_SMALL, UNREADABLE
+from face_data.tabled import NO_FACE, SEVERAL_FACES
 from program import check_options, option, write_atomically
 
 
@@ -100,11 +99,7 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
         _fetch(pictures, folder, work, state, find_faces, on_error)
         rows = chain.from_iterable(read_rows(part_path(work, part)) for part in list_parts(work))
         write_lines(folder / METADATA, map(_metadata, rows))
-    report = Report()
-    for part in list_parts(work):
-        for line in read_lines(part_path(work, part)):
-            report.add(pictures.source, line)
-    return report
+    return report_folders([work])
 
 
 def _metadata(row: dict) -> dict:
@@ -128,17 +123,16 @@ def _fetch(
     import httpx
     from datasets.exceptions import DatasetsError
 
+    most = pictures.max_pictures or math.inf
     try:
         stream, columns = _open_stream(pictures)
         if state["stream"] is not None:
             stream.load_state_dict(state["stream"])
         rows = iter(tqdm(stream, pictures.dataset, unit="row"))
-        most = math.inf if pictures.max_pictures is None else pictures.max_pictures
         while not state["is_at_end"] and state["kept"] < most:
             part, name, num_rows = Part(on_error), f"{state['part']:07d}", 0
-            for number, row in enumerate(islice(rows, pictures.rows_per_part)):
-                num_rows += 1
-                _keep(row, columns, f"{name}/{number:05d}", pictures, folder, find_faces, part)
+            for num_rows, row in enumerate(islice(rows, pictures.rows_per_part), 1):
+                _keep(row, columns, f"{name}/{num_rows - 1:05d}", pictures, folder, find_faces, part)
                 if state["kept"] + len(part.rows) >= most:
                     break
             if num_rows:
@@ -195,38 +189,31 @@ def _keep(
     part: Part,
 ) -> None:
     """Put the picture of a row into the folder and its line into the part, or say why not."""
-    label = f"{pictures.dataset}, {stem}"
-    boxes = None
-    if pictures.face_count_column is not None and row[pictures.face_count_column] != 1:
-        part.drop(SEVERAL_FACES if (row[pictures.face_count_column] or 0) > 1 else NO_FACE, label)
-        return
-    if pictures.boxes_column is not None:
+    label, image_column, caption_column = f"{pictures.dataset}, {stem}", *columns
+    num_faces, boxes, text, removed = 1, None, "", {}
+    if pictures.face_count_column is not None:
+        num_faces = row[pictures.face_count_column] or 0
+    if pictures.boxes_column is not None and num_faces == 1:
         boxes = _read_boxes(row[pictures.boxes_column])
-        if len(boxes) != 1:
-            part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
-            return
-    image_column, caption_column = columns
-    text = " ".join(str(row[caption_column] or "").split()) if caption_column else ""
-    text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
-    if caption_column and not text:
-        part.drop(NO_TEXT, label)
+        num_faces = len(boxes)
+    if caption_column is not None:
+        text = " ".join(str(row[caption_column] or "").split())
+        text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
+    if num_faces != 1 or (caption_column is not None and not text):
+        part.drop(NO_TEXT if num_faces == 1 else SEVERAL_FACES if num_faces > 1 else NO_FACE, label)
         return
     image = row[image_column] or {}
+    if image.get("bytes") is None and image.get("path") is None:
+        part.problem(UNREADABLE, label, "the row has none")
+        return
     fetched = folder / f".{stem.replace('/', '-')}{Path(image.get('path') or '').suffix.lower() or '.png'}"
     try:
-        if image.get("bytes") is None and image.get("path") is None:
-            raise ValueError("the row has none")
-        content = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
-        fetched.write_bytes(content)
-        placed = place_picture(fetched, folder / f"{stem}{fetched.suffix}", pictures.min_side)
-        if min(placed.size) < pictures.min_side:
-            part.drop(TOO_SMALL, label)
-            return
-    except PICTURE_ERRORS as error:
-        part.problem(UNREADABLE, label, str(error))
-        return
+        fetched.write_bytes(Path(image["path"]).read_bytes() if image.get("bytes") is None else image["bytes"])
+        placed = part.place(fetched, folder / f"{stem}{fetched.suffix}", pictures.min_side, label)
     finally:
         fetched.unlink(missing_ok=True)
+    if placed is None:
+        return
     if find_faces is not None:
         with Image.open(placed.path) as picture:
             boxes = [list(map(float, box)) for box in find_faces(picture.convert("RGB"))]
@@ -237,9 +224,11 @@ def _keep(
     line = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
     # Pixels are counted before or after turning, which the data set does not say.
     if boxes and not (placed.is_turned and find_faces is None):
-        line |= _box_columns(boxes[0], pictures.box_format if find_faces is None else "xyxy", placed.size)
-    known = {"removed_words": removed or None, "changed": placed.note}
-    part.rows.append(line | {name: value for name, value in known.items() if value is not None})
+        left, top, right, bottom = boxes[0]
+        if pictures.box_format == "xywh" and find_faces is None:
+            right, bottom = left + right, top + bottom
+        line |= box_columns((left, top, right, bottom), max(right, bottom) > 1, placed.size)
+    part.keep(line, removed_words=removed or None, changed=placed.note)
 
 
 def _read_boxes(value) -> list[list[float]]:
@@ -247,10 +236,3 @@ def _read_boxes(value) -> list[list[float]]:
     if not value:
         return []
     return [list(map(float, value))] if not isinstance(value[0], list) else value
-
-
-def _box_columns(box: list[float], box_format: str, size: tuple[int, int]) -> dict[str, float]:
-    left, top, right, bottom = box
-    if box_format == "xywh":
-        right, bottom = left + right, top + bottom
-    return FaceBox((left, top, right, bottom), in_pixels=max(right, bottom) > 1).columns(size)

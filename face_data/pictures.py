@@ -3,13 +3,15 @@
 """Pictures of any kind as 8-bit RGB with the colours that a viewer shows, or the reason why that cannot be."""
 
 import io
+import os
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
 
-from face_data.store import link_file
 from program import replacing
 
 
@@ -20,6 +22,8 @@ PICTURE_SUFFIXES = (
 )
 # Pillow raises these for files that are damaged, cut off, of another type or absurdly large.
 PICTURE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# Columns of a face's box: left, top, right and bottom, as parts of the picture.
+FACE_BOX = ("face_x0", "face_y0", "face_x1", "face_y1")
 _ORIENTATION = 0x0112
 # Values of it with which viewers show the mirror image of what is stored, upright or turned.
 _MIRRORED = (2, 4, 5, 7)
@@ -70,6 +74,28 @@ def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
                 rgb.save(unfinished, Image.registered_extensions()[target.suffix.lower()], quality=95)
     note = "; ".join(filter(None, (note, TURNED if is_turned else None))) or None
     return Placed(target, rgb.size, is_turned, orientation in _MIRRORED, note)
+
+
+def box_columns(corners: Sequence[float], in_pixels: bool, size: tuple[int, int]) -> dict[str, float]:
+    """
+    `FACE_BOX` as parts of a picture of `size`, cut to it, from left, top, right and bottom of a face, in pixels or as
+    parts of the picture; empty for a box that is not within it.
+    """
+    scale = np.float64([*size, *size]) if in_pixels else 1.0
+    left, top, right, bottom = (np.float64(corners) / scale).clip(0, 1).round(6).tolist()
+    return dict(zip(FACE_BOX, (left, top, right, bottom), strict=True)) if left < right and top < bottom else {}
+
+
+def link_file(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.samefile(source):
+        return
+    with replacing(target) as unfinished:
+        try:
+            os.link(source.resolve(), unfinished)
+        except OSError:
+            # Another file system, or one without hard links, or a file with as many links as it can have.
+            shutil.copyfile(source, unfinished)
 
 
 def to_rgb(picture: Image.Image) -> tuple[Image.Image, str | None]:

@@ -23,179 +23,134 @@ import os
 import sqlite3
 import sys
 import unicodedata
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from action_units import AU_NAMES, au_columns
-from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, AffectNet, find_layout
+from face_data.affectnet import MIN_SIDE, MIN_TOTAL_INTENSITY, AffectNet, find_files
 from face_data.au_tables import AU_TABLE_TOOLS
 from face_data.build import Build, build_dataset
-from face_data.disfa import Disfa, prepare_disfa
+from face_data.disfa import Disfa
 from face_data.from_hub import METADATA, HubPictures, fetch_pictures
 from face_data.report import report_folders
-from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder
-from face_data.table_index import AUTable, choose_aus
-from face_data.tabled import Tabled, prepare_tabled
-from program import add_options, run_program, take_options
+from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder, fill_folder
+from face_data.table_choice import AUTable, choose_aus
+from face_data.tabled import Tabled
+from program import Parser, add_options, check_options, option, run_program, take_options
 
 
-# Options of `Tabled` for sources that bring their captions.
+# Options of `Tabled` for sources that bring their captions, and those that say something of AUs and not of pictures.
 WITHOUT_CAPTIONS = ("image_column", "min_side", "min_total_intensity", "rows_per_part")
+OF_AUS = ("image_column", "min_total_intensity", "correct_aus")
 LIMITS = {"min_side": MIN_SIDE, "min_total_intensity": MIN_TOTAL_INTENSITY}
-# Options of `hub` that say something of AUs, and nothing of pictures.
-OPTIONS_OF_AUS = ("au_tool", "au_names", "image_column", "min_total_intensity", "correct_aus")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is asked besides the options of its source and of the data set. No step has all of these options."""
+
+    folders: tuple[Path, ...] = option((), "Work folders.", flag="folders")
+    dataset: str | None = option(None, "Id of the data set.", flag="dataset")
+    root: Path | None = option(None, "Folder of the data set, or of the pictures.", required=True)
+    disfa: Path | None = option(None, "Folder of DISFA.", required=True)
+    affectnet: Path | None = option(None, "Folder of AffectNet.", required=True)
+    pictures: Path | None = option(None, "Folder for the pictures and their captions.", required=True)
+    source: str | None = option(None, "Name of the source, letters and digits; by default those of the data's name.")
+    aus: tuple[str, ...] = option(
+        (),
+        "Table of the AUs: csv, tsv, jsonl, json or parquet; further tables with the AUs that come from each.",
+        action="append",
+        nargs=None,
+        metavar="[TOOL=]TABLE[:AU5,AU9]",
+    )
+    au_tool: Literal[AU_TABLE_TOOLS] | None = option(None, "Whose columns; by default they tell.")
+    au_names: tuple[str, ...] | None = option(
+        None,
+        "AUs to take, such as AU12L AU12R AU26; by default what the tables measure, and in `paper` its twelve.",
+        metavar="AU12",
+    )
+    blip2: str | None = option(None, "Folder or Hub id of a BLIP-2 model.", required=True)
+    batch_size: int = option(16, "Pictures that BLIP-2 sees together.", low=1)
+    device: str | None = option(None, "For BLIP-2; by default a GPU if there is one.")
+    output: Path | None = option(None, "Folder to fill. In `paper`, OUTPUT/.work has the single steps.", required=True)
+    num_workers: int = option(os.cpu_count() or 1, "Processes; by default one a core.", low=1)
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "A corrupt picture, a missing label file and the like end the step, or are left out and reported."
+    )
+
+    def __post_init__(self):
+        check_options(self)
+
+    def tables(self) -> tuple[AUTable, ...]:
+        tables = tuple(map(AUTable.parse, self.aus))
+        if not tables:
+            raise ValueError("`--aus` has to name a table of AUs.")
+        if self.au_tool is not None and (len(tables) > 1 or tables[0].tool not in (None, self.au_tool)):
+            raise ValueError("`--au_tool` is for one table. Name the tool of each as `--aus TOOL=TABLE`.")
+        return choose_aus(tuple(replace(table, tool=table.tool or self.au_tool) for table in tables), self.au_names)
+
+    def fill(self, source: Disfa | Tabled, folder: Path) -> str:
+        fill_folder(source, folder, self.num_workers, self.on_error)
+        return report_folders([folder]).to_text()
+
+
+WORK_OPTIONS = ("output", "num_workers", "on_error")
+TABLE_OPTIONS = ("aus", "au_tool", "au_names")
+BLIP2_OPTIONS = ("blip2", "batch_size", "device")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m face_data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("face_data.prepare", __doc__)
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
 
-    def add(name: str, text: str, work: Callable[[argparse.Namespace], str]) -> argparse.ArgumentParser:
-        step = steps.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(name: str, work: Callable, text: str, own: Sequence[str], *others: tuple, **defaults) -> None:
+        step = steps.add_parser(name, help=text, description=text)
         step.set_defaults(work=work)
-        return step
+        for config, names in ((Step, own), *others):
+            add_options(step, config, names, **defaults)
 
-    disfa = add("disfa", "Rows and pictures of DISFA.", lambda args: run_disfa(args, args.root, args.output))
-    disfa.add_argument("--root", type=Path, required=True, help="Folder of the data set.")
-    add_options(disfa, Disfa)
-    _add_work(disfa)
-
+    of_affectnet = (Tabled, WITHOUT_CAPTIONS)
+    add("disfa", run_disfa, "Rows and pictures of DISFA.", ("root", *WORK_OPTIONS), (Disfa, None))
     text = "Rows and pictures of AffectNet, with AUs from a table."
-    affectnet = add("affectnet", text, lambda args: run_affectnet(args, args.root, args.output))
-    affectnet.add_argument("--root", type=Path, required=True, help="Folder of the data set.")
-    _add_table(affectnet)
-    add_options(affectnet, Tabled, WITHOUT_CAPTIONS, **LIMITS)
-    _add_work(affectnet)
-
-    folder = add("folder", "Rows and pictures of any folder, with AUs, and maybe captions, from a table.", run_folder)
-    folder.add_argument("--root", type=Path, required=True, help="Folder of the pictures.")
-    folder.add_argument("--source", help="Name of the source, letters and digits; by default those of the folder.")
-    _add_table(folder)
-    add_options(folder, Tabled)
-    _add_work(folder)
-
-    hub = add("hub", "Pictures and captions of a data set on the Hub; with --aus its rows too.", run_hub)
-    hub.add_argument("dataset", help="Id of the data set.")
-    hub.add_argument("--pictures", type=Path, required=True, help="Folder for the pictures and their captions.")
-    hub.add_argument("--source", help="Name of the source, letters and digits; by default those of the data set.")
-    add_options(hub, HubPictures)
-    _add_table(hub, required=False)
-    add_options(hub, Tabled, ("image_column", "min_total_intensity", "correct_aus"))
-    _add_work(hub)
-
-    for kind, name, text in (
-        (CAPTIONS, "caption", "Captions by BLIP-2, for pictures that have none."),
-        (PHOTOS, "photos", "BLIP-2 is asked which pictures are photographs."),
-    ):
-        step = add(name, text, lambda args, kind=kind: run_blip2(args, args.folders, kind))
-        step.add_argument("folders", type=Path, nargs="+", help="Work folders.")
-        _add_blip2(step)
-
-    build = add("build", "The data set for the training, from work folders.", run_build)
-    build.add_argument("folders", type=Path, nargs="+", help="Work folders.")
-    add_options(build, Build)
-    _add_output(build, "Folder of the data set.")
-
-    paper = add("paper", "All steps for DISFA and AffectNet, one after the other.", run_paper)
-    paper.add_argument("--disfa", type=Path, required=True, help="Folder of DISFA.")
-    paper.add_argument("--affectnet", type=Path, required=True, help="Folder of AffectNet.")
-    add_options(paper, Disfa)
-    _add_table(paper, au_names=AU_NAMES)
-    add_options(paper, Tabled, WITHOUT_CAPTIONS, **LIMITS)
-    _add_blip2(paper)
-    add_options(paper, Build, ("format",))
-    _add_work(paper, "Folder of the data set; OUTPUT/.work has what the single steps make.")
-
-    text = "What the steps kept and left out, and why."
-    report = add("report", text, lambda args: report_folders(args.folders).to_text())
-    report.add_argument("folders", type=Path, nargs="+", help="Work folders.")
+    add("affectnet", run_affectnet, text, ("root", *TABLE_OPTIONS, *WORK_OPTIONS), of_affectnet, **LIMITS)
+    text = "Rows and pictures of any folder, with AUs, and maybe captions, from a table."
+    add("folder", run_folder, text, ("root", "source", *TABLE_OPTIONS, *WORK_OPTIONS), (Tabled, None))
+    text = "Pictures and captions of a data set on the Hub; with --aus its rows too."
+    own = ("dataset", "pictures", "source", *TABLE_OPTIONS, *WORK_OPTIONS)
+    add("hub", run_hub, text, own, (HubPictures, None), (Tabled, OF_AUS))
+    text = "Captions by BLIP-2, for pictures that have none."
+    add("caption", run_caption, text, ("folders", *BLIP2_OPTIONS))
+    text = "BLIP-2 is asked which pictures are photographs."
+    add("photos", run_photos, text, ("folders", *BLIP2_OPTIONS))
+    text = "The data set for the training, from work folders."
+    add("build", run_build, text, ("folders", "output", "num_workers"), (Build, None))
+    text = "All steps for DISFA and AffectNet, one after the other."
+    own, others = ("disfa", "affectnet", *TABLE_OPTIONS, *BLIP2_OPTIONS, *WORK_OPTIONS), (Disfa, None)
+    add("paper", run_paper, text, own, others, of_affectnet, (Build, ("format",)), au_names=AU_NAMES, **LIMITS)
+    add("report", run_report, "What the steps kept and left out, and why.", ("folders",))
     return parser.parse_args(argv)
 
 
-def _add_table(
-    parser: argparse.ArgumentParser, required: bool = True, au_names: tuple[str, ...] | None = None
-) -> None:
-    parser.add_argument(
-        "--aus",
-        action="append",
-        required=required,
-        default=None if required else [],
-        metavar="[TOOL=]TABLE[:AU5,AU9]",
-        help="Table of the AUs: csv, tsv, jsonl, json or parquet; further tables with the AUs that come from each.",
-    )
-    parser.add_argument("--au_tool", choices=AU_TABLE_TOOLS, help="Whose columns; by default they tell.")
-    default = "the paper's twelve" if au_names else "what the tables measure"
-    text = f"AUs to take, such as AU12L AU12R AU26; by default {default}."
-    parser.add_argument("--au_names", nargs="+", default=au_names, metavar="AU12", help=text)
+def run_disfa(step: Step, args: argparse.Namespace) -> str:
+    return step.fill(Disfa(step.root, **take_options(Disfa, args)), step.output)
 
 
-def parse_tables(args: argparse.Namespace) -> tuple[AUTable, ...]:
-    tables = tuple(map(AUTable.parse, args.aus))
-    if args.au_tool is not None and (len(tables) > 1 or tables[0].tool not in (None, args.au_tool)):
-        raise ValueError("`--au_tool` is for one table. Name the tool of each as `--aus TOOL=TABLE`.")
-    tables = tuple(replace(table, tool=table.tool or args.au_tool) for table in tables)
-    return choose_aus(tables, args.au_names and tuple(args.au_names))
-
-
-def _add_blip2(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--blip2", required=True, help="Folder or Hub id of a BLIP-2 model.")
-    parser.add_argument("--batch_size", type=int, default=16, help="Pictures that BLIP-2 sees together.")
-    parser.add_argument("--device", help="For BLIP-2; by default a GPU if there is one.")
-
-
-def _add_output(parser: argparse.ArgumentParser, text: str) -> None:
-    num_workers = os.cpu_count() or 1
-    parser.add_argument("--output", type=Path, required=True, help=text)
-    parser.add_argument("--num_workers", type=int, default=num_workers, help="Processes; by default one a core.")
-
-
-def _add_work(parser: argparse.ArgumentParser, text: str = "Work folder for this source.") -> None:
-    _add_output(parser, text)
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="A corrupt picture, a missing label file and the like end the step, or are left out and reported.",
-    )
-
-
-def run(args: argparse.Namespace) -> str:
-    """Do a step, and say what came of it."""
-    if getattr(args, "num_workers", 1) < 1:
-        raise ValueError(f"`--num_workers` has to be at least 1, but is {args.num_workers}.")
-    return args.work(args)
-
-
-def run_disfa(args: argparse.Namespace, root: Path, folder: Path) -> str:
-    prepare_disfa(Disfa(root, **take_options(Disfa, args)), folder, args.num_workers, args.on_error)
-    return report_folders([folder]).to_text()
-
-
-def run_affectnet(args: argparse.Namespace, root: Path, folder: Path) -> str:
-    layout = find_layout(root)
+def run_affectnet(step: Step, args: argparse.Namespace) -> str:
+    picture_dirs, file_lists = find_files(step.root)
     # The folder of a split comes before its pictures, so that `train_set/images/1.jpg` is not `val_set/images/1.jpg`.
-    bases, options = (root, *layout.picture_dirs), take_options(Tabled, args, WITHOUT_CAPTIONS)
-    tables = parse_tables(args)
-    affectnet = AffectNet(
-        "affectnet", bases, tables, correct_aus=True, needs_photo_filter=True, layout=layout, **options
-    )
-    prepare_tabled(affectnet, folder, args.num_workers, args.on_error)
-    return report_folders([folder]).to_text()
+    bases, options = (step.root, *picture_dirs), take_options(Tabled, args, WITHOUT_CAPTIONS)
+    options |= {"correct_aus": True, "needs_photo_filter": True}
+    affectnet = AffectNet("affectnet", bases, step.tables(), file_lists=file_lists, **options)
+    return step.fill(affectnet, step.output)
 
 
-def run_folder(args: argparse.Namespace) -> str:
-    if not args.root.is_dir():
-        raise ValueError(f"`--root` has to be a folder, but {str(args.root)!r} is none.")
-    source = args.source or name_source(args.root.resolve().name)
-    tabled = Tabled(source, (args.root,), parse_tables(args), **take_options(Tabled, args))
-    prepare_tabled(tabled, args.output, args.num_workers, args.on_error)
-    return report_folders([args.output]).to_text()
+def run_folder(step: Step, args: argparse.Namespace) -> str:
+    if not step.root.is_dir():
+        raise ValueError(f"`--root` has to be a folder, but {str(step.root)!r} is none.")
+    source = step.source or name_source(step.root.resolve().name)
+    return step.fill(Tabled(source, (step.root,), step.tables(), **take_options(Tabled, args)), step.output)
 
 
 def name_source(name: str) -> str:
@@ -203,50 +158,60 @@ def name_source(name: str) -> str:
     return "".join(filter(str.isalnum, unicodedata.normalize("NFC", name))) or "pictures"
 
 
-def run_hub(args: argparse.Namespace) -> str:
-    source = args.source or name_source(args.dataset.rpartition("/")[2])
-    pictures = HubPictures(args.dataset, source, **take_options(HubPictures, args))
+def run_hub(step: Step, args: argparse.Namespace) -> str:
+    source = step.source or name_source(step.dataset.rpartition("/")[2])
+    pictures = HubPictures(step.dataset, source, **take_options(HubPictures, args))
     # Before anything is fetched, tables that are missing or contradict each other are an error.
-    if not args.aus:
-        if args.au_names:
-            au_columns(args.au_names)
-        report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
-        given = [name for name in OPTIONS_OF_AUS if getattr(args, name, None) not in (None, 0.0, False)]
-        unused = ", ".join("--measured" if name == "correct_aus" else f"--{name}" for name in given)
-        return (
-            f"{report}\nMeasure the AUs of the pictures in {args.pictures}, and run the same command with --aus. It"
-            f" fills {args.output}." + (f" Until then, nothing is made of {unused}." if unused else "")
-        )
-    options = take_options(Tabled, args, (*WITHOUT_CAPTIONS, "correct_aus"))
-    tabled = Tabled(source, (args.pictures,), parse_tables(args), **options)
-    report = fetch_pictures(pictures, args.pictures, args.on_error).to_text()
-    prepare_tabled(replace(tabled, about=args.pictures / METADATA), args.output, args.num_workers, args.on_error)
-    return f"{report}\n{report_folders([args.output]).to_text()}"
+    if step.aus:
+        options = take_options(Tabled, args, (*WITHOUT_CAPTIONS, *OF_AUS))
+        tabled = Tabled(source, (step.pictures,), step.tables(), **options)
+    elif step.au_names:
+        au_columns(step.au_names)
+    report = fetch_pictures(pictures, step.pictures, step.on_error).to_text()
+    if step.aus:
+        return f"{report}\n{step.fill(replace(tabled, about=step.pictures / METADATA), step.output)}"
+    given = {"au_tool": step.au_tool, "au_names": step.au_names} | take_options(Tabled, args, OF_AUS)
+    unused = ", ".join("--measured" if name == "correct_aus" else f"--{name}" for name in given if given[name])
+    return (
+        f"{report}\nMeasure the AUs of the pictures in {step.pictures}, and run the same command with --aus. It fills"
+        f" {step.output}." + (f" Until then, nothing is made of {unused}." if unused else "")
+    )
 
 
-def run_blip2(args: argparse.Namespace, folders: list[Path], kind: str) -> str:
+def run_caption(step: Step, args: argparse.Namespace, kind: str = CAPTIONS) -> str:
     # Loads transformers, which the other steps do not need.
     from face_data.annotate import annotate
 
-    for folder in folders:
-        annotate(folder, kind, args.blip2, args.batch_size, args.device)
-    return f"{kind}: {', '.join(map(str, folders))}"
+    for folder in step.folders:
+        annotate(folder, kind, step.blip2, step.batch_size, step.device)
+    return f"{kind}: {', '.join(map(str, step.folders))}"
 
 
-def run_build(args: argparse.Namespace) -> str:
-    build = Build(tuple(args.folders), args.output, **take_options(Build, args))
-    return build_dataset(build, args.num_workers).to_text()
+def run_photos(step: Step, args: argparse.Namespace) -> str:
+    return run_caption(step, args, PHOTOS)
 
 
-def run_paper(args: argparse.Namespace) -> str:
-    check_folder(args.output)
-    folders = [args.output / WORK / name for name in ("disfa", "affectnet")]
-    run_disfa(args, args.disfa, folders[0])
-    run_affectnet(args, args.affectnet, folders[1])
-    run_blip2(args, folders[1:], PHOTOS)
-    run_blip2(args, folders, CAPTIONS)
-    build = Build(tuple(folders), args.output, **take_options(Build, args, ("format",)))
-    return build_dataset(build, args.num_workers).to_text()
+def run_build(step: Step, args: argparse.Namespace) -> str:
+    return build_dataset(Build(step.folders, step.output, **take_options(Build, args)), step.num_workers).to_text()
+
+
+def run_paper(step: Step, args: argparse.Namespace) -> str:
+    check_folder(step.output)
+    folders = tuple(step.output / WORK / name for name in ("disfa", "affectnet"))
+    run_disfa(replace(step, root=step.disfa, output=folders[0]), args)
+    run_affectnet(replace(step, root=step.affectnet, output=folders[1]), args)
+    run_photos(replace(step, folders=folders[1:]), args)
+    run_caption(replace(step, folders=folders), args)
+    return run_build(replace(step, folders=folders), args)
+
+
+def run_report(step: Step, args: argparse.Namespace) -> str:
+    return report_folders(step.folders).to_text()
+
+
+def run(args: argparse.Namespace) -> str:
+    """Do a step, and say what came of it."""
+    return args.work(Step(**take_options(Step, args)), args)
 
 
 def main(argv: list[str] | None = None) -> int:

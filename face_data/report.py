@@ -3,10 +3,12 @@
 """What became of the pictures: a table of counts with reasons, and a picture of the intensities before and after."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK
@@ -34,53 +36,36 @@ class SourceReport:
     words: Counter = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 
-    def dropped(self) -> list[tuple[str, int]]:
-        return [(reason, count) for reason, count in self.counts.most_common() if reason != KEPT]
+    def dropped(self) -> dict[str, int]:
+        return {reason: count for reason, count in self.counts.most_common() if reason != KEPT}
 
-    def changed(self) -> list[tuple[str, int]]:
-        return [(change, count) for change, count in self.changes.most_common() if count]
+    def add(self, line: dict) -> None:
+        """Count a line of a part."""
+        if "note" in line:
+            self.notes.append(line["note"])
+            return
+        reason = line.get("dropped", KEPT)
+        self.counts[reason] += line.get("count", 1)
+        if line.get("problem") and len(self.examples[reason]) < MAX_EXAMPLES:
+            self.examples[reason].append(line["path"])
+        words = line.get("removed_words") or {}
+        self.words.update(words)
+        self.changes.update(filter(None, (line.get("changed"), WORDS_TAKEN if words else None)))
 
-    def count_changes(self, line: dict, sign: int = 1) -> None:
-        """Count what was done to a kept picture; with `sign` -1, take that back."""
-        words = Counter(line.get("removed_words"))
-        self.changes.update(
-            {change: sign for change in (line.get("changed"), WORDS_TAKEN if words else None) if change}
-        )
-        self.words.update({word: sign * count for word, count in words.items()})
 
-
-@dataclass
 class Report:
     """What became of the pictures of each source."""
 
-    sources: dict[str, SourceReport] = field(default_factory=lambda: defaultdict(SourceReport))
-
-    def add(self, source: str, line: dict) -> None:
-        """A line of a part."""
-        found = self.sources[source]
-        if "note" in line:
-            found.notes.append(line["note"])
-            return
-        reason = line.get("dropped", KEPT)
-        found.counts[reason] += line.get("count", 1)
-        if line.get("problem") and len(found.examples[reason]) < MAX_EXAMPLES:
-            found.examples[reason].append(line["path"])
-        if reason == KEPT:
-            found.count_changes(line)
-
-    def move(self, source: str, line: dict) -> None:
-        """A line that takes back what was kept."""
-        self.sources[source].counts[KEPT] -= line.get("count", 1)
-        self.sources[source].count_changes(line, -1)
-        self.add(source, line)
+    def __init__(self):
+        self.sources: dict[str, SourceReport] = defaultdict(SourceReport)
 
     def to_text(self) -> str:
         rows = []
         for source, found in self.sources.items():
-            for number, (reason, count) in enumerate([*found.dropped(), (KEPT, found.counts[KEPT])]):
+            for number, (reason, count) in enumerate((found.dropped() | {KEPT: found.counts[KEPT]}).items()):
                 rows.append(("" if number else source, reason, f"{count:,}"))
                 rows += [("", f"  {path}", "") for path in found.examples[reason]]
-            for change, count in found.changed():
+            for change, count in found.changes.most_common():
                 rows.append(("", f"  of them: {change}", f"{count:,}"))
                 if change == WORDS_TAKEN:
                     words = [f"{word} {count:,}" for word, count in found.words.most_common(MAX_WORDS)]
@@ -95,22 +80,20 @@ class Report:
     def to_json(self) -> dict:
         values = {}
         for source, found in self.sources.items():
-            more = {"changed": dict(found.changed()), "removed_words": dict(+found.words), "notes": found.notes}
-            values[source] = {KEPT: found.counts[KEPT], "dropped": dict(found.dropped())}
+            more = {"changed": dict(found.changes.most_common()), "removed_words": found.words, "notes": found.notes}
+            values[source] = {KEPT: found.counts[KEPT], "dropped": found.dropped()}
             values[source] |= {name: value for name, value in more.items() if value}
         return values
 
 
-def report_folders(folders: list[Path]) -> Report:
-    """What the steps `disfa`, `affectnet` and `folder` kept and left out."""
+def report_folders(folders: Iterable[Path]) -> Report:
+    """What the steps that read a source kept and left out."""
     report = Report()
     for folder in folders:
-        source = read_settings(folder)["source"]
-        # A source of which nothing was kept or left out is named too.
-        _ = report.sources[source]
+        found = report.sources[read_settings(folder)["source"]]
         for part in list_parts(folder):
             for line in read_lines(part_path(folder, part)):
-                report.add(source, line)
+                found.add(line)
     return report
 
 
@@ -121,9 +104,9 @@ class Histogram:
         self.au_names = au_names
         self.counts = np.zeros((len(au_names), 1 + BINS), np.int64)
 
-    def add(self, aus: np.ndarray) -> None:
+    def add(self, aus: ArrayLike) -> None:
         """Count intensities of shape `(rows, n)`."""
-        steps = np.ceil(np.asarray(aus) * (BINS / 5)).astype(int).clip(0, BINS)
+        steps = np.ceil(np.float32(aus).reshape(-1, len(self.au_names)) * (BINS / 5)).astype(int).clip(0, BINS)
         for column, counts in enumerate(self.counts):
             counts += np.bincount(steps[:, column], minlength=1 + BINS)
 

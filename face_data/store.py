@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -29,6 +28,7 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from face_data.pictures import PICTURE_ERRORS, Placed, place_picture
 from program import replacing, write_atomically
 
 
@@ -38,6 +38,9 @@ SETTINGS, FINISHED = "settings.json", "finished"
 WORK = ".work"
 # Folders in a work folder.
 CAPTIONS, PHOTOS = "captions", "photos"
+# Why pictures of any source are left out.
+UNREADABLE = "picture or video that cannot be read"
+TOO_SMALL = "picture too small"
 # Names of folders that the datasets library takes for splits.
 _SPLIT = re.compile(r"(train|training|test|testing|eval|evaluation|validation|valid|dev|val)\d*", re.IGNORECASE)
 
@@ -73,6 +76,22 @@ class Part:
         if self.on_error == "stop":
             raise ValueError(f"{path}: {reason}{detail}. `--on_error skip` leaves it out and goes on.")
         self.dropped.append({"dropped": reason, "path": f"{path}{detail}", "count": count, "problem": True})
+
+    def keep(self, row: dict, **known) -> None:
+        """Add the row of a picture, and what is `known` of it, unless that is None."""
+        self.rows.append(row | {name: value for name, value in known.items() if value is not None})
+
+    def place(self, source: Path, target: Path, min_side: int = 0, label: str | None = None) -> Placed | None:
+        """`place_picture`, or None for a picture that is left out, whose name is `label` or its path."""
+        try:
+            placed = place_picture(source, target, min_side)
+        except PICTURE_ERRORS as error:
+            self.problem(UNREADABLE, label or source, str(error))
+            return None
+        if min(placed.size) < min_side:
+            self.drop(TOO_SMALL, label or source)
+            return None
+        return placed
 
     def write(self, path: Path) -> None:
         write_lines(path, [*self.rows, *self.dropped])
@@ -114,26 +133,26 @@ def read_settings(folder: Path) -> dict:
         ValueError: if `folder` is no work folder.
     """
     settings = json.loads(path.read_text(encoding="utf-8")) if (path := folder / SETTINGS).is_file() else {}
-    if "needs_photo_filter" not in settings:
+    if "source" not in settings:
         raise ValueError(
             f"{str(folder)!r} is no work folder, which `prepare disfa`, `prepare affectnet` or `prepare folder` makes."
         )
     return settings
 
 
-def mark_finished(folder: Path) -> None:
-    remove_unfinished(folder)
-    write_atomically(folder / FINISHED, "")
-
-
-def require_finished(folder: Path) -> None:
+def require_finished(folder: Path) -> dict:
     """
+    The settings of a work folder.
+
     Raises:
         ValueError: if `folder` is no work folder, or the step that fills it did not come to its end.
     """
-    source = read_settings(folder)["source"]
+    settings = read_settings(folder)
     if not (folder / FINISHED).is_file():
-        raise ValueError(f"{str(folder)!r}: the step that reads {source} was interrupted. Run it again: it goes on.")
+        raise ValueError(
+            f"{str(folder)!r}: the step that reads {settings['source']} was interrupted. Run it again: it goes on."
+        )
+    return settings
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
@@ -207,13 +226,27 @@ def run_parts(work: Callable[[str], None], parts: Iterable[str], folder: Path, n
             raise
 
 
-def link_file(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists() and target.samefile(source):
-        return
-    with replacing(target) as unfinished:
-        try:
-            os.link(source.resolve(), unfinished)
-        except OSError:
-            # Another file system, or one without hard links, or a file with as many links as it can have.
-            shutil.copyfile(source, unfinished)
+def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
+    """
+    Fill the work folder `folder`, or go on with it.
+
+    Args:
+        source (`Tabled` or `Disfa`):
+            What is read. Its `settings()` become those of the folder, `begin(folder, on_error)` names the parts,
+            `make_part(folder, part, name)` fills one of them, and `end(folder, names)` looks back at all.
+        on_error (`str`):
+            As `Part` takes it.
+    """
+    claim_folder(folder, source.settings())
+    names = source.begin(folder, on_error)
+    work = functools.partial(_make_part, source, folder, on_error)
+    run_parts(work, names, folder / "rows", num_workers, source.source)
+    source.end(folder, names)
+    remove_unfinished(folder)
+    write_atomically(folder / FINISHED, "")
+
+
+def _make_part(source, folder: Path, on_error: str, name: str) -> None:
+    part = Part(on_error)
+    source.make_part(folder, part, name)
+    part.write(part_path(folder, name))

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Pictures whose AUs are in tables: any folder of pictures, AffectNet, and what comes from the Hub. The first table says
-what is read; a part is a stretch of its pictures.
+what is read; a part is a stretch of its pictures. A small database on disk joins tables of any length, and finds the
+pictures of a part for processes that know nothing of each other.
 """
 
 import functools
+import json
+import math
 import os
 import sqlite3
 import unicodedata
@@ -13,40 +16,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
-
-import numpy as np
+from statistics import fmean
 
 from action_units import AU_NAMES, action_units_of, au_columns, mirrored_columns
-from face_data.captions import take_emotion_words
-from face_data.pictures import PICTURE_ERRORS, PICTURE_SUFFIXES, place_picture
-from face_data.store import (
-    SETTINGS,
-    Part,
-    check_source,
-    claim_folder,
-    mark_finished,
-    part_path,
-    read_lines,
-    read_rows,
-    run_parts,
-)
+from face_data.au_tables import NO, find_name_column, read_au_table, read_number
+from face_data.captions import CAPTION_COLUMNS, take_emotion_words
+from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns
+from face_data.store import SETTINGS, Part, check_source, part_path, read_lines, read_rows
+from face_data.table_choice import AUTable, file_digest, joined_aus
 from face_data.table_files import read_records
-from face_data.table_index import (
-    AUTable,
-    TableEntry,
-    build_index,
-    count_entries,
-    file_digest,
-    joined_aus,
-    read_entries,
-)
-from program import check_options, option
+from program import check_options, option, replacing
 
 
 INDEX = "pictures.sqlite"
-# An index that older versions have left, in another form.
-OLD_INDEX = "table.sqlite"
 # Parts beside those of the table's rows.
 TABLE_PART, UNTABLED_PART = "table", "untabled"
 BAD_ROW = "row of the table that cannot be read"
@@ -57,13 +42,15 @@ REPEATED = "row that says the same again"
 NOT_IN_ALL = "picture that is in the first table only"
 NO_PICTURE = "picture that is not there"
 AMBIGUOUS = "file name that several pictures have"
-UNREADABLE = "picture or video that cannot be read"
-TOO_SMALL = "picture too small"
 TOO_WEAK = "sum of all intensities too small"
 NOT_IN_TABLE = "picture that is not in the table"
 # MediaPipe's `create_from_file` reads pixels as they are stored, OpenFace as they are shown, LibreFace finds the face
 # in one of the two and cuts it out of the other, and no table tells.
 MIRRORED = "mirrored by EXIF, so the sides of its AUs are uncertain: save it as it is shown, and measure it again"
+SUBJECT_COLUMNS = ("subject", "subject_id", "identity")
+# The box of a face as py-feat writes it, in pixels.
+PIXEL_BOX = ("facerectx", "facerecty", "facerectwidth", "facerectheight")
+_YES = ("1", "1.0", "true", "yes")
 
 
 @dataclass(frozen=True)
@@ -121,7 +108,7 @@ class Tabled:
             return None
         return ((f"{self.about}, line {line}", record) for line, record in read_records(self.about, say))
 
-    def refuses(self, entry: TableEntry, picture: Path, part: Part) -> bool:
+    def refuses(self, facts: dict, picture: Path, part: Part) -> bool:
         """Whether the source itself says that a picture is of no use. The part is told."""
         return False
 
@@ -132,95 +119,230 @@ class Tabled:
                 folders[:] = [name for name in folders if not _is_own(Path(folder, name))]
                 yield from (Path(folder, name) for name in names if name.lower().endswith(PICTURE_SUFFIXES))
 
+    def begin(self, folder: Path, on_error: str) -> list[str]:
+        """Read the tables, unless that is done, and name the parts."""
+        if not (folder / INDEX).is_file() or not part_path(folder, TABLE_PART).is_file():
+            part = Part(on_error)
+            build_index(self, folder / INDEX, part)
+            for table in self.tables:
+                part.note(table.note)
+            missing = [name for name in AU_NAMES if name not in au_columns(self.au_names)]
+            if missing:
+                part.note(f"Of the paper's AUs the data do not have {', '.join(missing)}.")
+            part.write(part_path(folder, TABLE_PART))
+        with closing(sqlite3.connect(folder / INDEX)) as database:
+            num_pictures = database.execute("SELECT count(*) FROM pictures").fetchone()[0]
+        if num_pictures == 0:
+            raise ValueError(f"{self.tables[0].path}: the table has no rows.")
+        return [f"{number:07d}" for number in range(-(-num_pictures // self.rows_per_part))]
 
-def prepare_tabled(tabled: Tabled, folder: Path, num_workers: int, on_error: str) -> None:
-    """Fill the work folder `folder`, which `face_data.store` describes."""
-    claim_folder(folder, tabled.settings())
-    index = folder / INDEX
-    if not index.is_file() or not part_path(folder, TABLE_PART).is_file():
-        part, old_index = Part(on_error), folder / OLD_INDEX
-        if old_index.is_file():
-            part.note(f"An older version began {str(folder)!r}. The tables are indexed anew; finished parts stay.")
-        build_index(
-            index,
-            tabled.tables,
-            tabled.read_about(part.note),
-            tabled.image_column,
-            tabled.caption_column,
-            functools.partial(find_key, bases=tabled.bases),
-            lambda error: part.problem(BAD_ROW, str(error).rstrip(".")),
-            part.note,
+    def make_part(self, folder: Path, part: Part, name: str) -> None:
+        """One stretch of the table."""
+        for facts, reason, repeats in read_pictures(self, folder / INDEX, int(name) * self.rows_per_part):
+            label, found = f"{self.tables[0].path}, line {facts['line']}", find_picture(facts["name"], self.bases)
+            part.drop(REPEATED, found[0] if found else facts["name"], repeats)
+            if len(found) != 1:
+                part.problem(AMBIGUOUS if found else NO_PICTURE, facts["name"], ", ".join([label, *map(str, found)]))
+            elif reason == NOT_IN_ALL:
+                part.problem(reason, found[0], label)
+            elif reason:
+                part.drop(reason, found[0])
+            elif _total(facts["aus"], self.au_names) < self.min_total_intensity:
+                part.drop(TOO_WEAK, found[0])
+            elif not self.refuses(facts, found[0], part):
+                self._keep(facts, found[0], folder, part)
+
+    def _keep(self, facts: dict, picture: Path, folder: Path, part: Part) -> None:
+        aus, origin = facts["aus"], origin_of(picture, self.bases)
+        placed = part.place(picture, folder / "images" / origin, self.min_side)
+        if placed is None:
+            return
+        if placed.is_mirrored and aus != [aus[column] for column in mirrored_columns(self.au_names)]:
+            placed.path.unlink()
+            part.drop(MIRRORED, picture)
+            return
+        text, removed = take_emotion_words(facts["text"]) if self.drop_emotion_words else (facts["text"], {})
+        row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
+        row |= dict(zip(self.au_names, aus, strict=True))
+        row |= {"source": self.source, "subject": facts["subject"], "origin": origin}
+        # Boxes are those of the pixels as they are stored, or as they are shown, and no tool tells.
+        if facts["box"] is not None and not placed.is_turned:
+            row |= box_columns(*facts["box"], placed.size)
+        removed = Counter(removed) + Counter((facts["about"] or {}).get("removed_words"))
+        part.keep(row, is_photo=facts["is_photo"], changed=placed.note, removed_words=dict(removed) or None)
+
+    def end(self, folder: Path, parts: list[str]) -> None:
+        """Count the pictures that the table lacks, and those that are there under another name too."""
+        if part_path(folder, UNTABLED_PART).is_file():
+            return
+        num_found = 0
+        # Each picture of the table is one line of a part: the difference to those that are there is what it lacks.
+        for name in parts:
+            lines = read_lines(part_path(folder, name))
+            num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
+        part = Part("skip")
+        num_pictures = sum(1 for _ in self.list_pictures())
+        part.drop(NOT_IN_TABLE, self.bases[0], max(0, num_pictures - num_found))
+        note = _note_same_pictures(folder, parts)
+        if note:
+            part.note(note)
+        part.write(part_path(folder, UNTABLED_PART))
+
+
+def build_index(tabled: Tabled, path: Path, part: Part) -> None:
+    """
+    Read the tables once, from front to back, into the database `path`. The first one decides which pictures there are.
+    `part` is told of rows that cannot be used, and of what was guessed.
+    """
+
+    def on_error(error: ValueError) -> None:
+        part.problem(BAD_ROW, str(error).rstrip("."))
+
+    def read_rows() -> Iterator[tuple]:
+        about, wanted = tabled.read_about(part.note), tabled.image_column
+        for number, table in enumerate(tabled.tables):
+            column = tabled.caption_column if number == 0 and about is None else None
+            for row in read_au_table(table.path, table.tool, wanted, on_error, part.note, table.aus):
+                measured = {"aus": row.aus.tolist() if row.face_found else None, "face": row.face, "line": row.line}
+                yield number, f"{table.path}, line {row.line}", row.name, row.record, column, measured
+        for label, record in about or ():
+            # `--image_column` may be meant for the AUs' tables alone.
+            is_here = wanted is not None and wanted.strip().lower() in map(str.lower, record)
+            column = find_name_column(record, wanted if is_here else None)
+            name = "" if column is None else str(record[column])
+            yield len(tabled.tables), label, name, record, tabled.caption_column, {}
+
+    def read_facts() -> Iterator[tuple]:
+        for number, label, name, record, column, measured in read_rows():
+            by_key = {column.lower(): value for column, value in record.items()}
+            if column is not None and column.lower() not in by_key:
+                raise ValueError(f"{label}: there is no column {column!r}. The columns are {', '.join(by_key)}.")
+            try:
+                if not name:
+                    raise ValueError("there is no file name. Say which column has it with `--image_column`.")
+                facts = {"name": _check_text(name)} | measured | _read_facts(by_key, column)
+            except ValueError as error:
+                on_error(ValueError(f"{label}: {error}"))
+            else:
+                yield find_key(name, tabled.bases), number, json.dumps(facts)
+
+    with replacing(path) as unfinished:
+        unfinished.unlink(missing_ok=True)
+        with closing(sqlite3.connect(unfinished)) as database:
+            database.execute("CREATE TABLE rows (key TEXT, number INTEGER, facts TEXT)")
+            database.executemany("INSERT INTO rows VALUES (?, ?, ?)", read_facts())
+            database.execute("CREATE INDEX by_key ON rows (key, number)")
+            database.execute("CREATE TABLE pictures (id INTEGER PRIMARY KEY, key TEXT)")
+            database.execute(
+                "INSERT INTO pictures (key) SELECT key FROM rows WHERE number = 0 GROUP BY key ORDER BY min(rowid)"
+            )
+            database.commit()
+
+
+def read_pictures(tabled: Tabled, path: Path, first: int) -> Iterator[tuple[dict, str | None, int]]:
+    """
+    The pictures of a part, which begins with the number `first`, from 0, in the order of the first table: facts, why a
+    picture is of no use, and how many rows of the first table say the same once more.
+    """
+    with closing(sqlite3.connect(path)) as database:
+        rows = database.execute(
+            "SELECT id, number, facts FROM pictures JOIN rows USING (key) WHERE id BETWEEN ? AND ?"
+            " ORDER BY id, number, rows.rowid",
+            (first + 1, first + tabled.rows_per_part),
         )
-        for table in tabled.tables:
-            part.note(table.note)
-        missing = [name for name in AU_NAMES if name not in au_columns(tabled.au_names)]
-        if missing:
-            part.note(f"Of the paper's AUs the data do not have {', '.join(missing)}.")
-        part.write(part_path(folder, TABLE_PART))
-        old_index.unlink(missing_ok=True)
-    num_entries = count_entries(index)
-    if num_entries == 0:
-        raise ValueError(f"{tabled.tables[0].path}: the table has no rows.")
-    parts = [f"{number:07d}" for number in range(-(-num_entries // tabled.rows_per_part))]
-    work = functools.partial(make_part, tabled, folder, on_error)
-    run_parts(work, parts, folder / "rows", num_workers, tabled.source)
-    if not part_path(folder, UNTABLED_PART).is_file():
-        _count_pictures(tabled, folder, parts)
-    mark_finished(folder)
+        for _, rows_of_picture in groupby(rows, itemgetter(0)):
+            yield _join_rows([(number, json.loads(facts)) for _, number, facts in rows_of_picture], tabled.tables)
 
 
-def make_part(tabled: Tabled, folder: Path, on_error: str, name: str) -> None:
-    """Write the part of one stretch of the table."""
-    part = Part(on_error)
-    first_row = int(name) * tabled.rows_per_part
-    for entry in read_entries(folder / INDEX, tabled.tables, first_row, tabled.rows_per_part):
-        label = f"{tabled.tables[0].path}, line {entry.line}"
-        found = find_picture(entry.name, tabled.bases)
-        part.drop(REPEATED, found[0] if found else entry.name, entry.repeats)
-        if len(found) != 1:
-            part.problem(AMBIGUOUS if found else NO_PICTURE, entry.name, ", ".join([label, *map(str, found)]))
-        elif entry.times == 0:
-            part.problem(NOT_IN_ALL, found[0], label)
-        elif entry.times > 1:
-            part.drop(CONTRADICTION if entry.has_names else SEVERAL_FACES, found[0])
-        elif entry.aus is None:
-            part.drop(NO_FACE, found[0])
-        elif _total(entry.aus, tabled.au_names) < tabled.min_total_intensity:
-            part.drop(TOO_WEAK, found[0])
-        elif not tabled.refuses(entry, found[0], part):
-            _add_row(entry, found[0], tabled, folder, part)
-    part.write(part_path(folder, name))
+def _join_rows(rows: list[tuple[int, dict]], tables: tuple[AUTable, ...]) -> tuple[dict, str | None, int]:
+    """
+    What `read_pictures` yields, from the rows of a picture with the numbers of their tables. The facts are those of
+    the first row, with all AUs in the order of `joined_aus`, and those of the last table, which is about the pictures.
+    """
+    firsts, times, repeats = {}, Counter(), 0
+    about = next((facts for number, facts in reversed(rows) if number == len(tables)), None)
+    for number, facts in rows:
+        if number == len(tables):
+            continue
+        first = firsts.setdefault(number, facts)
+        # A row that says the same as the first one of its picture is a repetition, and not another face.
+        is_other = any(facts.get(name) != first.get(name) for name in ("aus", "face", "box"))
+        times[number] += first is facts or is_other
+        repeats += number == 0 and first is not facts and not is_other
+    main, reason = firsts[0], None
+    if len(firsts) < len(tables):
+        reason = NOT_IN_ALL
+    elif max(times.values()) > 1:
+        names = {facts["name"] for number, facts in rows if number == 0}
+        reason = CONTRADICTION if len(names) > 1 else SEVERAL_FACES
+    elif any(first["aus"] is None for first in firsts.values()):
+        reason = NO_FACE
+    else:
+        values = {}
+        for number, table in enumerate(tables):
+            values |= zip(table.aus, firsts[number]["aus"], strict=True)
+        main["aus"] = [values[name] for name in joined_aus(tables)]
+    filled = {name: main[name] or (about or {}).get(name, main[name]) for name in ("text", "box")}
+    return main | filled | {"about": about}, reason, repeats
 
 
-def _total(aus: np.ndarray, au_names: tuple[str, ...]) -> float:
+def _read_facts(by_key: dict, caption_column: str | None) -> dict:
+    """What the columns of a row, in lower case, say besides the AUs."""
+    words = by_key.get("removed_words")
+    return {
+        "text": _first_text(by_key, CAPTION_COLUMNS if caption_column is None else (caption_column.lower(),)),
+        "subject": _first_text(by_key, SUBJECT_COLUMNS),
+        "is_photo": _is_photo(by_key),
+        "box": _read_box(by_key),
+        "removed_words": Counter(map(str, words)) if isinstance(words, list) else None,
+        "expression": by_key.get("expression"),
+    }
+
+
+def _check_text(text: str) -> str:
+    # JSON can carry halves of characters, which no file can.
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError(f"{text!r} is no Unicode text.")
+    return text
+
+
+def _first_text(by_key: dict, columns: tuple[str, ...]) -> str:
+    value = next((by_key[column] for column in columns if column in by_key), None)
+    return "" if value is None else _check_text(" ".join(str(value).split()))
+
+
+def _is_photo(by_key: dict) -> bool | None:
+    """What the published AffectNet table says of a picture."""
+    answers = []
+    for column in ("isphoto", "isreal"):
+        text = "" if by_key.get(column) is None else str(by_key[column]).strip().lower()
+        if text not in (*_YES, *NO):
+            raise ValueError(f"{column} is {by_key[column]!r}, but has to be true or false.")
+        answers.append(text in _YES)
+    return all(answers) if {"isphoto", "isreal"} <= by_key.keys() else None
+
+
+def _read_box(by_key: dict) -> list | None:
+    """The first two arguments of `box_columns`."""
+    for columns in (FACE_BOX, PIXEL_BOX):
+        if not set(columns) <= by_key.keys():
+            continue
+        values = [read_number(by_key[column], column) for column in columns]
+        if any(map(math.isnan, values)):
+            return None
+        if columns is PIXEL_BOX:
+            left, top, width, height = values
+            return [[left, top, left + width, top + height], True]
+        left, top, right, bottom = values
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")
+        return [values, False]
+    return None
+
+
+def _total(aus: list[float], au_names: tuple[str, ...]) -> float:
     columns = au_columns(au_names)
-    return sum(aus[list(columns[unit.name])].mean() for unit in action_units_of(au_names))
-
-
-def _add_row(entry: TableEntry, picture: Path, tabled: Tabled, folder: Path, part: Part) -> None:
-    origin = origin_of(picture, tabled.bases)
-    try:
-        placed = place_picture(picture, folder / "images" / origin, tabled.min_side)
-    except PICTURE_ERRORS as error:
-        part.problem(UNREADABLE, picture, str(error))
-        return
-    if min(placed.size) < tabled.min_side:
-        part.drop(TOO_SMALL, picture)
-        return
-    if placed.is_mirrored and (entry.aus != entry.aus[mirrored_columns(tabled.au_names)]).any():
-        placed.path.unlink()
-        part.drop(MIRRORED, picture)
-        return
-    text, removed = take_emotion_words(entry.text) if tabled.drop_emotion_words else (entry.text, {})
-    removed = dict(Counter(removed) + Counter((entry.about or {}).get("removed_words")))
-    row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
-    row |= dict(zip(tabled.au_names, entry.aus.tolist(), strict=True))
-    row |= {"source": tabled.source, "subject": entry.subject, "origin": origin}
-    # Boxes are those of the pixels as they are stored, or as they are shown, and no tool tells.
-    if entry.box is not None and not placed.is_turned:
-        row |= entry.box.columns(placed.size)
-    known = {"is_photo": entry.is_photo, "changed": placed.note, "removed_words": removed or None}
-    part.rows.append(row | {name: value for name, value in known.items() if value is not None})
+    return sum(fmean(aus[column] for column in columns[unit.name]) for unit in action_units_of(au_names))
 
 
 def find_picture(name: str, bases: tuple[Path, ...]) -> list[Path]:
@@ -279,41 +401,22 @@ def _is_own(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", ".parts"))
 
 
-def _count_pictures(tabled: Tabled, folder: Path, parts: list[str]) -> None:
-    """Count the pictures that the table lacks, and those that are there under another name too."""
-    num_found = 0
-    # Each picture of the table is one line of a part: the difference to those that are there is what it lacks.
-    for name in parts:
-        lines = read_lines(part_path(folder, name))
-        num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
-    part = Part("skip")
-    num_pictures = sum(1 for _ in tabled.list_pictures())
-    part.drop(NOT_IN_TABLE, tabled.bases[0], max(0, num_pictures - num_found))
-    note = _note_same_pictures(folder, parts)
-    if note:
-        part.note(note)
-    part.write(part_path(folder, UNTABLED_PART))
-
-
 def _note_same_pictures(folder: Path, parts: list[str]) -> str:
     """Say how many pictures have the bytes of another one. Only files of the same size and end are read whole."""
     # Without a name the database is a temporary file, so memory does not grow with the pictures.
     with closing(sqlite3.connect("")) as database:
-        database.execute("CREATE TABLE ends (name TEXT, end BLOB)")
-        database.execute("CREATE TABLE files (name TEXT, digest TEXT)")
+        database.create_function("digest", 1, lambda name: file_digest(folder / name))
+        database.execute("CREATE TABLE files (name TEXT, end BLOB)")
         for part in parts:
             names = [row["file_name"] for row in read_rows(part_path(folder, part))]
-            database.executemany("INSERT INTO ends VALUES (?, ?)", [(name, _end(folder / name)) for name in names])
-        alike = database.execute(
-            "SELECT name FROM ends WHERE end IN (SELECT end FROM ends GROUP BY end HAVING count(*) > 1)"
-        )
-        insert = "INSERT INTO files VALUES (?, ?)"
-        database.executemany(insert, ((name, file_digest(folder / name)) for (name,) in alike))
-        groups = "FROM (SELECT count(*) AS times, min(name) AS first, max(name) AS last FROM files GROUP BY digest)"
-        count, first, last = database.execute(
-            f"SELECT coalesce(sum(times - 1), 0), first, last {groups} WHERE times > 1"
-        ).fetchone()
-    return f"{count:,} pictures have the bytes of another one, such as {last} and {first}." if count else ""
+            database.executemany("INSERT INTO files VALUES (?, ?)", [(name, _end(folder / name)) for name in names])
+        alike = "SELECT end FROM files GROUP BY end HAVING count(*) > 1"
+        groups = f"SELECT count(*) - 1 AS times, min(name), max(name) FROM files WHERE end IN ({alike})"
+        found = database.execute(f"{groups} GROUP BY digest(name) HAVING times > 0").fetchall()
+    if not found:
+        return ""
+    count, (_, first, last) = sum(times for times, _, _ in found), found[0]
+    return f"{count:,} pictures have the bytes of another one, such as {last} and {first}."
 
 
 def _end(path: Path) -> bytes:

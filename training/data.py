@@ -43,8 +43,7 @@ from tqdm.auto import tqdm
 
 from action_units import au_columns, mirrored_columns, whole_au
 from au_encoder import read_tensors
-from face_data.pictures import to_rgb
-from face_data.table_index import FACE_BOX
+from face_data.pictures import FACE_BOX, to_rgb
 from program import replacing, show_value
 from training.checkpoints import disk_errors_explained
 from training.config import TrainConfig
