@@ -154,7 +154,7 @@ class AUPipelineMixin:
     Base class that adds AUs to a diffusers pipeline with a `UNet2DConditionModel`.
 
     A subclass names this class before the pipeline in its bases. Its constructor takes a component `au_adapter` and
-    calls `_attach_adapter` with it, its `__call__` calls `_generate`, and it has `_encode_prompts` and `_decode`.
+    calls `_attach_adapter` with it, its `__call__` calls `_generate`, and it has `_arrange_embeds` and `_decode`.
     """
 
     # The extended pipeline of diffusers. `save_pretrained` writes the files of this class.
@@ -447,7 +447,7 @@ class AUPipelineMixin:
         Raises:
             ValueError: if one of them is wrong.
         """
-        pass_arguments(self.check_inputs, call, callback_steps=None)
+        _pass_arguments(self.check_inputs, call, callback_steps=None)
         prompts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
         if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
             raise ValueError(f"`prompt` has to be a string or a list of at least one string, but is {prompts!r}.")
@@ -498,19 +498,15 @@ class AUPipelineMixin:
         device: torch.device,
         num_images_per_prompt: int = 1,
         batch_size: int = 1,
-        negative_aus=None,
-        au_scale: float = 1.0,
         lora_scale: float = 1.0,
-        au_masks=None,
-        height: int | None = None,
-        width: int | None = None,
+        **options,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         r"""
         Encode AUs into the `cross_attention_kwargs` of the UNet, which are the same at every denoising step.
 
         Args:
-            aus, negative_aus, au_scale, au_masks, height, width:
-                See `__call__`.
+            aus (as in `__call__`, or `AUControls`):
+                The facial expressions, or all AU arguments of a call.
             device (`torch.device`):
                 Device of the result.
             num_images_per_prompt (`int`, defaults to 1):
@@ -519,17 +515,16 @@ class AUPipelineMixin:
                 Number of prompts.
             lora_scale (`float`, defaults to 1.0):
                 The `scale` in the call's `cross_attention_kwargs`.
+            options:
+                `negative_aus`, `au_scale`, `au_masks`, `height` and `width`, see `__call__`.
 
         Returns:
             `cross_attention_kwargs` for the branch with `aus`, and for the other branches, with `batch_size *
             num_images_per_prompt` rows each. Rows without AUs add exactly nothing; if `aus` is None, that is all rows.
         """
-        controls = self.read_au_controls(aus, negative_aus, au_scale, None, au_masks, batch_size, height, width)
-        return self._encode_au_controls(controls, device, num_images_per_prompt, lora_scale)
-
-    def _encode_au_controls(
-        self, controls: AUControls, device: torch.device, num_images_per_prompt: int, lora_scale: float
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        controls = aus
+        if not isinstance(aus, AUControls):
+            controls = self.read_au_controls(aus, batch_size=batch_size, **options)
         if self.au_adapter is None:
             return {}, {}
         # The hook on the UNet does this too, but it would break a graph that `torch.compile` compiles as a whole.
@@ -597,9 +592,9 @@ class AUPipelineMixin:
         if aus is None:
             raise ValueError("`aus` is None. Without AUs, the other call needs no `cross_attention_kwargs`.")
         lora_scale = (cross_attention_kwargs or {}).get("scale", 1.0)
-        rows = (self._execution_device, num_images_per_prompt, batch_size)
+        controls = self.read_au_controls(aus, negative_aus, au_scale, None, au_masks, batch_size, height, width)
         au_kwargs, negative_au_kwargs = self.encode_aus(
-            aus, *rows, negative_aus, au_scale, lora_scale, au_masks, height, width
+            controls, self._execution_device, num_images_per_prompt, lora_scale=lora_scale
         )
         is_guided = guidance_scale > 1 and self.unet.config.time_cond_proj_dim is None
         branches = [negative_au_kwargs] * is_guided + [au_kwargs] * (2 if pag_scale > 0 else 1)
@@ -623,6 +618,7 @@ class AUPipelineMixin:
     def do_au_guidance(self) -> bool:
         return self._au_guidance_scale is not None
 
+    @takes_turns
     def _generate(self, call: SimpleNamespace) -> tuple[Any, list[bool] | None]:
         """
         Carry out a call of the pipeline; `call` has the arguments of `__call__` by name. Returns the images, and their
@@ -634,7 +630,7 @@ class AUPipelineMixin:
         call.prompt, call.aus = self.take_au_tags(call.prompt, call.aus)
         call.height, call.width = self._image_size(call.height, call.width)
         self._check_call(call)
-        au_controls = pass_arguments(self.read_au_controls, call)
+        au_controls = _pass_arguments(self.read_au_controls, call)
 
         self._guidance_scale = call.guidance_scale
         self._guidance_rescale = call.guidance_rescale
@@ -647,11 +643,10 @@ class AUPipelineMixin:
         lora_scale = (call.cross_attention_kwargs or {}).get("scale")
 
         # 2. Encode prompts, AUs and the images of an IP-Adapter. Unconditional rows come first.
-        tensors = self._encode_prompts(
-            call, device=device, do_classifier_free_guidance=is_guided, lora_scale=lora_scale
-        )
-        au_kwargs, negative_au_kwargs = self._encode_au_controls(
-            au_controls, device, call.num_images_per_prompt, 1.0 if lora_scale is None else lora_scale
+        options = {"device": device, "do_classifier_free_guidance": is_guided, "lora_scale": lora_scale}
+        tensors = self._arrange_embeds(call, *_pass_arguments(self.encode_prompt, call, **options))
+        au_kwargs, negative_au_kwargs = self.encode_aus(
+            au_controls, device, call.num_images_per_prompt, lora_scale=1.0 if lora_scale is None else lora_scale
         )
         image_embeds = None
         if call.ip_adapter_image is not None or call.ip_adapter_image_embeds is not None:
@@ -792,7 +787,7 @@ class AUPipelineMixin:
         )
 
 
-def pass_arguments(method: Callable, call: SimpleNamespace, **others):
+def _pass_arguments(method: Callable, call: SimpleNamespace, **others):
     """Call `method` with `others`, and with the arguments of `call` that it has parameters for."""
     arguments = {name: getattr(call, name) for name in inspect.signature(method).parameters if hasattr(call, name)}
     return method(**arguments, **others)

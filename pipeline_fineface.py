@@ -22,15 +22,13 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin, pass_arguments, takes_turns  # noqa: F401
+    from .au_pipeline_mixin import LORA_NAME, AUPipelineMixin  # noqa: F401
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import au_pipeline_mixin as _au_pipeline_mixin
 
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-    pass_arguments = _au_pipeline_mixin.pass_arguments
-    takes_turns = _au_pipeline_mixin.takes_turns
 
 
 EXAMPLE_DOC_STRING = """
@@ -118,7 +116,6 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             del self.text_encoder.__dict__["text_model"]
 
     @torch.no_grad()
-    @takes_turns
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -198,8 +195,7 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             return images, has_nsfw_concept
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=has_nsfw_concept)
 
-    def _encode_prompts(self, call: SimpleNamespace, **options) -> dict[str, torch.Tensor]:
-        prompt_embeds, negative_prompt_embeds = pass_arguments(self.encode_prompt, call, **options)
+    def _arrange_embeds(self, call: SimpleNamespace, prompt_embeds, negative_prompt_embeds) -> dict[str, torch.Tensor]:
         if self.do_classifier_free_guidance:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         # The text encoder may have another dtype than the UNet.

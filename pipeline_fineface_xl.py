@@ -27,14 +27,12 @@ if "." in __name__:  # a copy inside a package: diffusers loads it with custom_p
     from .action_units import AU_NAMES  # noqa: F401
     from .au_attention_processor import AUAttnProcessor  # noqa: F401
     from .au_encoder import AUAdapter  # noqa: F401
-    from .au_pipeline_mixin import AUPipelineMixin, pass_arguments, takes_turns
+    from .au_pipeline_mixin import AUPipelineMixin
 else:  # a clone: the files are top-level modules
     # `import x as y`: diffusers reports any plainer form as a package to pip install.
     import au_pipeline_mixin as _au_pipeline_mixin
 
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-    pass_arguments = _au_pipeline_mixin.pass_arguments
-    takes_turns = _au_pipeline_mixin.takes_turns
 
 
 EXAMPLE_DOC_STRING = """
@@ -113,7 +111,6 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
         self._attach_adapter(au_adapter)
 
     @torch.no_grad()
-    @takes_turns
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
@@ -204,12 +201,11 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
                 f"`denoising_end` is the share of the steps to take, above 0 and up to 1, but is {call.denoising_end}."
             )
 
-    def _encode_prompts(self, call: SimpleNamespace, device: torch.device, **options) -> dict[str, torch.Tensor]:
-        prompt_embeds, negative_prompt_embeds, add_text_embeds, negative_pooled_prompt_embeds = pass_arguments(
-            self.encode_prompt, call, device=device, **options
-        )
+    def _arrange_embeds(self, call: SimpleNamespace, *embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        prompt_embeds, negative_prompt_embeds, add_text_embeds, negative_pooled_prompt_embeds = embeds
         # The text encoders may have another dtype than the UNet.
-        dtype, num_images, size = self.unet.dtype, len(prompt_embeds), (call.height, call.width)
+        device, dtype, size = self._execution_device, self.unet.dtype, (call.height, call.width)
+        num_images = len(prompt_embeds)
 
         def time_ids(original_size, crops_coords_top_left, target_size) -> torch.Tensor:
             sizes = (original_size, crops_coords_top_left, target_size)

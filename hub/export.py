@@ -452,6 +452,7 @@ def fill_card(
     if facts.datasets is not None:
         data.datasets = facts.datasets or None
     filled = string.Template(text).substitute(
+        asdict(facts),
         repo_id=repo_id,
         base=facts.base_model or "BASE_MODEL",
         base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
@@ -460,9 +461,6 @@ def fill_card(
         num_aus=_count_aus(au_names),
         options="".join(f", {name}={value}" for name, value in defaults.items()),
         au_table=_au_table(has_pictures, au_names),
-        training=facts.training,
-        evaluation=facts.evaluation,
-        license=facts.license,
     )
     return f"---\n{data.to_yaml()}\n---\n{filled.rstrip()}\n"
 
