@@ -134,10 +134,10 @@ def _write_mp4(first: Image.Image, others: Iterable[Image.Image], path: Path, fp
         container.mux(stream.encode())
 
 
-def import_av():
-    """PyAV, which writes MP4; a ValueError says how to install it."""
+def import_av(problem: str = "MP4 needs PyAV: pip install av. A GIF needs nothing more."):
+    """PyAV, which reads and writes videos; a ValueError with `problem` says how to install it."""
     try:
         import av
     except ImportError as error:
-        raise ValueError("MP4 needs PyAV: pip install av. A GIF needs nothing more.") from error
+        raise ValueError(problem) from error
     return av

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
 from face_data.pictures import PICTURE_ERRORS
-from face_data.store import CAPTIONS, claim_folder, list_parts, part_path, read_rows, require_finished, write_lines
+from face_data.store import CAPTIONS, claim_folder, list_parts, part_path, read_rows, read_settings, write_lines
 
 
 QUESTIONS = {"cartoon": "Is this a cartoon?", "real": "Is this photo real?"}
@@ -89,7 +89,7 @@ def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str |
     """
     if batch_size < 1:
         raise ValueError(f"`--batch_size` has to be at least 1, but is {batch_size}.")
-    require_finished(folder)
+    read_settings(folder, is_finished=True)
     claim_folder(folder / kind, {"model": model})
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     parts = [part for part in list_parts(folder)[rank::world_size] if not (folder / kind / f"{part}.jsonl").is_file()]

@@ -18,9 +18,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 
 import numpy as np
@@ -57,6 +56,11 @@ class _Form:
     overshoot: tuple[float, float] = (0.0, 0.0)
     has_sides: bool = False
     is_presence: bool = False
+
+    @property
+    def high(self) -> float:
+        """The end of the scale of the columns."""
+        return 1.0 if self.is_presence else MAX_AU / self.factor
 
     def find(self, columns: Iterable[str]) -> dict[str, str]:
         """Map the AUs that have columns of this form to these columns."""
@@ -215,75 +219,90 @@ def read_au_table(
     if tool is not None and tool not in AU_TABLE_TOOLS:
         raise ValueError(f"`tool` is {tool!r}. The tools are {', '.join(AU_TABLE_TOOLS)}.")
     au_columns(au_names)
-    path, counts, layout, largest, num_faces = Path(path), Counter(), None, 0.0, 0
+    reader = _Reader(tool, image_column, tuple(au_names), unmeasured)
     for line, record in _read_faces(path, say):
         try:
-            if layout is None or record.keys() != layout.columns:
-                layout = None
-                layout = _Layout(record.keys(), tool, image_column, tuple(au_names), unmeasured, counts)
-            row = layout.read(record, line)
+            if record.keys() != reader.columns:
+                reader.columns = None
+                reader.set_columns(record.keys())
+            row = reader.read(record, line)
         except ValueError as error:
             placed = ValueError(f"{path}, line {line}: {error}")
             # Columns that cannot be read are no error of one row.
-            if on_error is None or layout is None:
+            if on_error is None or reader.columns is None:
                 raise placed from error
             on_error(placed)
-            continue
-        if row.face_found:
-            num_faces += 1
-            largest = max(largest, float(np.nanmax(row.aus)))
-        yield row
-    if layout is not None:
-        for sentence in _notes(counts, layout.tool, largest, num_faces, au_names, unmeasured):
-            say(f"{path}: {sentence}")
+        else:
+            yield row
+    for sentence in reader.notes():
+        say(f"{path}: {sentence}")
 
 
-def _read_faces(path: Path, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
+def _read_faces(path: str | os.PathLike, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
     return ((line, face) for line, record in read_records(path, say) for face in _split_faces(record))
 
 
-class _Layout:
-    """What the columns of a table are. Raises a ValueError if they have no AUs that are wanted."""
+class _Reader:
+    """Reads rows, and counts what is to be said about them. `set_columns` comes before the first row."""
 
-    def __init__(
-        self,
-        columns: Iterable[str],
-        tool: str | None,
-        image_column: str | None,
-        au_names: tuple[str, ...],
-        unmeasured: float,
-        counts: Counter,
-    ):
-        self.columns, self.au_names = columns, au_names
-        self.tool = _ALIASES.get(tool, tool) or detect_tool(columns)
+    def __init__(self, tool: str | None, image_column: str | None, au_names: tuple[str, ...], unmeasured: float):
+        self.wanted_tool, self.image_column = _ALIASES.get(tool, tool), image_column
+        self.au_names, self.unmeasured = au_names, unmeasured
+        self.columns, self.counts, self.largest = None, Counter(), 0.0
+
+    def set_columns(self, columns: Collection[str]) -> None:
+        """Raises a ValueError if they have no AUs that are wanted."""
+        self.tool = self.wanted_tool or detect_tool(columns)
         found = _find_sources(self.tool, columns)
-        sources = {name: found.get(name) for name in au_names}
-        self.expression = (
-            _first_of(columns, ("aus",)) if self.tool == "fineface" and None in sources.values() else None
-        )
-        if self.expression is None and not any(sources.values()):
-            shapes = [shape for name in au_names for shape in _shapes_of(name)]
-            numbers = [int(whole_au(name)[2:]) for name in au_names]
+        self.sources = {name: found.get(name) for name in self.au_names}
+        self.of_columns = {c: source for source in self.sources.values() if source for c in source.columns if c}
+        reads_expressions = self.tool == "fineface" and None in self.sources.values()
+        self.expression = _first_of(columns, ("aus",)) if reads_expressions else None
+        if self.expression is None and not self.of_columns:
+            shapes = [shape for name in self.au_names for shape in _shapes_of(name)]
+            numbers = [int(whole_au(name)[2:]) for name in self.au_names]
             wanted = shapes if self.tool == "arkit" else list(map(_TOOLS[self.tool][0].column.format, numbers))
             raise _no_column(f"{', '.join(wanted[:2])}{', …' if len(wanted) > 2 else ''}", columns)
-        self.read_values = _make_reader(self.tool, sources, unmeasured, counts)
-        self.name_column = find_name_column(columns, image_column)
+        self.name_column = find_name_column(columns, self.image_column)
         self.face_column = _first_of(columns, _FACE_COLUMNS)
         self.confidence_column = _first_of(columns, ("confidence", "facescore"))
         self.signs = [column for column in columns if column.lower() in _SIGNS_OF_A_FACE]
-        counts["shapes"] |= tool is None and self.tool != "arkit" and "arkit" in _tools_of(columns)
+        self.counts["shapes"] |= self.wanted_tool is None and self.tool != "arkit" and "arkit" in _tools_of(columns)
+        self.columns = columns
 
     def read(self, record: dict, line: int) -> AURow:
         aus = np.full(len(self.au_names), np.nan, np.float32)
         if all(_says_face(record[column], column) for column in self.signs):
-            aus = self.read_values(record) if self.expression is None else self._read_expression(record)
+            aus = self.read_aus(record) if self.expression is None else self._read_expression(record[self.expression])
+        face_found = not np.isnan(aus).all()
+        if face_found:
+            self.counts["faces"] += 1
+            self.largest = max(self.largest, float(np.nanmax(aus)))
         name = _name(record[self.name_column]) if self.name_column else ""
         number = re.fullmatch(r"([0-9]{1,9})(\.0)?", _name(record[self.face_column])) if self.face_column else None
         face = int(number[1]) if number else None
-        return AURow(name, aus, not np.isnan(aus).all(), line, record, face, self._confidence(record))
+        return AURow(name, aus, face_found, line, record, face, self._confidence(record))
 
-    def _read_expression(self, record: dict) -> np.ndarray:
-        value = record[self.expression]
+    def read_aus(self, record: dict) -> np.ndarray:
+        """The AUs of a row, which are all NaN if all cells are empty."""
+        values = {column: read_number(record[column], column, self.counts) for column in self.of_columns}
+        missing = [column for column, value in values.items() if math.isnan(value)]
+        if 0 < len(missing) < len(values):
+            raise ValueError(
+                f"column {missing[0]!r} is empty, while other AUs have values. A row has all of them or none."
+            )
+        if missing:
+            return np.full(len(self.au_names), np.nan, np.float32)
+        for column, source in self.of_columns.items():
+            (below, above), high = source.form.overshoot, source.form.high
+            if not -below <= values[column] <= high + above:
+                raise ValueError(f"column {column!r} is {values[column]:g}. {self.tool} measures from 0 to {high:g}.")
+        for name, source in self.sources.items():
+            if source is None or source.form.is_presence:
+                self.counts[name if source is None else (name, "presence")] += 1
+        return np.float32([s.intensity(values) if s else self.unmeasured for s in self.sources.values()])
+
+    def _read_expression(self, value) -> np.ndarray:
         if value is None:
             return np.full(len(self.au_names), np.nan, np.float32)
         rows = np.float32(read_aus(value, self.expression, self.au_names))
@@ -298,32 +317,32 @@ class _Layout:
             return 0.0
         return value if value > 0 else 0.0
 
-
-def _notes(
-    counts: Counter, tool: str, largest: float, num_faces: int, au_names: Sequence[str], unmeasured: float
-) -> Iterator[str]:
-    """Sentences about a table that was read to its end."""
-    if counts["shapes"]:
-        yield (
-            f"the table has AUs of {tool} and blendshapes (arkit), which differ. The AUs are read; name the tool to"
-            " read the blendshapes."
-        )
-    missing = [name for name in au_names if counts[name]]
-    if missing:
-        taken = "taken as 0" if unmeasured == 0 else "left out"
-        what = "blendshape or column" if tool == "arkit" else "column"
-        yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): {taken}."
-    present = [name for name in au_names if counts[name, "presence"]]
-    if present:
-        yield f"{tool} measures only the presence of {', '.join(present)}: present is taken as {GRADES['C']}."
-    if counts["decimal commas"]:
-        yield f"{counts['decimal commas']:,} numbers have a decimal comma."
-    is_whole_scale = tool != "arkit" and _TOOLS[tool][0].factor == 1
-    if is_whole_scale and num_faces >= _MIN_ROWS_OF_A_SCALE and 0 < largest <= 1:
-        yield (
-            f"the largest AU of {num_faces:,} faces is {largest:.3g}, but {tool} measures from 0 to {MAX_AU:g}. If"
-            f" the values go from 0 to 1, they are five times too weak: multiply them by {MAX_AU:g}."
-        )
+    def notes(self) -> Iterator[str]:
+        """Sentences about a table that was read to its end."""
+        counts, num_faces = self.counts, self.counts["faces"]
+        if counts["shapes"]:
+            yield (
+                f"the table has AUs of {self.tool} and blendshapes (arkit), which differ. The AUs are read; name the"
+                " tool to read the blendshapes."
+            )
+        missing = [name for name in self.au_names if counts[name]]
+        if missing:
+            taken = "taken as 0" if self.unmeasured == 0 else "left out"
+            what = "blendshape or column" if self.tool == "arkit" else "column"
+            yield f"there is no {what} for {', '.join(missing)} (in {max(map(counts.get, missing)):,} rows): {taken}."
+        present = [name for name in self.au_names if counts[name, "presence"]]
+        if present:
+            yield f"{self.tool} measures only the presence of {', '.join(present)}: present is taken as {GRADES['C']}."
+        if counts["decimal commas"]:
+            yield f"{counts['decimal commas']:,} numbers have a decimal comma."
+        if num_faces < _MIN_ROWS_OF_A_SCALE or not 0 < self.largest <= 1:
+            return
+        if self.tool != "arkit" and _TOOLS[self.tool][0].factor == 1:
+            yield (
+                f"the largest AU of {num_faces:,} faces is {self.largest:.3g}, but {self.tool} measures from 0 to"
+                f" {MAX_AU:g}. If the values go from 0 to 1, they are five times too weak: multiply them by"
+                f" {MAX_AU:g}."
+            )
 
 
 def detect_tool(columns: Iterable[str]) -> str:
@@ -386,10 +405,10 @@ def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple
         FileNotFoundError: if there is no such file.
         ValueError: if the table has no rows, or no columns of a tool.
     """
-    path, columns = Path(path), {}
+    columns = {}
     for _, record in _read_faces(path, lambda sentence: None):
         columns |= dict.fromkeys(record)
-        if path.suffix.lower() not in (".json", ".jsonl"):
+        if not str(path).lower().endswith((".json", ".jsonl")):
             break
     if not columns:
         raise ValueError(f"{path}: the table has no rows.")
@@ -438,9 +457,13 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str]
     unknown = [name for name in blendshapes if _shape_key(name) not in _ALL_SHAPES]
     if unknown:
         raise ValueError(f"There is no blendshape {', '.join(map(repr, unknown))}; ARKit has 52, such as 'jawOpen'.")
-    values = dict.fromkeys(_ALL_SHAPES, 0.0) | {_shape_key(name): value for name, value in blendshapes.items()}
-    sources = _find_sources("arkit", _ALL_SHAPES)
-    return _make_reader("arkit", {name: sources.get(name) for name in au_names}, 0.0, Counter())(values)
+    if not any(map(_shapes_of, au_names)):
+        return np.zeros(len(au_names), np.float32)
+    reader = _Reader("arkit", None, tuple(au_names), 0.0)
+    reader.set_columns(_ALL_SHAPES)
+    return reader.read_aus(
+        dict.fromkeys(_ALL_SHAPES, 0.0) | {_shape_key(name): value for name, value in blendshapes.items()}
+    )
 
 
 @dataclass(frozen=True)
@@ -451,14 +474,9 @@ class _Source:
     form: _Form
     combine: Callable[[list[float]], float] = fmean
 
-    @property
-    def high(self) -> float:
-        """The end of the scale of the columns."""
-        return 1.0 if self.form.is_presence else MAX_AU / self.form.factor
-
     def intensity(self, values: dict[str, float]) -> float:
         return self.form.factor * self.combine(
-            [0.0 if column is None else min(max(values[column], 0.0), self.high) for column in self.columns]
+            [0.0 if column is None else min(max(values[column], 0.0), self.form.high) for column in self.columns]
         )
 
 
@@ -487,38 +505,6 @@ def _find_sources(tool: str, columns: Iterable[str]) -> dict[str, _Source]:
                     if name not in sources and found.keys() >= set(wanted):
                         sources[name] = _Source(tuple(map(found.get, wanted)), form)
     return sources
-
-
-def _make_reader(
-    tool: str, sources: dict[str, _Source | None], unmeasured: float, counts: Counter
-) -> Callable[[dict], np.ndarray]:
-    """
-    A function from a row to its AUs, which are all NaN if all cells are empty. AUs without a source are `unmeasured`.
-    `counts` gets the rows of which an AU is not measured, or only its presence.
-    """
-    of_columns = {column: source for source in sources.values() if source for column in source.columns if column}
-    noted = [name for name, source in sources.items() if source is None]
-    noted += [(name, "presence") for name, source in sources.items() if source and source.form.is_presence]
-
-    def read(record: dict) -> np.ndarray:
-        values = {column: read_number(record[column], column, counts) for column in of_columns}
-        missing = [column for column, value in values.items() if math.isnan(value)]
-        if 0 < len(missing) < len(values):
-            raise ValueError(
-                f"column {missing[0]!r} is empty, while other AUs have values. A row has all of them or none."
-            )
-        if missing:
-            return np.full(len(sources), np.nan, np.float32)
-        for column, source in of_columns.items():
-            below, above = source.form.overshoot
-            if not -below <= values[column] <= source.high + above:
-                raise ValueError(
-                    f"column {column!r} is {values[column]:g}. {tool} measures from 0 to {source.high:g}."
-                )
-        counts.update(noted)
-        return np.float32([source.intensity(values) if source else unmeasured for source in sources.values()])
-
-    return read
 
 
 def _first_of(columns: Iterable[str], names: Sequence[str]) -> str | None:

@@ -32,8 +32,8 @@ from face_data.store import (
     part_path,
     read_lines,
     read_rows,
+    read_settings,
     remove_unfinished,
-    require_finished,
     run_parts,
     write_lines,
 )
@@ -147,31 +147,16 @@ def build_dataset(build: Build, num_workers: int) -> Report:
 
 
 def read_sources(build: Build) -> list[Source]:
-    """The sources, once all is there that is needed of them."""
     sources = []
     for folder in build.folders:
-        settings = require_finished(folder)
+        settings = read_settings(folder, is_finished=True)
         names = tuple(settings.get("au_names", AU_NAMES))
         photo_filter = build.photo_filter and settings["needs_photo_filter"]
         source = Source(folder, settings["source"], names, photo_filter, build.correct_aus and settings["correct_aus"])
         if source.name in [other.name for other in sources]:
             raise ValueError(f"Two folders have the source {source.name!r}. Give one another name with `--source`.")
         sources.append(source)
-        if photo_filter:
-            way_out = f"Run `prepare photos {folder}`, or set `--keep_drawings`."
-            _check_known(folder, PHOTOS, "is_photo", "whether it is a photograph", way_out)
-        if build.default_caption is None:
-            _check_known(folder, CAPTIONS, "text", "a caption", f"Run `prepare caption {folder}`.")
     return sources
-
-
-def _check_known(folder: Path, kind: str, column: str, what: str, way_out: str) -> None:
-    for part in list_parts(folder):
-        if (folder / kind / f"{part}.jsonl").is_file():
-            continue
-        for row in read_rows(part_path(folder, part)):
-            if row.get(column) in ("", None):
-                raise ValueError(f"{folder}: of {row['file_name']}, {what} is not known yet. {way_out}")
 
 
 def choose_aus(build: Build, sources: list[Source]) -> tuple[str, ...]:
@@ -205,32 +190,47 @@ def select_aus(aus: np.ndarray, from_names: tuple[str, ...], to_names: tuple[str
 
 
 def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
-    """The rows of a part with captions, and as `{"dropped": …}` those that are left out now."""
+    """
+    The rows of a part with captions, and as `{"dropped": …}` those that are left out now.
+
+    Raises:
+        ValueError: if BLIP-2 has not been asked what is needed, or was asked about other rows.
+    """
     captions, photos = (_annotations(source.folder, kind, part) for kind in (CAPTIONS, PHOTOS))
     for row in read_rows(part_path(source.folder, part)):
-        caption, photo = next(captions, {}), next(photos, {})
-        if {row["file_name"]} != {row["file_name"], *(line["file_name"] for line in (caption, photo) if line)}:
+        name, facts = row["file_name"], dict(row)
+        for found in (captions, photos):
+            if found is not None and name not in found:
+                raise ValueError(
+                    f"{source.folder}: part {part} of rows and of annotations differ. Delete captions and photos."
+                )
+            facts |= (found or {}).get(name, {})
+        if source.needs_photo_filter and "is_photo" not in facts:
             raise ValueError(
-                f"{source.folder}: part {part} of rows and of annotations differ. Delete captions and photos."
+                f"{source.folder}: of {name}, whether it is a photograph is not known yet. Run"
+                f" `prepare photos {source.folder}`, or set `--keep_drawings`."
             )
-        text, words = caption.get("text") or row["text"], Counter(row.pop("removed_words", None))
+        if not facts["text"] and build.default_caption is None and captions is None:
+            raise ValueError(
+                f"{source.folder}: of {name}, a caption is not known yet. Run `prepare caption {source.folder}`."
+            )
+        text, words = facts["text"], Counter(row.pop("removed_words", None))
         if build.drop_emotion_words:
             text, found = take_emotion_words(text)
             words += Counter(found)
         text = text or build.default_caption or ""
-        is_photo = photo.get("is_photo", row.pop("is_photo", None))
-        reason = None if text else NO_CAPTION
-        if source.needs_photo_filter and is_photo is not True:
-            reason = UNCLEAR if is_photo is None else NOT_A_PHOTO
-        if reason:
-            yield {"dropped": reason, "path": row["origin"], "count": 1}
+        row.pop("is_photo", None)
+        if source.needs_photo_filter and facts["is_photo"] is not True:
+            yield {"dropped": UNCLEAR if facts["is_photo"] is None else NOT_A_PHOTO, "path": row["origin"]}
+        elif not text:
+            yield {"dropped": NO_CAPTION, "path": row["origin"]}
         else:
             yield row | {"text": text} | ({"removed_words": words} if words else {})
 
 
-def _annotations(folder: Path, kind: str, part: str) -> Iterator[dict]:
+def _annotations(folder: Path, kind: str, part: str) -> dict[str, dict] | None:
     path = folder / kind / f"{part}.jsonl"
-    return read_lines(path) if path.is_file() else iter(())
+    return {line["file_name"]: line for line in read_lines(path)} if path.is_file() else None
 
 
 def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
@@ -315,7 +315,7 @@ def _finish(build: Build, parts: list[str], sources: list[Source], before: Histo
     write_atomically(build.output / "report.txt", report.to_text() + "\n")
     write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
     names = ", ".join(source.name for source in sources)
-    title = f"Faces by intensity of each AU, heights logarithmic ({names})"
+    title = f"Faces by intensity of each AU, before (grey) and after (red), heights logarithmic ({names})"
     with replacing(build.output / "histogram.png") as unfinished:
         draw_histograms(before, after, title).save(unfinished, "PNG")
     return report

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 
 from action_units import AU_NAMES
+from drawing.contact_sheet import import_av
 from face_data.pictures import PICTURE_SUFFIXES
 from face_data.store import UNREADABLE, Part
 from program import check_options, option, replacing
@@ -33,6 +34,7 @@ NO_LABELS = "no labels"
 NO_PICTURES = "subject without video or pictures"
 NO_FRAME = "labels without a frame"
 NO_LABEL = "frames without a label"
+NO_READER = "Videos need PyAV: pip install av. Or give pictures of the frames, `--images`."
 _SUBJECT = re.compile(r"SN\d{3}")
 
 
@@ -74,7 +76,7 @@ class Disfa:
             return {path.name: path for path in sorted(self.images.glob("SN*")) if _SUBJECT.fullmatch(path.name)}
         videos = find_videos(self.root, self.camera)
         if videos:
-            import_av()
+            import_av(NO_READER)
         return videos
 
     @functools.cached_property
@@ -221,22 +223,13 @@ def place_frame(picture, target: Path, quality: int, part: Part) -> Path | None:
     return target
 
 
-def import_av():
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("Videos need PyAV: pip install av. Or give pictures of the frames, `--images`.") from error
-
-    return av
-
-
 class VideoError(ValueError):
     """Raised where a damaged video cannot be read further."""
 
 
 def read_video(path: Path) -> Iterator[tuple[int, object]]:
     """Yield the numbers of frames, from 1, with frames of PyAV. Raises `VideoError` at a damage."""
-    av, frame = import_av(), 0
+    av, frame = import_av(NO_READER), 0
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-from drawing.contact_sheet import GREY, INK
+from drawing.contact_sheet import GREY, Table, draw_sheet
 from face_data.store import list_parts, part_path, read_lines, read_settings
 
 
@@ -19,7 +19,7 @@ KEPT = "kept"
 WORDS_TAKEN = "words of emotion taken out of the caption"
 MAX_EXAMPLES = 3
 MAX_WORDS = 8
-BINS = 20
+BINS, COLUMNS = 20, 4
 BEFORE_COLOR, AFTER_COLOR = "#b9c2cc", "#d1495b"
 
 
@@ -113,33 +113,25 @@ class Histogram:
 
 def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Image:
     """The AUs in a grid, intensity to the right, number of faces upwards on a logarithmic scale."""
-    width, height, margin, columns = 260, 150, 28, 4
-    rows, step = -(-len(before.au_names) // columns), width / (1 + BINS)
-    sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + 2 * margin) + 3 * margin), "white")
-    draw = ImageDraw.Draw(sheet)
+    tallest, names = np.log1p(max(before.counts.max(), after.counts.max(), 1)), list(before.au_names)
+    panels = [_draw_panel(*np.log1p(counts) / tallest) for counts in zip(before.counts, after.counts, strict=True)]
+    starts = range(0, len(panels), COLUMNS)
+    tables = [Table([panels[start : start + COLUMNS]], [], names[start : start + COLUMNS]) for start in starts]
+    return draw_sheet([[table] for table in tables], title)
 
-    def write(x: float, y: float, text: str, size: int, anchor: str = "la", color: str = INK) -> None:
-        draw.text((x, y), text, color, ImageFont.load_default(size), anchor=anchor)
 
-    write(margin, margin / 2, title, 18)
-    x = sheet.width - margin
-    for label, color in (("after", AFTER_COLOR), ("before", BEFORE_COLOR)):
-        write(x, margin / 2, label, 14, "ra")
-        x -= draw.textlength(label, ImageFont.load_default(14)) + 18
-        draw.rectangle((x, margin / 2 + 3, x + 11, margin / 2 + 14), color)
-        x -= 16
-    tallest = np.log1p(max(before.counts.max(), after.counts.max(), 1))
-    for index, name in enumerate(before.au_names):
-        left = margin + index % columns * (width + margin)
-        bottom = 3 * margin + index // columns * (height + 2 * margin) + height
-        write(left, bottom - height - 4, name, 15, "ls")
-        for histogram, color, start, end in ((before, BEFORE_COLOR, 0.05, 0.95), (after, AFTER_COLOR, 0.3, 0.7)):
-            for place, value in enumerate(np.log1p(histogram.counts[index]) / tallest):
-                if value > 0:
-                    x = left + place * step
-                    draw.rectangle((x + start * step, bottom - value * height, x + end * step, bottom), color)
-        draw.line((left, bottom, left + width, bottom), GREY)
-        for intensity in range(6):
-            x = left + (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
-            write(x, bottom + 4, str(intensity), 12, "ma", GREY)
-    return sheet
+def _draw_panel(before: np.ndarray, after: np.ndarray) -> Image.Image:
+    """The bars of one AU, whose heights are from 0 to 1: `before` wide and grey, `after` narrow and red."""
+    width, height, margin = 260, 150, 20
+    panel, step = Image.new("RGB", (width + margin, height + margin), "white"), width / (1 + BINS)
+    draw = ImageDraw.Draw(panel)
+    for values, color, start, end in ((before, BEFORE_COLOR, 0.05, 0.95), (after, AFTER_COLOR, 0.3, 0.7)):
+        for place, value in enumerate(values):
+            if value > 0:
+                box = ((place + start) * step, height - value * height, (place + end) * step, height)
+                draw.rectangle(box, color)
+    draw.line((0, height, width, height), GREY)
+    for intensity in range(6):
+        x = (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
+        draw.text((x, height + 4), str(intensity), GREY, ImageFont.load_default(12), anchor="ma")
+    return panel

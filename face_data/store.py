@@ -127,28 +127,18 @@ def list_parts(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "rows").glob("*.jsonl") if not path.name.startswith("."))
 
 
-def read_settings(folder: Path) -> dict:
+def read_settings(folder: Path, is_finished: bool = False) -> dict:
     """
     Raises:
-        ValueError: if `folder` is no work folder.
+        ValueError: if `folder` is no work folder, or if `is_finished` and the step that fills it did not come to its
+            end.
     """
     settings = json.loads(path.read_text(encoding="utf-8")) if (path := folder / SETTINGS).is_file() else {}
     if "source" not in settings:
         raise ValueError(
             f"{str(folder)!r} is no work folder, which `prepare disfa`, `prepare affectnet` or `prepare folder` makes."
         )
-    return settings
-
-
-def require_finished(folder: Path) -> dict:
-    """
-    The settings of a work folder.
-
-    Raises:
-        ValueError: if `folder` is no work folder, or the step that fills it did not come to its end.
-    """
-    settings = read_settings(folder)
-    if not (folder / FINISHED).is_file():
+    if is_finished and not (folder / FINISHED).is_file():
         raise ValueError(
             f"{str(folder)!r}: the step that reads {settings['source']} was interrupted. Run it again: it goes on."
         )

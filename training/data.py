@@ -10,6 +10,7 @@ arrays, and everything else stays in files that are mapped or read in parts.
 
 import dataclasses
 import functools
+import glob
 import hashlib
 import itertools
 import math
@@ -236,23 +237,24 @@ def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
         ValueError: if the data cannot be read, or a label is wrong. The message names the file or the row.
     """
     folder, notes = config.train_data_dir or Path(config.dataset_name), []
-    files = _files_in(folder)
+    # Hidden files and folders are not found.
+    files = sorted(folder / name for name in glob.iglob("**/*.*", root_dir=folder, recursive=True))
     metadata_files = [path for path in files if path.name in METADATA_NAMES]
-    parquet_files = [path for path in files if path.suffix == ".parquet" and path.name not in METADATA_NAMES]
+    parquet_files = [str(path) for path in files if path.suffix == ".parquet" and path.name not in METADATA_NAMES]
     if config.streaming:
-        return StreamedData(_find_urls(config, list(map(str, parquet_files)), notes), config, notes)
+        return StreamedData(_find_urls(config, parquet_files, notes), config, notes)
     if metadata_files and parquet_files:
         raise ValueError(
             f"{str(folder)!r} holds {metadata_files[0].relative_to(folder)}, and {len(parquet_files)} Parquet files,"
-            f" such as {parquet_files[0].relative_to(folder)}. Training reads either pictures with metadata or Parquet"
-            " files: move one of the two elsewhere."
+            f" such as {Path(parquet_files[0]).relative_to(folder)}. Training reads either pictures with metadata or"
+            " Parquet files: move one of the two elsewhere."
         )
     if metadata_files:
         table = _read_metadata_files(folder, metadata_files, config, notes)
     elif parquet_files:
         for path in parquet_files:
-            _read_footer(str(path))
-        table = _load_table("parquet", notes, data_files=list(map(str, parquet_files)))
+            _read_footer(path)
+        table = _load_table("parquet", notes, data_files=parquet_files)
     elif folder.is_dir():
         raise ValueError(f"{str(folder)!r} has no {', '.join(METADATA_NAMES)}, and no Parquet file.")
     else:
@@ -285,15 +287,6 @@ def _note_other_splits(source: str, splits: Iterable[str], notes: list[str]) -> 
         notes.append(f"Only the split train of {source!r} is used, not {', '.join(left_out)}.")
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """All files in a folder and its subfolders, except hidden ones."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in names if not name.startswith(".")]
-    return sorted(found)
-
-
 def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, notes: list[str]) -> pa.Table:
     """Read the rows of all metadata files of a folder, with the paths of pictures in the column `--image_column`."""
     tables = []
@@ -301,10 +294,8 @@ def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, n
         same_folder = [other.name for other in paths if other.parent == path.parent]
         if len(same_folder) > 1:
             raise ValueError(f"{str(path.parent)!r} holds {' and '.join(same_folder)}. Keep one of them.")
-        try:
+        with _named(path):
             table = _read_metadata(path)
-        except pa.ArrowException as error:
-            raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
         names = [f"{config.image_column}_file_name", "file_name"]
         column = next((name for name in names if name in table.column_names), None)
         if column is None:
@@ -319,10 +310,17 @@ def _read_metadata_files(folder: Path, paths: list[Path], config: TrainConfig, n
     if len(paths) > 1:
         counts = [f"{len(table):,} of {path.relative_to(folder)}" for path, table in zip(paths, tables, strict=True)]
         notes.append(f"The rows are {', '.join(counts)}.")
-    try:
+    with _named(folder, "The metadata files in {} do not fit together"):
         return pa.concat_tables(tables, promote_options="permissive")
+
+
+@contextmanager
+def _named(path: Path | str, what: str = "{} cannot be read") -> Iterator[None]:
+    """Turn an error of pyarrow into a ValueError that names the file."""
+    try:
+        yield
     except pa.ArrowException as error:
-        raise ValueError(f"The metadata files in {str(folder)!r} do not fit together: {error}") from error
+        raise ValueError(f"{what.format(repr(str(path)))}: {error}") from error
 
 
 def _read_metadata(path: Path) -> pa.Table:
@@ -349,11 +347,8 @@ def _find_urls(config: TrainConfig, urls: list[str], notes: list[str]) -> list[s
 
 
 def _read_footer(url: str) -> pq.FileMetaData:
-    try:
-        with fsspec.open(url) as file:
-            return pq.read_metadata(file)
-    except pa.ArrowException as error:
-        raise ValueError(f"{url!r} cannot be read: {error}") from error
+    with _named(url), fsspec.open(url) as file:
+        return pq.read_metadata(file)
 
 
 def check_pictures(data: TrainingData) -> None:
@@ -502,10 +497,8 @@ class LatentInputs:
     Pictures and captions as `latents_mean`, `latents_std` and `prompt_embeds` from a cache, made by `cache_inputs`.
 
     Args:
-        latents_shape (`tuple[int, int, int]`):
-            Channels, height and width.
-        takes_sizes (`bool`):
-            Whether the base takes the `original_size` of pictures.
+        data (`TrainingData`), latents_shape (`tuple[int, int, int]`), takes_sizes (`bool`):
+            Those of the `PixelInputs` that were encoded; the shape is channels, height and width.
         pictures (`list[CachedRows]`):
             The latents of all rows, and with `--random_flip` the latents of all mirrored pictures.
         captions (`CachedRows`):
@@ -546,10 +539,9 @@ def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelera
     dtype = torch.float32 if encoders.vae.dtype == torch.float32 else torch.float16
     settings, pictures_digest = (CACHE_FORMAT, encoders.fingerprint(), dtype), _digest_pictures(data)
 
-    def cache_rows(
-        kind: str, names: tuple, num_rows: int, read: Callable[[int], dict], encode: Callable
-    ) -> CachedRows:
-        folder = (config.cache_dir or config.output_dir / "cache") / f"{kind}-{_hash(*settings, *names)}"
+    def cache_rows(kind: str, names: tuple, num_rows: int, read: Callable, encode: Callable) -> CachedRows:
+        digest = hashlib.blake2b("".join(map(repr, (*settings, *names))).encode(), digest_size=16).hexdigest()
+        folder = (config.cache_dir or config.output_dir / "cache") / f"{kind}-{digest}"
         return encode_rows(folder, num_rows, read, encode, dtype, config, accelerator)
 
     latents = [
@@ -591,16 +583,16 @@ def encode_rows(
     """
     folder.mkdir(parents=True, exist_ok=True)
     firsts = range(0, num_rows, ROWS_PER_SHARD)
-    paths = [folder / f"{shard:05d}.safetensors" for shard in range(len(firsts))]
-    mine = list(zip(paths, firsts, strict=True))[accelerator.process_index :: accelerator.num_processes]
-    missing = [(path, first) for path, first in mine if not path.exists()]
-    for path, first in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
+    rows_of = {folder / f"{n:05d}.safetensors": range(num_rows)[i : i + ROWS_PER_SHARD] for n, i in enumerate(firsts)}
+    mine = list(rows_of)[accelerator.process_index :: accelerator.num_processes]
+    missing = [path for path in mine if not path.exists()]
+    for path in tqdm(missing, desc=folder.name[:16], unit="file", disable=not accelerator.is_main_process):
         lock = path.with_suffix(".lock")
         # Another run with the same cache may be writing this file, so check again after waiting for the lock.
         with FileLock(lock):
             if not path.exists():
                 batches = torch.utils.data.DataLoader(
-                    range(first, min(first + ROWS_PER_SHARD, num_rows)),
+                    rows_of[path],
                     config.train_batch_size,
                     collate_fn=lambda rows: default_collate([read(row) for row in rows]),
                     num_workers=config.dataloader_num_workers,
@@ -612,14 +604,7 @@ def encode_rows(
                     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished)
             lock.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    return CachedRows(paths)
-
-
-def _hash(*values) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for value in values:
-        digest.update(repr(value).encode())
-    return digest.hexdigest()
+    return CachedRows(list(rows_of))
 
 
 def _digest_pictures(data: TrainingData) -> str:
