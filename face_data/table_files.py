@@ -6,6 +6,7 @@ separators and encodings, empty columns and rows at the end. What had to be gues
 """
 
 import codecs
+import contextlib
 import csv
 import json
 import os
@@ -54,10 +55,14 @@ def read_records(path: str | os.PathLike, say: Callable[[str], None]) -> Iterato
     for line, record in _READERS[suffix](path, say):
         if not isinstance(record, dict):
             raise ValueError(f"{path}, line {line}: a row has to be an object, but is a {type(record).__name__}.")
-        record = _flat(record)
-        if len(record) > MAX_COLUMNS:
-            raise ValueError(f"{path}, line {line}: {len(record):,} columns, and {MAX_COLUMNS:,} are allowed.")
-        yield line, record
+        flat = {}
+        for name, value in record.items():
+            # LibreFace and MediaPipe group their values in objects; `aus` is one value.
+            is_group = isinstance(value, dict) and name.strip().lower() != "aus"
+            flat |= {inner.strip(): item for inner, item in (value if is_group else {name: value}).items()}
+        if len(flat) > MAX_COLUMNS:
+            raise ValueError(f"{path}, line {line}: {len(flat):,} columns, and {MAX_COLUMNS:,} are allowed.")
+        yield line, flat
 
 
 def _read_lines(path: Path, say: Callable[[str], None]) -> Iterator[str]:
@@ -85,28 +90,27 @@ def _find_encoding(path: Path, say: Callable[[str], None]) -> str:
             raise ValueError(f"{path}: this is no text file.")
         return "utf-16-be" if even > odd else "utf-16-le"
     for encoding in ("utf-8-sig", "cp1252"):
-        try:
-            with path.open(encoding=encoding) as file:
-                while file.read(2**20):
-                    pass
-        except UnicodeDecodeError as error:
-            problem = error
-            continue
-        if encoding == "cp1252":
-            say(f"{path} is not in UTF-8. It is read as cp1252 (Windows, Western Europe); save others in UTF-8.")
-        return encoding
-    raise ValueError(f"{path}: the encoding is none of UTF-8, UTF-16 and cp1252. Save it in UTF-8.") from problem
+        with contextlib.suppress(UnicodeDecodeError), path.open(encoding=encoding) as file:
+            while file.read(2**20):
+                pass
+            if encoding == "cp1252":
+                say(f"{path} is not in UTF-8. It is read as cp1252 (Windows, Western Europe); save others in UTF-8.")
+            return encoding
+    raise ValueError(f"{path}: the encoding is none of UTF-8, UTF-16 and cp1252. Save it in UTF-8.")
 
 
 def _read_separated(path: Path, say: Callable[[str], None], usual: str) -> Iterator[tuple[int, dict]]:
     lines = _read_lines(path, say)
-    first = next(lines, "")
-    first_line, separator = 0, _find_separator(first, usual)
+    first, first_line = next(lines, ""), 0
+    # The separator is the one that divides the header into the most columns; the usual one if several do.
+    counts = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in (usual, *_SEPARATORS)}
+    separator = max(counts, key=counts.get)
     # Excel writes a line for the separator.
     if first.lower().startswith("sep="):
         first_line, separator, first = 1, first.rstrip()[4:5] or "\t", next(lines, "")
+    separators = _SEPARATORS.get(separator, repr(separator))
     if separator != usual:
-        say(f"{path}: the columns are separated by {_SEPARATORS.get(separator, repr(separator))}.")
+        say(f"{path}: the columns are separated by {separators}.")
     reader = csv.reader(chain([first], lines), delimiter=separator, skipinitialspace=True)
     num_empty = num_headers = 0
     try:
@@ -115,7 +119,6 @@ def _read_separated(path: Path, say: Callable[[str], None], usual: str) -> Itera
             header.pop()
         _check_columns(header, path)
         for cells in reader:
-            line = first_line + reader.line_num
             cells = [cell.strip() for cell in cells]
             if not any(cells):
                 num_empty += bool(cells)
@@ -123,24 +126,18 @@ def _read_separated(path: Path, say: Callable[[str], None], usual: str) -> Itera
                 # Tables that were joined by appending one file to another.
                 num_headers += 1
             elif len(cells) < len(header) or any(cells[len(header) :]):
-                raise ValueError(
-                    f"{path}, line {line}: {len(cells)} cells, but the header has {len(header)}, with"
-                    f" {_SEPARATORS.get(separator, repr(separator))} between them."
+                raise csv.Error(
+                    f"{len(cells)} cells, but the header has {len(header)}, with {separators} between them."
                 )
             else:
-                yield line, {name: cell for name, cell in zip(header, cells, strict=False) if name}
+                record = {name: cell for name, cell in zip(header, cells, strict=False) if name}
+                yield first_line + reader.line_num, record
     except csv.Error as error:
         raise ValueError(f"{path}, line {first_line + reader.line_num}: {error}") from error
     if num_empty:
         say(f"{path}: {num_empty:,} empty rows are left out.")
     if num_headers:
         say(f"{path}: {num_headers:,} rows repeat the header and are left out.")
-
-
-def _find_separator(header: str, usual: str) -> str:
-    """The one that divides the header into the most columns; the usual one of the file type if several do."""
-    counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in (usual, *_SEPARATORS)}
-    return max(counts, key=counts.get)
 
 
 def _check_columns(header: list[str], path: Path) -> None:
@@ -201,14 +198,3 @@ def _parse_json(text: str, label: str):
         raise ValueError(f"{label}: the objects are nested too deeply.") from error
     except ValueError as error:
         raise ValueError(f"{label}: this is no JSON: {error}") from error
-
-
-def _flat(record: dict) -> dict:
-    """LibreFace and MediaPipe group their values in objects; `aus` is one value."""
-    flat = {}
-    for name, value in record.items():
-        if isinstance(value, dict) and name.strip().lower() != "aus":
-            flat |= {inner.strip(): item for inner, item in value.items()}
-        else:
-            flat[name.strip()] = value
-    return flat
