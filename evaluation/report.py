@@ -217,8 +217,9 @@ def _extrapolation_statistics(group: pd.DataFrame, column: int) -> Iterator[tupl
 def find_figure(summary: pd.DataFrame, metric: str, part: str, meter: str = "", au: str = "") -> Figure:
     """Find one figure in the table of `summarize`. `NO_FIGURE` if it is not there."""
     # In a table that was read from a file, empty texts are NaN.
-    keys = summary[["metric", "part", "meter", "au"]].astype(object).fillna("")
-    rows = summary[(keys == [metric, part, meter, au]).all(axis=1)]
+    keys = {"metric": metric, "part": part, "meter": meter, "au": au}
+    is_it = [summary[name].to_numpy(object, na_value="") == text for name, text in keys.items()]
+    rows = summary[np.logical_and.reduce(is_it)]
     if rows.empty:
         return NO_FIGURE
     row = rows.iloc[0]

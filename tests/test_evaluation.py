@@ -42,10 +42,9 @@ from evaluation.testset import (
     read_combinations,
     read_prompts,
 )
-from paper import baselines, trials
+from paper import baselines, feedback_trials, trials
 from paper import tables as paper_tables
 from paper.experiment import BUDGETS, Experiment
-from paper.feedback_trials import change_encoder
 from paper.workers import run_jobs
 from program import only_run_in, write_atomically
 from toy_faces import networks
@@ -670,7 +669,7 @@ def test_sampling_defaults_are_those_of_the_pipeline():
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> str:
-    """An toy world whose networks are as small as they get, and untrained."""
+    """A toy world whose networks are as small as they get, and untrained."""
     folder = tmp_path_factory.mktemp("world")
     torch.manual_seed(0)
     tokenizer = networks.make_tokenizer(captions_of(range(20), 0))
@@ -678,16 +677,18 @@ def world(tmp_path_factory) -> str:
         vae=networks.make_vae((8, 8, 8, 8), 0),
         text_encoder=networks.make_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        unet=networks.make_unet((32, 32)),
+        unet=networks.make_unet((32,)),
         scheduler=networks.make_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         image_encoder=networks.make_image_encoder(),
         requires_safety_checker=False,
     ).save_pretrained(folder)
-    networks.make_meter().save_pretrained(folder / "meter")
-    networks.make_second_meter().save_pretrained(folder / "second_meter")
-    networks.make_attribute_reader().save_pretrained(folder / "attribute_reader")
+    small = {"block_out_channels": (8, 8, 8, 8), "hidden_size": 16}
+    meter = networks.make_meter()
+    for name, reader in {"meter": meter, "attribute_reader": networks.make_attribute_reader()}.items():
+        networks.PictureReader.from_config(reader.config, **small).save_pretrained(folder / name)
+    networks.SecondMeter(meter.config.au_names, widths=(8, 8), depth=1).save_pretrained(folder / "second_meter")
     (folder / "fineface.json").write_text('{"num_inference_steps": 2, "guidance_scale": 2.0}')
     return str(folder)
 
@@ -925,13 +926,14 @@ def test_trials_are_flags_of_the_trainer_and_share_adapters(tmp_path):
         trials.check_trials(["magic"])
 
 
-def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, tmp_path, capsys):
+def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
     arguments = ["--size=tiny", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--feedback", "--only"]
     assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
     table = pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
     assert table.index.tolist() == ["start", "ordinary", "latents", "interactions"]
     # The budget pays for none, so each has the steps that are timed to find that out.
-    assert table["steps"].tolist() == ["–", "5", "5", "5"] and (table["seconds a step"][1:].astype(float) > 0).all()
+    assert table["steps"].tolist() == ["–", "3", "3", "3"] and (table["seconds a step"][1:].astype(float) > 0).all()
     assert table["slopes"].str.fullmatch(r"-?\d+\.\d\d to -?\d+\.\d\d").all()
     assert json.loads((tmp_path / "runs" / "feedback_latents" / "settings.json").read_text())["adapter"]
     before = read_files_in(tmp_path / "systems") | read_files_in(tmp_path / "runs")
@@ -941,7 +943,7 @@ def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, t
     start = read_au_adapter(find_adapter_files(str(tmp_path / "systems" / "fineface")))
     aus = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) * 5
     for encoder_type in ("direct", "res_3mlp"):
-        changed = change_encoder(start, encoder_type)
+        changed = feedback_trials.change_encoder(start, encoder_type)
         assert changed.config.encoder_type == encoder_type
         torch.testing.assert_close(changed(aus)[1], start(aus)[1], rtol=1e-4, atol=1e-5)
     grown = read_au_adapter(find_adapter_files(str(tmp_path / "systems" / "feedback_interactions")))

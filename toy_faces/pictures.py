@@ -110,7 +110,7 @@ class Pictures:
                 shards.append(self.loaded[path])
             if len(shards) >= min(at_least, len(self.seeds)):
                 return shards
-            time.sleep(0.5)
+            time.sleep(0.1)
 
     def wait(self) -> list[np.ndarray]:
         """All shards, once they are rendered."""
