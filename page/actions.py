@@ -314,8 +314,10 @@ class Page:
     # Controls
 
     @answered
-    def read_expression(self, text: str) -> str:
-        return canonical(text, self.studio)
+    def read_expression(self, text: str, face: str):
+        """The text as the sliders write it. Sliders that say the same already may be on their way to another face."""
+        aus = canonical(text, self.studio)
+        return gr.skip() if aus == face else aus
 
     @answered
     def other_expression(self, text: str) -> list[str]:
@@ -503,8 +505,8 @@ def connect_controls(ui: SimpleNamespace, page: Page) -> None:
     # Enter draws in every box; that of the expression is read first.
     typed = [control for control in (*ui.controls, *ui.sweep, *ui.box, ui.strength) if hasattr(control, "submit")]
     gr.on([ui.draw.click, *(box.submit for box in typed if box is not ui.aus)], **by_hand)
-    ui.aus.blur(page.read_expression, ui.aus, ui.face, **AT_ONCE)
-    ui.aus.submit(page.read_expression, ui.aus, ui.face, **AT_ONCE).success(**by_hand)
+    ui.aus.blur(page.read_expression, [ui.aus, ui.face], ui.face, **AT_ONCE)
+    ui.aus.submit(page.read_expression, [ui.aus, ui.face], ui.face, **AT_ONCE).success(**by_hand)
     # In the browser, so that the text is never behind when a picture is asked for.
     ui.face.input(None, ui.face, ui.aus, js="(aus) => aus", **LOCAL)
     ui.face.release(**touched)
