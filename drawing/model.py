@@ -138,13 +138,13 @@ def pipeline_class_of(model: str, revision: str | None = None) -> type:
     return classes[tuple(text_encoders)]
 
 
-def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
+def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype, needs_adapter: bool = False):
     """
     A `FineFacePipeline`, or a `FineFaceXLPipeline` for a base of that family.
 
     Raises:
         OSError: if the model or the adapter cannot be found.
-        ValueError: if a file is broken, or the adapter does not fit the model.
+        ValueError: if a file is broken, the adapter does not fit the model, or there is none although one is needed.
     """
     pipeline_class = pipeline_class_of(weights.model)
     without_adapter = {} if weights.adapter is None else {"au_adapter": None}
@@ -152,6 +152,8 @@ def load_pipeline(weights: Weights, device: torch.device, dtype: torch.dtype):
         pipeline = pipeline_class.from_pretrained(weights.model, dtype=dtype, **without_adapter)
     if weights.adapter is not None:
         pipeline.load_au_adapter(weights.adapter, variant=weights.adapter_variant)
+    if needs_adapter and pipeline.au_adapter is None:
+        raise ValueError(f"{weights.model!r} has no AU adapter, which AUs need. Name one with `--adapter`.")
     return pipeline.to(device)
 
 
@@ -206,9 +208,8 @@ def draw_jobs(
 ) -> Iterator[tuple[Job, Image.Image]]:
     """Load the model and yield each job with its picture, under one progress bar."""
     with quiet():
-        pipeline = load_pipeline(weights, device, getattr(torch, dtype))
-        if pipeline.au_adapter is None and any(job.aus is not None for job in jobs):
-            raise ValueError(f"{weights.model!r} has no AU adapter, which AUs need. Name one with `--adapter`.")
+        has_aus = any(job.aus is not None for job in jobs)
+        pipeline = load_pipeline(weights, device, getattr(torch, dtype), needs_adapter=has_aus)
         fuse_lora(pipeline)
         # A single picture shows its denoising steps instead of a bar of pictures.
         is_single = num_finished + len(jobs) == 1

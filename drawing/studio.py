@@ -101,12 +101,8 @@ class Studio:
         self.is_toy = Path(weights.model).resolve() == TOY_MODEL
         self.defaults = Job(prompt=DEMO_PROMPT, **read_model_defaults(weights.model))
         with quiet():
-            self.pipeline = load_pipeline(weights, device, getattr(torch, dtype))
+            self.pipeline = load_pipeline(weights, device, getattr(torch, dtype), needs_adapter=True)
         self.pipeline.set_progress_bar_config(disable=True)
-        if self.pipeline.au_adapter is None:
-            raise ValueError(
-                f"{weights.model!r} has no AU adapter, which the sliders need. Name one with `--adapter`."
-            )
         fuse_lora(self.pipeline)
         self.au_names = self.pipeline.au_names
         # A scheduler counts its steps, so two drawings at a time would spoil each other.

@@ -88,9 +88,7 @@ class System:
         self.words = au_words(is_toy_model(weights.model))
         self.au_names, self.has_image_prompt = AU_NAMES, False
         if system == "fineface":
-            self.pipeline = load_pipeline(weights, device, dtype)
-            if self.pipeline.au_adapter is None:
-                raise ValueError(f"{weights.model!r} has no AU adapter. Name one with `--adapter`.")
+            self.pipeline = load_pipeline(weights, device, dtype, needs_adapter=True)
             self.au_names = self.pipeline.au_names
         else:
             self.pipeline = _load_baseline(system, weights, device, dtype)

@@ -93,6 +93,13 @@ XL_WIDTH = 2048
 ENDPOINT_REQUIREMENTS = ("diffusers", "transformers", "peft", "accelerate", "safetensors", "huggingface_hub")
 SPACE_REQUIREMENTS = (*ENDPOINT_REQUIREMENTS, "torch", "numpy", "Pillow", "tqdm")
 
+SHIM_HEADER = '''\
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The file that `custom_pipeline=` looks for. It imports every module, because diffusers copies no others."""
+
+'''
+
 # The widget sends only text, so its AUs stand in the prompt.
 WIDGET_PROMPTS = (
     f"{DEMO_PROMPT} <AU6=3 AU12=4>",
@@ -371,8 +378,7 @@ def add_remote_code(folder: Path, pipeline_class: type) -> None:
     (folder / "requirements.txt").write_text(requirements(ENDPOINT_REQUIREMENTS), encoding="utf-8")
     imports = "".join(f"from .{module} import {names[0]}  # noqa: F401\n" for module, names in leaves.items())
     imports += f"from .{pipeline_module} import {pipeline_class.__name__}  # noqa: F401\n"
-    shim = '"""The file that `custom_pipeline=` looks for: diffusers copies only modules that it imports."""\n\n'
-    (folder / "pipeline.py").write_text(shim + imports, encoding="utf-8")
+    (folder / "pipeline.py").write_text(SHIM_HEADER + imports, encoding="utf-8")
     index_file = folder / "model_index.json"
     index = json.loads(index_file.read_text(encoding="utf-8"))
     index["_class_name"] = [pipeline_module, pipeline_class.__name__]
