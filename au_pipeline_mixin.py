@@ -447,7 +447,9 @@ class AUPipelineMixin:
         Raises:
             ValueError: if one of them is wrong.
         """
-        _pass_arguments(self.check_inputs, call, callback_steps=None)
+        # A parameter of diffusers' check that its calls have no more.
+        call.callback_steps = None
+        _pass_arguments(self.check_inputs, call)
         prompts = [call.prompt] if isinstance(call.prompt, str) else call.prompt
         if prompts is not None and not (prompts and all(isinstance(text, str) for text in prompts)):
             raise ValueError(f"`prompt` has to be a string or a list of at least one string, but is {prompts!r}.")

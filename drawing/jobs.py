@@ -174,14 +174,12 @@ def read_jobs(path: Path, defaults: Mapping, au_names: Sequence[str] = AU_NAMES)
     if not jobs:
         raise ValueError(f"{path} holds no job. Write one JSON object a line.")
     for name in jobs:
-        folder = next(
-            (str(parent) for parent in PurePosixPath(name).parents if str(parent).casefold() in numbers), None
-        )
-        if folder is not None:
-            raise ValueError(
-                f"{path}, line {numbers[name.casefold()]}: `output` is {name!r}, but {folder!r} is the picture of line"
-                f" {numbers[folder.casefold()]}, and no folder."
-            )
+        for folder in map(str, PurePosixPath(name).parents):
+            if folder.casefold() in numbers:
+                raise ValueError(
+                    f"{path}, line {numbers[name.casefold()]}: `output` is {name!r}, but {folder!r} is the picture of"
+                    f" line {numbers[folder.casefold()]}, and no folder."
+                )
     return jobs
 
 
