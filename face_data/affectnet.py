@@ -26,10 +26,6 @@ from face_data.tabled import PIXEL_BOX, Tabled
 MIN_SIDE = 512
 MIN_TOTAL_INTENSITY = 0.2
 NON_FACE = 10
-NON_FACE_REASON = "marked as no face"
-NOT_LISTED = "picture that is in no file list"
-NO_LABEL_FILE = "missing label file"
-BAD_LABEL_FILE = "label file that cannot be read"
 _LIST_COLUMNS = (
     *("subDirectory_filePath", "face_x", "face_y", "face_width", "face_height", "facial_landmarks"),
     *("expression", "valence", "arousal"),
@@ -72,18 +68,18 @@ class AffectNet(Tabled):
         """Whether AffectNet marks a picture as no face, or does not know it."""
         path = picture.parent.parent / "annotations" / f"{picture.stem}_exp.npy"
         if self.file_lists and facts["about"] is None:
-            part.problem(NOT_LISTED, picture)
+            part.problem("picture that is in no file list", picture)
             return True
         try:
             is_face = NON_FACE != (facts["about"]["expression"] if self.file_lists else int(np.load(path).item()))
         except FileNotFoundError:
-            part.problem(NO_LABEL_FILE, path)
+            part.problem("missing label file", path)
             return True
         except (OSError, ValueError, EOFError) as error:
-            part.problem(BAD_LABEL_FILE, path, str(error))
+            part.problem("label file that cannot be read", path, str(error))
             return True
         if not is_face:
-            part.drop(NON_FACE_REASON, picture)
+            part.drop("marked as no face", picture)
         return not is_face
 
     def list_pictures(self) -> Iterator[Path]:

@@ -16,11 +16,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Blip2ForConditionalGeneration, Blip2Processor
 
+from face_data import store
 from face_data.pictures import PICTURE_ERRORS
-from face_data.store import CAPTIONS, claim_folder, list_parts, part_path, read_rows, read_settings, write_lines
 
 
-QUESTIONS = {"cartoon": "Is this a cartoon?", "real": "Is this photo real?"}
+QUESTIONS = ("Is this a cartoon?", "Is this photo real?")
 MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS = 40, 5
 
 
@@ -65,13 +65,9 @@ class Blip2:
 
 def is_photo(cartoon: str, real: str) -> bool | None:
     """Combine the two answers. None means that they are unclear or contradict each other."""
-    answers = tuple(_yes_or_no(answer) for answer in (cartoon, real))
+    words = [answer.lower().replace(",", " ").replace(".", " ").split()[:1] for answer in (cartoon, real)]
+    answers = tuple(word[0] if word in (["yes"], ["no"]) else None for word in words)
     return {("no", "yes"): True, ("yes", "no"): False, ("yes", None): False, (None, "no"): False}.get(answers)
-
-
-def _yes_or_no(answer: str) -> str | None:
-    word = answer.lower().replace(",", " ").replace(".", " ").split()[:1]
-    return word[0] if word in (["yes"], ["no"]) else None
 
 
 def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str | None = None) -> None:
@@ -87,45 +83,37 @@ def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str |
         batch_size (`int`):
             Pictures that the model sees together.
     """
-    if batch_size < 1:
-        raise ValueError(f"`--batch_size` has to be at least 1, but is {batch_size}.")
-    read_settings(folder, is_finished=True)
-    claim_folder(folder / kind, {"model": model})
+    store.read_settings(folder, is_finished=True)
+    store.claim_folder(folder / kind, {"model": model})
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    parts = [part for part in list_parts(folder)[rank::world_size] if not (folder / kind / f"{part}.jsonl").is_file()]
-    num_pictures = sum(1 for part in parts for _ in read_rows(part_path(folder, part)))
-    blip2 = None
+    mine = {part: folder / kind / f"{part}.jsonl" for part in store.list_parts(folder)[rank::world_size]}
+    parts = {part: path for part, path in mine.items() if not path.is_file()}
+    num_pictures = sum(1 for part in parts for _ in store.read_rows(store.part_path(folder, part)))
+    blip2, column = None, {store.CAPTIONS: "text", store.PHOTOS: "is_photo"}[kind]
     with ThreadPoolExecutor(4) as readers, tqdm(None, kind, num_pictures, unit="picture") as progress:
-        for part in parts:
-            rows = list(read_rows(part_path(folder, part)))
-            lines = [_known(row, kind) for row in rows]
-            unknown = [index for index, line in enumerate(lines) if line is None]
-            if unknown and blip2 is None:
-                blip2 = Blip2(model, device)
-            progress.update(len(rows) - len(unknown))
+        for part, path in parts.items():
+            rows = store.read_rows(store.part_path(folder, part))
+            answers = {row["file_name"]: {column: row.get(column)} for row in rows}
+            # What the table of a picture has answered already stays.
+            unknown = [name for name, answer in answers.items() if answer[column] in ("", None)]
+            progress.update(len(answers) - len(unknown))
             for start in range(0, len(unknown), batch_size):
-                batch = unknown[start : start + batch_size]
-                names = [rows[index]["file_name"] for index in batch]
+                names = unknown[start : start + batch_size]
+                blip2 = blip2 or Blip2(model, device)
                 pictures = list(readers.map(_open, [folder / name for name in names]))
-                for index, line in zip(batch, _look(blip2, kind, pictures), strict=True):
-                    lines[index] = {"file_name": rows[index]["file_name"]} | line
-                progress.update(len(batch))
-            write_lines(folder / kind / f"{part}.jsonl", lines)
-
-
-def _known(row: dict, kind: str) -> dict | None:
-    """The line of a picture that its table has answered already, or None."""
-    name, known = ("text", row["text"]) if kind == CAPTIONS else ("is_photo", row.get("is_photo"))
-    return None if known in ("", None) else {"file_name": row["file_name"], name: known}
+                answers |= zip(names, _look(blip2, kind, pictures), strict=True)
+                progress.update(len(names))
+            lines = ({"file_name": name} | answer for name, answer in answers.items())
+            store.write_lines(path, lines)
 
 
 def _look(blip2: Blip2, kind: str, pictures: list[Image.Image]) -> list[dict]:
-    if kind == CAPTIONS:
+    if kind == store.CAPTIONS:
         return [{"text": text} for text in blip2.describe(pictures)]
-    answers = {name: blip2.ask(pictures, question) for name, question in QUESTIONS.items()}
+    cartoons, reals = (blip2.ask(pictures, question) for question in QUESTIONS)
     return [
         {"cartoon": cartoon, "real": real, "is_photo": is_photo(cartoon, real)}
-        for cartoon, real in zip(answers["cartoon"], answers["real"], strict=True)
+        for cartoon, real in zip(cartoons, reals, strict=True)
     ]
 
 

@@ -21,22 +21,10 @@ from typing import Literal
 import numpy as np
 
 from action_units import AU_NAMES, au_columns, whole_au
+from face_data import store
 from face_data.captions import take_emotion_words
 from face_data.pictures import FACE_BOX, link_file
 from face_data.report import Histogram, Report, draw_histograms
-from face_data.store import (
-    CAPTIONS,
-    PHOTOS,
-    claim_folder,
-    list_parts,
-    part_path,
-    read_lines,
-    read_rows,
-    read_settings,
-    remove_unfinished,
-    run_parts,
-    write_lines,
-)
 from face_data.table_choice import sort_aus
 from program import option, replacing, write_atomically
 
@@ -46,9 +34,6 @@ GAMMAS = {"AU1": 1.8, "AU4": 1.8, "AU15": 0.8, "AU17": 0.8, "AU20": 0.8}
 MAX_INTENSITY = 5.0
 # Below, a still picture shows too little for a tool to measure.
 MIN_INTENSITY = 1.0
-NOT_A_PHOTO = "no photograph"
-UNCLEAR = "no clear answer whether it is a photograph"
-NO_CAPTION = "empty caption"
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 ROW_GROUP = 64
 # The folder of a data set with the lines of its parts.
@@ -139,17 +124,17 @@ def build_dataset(build: Build, num_workers: int) -> Report:
     settings = {"sources": [source.name for source in sources], "hash of rows": digest.hexdigest()}
     for name in ("au_names", "format", "default_caption", "photo_filter", "correct_aus", "drop_emotion_words"):
         settings[name] = getattr(build, name)
-    claim_folder(build.output, settings | {"au_names": list(build.au_names)})
-    parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in list_parts(source.folder)]
+    store.claim_folder(build.output, settings | {"au_names": list(build.au_names)})
+    parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in store.list_parts(source.folder)]
     work = functools.partial(make_part, build, sources)
-    run_parts(work, parts, build.output / PARTS, num_workers, "data set")
+    store.run_parts(work, parts, build.output / PARTS, num_workers, "data set")
     return _finish(build, parts, sources, before)
 
 
 def read_sources(build: Build) -> list[Source]:
     sources = []
     for folder in build.folders:
-        settings = read_settings(folder, is_finished=True)
+        settings = store.read_settings(folder, is_finished=True)
         names = tuple(settings.get("au_names", AU_NAMES))
         photo_filter = build.photo_filter and settings["needs_photo_filter"]
         source = Source(folder, settings["source"], names, photo_filter, build.correct_aus and settings["correct_aus"])
@@ -196,8 +181,8 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
     Raises:
         ValueError: if BLIP-2 has not been asked what is needed, or was asked about other rows.
     """
-    captions, photos = (_annotations(source.folder, kind, part) for kind in (CAPTIONS, PHOTOS))
-    for row in read_rows(part_path(source.folder, part)):
+    captions, photos = (_annotations(source.folder, kind, part) for kind in (store.CAPTIONS, store.PHOTOS))
+    for row in store.read_rows(store.part_path(source.folder, part)):
         name, facts = row["file_name"], dict(row)
         for found in (captions, photos):
             if found is not None and name not in found:
@@ -220,24 +205,26 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
             words += Counter(found)
         text = text or build.default_caption or ""
         row.pop("is_photo", None)
+        reason = None if text else "empty caption"
         if source.needs_photo_filter and facts["is_photo"] is not True:
-            yield {"dropped": UNCLEAR if facts["is_photo"] is None else NOT_A_PHOTO, "path": row["origin"]}
-        elif not text:
-            yield {"dropped": NO_CAPTION, "path": row["origin"]}
+            is_unclear = facts["is_photo"] is None
+            reason = "no clear answer whether it is a photograph" if is_unclear else "no photograph"
+        if reason:
+            yield {"dropped": reason, "path": row["origin"]}
         else:
             yield row | {"text": text} | ({"removed_words": words} if words else {})
 
 
 def _annotations(folder: Path, kind: str, part: str) -> dict[str, dict] | None:
     path = folder / kind / f"{part}.jsonl"
-    return {line["file_name"]: line for line in read_lines(path)} if path.is_file() else None
+    return {line["file_name"]: line for line in store.read_lines(path)} if path.is_file() else None
 
 
 def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
     """A first pass over a source: how to correct its AUs, and whether it has boxes. `digest` gets its rows."""
     has_boxes, names = False, source.au_names
     lowest, highest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
-    for part in list_parts(source.folder):
+    for part in store.list_parts(source.folder):
         rows = [line for line in join_part(source, part, build) if "dropped" not in line]
         digest.update(json.dumps([part, rows]).encode())
         has_boxes = has_boxes or any(FACE_BOX[0] in row for row in rows)
@@ -270,7 +257,7 @@ def make_part(build: Build, sources: list[Source], part: str) -> None:
     if build.format == "parquet" and kept:
         with replacing(build.output / "train" / f"{source.name}-{name}.parquet") as unfinished:
             _write_parquet(kept, pictures, build.au_names, unfinished)
-    write_lines(build.output / PARTS / f"{part}.jsonl", lines)
+    store.write_lines(build.output / PARTS / f"{part}.jsonl", lines)
 
 
 def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, ...], path: Path) -> None:
@@ -294,24 +281,23 @@ def _finish(build: Build, parts: list[str], sources: list[Source], before: Histo
     report, after = Report(), Histogram(build.au_names)
     for source in sources:
         found = report.sources[source.name]
-        for part in list_parts(source.folder):
-            for line in read_lines(part_path(source.folder, part)):
-                # The lines of pictures stand in the parts of the data set.
-                if "file_name" not in line:
-                    found.add(line)
+        for line in store.read_parts(source.folder):
+            # The lines of pictures stand in the parts of the data set.
+            if "file_name" not in line:
+                found.add(line)
         found.notes.extend(_other_aus(source.au_names, build.au_names))
     for part in parts:
-        lines = list(read_lines(build.output / PARTS / f"{part}.jsonl"))
+        lines = list(store.read_lines(build.output / PARTS / f"{part}.jsonl"))
         for line in lines:
             report.sources[sources[int(part.partition("-")[0])].name].add(line)
         after.add([[line[au] for au in build.au_names] for line in lines if "dropped" not in line])
     if not after.counts.any():
         raise ValueError(f"Nothing is left for the data set:\n{report.to_text()}")
-    remove_unfinished(build.output / "train")
+    store.remove_unfinished(build.output / "train")
     if build.format == "imagefolder":
-        lines = chain.from_iterable(read_rows(build.output / PARTS / f"{part}.jsonl") for part in parts)
+        lines = chain.from_iterable(store.read_rows(build.output / PARTS / f"{part}.jsonl") for part in parts)
         rows = ({name: line[name] for name in line if name not in ("changed", "removed_words")} for line in lines)
-        write_lines(build.output / "train" / "metadata.jsonl", rows)
+        store.write_lines(build.output / "train" / "metadata.jsonl", rows)
     write_atomically(build.output / "report.txt", report.to_text() + "\n")
     write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
     names = ", ".join(source.name for source in sources)

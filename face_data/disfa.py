@@ -28,12 +28,6 @@ from program import check_options, option, replacing
 
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov")
-NO_AU = "no AU, and not in the share that is kept"
-INCOMPLETE = "labels of some AUs only"
-NO_LABELS = "no labels"
-NO_PICTURES = "subject without video or pictures"
-NO_FRAME = "labels without a frame"
-NO_LABEL = "frames without a label"
 NO_READER = "Videos need PyAV: pip install av. Or give pictures of the frames, `--images`."
 _SUBJECT = re.compile(r"SN\d{3}")
 
@@ -98,11 +92,11 @@ class Disfa:
     def make_part(self, folder: Path, part: Part, subject: str) -> None:
         """One subject. If its video is damaged, the frames before the damage are kept."""
         if subject not in self.labels:
-            part.problem(NO_LABELS, self.media[subject])
+            part.problem("no labels", self.media[subject])
             return
         intensities = read_labels(self.labels[subject], subject, part)
         if intensities and subject not in self.media:
-            part.problem(NO_PICTURES, self.images or self.root, subject, len(intensities))
+            part.problem("subject without video or pictures", self.images or self.root, subject, len(intensities))
         if not intensities or subject not in self.media:
             return
         source, chosen, seen = self.media[subject], choose_frames(intensities, subject, self, part), set()
@@ -119,8 +113,8 @@ class Disfa:
         except VideoError as error:
             part.problem(UNREADABLE, source, str(error), len(chosen - seen))
         else:
-            part.drop(NO_FRAME, source, len(chosen - seen))
-        part.drop(NO_LABEL, source, len(seen - intensities.keys()))
+            part.drop("labels without a frame", source, len(chosen - seen))
+        part.drop("frames without a label", source, len(seen - intensities.keys()))
 
     def end(self, folder: Path, subjects: list[str]) -> None:
         pass
@@ -179,7 +173,7 @@ def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]
             part.problem("label file that cannot be read", path, str(error))
             return {}
     complete = set.intersection(*map(set, by_au))
-    part.drop(INCOMPLETE, folder, len(set.union(*map(set, by_au)) - complete))
+    part.drop("labels of some AUs only", folder, len(set.union(*map(set, by_au)) - complete))
     return {frame: np.float32([au[frame] for au in by_au]) for frame in sorted(complete)}
 
 
@@ -202,7 +196,7 @@ def choose_frames(intensities: dict[int, np.ndarray], subject: str, disfa: Disfa
     """Choose all frames with an AU, and the same share of those without from each subject."""
     neutral = [frame for frame, aus in intensities.items() if not aus.any()]
     kept = random.Random(f"{disfa.seed} {subject}").sample(neutral, round(disfa.neutral_share * len(neutral)))
-    part.drop(NO_AU, subject, len(neutral) - len(kept))
+    part.drop("no AU, and not in the share that is kept", subject, len(neutral) - len(kept))
     return (intensities.keys() - set(neutral)) | set(kept)
 
 

@@ -14,33 +14,22 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 from tqdm.auto import tqdm
 
+from face_data import store
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
 from face_data.pictures import FACE_BOX, box_columns
 from face_data.report import Report, report_folders
-from face_data.store import (
-    UNREADABLE,
-    Part,
-    check_folder,
-    check_source,
-    claim_folder,
-    list_parts,
-    part_path,
-    read_rows,
-    write_lines,
-)
 from face_data.tabled import NO_FACE, SEVERAL_FACES
 from program import check_options, option, write_atomically
 
 
 WORK, STATE, METADATA = ".hub", "state.json", "metadata.jsonl"
-NO_TEXT = "no caption, or nothing left of it"
 FaceDetector = Callable[[Image.Image], list[tuple[float, float, float, float]]]
 
 
@@ -75,7 +64,7 @@ class HubPictures:
     rows_per_part: int = option(1024, "Rows of the table that are done together.", low=1)
 
     def __post_init__(self):
-        check_source(self.source)
+        store.check_source(self.source)
         check_options(self)
 
 
@@ -88,17 +77,17 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     """
     work = folder / WORK
     if not work.is_dir():
-        check_folder(folder)
+        store.check_folder(folder)
     find_faces = load_detector(pictures.detector) if pictures.detector else None
-    claim_folder(work, {name: value for name, value in vars(pictures).items() if name != "max_pictures"})
+    store.claim_folder(work, {name: value for name, value in vars(pictures).items() if name != "max_pictures"})
     # How far the stream was read, and how many pictures were kept.
     path, state = work / STATE, {"part": 0, "kept": 0, "is_at_end": False, "stream": None}
     if path.is_file():
         state = json.loads(path.read_text(encoding="utf-8"))
     if not state["is_at_end"] and state["kept"] < (pictures.max_pictures or math.inf):
         _fetch(pictures, folder, work, state, find_faces, on_error)
-        rows = chain.from_iterable(read_rows(part_path(work, part)) for part in list_parts(work))
-        write_lines(folder / METADATA, map(_metadata, rows))
+        rows = (line for line in store.read_parts(work) if "file_name" in line)
+        store.write_lines(folder / METADATA, map(_metadata, rows))
     return report_folders([work])
 
 
@@ -130,13 +119,13 @@ def _fetch(
             stream.load_state_dict(state["stream"])
         rows = iter(tqdm(stream, pictures.dataset, unit="row"))
         while not state["is_at_end"] and state["kept"] < most:
-            part, name, num_rows = Part(on_error), f"{state['part']:07d}", 0
+            part, name, num_rows = store.Part(on_error), f"{state['part']:07d}", 0
             for num_rows, row in enumerate(islice(rows, pictures.rows_per_part), 1):
                 _keep(row, columns, f"{name}/{num_rows - 1:05d}", pictures, folder, find_faces, part)
                 if state["kept"] + len(part.rows) >= most:
                     break
             if num_rows:
-                part.write(part_path(work, name))
+                part.write(store.part_path(work, name))
             state = {
                 "part": state["part"] + bool(num_rows),
                 "kept": state["kept"] + len(part.rows),
@@ -186,7 +175,7 @@ def _keep(
     pictures: HubPictures,
     folder: Path,
     find_faces: FaceDetector | None,
-    part: Part,
+    part: store.Part,
 ) -> None:
     """Put the picture of a row into the folder and its line into the part, or say why not."""
     label, image_column, caption_column = f"{pictures.dataset}, {stem}", *columns
@@ -199,12 +188,15 @@ def _keep(
     if caption_column is not None:
         text = " ".join(str(row[caption_column] or "").split())
         text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
-    if num_faces != 1 or (caption_column is not None and not text):
-        part.drop(NO_TEXT if num_faces == 1 else SEVERAL_FACES if num_faces > 1 else NO_FACE, label)
+    if num_faces != 1:
+        part.drop(SEVERAL_FACES if num_faces > 1 else NO_FACE, label)
+        return
+    if caption_column is not None and not text:
+        part.drop("no caption, or nothing left of it", label)
         return
     image = row[image_column] or {}
     if image.get("bytes") is None and image.get("path") is None:
-        part.problem(UNREADABLE, label, "the row has none")
+        part.problem(store.UNREADABLE, label, "the row has none")
         return
     fetched = folder / f".{stem.replace('/', '-')}{Path(image.get('path') or '').suffix.lower() or '.png'}"
     try:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of any kind as 8-bit RGB with the colours that a viewer shows, or the reason why that cannot be."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -28,11 +29,6 @@ _ORIENTATION = 0x0112
 # Values of it with which viewers show the mirror image of what is stored, upright or turned.
 _MIRRORED = (2, 4, 5, 7)
 BACKGROUND = "white"
-TRANSPARENT = f"transparent pixels composed on {BACKGROUND}"
-SIXTEEN_BITS = "brought from 16 bits to 8"
-CMYK = "brought from CMYK to RGB"
-ANIMATED = "of several frames, the first taken"
-TURNED = "turned upright, as EXIF says"
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
         else:
             with replacing(target) as unfinished:
                 rgb.save(unfinished, Image.registered_extensions()[target.suffix.lower()], quality=95)
-    note = "; ".join(filter(None, (note, TURNED if is_turned else None))) or None
+    note = "; ".join(filter(None, (note, "turned upright, as EXIF says" if is_turned else None))) or None
     return Placed(target, rgb.size, is_turned, orientation in _MIRRORED, note)
 
 
@@ -109,42 +105,38 @@ def to_rgb(picture: Image.Image) -> tuple[Image.Image, str | None]:
     Raises:
         ValueError: for values without a scale that everybody agrees on, such as 32 bits or floats.
     """
-    note = None
+    notes = []
     if picture.mode.startswith("I"):
         values = np.asarray(picture).astype(np.int64)
         # 32-bit integers are how Pillow opens some files of 16 bits.
         if values.min() < 0 or values.max() > 65535 or (picture.mode == "I" and values.max() <= 255):
             raise ValueError(f"pixels of mode {picture.mode!r} go from {values.min()} to {values.max()}: save 8 bits")
-        rgb, note = Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB"), SIXTEEN_BITS
+        rgb = Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        notes.append("brought from 16 bits to 8")
     elif picture.mode == "F":
         raise ValueError("pixels are floating point numbers, which have no agreed scale: save 8 bits")
     elif picture.has_transparency_data:
         layer = picture.convert("RGBA")
         if layer.getextrema()[3][0] < 255:
-            note = TRANSPARENT
+            notes.append(f"transparent pixels composed on {BACKGROUND}")
         rgb = Image.alpha_composite(Image.new("RGBA", layer.size, BACKGROUND), layer).convert("RGB")
     elif picture.mode == "CMYK":
-        rgb, note = _from_cmyk(picture), CMYK
+        rgb = _from_cmyk(picture)
+        notes.append("brought from CMYK to RGB")
     else:
         rgb = picture.convert("RGB")
+    # The second picture of an MPO file is the other eye's, or a depth map.
     if picture.format != "MPO" and getattr(picture, "n_frames", 1) > 1:
-        # The second picture of an MPO file is the other eye's, or a depth map.
-        note = ANIMATED if note is None else f"{note}; {ANIMATED}"
+        notes.append("of several frames, the first taken")
     rgb.getexif().update(picture.getexif())
-    return ImageOps.exif_transpose(rgb), note
+    return ImageOps.exif_transpose(rgb), "; ".join(notes) or None
 
 
 def _from_cmyk(picture: Image.Image) -> Image.Image:
     profile = picture.info.get("icc_profile")
-    if profile:
-        try:
-            return ImageCms.profileToProfile(
-                picture,
-                ImageCms.ImageCmsProfile(io.BytesIO(profile)),
-                ImageCms.createProfile("sRGB"),
-                outputMode="RGB",
-            )
-        except (ImageCms.PyCMSError, OSError):
-            # A damaged profile, or one of another colour space: as without one.
-            pass
+    # A damaged profile, or one of another colour space, is as none.
+    with contextlib.suppress(ImageCms.PyCMSError, OSError):
+        if profile:
+            inks, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(picture, inks, screen, outputMode="RGB")
     return picture.convert("RGB")

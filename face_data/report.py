@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, Table, draw_sheet
-from face_data.store import list_parts, part_path, read_lines, read_settings
+from face_data.store import read_parts, read_settings
 
 
 KEPT = "kept"
@@ -91,9 +91,8 @@ def report_folders(folders: Iterable[Path]) -> Report:
     report = Report()
     for folder in folders:
         found = report.sources[read_settings(folder)["source"]]
-        for part in list_parts(folder):
-            for line in read_lines(part_path(folder, part)):
-                found.add(line)
+        for line in read_parts(folder):
+            found.add(line)
     return report
 
 

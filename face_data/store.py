@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -40,7 +41,6 @@ WORK = ".work"
 CAPTIONS, PHOTOS = "captions", "photos"
 # Why pictures of any source are left out.
 UNREADABLE = "picture or video that cannot be read"
-TOO_SMALL = "picture too small"
 # Names of folders that the datasets library takes for splits.
 _SPLIT = re.compile(r"(train|training|test|testing|eval|evaluation|validation|valid|dev|val)\d*", re.IGNORECASE)
 
@@ -89,7 +89,7 @@ class Part:
             self.problem(UNREADABLE, label or source, str(error))
             return None
         if min(placed.size) < min_side:
-            self.drop(TOO_SMALL, label or source)
+            self.drop("picture too small", label or source)
             return None
         return placed
 
@@ -125,6 +125,11 @@ def part_path(folder: Path, part: str) -> Path:
 def list_parts(folder: Path) -> list[str]:
     """The finished parts of the work folder `folder`, in order."""
     return sorted(path.stem for path in (folder / "rows").glob("*.jsonl") if not path.name.startswith("."))
+
+
+def read_parts(folder: Path) -> Iterator[dict]:
+    """The lines of all finished parts of the work folder `folder`."""
+    return chain.from_iterable(read_lines(part_path(folder, part)) for part in list_parts(folder))
 
 
 def read_settings(folder: Path, is_finished: bool = False) -> dict:

@@ -34,16 +34,12 @@ from program import check_options, option, replacing
 INDEX = "pictures.sqlite"
 # Parts beside those of the table's rows.
 TABLE_PART, UNTABLED_PART = "table", "untabled"
-BAD_ROW = "row of the table that cannot be read"
 NO_FACE = "no face"
 SEVERAL_FACES = "several faces"
-CONTRADICTION = "rows under several names that contradict each other"
 REPEATED = "row that says the same again"
 NOT_IN_ALL = "picture that is in the first table only"
 NO_PICTURE = "picture that is not there"
 AMBIGUOUS = "file name that several pictures have"
-TOO_WEAK = "sum of all intensities too small"
-NOT_IN_TABLE = "picture that is not in the table"
 # MediaPipe's `create_from_file` reads pixels as they are stored, OpenFace as they are shown, LibreFace finds the face
 # in one of the two and cuts it out of the other, and no table tells.
 MIRRORED = "mirrored by EXIF, so the sides of its AUs are uncertain: save it as it is shown, and measure it again"
@@ -148,7 +144,7 @@ class Tabled:
             elif reason:
                 part.drop(reason, found[0])
             elif _total(facts["aus"], self.au_names) < self.min_total_intensity:
-                part.drop(TOO_WEAK, found[0])
+                part.drop("sum of all intensities too small", found[0])
             elif not self.refuses(facts, found[0], part):
                 self._keep(facts, found[0], folder, part)
 
@@ -182,7 +178,7 @@ class Tabled:
             num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
         part = Part("skip")
         num_pictures = sum(1 for _ in self.list_pictures())
-        part.drop(NOT_IN_TABLE, self.bases[0], max(0, num_pictures - num_found))
+        part.drop("picture that is not in the table", self.bases[0], max(0, num_pictures - num_found))
         note = _note_same_pictures(folder, parts)
         if note:
             part.note(note)
@@ -196,7 +192,7 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
     """
 
     def on_error(error: ValueError) -> None:
-        part.problem(BAD_ROW, str(error).rstrip("."))
+        part.problem("row of the table that cannot be read", str(error).rstrip("."))
 
     def read_rows() -> Iterator[tuple]:
         about, wanted = tabled.read_about(part.note), tabled.image_column
@@ -274,7 +270,7 @@ def _join_rows(rows: list[tuple[int, dict]], tables: tuple[AUTable, ...]) -> tup
         reason = NOT_IN_ALL
     elif max(times.values()) > 1:
         names = {facts["name"] for number, facts in rows if number == 0}
-        reason = CONTRADICTION if len(names) > 1 else SEVERAL_FACES
+        reason = "rows under several names that contradict each other" if len(names) > 1 else SEVERAL_FACES
     elif any(first["aus"] is None for first in firsts.values()):
         reason = NO_FACE
     else:
