@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -70,6 +71,13 @@ def place_picture(source: Path, target: Path, min_side: int = 0) -> Placed:
                 rgb.save(unfinished, Image.registered_extensions()[target.suffix.lower()], quality=95)
     note = "; ".join(filter(None, (note, "turned upright, as EXIF says" if is_turned else None))) or None
     return Placed(target, rgb.size, is_turned, orientation in _MIRRORED, note)
+
+
+def size_and_end(file: BinaryIO) -> bytes:
+    """The size and the last bytes of a file. Files with the same content have the same."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 64))
+    return b"%d " % size + file.read()
 
 
 def box_columns(corners: Sequence[float], in_pixels: bool, size: tuple[int, int]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from statistics import fmean
 from action_units import AU_NAMES, action_units_of, au_columns, mirrored_columns
 from face_data.au_tables import NO, find_name_column, read_au_table, read_number
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
-from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns
+from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns, size_and_end
 from face_data.store import SETTINGS, Part, check_source, part_path, read_lines, read_rows
 from face_data.table_choice import AUTable, file_digest, joined_aus
 from face_data.table_files import read_records
@@ -321,18 +321,15 @@ def _is_photo(by_key: dict) -> bool | None:
 def _read_box(by_key: dict) -> list | None:
     """The first two arguments of `box_columns`."""
     for columns in (FACE_BOX, PIXEL_BOX):
-        if not set(columns) <= by_key.keys():
-            continue
-        values = [read_number(by_key[column], column) for column in columns]
-        if any(map(math.isnan, values)):
-            return None
-        if columns is PIXEL_BOX:
-            left, top, width, height = values
-            return [[left, top, left + width, top + height], True]
-        left, top, right, bottom = values
-        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-            raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")
-        return [values, False]
+        if set(columns) <= by_key.keys():
+            left, top, right, bottom = values = [read_number(by_key[column], column) for column in columns]
+            if any(map(math.isnan, values)):
+                return None
+            if columns is PIXEL_BOX:
+                return [[left, top, left + right, top + bottom], True]
+            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+                raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")
+            return [values, False]
     return None
 
 
@@ -367,24 +364,10 @@ def find_key(name: str, bases: tuple[Path, ...]) -> str:
 
 
 def _below(base: Path, pieces: list[str]) -> Path:
-    path = base.joinpath(*pieces)
-    if "".join(pieces).isascii() or os.path.exists(path):
-        return path
-    path = base
     for piece in pieces:
-        entries = _list_composed(path)
-        path = path / entries.get(unicodedata.normalize("NFC", piece), piece)
-    return path
-
-
-@functools.lru_cache(maxsize=16)
-def _list_composed(folder: Path) -> dict[str, str]:
-    """The names in a folder by their composed form."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return {}
-    return {unicodedata.normalize("NFC", name): name for name in names}
+        forms = (piece, *(unicodedata.normalize(form, piece) for form in ("NFC", "NFD")))
+        base = next((base / form for form in forms if os.path.lexists(base / form)), base / piece)
+    return base
 
 
 def origin_of(picture: Path, bases: tuple[Path, ...]) -> str:
@@ -404,8 +387,8 @@ def _note_same_pictures(folder: Path, parts: list[str]) -> str:
         database.create_function("digest", 1, lambda name: file_digest(folder / name))
         database.execute("CREATE TABLE files (name TEXT, end BLOB)")
         for part in parts:
-            names = [row["file_name"] for row in read_rows(part_path(folder, part))]
-            database.executemany("INSERT INTO files VALUES (?, ?)", [(name, _end(folder / name)) for name in names])
+            names = (row["file_name"] for row in read_rows(part_path(folder, part)))
+            database.executemany("INSERT INTO files VALUES (?, ?)", ((name, _end(folder / name)) for name in names))
         alike = "SELECT end FROM files GROUP BY end HAVING count(*) > 1"
         groups = f"SELECT count(*) - 1 AS times, min(name), max(name) FROM files WHERE end IN ({alike})"
         found = database.execute(f"{groups} GROUP BY digest(name) HAVING times > 0").fetchall()
@@ -416,8 +399,5 @@ def _note_same_pictures(folder: Path, parts: list[str]) -> str:
 
 
 def _end(path: Path) -> bytes:
-    """Size and last bytes of a file."""
     with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 64))
-        return b"%d " % size + file.read()
+        return size_and_end(file)

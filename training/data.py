@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 
 from action_units import au_columns, mirrored_columns, whole_au
 from au_encoder import read_tensors
-from face_data.pictures import FACE_BOX, to_rgb
+from face_data.pictures import FACE_BOX, size_and_end, to_rgb
 from program import replacing, show_value
 from training.checkpoints import disk_errors_explained
 from training.config import TrainConfig
@@ -386,14 +386,12 @@ def check_pictures(data: TrainingData) -> None:
 def _check_picture(data: TrainingData, row: int) -> bytes:
     """Raise an error unless the file has a head that Pillow knows and is complete. Return a digest of size and end."""
     with data.open_picture(row) as picture, data.open_file(row) as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 64))
-        end = file.read(64)
+        end = size_and_end(file)
         # Decode the picture only if its end is unknown, because decoding is slow. A JPEG may have more data behind its
         # end marker.
         if not {"PNG": b"IEND" in end, "JPEG": b"\xff\xd9" in end}.get(picture.format, False):
             picture.load()
-    return hashlib.blake2b(b"%d " % size + end, digest_size=16).digest()
+    return hashlib.blake2b(end, digest_size=16).digest()
 
 
 def _read(data: TrainingData, row: int) -> bytes:
