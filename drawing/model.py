@@ -54,11 +54,10 @@ def read_au_names(weights: Weights) -> tuple[str, ...]:
         ValueError: if they are not names of AUs, see `au_columns`.
     """
     source = Path(weights.adapter or weights.model)
-    name = ENCODER_CONFIG_NAME if weights.adapter else "au_adapter/config.json"
-    path = source / name
+    path = source / ENCODER_CONFIG_NAME
     try:
         if not source.is_dir():
-            path = Path(hf_hub_download(weights.adapter or weights.model, name))
+            path = Path(hf_hub_download(weights.adapter or weights.model, ENCODER_CONFIG_NAME))
         au_names = json.loads(path.read_text(encoding="utf-8")).get("au_names")
     except (OSError, ValueError, AttributeError):
         path = source / IP_ADAPTER_NAME

@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import FAMILIES, HIDDEN_DIM
 
 import generate
-from drawing.model import Weights, load_pipeline, pipeline_class_of, quiet
+from au_encoder import AUAdapter
+from drawing.model import Weights, load_pipeline, pipeline_class_of, quiet, read_au_names
 from pipeline_fineface import FineFacePipeline
 from pipeline_fineface_xl import FineFaceXLPipeline
 
@@ -35,6 +37,15 @@ def test_a_base_of_another_family_is_refused(tiny_sd_dir, tmp_path):
 def test_an_adapter_of_another_family_is_refused(tiny_xl_dir, tiny_adapter_dir):
     with pytest.raises(ValueError, match="au_attn_processors.safetensors.* fits another base model"):
         load_pipeline(Weights(tiny_xl_dir, tiny_adapter_dir), CPU, torch.float32)
+
+
+def test_the_aus_of_an_adapter_beside_its_base_are_read_before_any_weights(tmp_path):
+    pipe = FAMILIES["sd"].make_pipe()
+    adapter = AUAdapter.from_unet(pipe.unet, hidden_dim=HIDDEN_DIM, au_names=("AU4", "AU12L", "AU12R"))
+    type(pipe)(**{**pipe.components, "au_adapter": adapter}, requires_safety_checker=False).save_pretrained(tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):
+        path.write_bytes(b"")
+    assert read_au_names(Weights(str(tmp_path))) == ("AU4", "AU12L", "AU12R")
 
 
 def test_generate_draws_with_xl(tiny_xl_dir, tiny_xl_adapter_dir, tmp_path, capsys):
