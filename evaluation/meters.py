@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,15 +49,7 @@ class Reading:
     num_faces: int
 
 
-class Meter(Protocol):
-    name: str
-    settings: dict
-    """Everything that the readings depend on. Readings made with other settings are not used again."""
-
-    def measure(self, paths: list[Path]) -> list[Reading]: ...
-
-
-def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAMES) -> Meter:
+def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAMES) -> "Meter":
     """
     Args:
         spec (`str`):
@@ -189,6 +180,10 @@ class ToolMeter:
             if not table.is_file():
                 raise ToolError(f"{self.settings['command']} has written no table.")
             return TableMeter(self.name, table, self.au_names).measure(paths)
+
+
+Meter = ToyMeter | TableMeter | ToolMeter
+"""Its `settings` are everything that its readings depend on. Readings made with other settings are not used again."""
 
 
 def run_tool(command: list[str | Path]) -> None:
