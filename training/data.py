@@ -21,7 +21,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -489,14 +488,14 @@ class PixelInputs:
         return {"input_ids": self.encoders.tokenize(caption)}
 
 
-@dataclass(frozen=True)
-class LatentInputs:
+class LatentInputs(PixelInputs):
     """
-    Pictures and captions as `latents_mean`, `latents_std` and `prompt_embeds` from a cache, made by `cache_inputs`.
+    The same pictures and captions as `latents_mean`, `latents_std` and `prompt_embeds` from a cache, which
+    `cache_inputs` makes.
 
     Args:
-        data (`TrainingData`), latents_shape (`tuple[int, int, int]`), takes_sizes (`bool`):
-            Those of the `PixelInputs` that were encoded; the shape is channels, height and width.
+        inputs (`PixelInputs`):
+            What was encoded.
         pictures (`list[CachedRows]`):
             The latents of all rows, and with `--random_flip` the latents of all mirrored pictures.
         captions (`CachedRows`):
@@ -505,12 +504,11 @@ class LatentInputs:
             Index in `captions` of each row's caption.
     """
 
-    data: TrainingData
-    latents_shape: tuple[int, int, int]
-    takes_sizes: bool
-    pictures: list["CachedRows"]
-    captions: "CachedRows"
-    caption_indices: np.ndarray
+    def __init__(
+        self, inputs: PixelInputs, pictures: list["CachedRows"], captions: "CachedRows", caption_indices: np.ndarray
+    ):
+        super().__init__(inputs.data, inputs.encoders, inputs.resolution)
+        self.pictures, self.captions, self.caption_indices = pictures, captions, caption_indices
 
     def picture(self, row: int, flip: bool) -> dict[str, torch.Tensor]:
         return self.pictures[flip][row]
@@ -562,8 +560,7 @@ def cache_inputs(inputs: PixelInputs, config: TrainConfig, accelerator: Accelera
         lambda row: {"input_ids": encoders.tokenize(captions[row].as_py())},
         lambda batch: encoders.encode_captions(batch["input_ids"]),
     )
-    indices = encoded.indices.to_numpy() + 1
-    return LatentInputs(data, inputs.latents_shape, inputs.takes_sizes, latents, embeddings, indices)
+    return LatentInputs(inputs, latents, embeddings, encoded.indices.to_numpy() + 1)
 
 
 def encode_rows(
