@@ -11,17 +11,19 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import json
 import math
 import os
 import re
 import shutil
 import sys
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from numbers import Real
 from pathlib import Path
+from types import MappingProxyType
 
 
 TOY_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
@@ -407,6 +409,36 @@ def only_run_in(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             for path in new_folders:
                 path.rmdir()
+
+
+def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = MappingProxyType({})) -> bool:
+    """
+    Whether the file `path` holds `settings`; False if there is no file. Settings that a file of an older version does
+    not have count as `defaults`.
+
+    Raises:
+        ValueError: if the file holds other settings. The message names those that differ.
+    """
+    if not path.exists():
+        return False
+    wanted = json.loads(json.dumps(settings))
+    found = {name: value for name, value in defaults.items() if name in wanted}
+    found |= json.loads(path.read_text(encoding="utf-8"))
+    differences = [
+        f"`{name}` was {show_value(found.get(name))} and is now {show_value(wanted.get(name))}"
+        for name in {**wanted, **found}
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"{str(path.parent)!r} holds {what} made with other settings: {'; '.join(differences)}. Set another"
+            " folder, or delete this one."
+        )
+    return True
+
+
+def write_settings(path: Path, settings: dict) -> None:
+    write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def folder_digest(folder: Path) -> str:

@@ -14,7 +14,6 @@ A run that was stopped goes on when the same command runs again. docs/evaluation
 """
 
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,16 +44,17 @@ from program import (
     add_options,
     check_options,
     check_output,
+    check_settings,
     file_digest,
     folder_digest,
     option,
     replacing,
     run_program,
     share_of,
-    show_value,
     spell_option,
     take_options,
     write_atomically,
+    write_settings,
 )
 
 
@@ -236,36 +236,6 @@ def make_sampling(config: EvaluationConfig) -> Sampling:
 
 def digest_if_folder(name: str | None) -> str | None:
     return folder_digest(Path(name)) if name and Path(name).is_dir() else None
-
-
-def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = MappingProxyType({})) -> bool:
-    """
-    Whether the file `path` holds `settings`; False if there is no file. Settings that a file of an older version does
-    not have count as `defaults`.
-
-    Raises:
-        ValueError: if the file holds other settings. The message names those that differ.
-    """
-    if not path.exists():
-        return False
-    wanted = json.loads(json.dumps(settings))
-    found = {name: value for name, value in defaults.items() if name in wanted}
-    found |= json.loads(path.read_text(encoding="utf-8"))
-    differences = [
-        f"`{name}` was {show_value(found.get(name))} and is now {show_value(wanted.get(name))}"
-        for name in {**wanted, **found}
-        if found.get(name) != wanted.get(name)
-    ]
-    if differences:
-        raise ValueError(
-            f"{str(path.parent)!r} holds {what} made with other settings: {'; '.join(differences)}. Set another"
-            " folder, or delete this one."
-        )
-    return True
-
-
-def write_settings(path: Path, settings: dict) -> None:
-    write_atomically(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def keep_settings(

@@ -124,7 +124,7 @@ def build_dataset(build: Build, num_workers: int) -> Report:
     settings = {"sources": [source.name for source in sources], "hash of rows": digest.hexdigest()}
     for name in ("au_names", "format", "default_caption", "photo_filter", "correct_aus", "drop_emotion_words"):
         settings[name] = getattr(build, name)
-    store.claim_folder(build.output, settings | {"au_names": list(build.au_names)})
+    store.claim_folder(build.output, settings)
     parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in store.list_parts(source.folder)]
     work = functools.partial(make_part, build, sources)
     store.run_parts(work, parts, build.output / PARTS, num_workers, "data set")

@@ -79,10 +79,9 @@ class Disfa:
         return 0 if is_zero else 1
 
     def settings(self) -> dict:
-        values = asdict(self) | {"root": str(self.root.resolve()), "subjects": list(self.subjects)}
-        values["images"] = None if self.images is None else str(self.images.resolve())
-        flags = {"correct_aus": False, "needs_photo_filter": False}
-        return {"source": self.source, "au_names": list(AU_NAMES)} | flags | values
+        folders = {"root": self.root, "images": self.images}
+        values = asdict(self) | {name: path and str(path.resolve()) for name, path in folders.items()}
+        return values | {"source": "disfa", "au_names": AU_NAMES, "correct_aus": False, "needs_photo_filter": False}
 
     def begin(self, folder: Path, on_error: str) -> list[str]:
         """The subjects. One number for the first frame of all of them is found before they are shared out."""

@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from face_data.pictures import PICTURE_ERRORS, Placed, place_picture
-from program import replacing, write_atomically
+from program import check_settings, replacing, write_atomically, write_settings
 
 
 _logger = logging.getLogger(__name__)
@@ -157,19 +157,9 @@ def claim_folder(folder: Path, settings: dict) -> None:
     Raises:
         ValueError: if it was begun with other settings, or holds other things.
     """
-    path = folder / SETTINGS
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in sorted(saved.keys() | settings.keys()) if saved.get(name) != settings.get(name)]
-        if changed:
-            name = changed[0]
-            raise ValueError(
-                f"{str(folder)!r} was begun with `{name}` {saved.get(name)!r}, but it is {settings.get(name)!r} now."
-                " Name another folder, or delete that one."
-            )
-    else:
+    if not check_settings(folder / SETTINGS, settings, "rows"):
         check_folder(folder)
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        write_settings(folder / SETTINGS, settings)
 
 
 def check_folder(folder: Path) -> None:

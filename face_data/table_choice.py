@@ -41,7 +41,7 @@ class AUTable:
         return cls(Path(match[1]), tool, aus)
 
     def settings(self) -> list:
-        return [file_digest(self.path), self.tool, list(self.aus)]
+        return [file_digest(self.path), self.tool, self.aus]
 
 
 def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = None) -> tuple[AUTable, ...]:

@@ -94,7 +94,7 @@ class Tabled:
         return {field.name: getattr(self, field.name) for field in fields(Tabled)} | {
             "bases": [str(base.resolve()) for base in self.bases],
             "tables": [table.settings() for table in self.tables],
-            "au_names": list(self.au_names),
+            "au_names": self.au_names,
             "about": None if self.about is None else file_digest(self.about),
         }
 

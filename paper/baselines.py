@@ -44,11 +44,11 @@ from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
 from drawing.files import write_png
 from drawing.jobs import read_model_defaults
 from drawing.model import Weights
-from evaluation.run import check_settings, keep_settings, write_settings
+from evaluation.run import keep_settings
 from evaluation.systems import UNET_FOLDER, Sampling, System, append_tokens, au_words, aus_in_words, is_toy_model
 from face_data.store import write_lines
 from pipeline_fineface import LORA_NAME
-from program import Parser, only_run_in, run_program
+from program import Parser, check_settings, only_run_in, run_program, write_settings
 from train_fineface import (
     LORA_TARGETS,
     FineFaceModel,

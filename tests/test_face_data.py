@@ -251,7 +251,10 @@ def test_a_folder_is_not_filled_with_other_settings(tmp_path, capsys):
     prepare("disfa", "--root", root, "--images", frames, "--output", tmp_path / "w")
     before = files_of(tmp_path / "w")
     prepare("disfa", "--root", root, "--images", frames, "--output", tmp_path / "w", "--seed", 1, status=2)
-    assert "was begun with `seed` 0, but it is 1 now" in capsys.readouterr().err
+    assert (
+        "holds rows made with other settings: `seed` was 0 and is now 1. Set another folder, or delete"
+        in capsys.readouterr().err
+    )
     prepare("disfa", "--root", root, "--images", frames, "--output", root, status=2)
     assert "is no empty folder" in capsys.readouterr().err
     assert files_of(tmp_path / "w") == before
@@ -652,7 +655,7 @@ def test_what_is_guessed_of_a_table_is_said_and_reported(tmp_path, capsys, caplo
     ]
     assert "pyfeat gives AU12L, AU12R. Left out, because `--au_names` does not name them: AU1." in caplog.text
     prepare(*command, tmp_path / "u", status=2)
-    assert "was begun with `au_names` ['AU12L', 'AU12R']" in capsys.readouterr().err
+    assert "`au_names` was ['AU12L', 'AU12R'] and is now ['AU1', 'AU12']" in capsys.readouterr().err
 
 
 def test_aus_of_two_tools_are_joined(tmp_path, capsys):
@@ -1080,7 +1083,7 @@ def test_blip2_steps_go_on_and_their_answers_decide(tmp_path, tiny_blip2_dir, mo
 
 def test_another_model_does_not_mix_with_captions_that_are_there(tmp_path, work_folder, tiny_blip2_dir):
     annotate(work_folder, "captions", tiny_blip2_dir, 2)
-    with pytest.raises(ValueError, match="was begun with `model`"):
+    with pytest.raises(ValueError, match="other settings: `model` was"):
         annotate(work_folder, "captions", "another/blip2", 2)
 
 
