@@ -85,10 +85,15 @@ class AUEncoder(ModelMixin, ConfigMixin):
         au_names (`list[str]`, *optional*):
             The names of the AUs in the order of the intensities: `"AU12"` for both sides of the face, or `"AU12L"` and
             `"AU12R"` for each side. None stands for the paper's twelve; files from before this option have None.
+        side_tokens (`bool`, defaults to `False`):
+            Make tokens for each side of the face. Those of the left are the tokens of a face whose both sides do what
+            the left side does, plus a trained vector that says left, and the same for the right. So each position of a
+            picture can attend to its side of the face. One token for all adds the same everywhere, and left and right
+            can differ only by what the UNet makes of it.
 
     Raises:
-        ValueError: if the encoder type is unknown, the parts do not fit into `cross_attention_dim`, or `au_names` is
-            not a list of `num_aus` different names.
+        ValueError: if the encoder type is unknown, the parts do not fit into `cross_attention_dim`, `au_names` is
+            not a list of `num_aus` different names, or there are `side_tokens` without names of sides.
     """
 
     @register_to_config
@@ -100,6 +105,7 @@ class AUEncoder(ModelMixin, ConfigMixin):
         num_tokens: int = 1,
         hidden_dim: int = 64,
         au_names: list[str] | None = None,
+        side_tokens: bool = False,
     ):
         super().__init__()
         num_aus, au_names = _check_au_names(num_aus, au_names)
@@ -128,6 +134,9 @@ class AUEncoder(ModelMixin, ConfigMixin):
         else:
             features = {"mlp": cross_attention_dim, "res_mlp": remaining_dim, "res_mlp64": hidden_dim}[encoder_type]
             self.intensity_proj = nn.Linear(num_aus, num_tokens * features)
+        if side_tokens:
+            self.side_columns = _side_columns(au_names, encoder_type)
+            self.side_embedding = nn.Parameter(torch.zeros(2, cross_attention_dim))
 
     @property
     def token_dim(self) -> int:
@@ -141,8 +150,15 @@ class AUEncoder(ModelMixin, ConfigMixin):
                 FACS intensities: 0 is absent, 5 is grade E.
 
         Returns:
-            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`.
+            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`, or `(batch, 2 * num_tokens, token_dim)` with
+            `side_tokens`, the tokens of the left side first.
         """
+        if not self.config.side_tokens:
+            return self._encode(au_intensities)
+        tokens = self._encode(au_intensities[:, self.side_columns].flatten(0, 1)).unflatten(0, (-1, 2))
+        return (tokens + self.side_embedding[:, None]).flatten(1, 2)
+
+    def _encode(self, au_intensities: torch.Tensor) -> torch.Tensor:
         encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
         au_intensities = au_intensities.to(self.dtype)
         residual = au_intensities[:, None].expand(-1, num_tokens, -1)  # (batch, num_tokens, num_aus)
@@ -163,6 +179,27 @@ class AUEncoder(ModelMixin, ConfigMixin):
 
 def _two_layers(in_features: int, hidden_dim: int, out_features: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(in_features, hidden_dim), nn.LeakyReLU(), nn.Linear(hidden_dim, out_features))
+
+
+def _side_columns(au_names: list[str] | None, encoder_type: str) -> list[list[int]]:
+    """For each side, the column from which a face takes each AU if both its sides do what this side does."""
+    columns = (
+        [
+            [
+                au_names.index(own) if (own := name[:-1] + side) in au_names else column
+                for column, name in enumerate(au_names)
+            ]
+            for side in "LR"
+        ]
+        if au_names
+        else []
+    )
+    if encoder_type == "direct" or not columns or columns[0] == columns[1]:
+        raise ValueError(
+            f"`side_tokens` need `au_names` with both sides of an AU, such as 'AU12L' and 'AU12R', and an encoder type"
+            f" other than 'direct', but `au_names` is {au_names!r} and the encoder type {encoder_type!r}."
+        )
+    return columns
 
 
 def _check_au_names(num_aus: int | None, au_names: Sequence[str] | None) -> tuple[int, list[str] | None]:
@@ -211,7 +248,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
             Inner width of each cross-attention layer by its name in the UNet, for instance
             `{"mid_block.attentions.0.transformer_blocks.0.attn2": 1280}`. Layers are packed in the order of their
             names.
-        cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names:
+        cross_attention_dim, num_aus, encoder_type, num_tokens, hidden_dim, au_names, side_tokens:
             See [`AUEncoder`].
     """
 
@@ -225,6 +262,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
         num_tokens: int = 1,
         hidden_dim: int = 64,
         au_names: list[str] | None = None,
+        side_tokens: bool = False,
     ):
         super().__init__()
         num_aus, au_names = _check_au_names(num_aus, au_names)
@@ -233,7 +271,8 @@ class AUAdapter(ModelMixin, ConfigMixin):
             raise ValueError("`layers` is empty: an AU adapter needs at least one cross-attention layer.")
         # Saving sorts the config by key, so the layers are sorted here too: the order is the same after loading.
         self.layers = dict(sorted(layers.items()))
-        self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim, au_names)
+        options = (hidden_dim, au_names, side_tokens)
+        self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, *options)
         token_dim, width = self.encoder.token_dim, sum(layers.values())
         # With one token, keys have no influence, but the paper's files contain them.
         self.to_k_au = None if encoder_type == "direct" else nn.Linear(token_dim, width, bias=False)
@@ -249,12 +288,13 @@ class AUAdapter(ModelMixin, ConfigMixin):
         hidden_dim: int = 64,
         kv_init: str = "text",
         au_names: Sequence[str] | None = None,
+        side_tokens: bool = False,
     ) -> "AUAdapter":
         """
         Create an untrained adapter for `unet`.
 
         Args:
-            num_aus, encoder_type, num_tokens, hidden_dim, au_names:
+            num_aus, encoder_type, num_tokens, hidden_dim, au_names, side_tokens:
                 See [`AUEncoder`].
             kv_init (`str`, defaults to `"text"`):
                 Initial keys and values: `"text"` copies those of the text, as the paper's code does; `"random"` draws
@@ -268,7 +308,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"`kv_init` has to be one of {', '.join(KV_INITS)}, but is {kv_init!r}.")
         text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
         layers = {name: len(module.to_k.weight) for name, module in text_layers.items()}
-        width, options = unet.config.cross_attention_dim, (hidden_dim, au_names)
+        width, options = unet.config.cross_attention_dim, (hidden_dim, au_names, side_tokens)
         adapter = cls(layers, width, num_aus, encoder_type, num_tokens, *options)
         if kv_init == "zero":
             nn.init.zeros_(adapter.to_v_au.weight)
@@ -290,7 +330,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
                 FACS intensities: 0 is absent, 5 is grade E.
 
         Returns:
-            `(au_keys, au_values)`, each of shape `(batch, num_tokens, sum(layers.values()))`. All layers stand side by
+            `(au_keys, au_values)`, each of shape `(batch, tokens, sum(layers.values()))`. All layers stand side by
             side, in the order of their names.
         """
         au_hidden_states = self.encoder(au_intensities).to(self.to_v_au.weight.dtype)
@@ -300,7 +340,12 @@ class AUAdapter(ModelMixin, ConfigMixin):
     @property
     def is_affine(self) -> bool:
         """Whether the values are an affine map of the intensities, which `fold` and IP-Adapters need."""
-        return self.config.encoder_type in AFFINE_ENCODER_TYPES and self.config.num_tokens == 1
+        return self.config.encoder_type in AFFINE_ENCODER_TYPES and self.num_tokens == 1
+
+    @property
+    def num_tokens(self) -> int:
+        """The number of AU tokens of a face."""
+        return self.config.num_tokens * (2 if self.config.side_tokens else 1)
 
     @torch.no_grad()
     def fold(self) -> "AUAdapter":
@@ -314,7 +359,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
             ValueError: if the values are not affine in the intensities, see `is_affine`.
         """
         if not self.is_affine:
-            encoder_type, num_tokens = self.config.encoder_type, self.config.num_tokens
+            encoder_type, num_tokens = self.config.encoder_type, self.num_tokens
             what = f"{num_tokens} tokens" if num_tokens != 1 else f"the encoder {encoder_type!r}"
             raise ValueError(
                 f"This adapter has {what}, so what it adds is no affine map of the AU intensities, but folding and"
@@ -800,7 +845,7 @@ def _read_original_encoder(path: Path, cross_attention_dim: int) -> tuple[dict[s
 
 def _read_encoder_config(path: Path) -> dict:
     try:
-        config = {"au_names": None, **json.loads(path.read_text())}
+        config = {"au_names": None, "side_tokens": False, **json.loads(path.read_text())}
         return {name: config[name] for name in inspect.signature(AUEncoder.__init__).parameters if name != "self"}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{str(path)!r} is not the config of an AU encoder: {error!r}") from error

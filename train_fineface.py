@@ -140,8 +140,9 @@ def make_model(
             hidden_dim=config.au_hidden_dim,
             kv_init=config.au_kv_init,
             au_names=au_names,
+            side_tokens=config.au_side_tokens,
         )
-    if au_adapter.config.num_tokens == 1 and au_adapter.to_k_au is not None:
+    if au_adapter.num_tokens == 1 and au_adapter.to_k_au is not None:
         # A softmax over one key is always 1, so the keys would get no gradient.
         au_adapter.to_k_au.requires_grad_(False)
     if LORA_NAME not in getattr(unet, "peft_config", {}):

@@ -30,6 +30,27 @@ def test_a_direct_token_is_the_intensities_and_a_one():
         AUEncoder(5, 40, "direct", num_tokens=2)
 
 
+def test_each_side_has_a_token_that_shows_it_on_both_sides():
+    names = ["AU12L", "AU12R", "AU26"]
+    encoder = AUEncoder(None, 40, hidden_dim=16, au_names=names, side_tokens=True)
+    encoder.side_embedding.data[0] = 1.0
+    one = AUEncoder(None, 40, hidden_dim=16, au_names=names)
+    one.load_state_dict({name: tensor for name, tensor in encoder.state_dict().items() if name != "side_embedding"})
+    left, right, jaw = some_aus(3, 3).T
+    tokens = encoder(torch.stack([left, right, jaw], 1))
+    assert tokens.shape == (3, 2, 40)
+    torch.testing.assert_close(tokens[:, :1] - 1, one(torch.stack([left, left, jaw], 1)))
+    torch.testing.assert_close(tokens[:, 1:], one(torch.stack([right, right, jaw], 1)))
+    assert AUAdapter(LAYERS, 40, hidden_dim=16, au_names=names, side_tokens=True)(some_aus(3, 3))[1].shape == (
+        3,
+        2,
+        12,
+    )
+    for wrong in ({"au_names": ["AU12", "AU26"]}, {}, {"au_names": names, "encoder_type": "direct"}):
+        with pytest.raises(ValueError, match="`side_tokens` need `au_names` with both sides"):
+            AUEncoder(None, 40, hidden_dim=16, side_tokens=True, **wrong)
+
+
 @pytest.mark.parametrize("kv_init", KV_INITS)
 def test_a_direct_adapter_starts_where_the_paper_s_does(kv_init):
     """As the fold of a new adapter with the same random numbers."""

@@ -475,13 +475,15 @@ def test_pushed_to_the_hub_it_has_a_card_and_loads_in_one_line(arguments, tmp_pa
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_au_tokens", [1, 2])
-def test_only_encoder_values_and_lora_learn_and_keys_with_several_tokens(arguments, num_au_tokens):
-    config = parse_args(arguments("run", f"--num_au_tokens {num_au_tokens} --gradient_checkpointing"))
+@pytest.mark.parametrize("options", ["--num_au_tokens 1", "--num_au_tokens 2", "--au_side_tokens"])
+def test_only_encoder_values_and_lora_learn_and_keys_with_several_tokens(arguments, options):
+    config, several = parse_args(arguments("run", f"{options} --gradient_checkpointing")), options[-1] != "1"
     unet = make_components()["unet"]
     base = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     torch.manual_seed(0)
-    model = make_model(unet, config)
+    # Of twelve AUs, two are the sides of one.
+    au_names = (*AU_NAMES[:10], "AU12L", "AU12R") if config.au_side_tokens else AU_NAMES
+    model = make_model(unet, config, au_names=au_names)
     keys = model.au_adapter.to_k_au.weight.detach().clone()
     optimizer = train_fineface.make_optimizer(model, config)
     for seed in range(2):
@@ -491,13 +493,14 @@ def test_only_encoder_values_and_lora_learn_and_keys_with_several_tokens(argumen
     adapter = {name for name in learning if not name.startswith("unet.")}
     assert learning - adapter == {name for name, _ in model.named_parameters() if ".lora_" in name}
     expected = {"encoder.intensity_proj.weight", "encoder.intensity_proj.bias", "to_v_au.weight"}
-    expected |= {"to_k_au.weight"} if num_au_tokens == 2 else set()
+    expected |= {"to_k_au.weight"} if several else set()
+    expected |= {"encoder.side_embedding"} if config.au_side_tokens else set()
     assert adapter == {f"au_adapter.{name}" for name in expected} == adapter & set(model.trained_parameters())
     # Every layer of every attention has its LoRA, and all that learns did move.
     attentions = [name for name, _ in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
     assert len([name for name in learning if ".lora_" in name]) == 2 * 4 * len(attentions)
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.trained_parameters().values())
-    assert torch.equal(model.au_adapter.to_k_au.weight, keys) == (num_au_tokens == 1)
+    assert torch.equal(model.au_adapter.to_k_au.weight, keys) != several
     after = {name.replace(".base_layer", ""): tensor for name, tensor in unet.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in base.items())
 
@@ -660,6 +663,7 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
         ("--aus AU12L AU26", "`--aus`: `au_names` holds AU12L, so it needs both"),
         ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
         ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` has to be after .*, 5, but is 5"),
+        ("--encoder_type direct --au_side_tokens", "`--au_side_tokens` has to be off with `--encoder_type direct`"),
         ("--encoder_type direct --num_au_tokens 2", "`--num_au_tokens` has to be 1 with `--encoder_type direct`"),
         ("--max_train_step 3", "unrecognized arguments: --max_train_step"),
     ],

@@ -255,6 +255,9 @@ def test_all_aus_that_the_data_have_are_trained_in_the_order_of_facs(arguments, 
     data = load_training_data(parse_args(arguments("run", f"--train_data_dir {folder} --aus AU12 AU7L AU7R")))
     assert data.au_names == ("AU12", "AU7L", "AU7R")
     assert data.au_intensities.tolist() == [[(row + 1) / 2, 2, 2] for row in range(5)]
+    with pytest.raises(ValueError, match="`--au_side_tokens` needs AUs with sides .*, but the run trains AU12, AU26"):
+        parsed = parse_args(arguments("run", f"--train_data_dir {folder} --aus AU12 AU26 --au_side_tokens"))
+        load_training_data(parsed)
 
 
 def test_sides_change_places_in_a_mirrored_picture(arguments, tmp_path):

@@ -84,6 +84,9 @@ class TrainConfig:
     encoder_type: Literal[ENCODER_TYPES] = fixed("res_mlp64", "AU encoder (paper Table 2).")
     au_hidden_dim: int = fixed(64, "Features, or width of the hidden layers, of the AU encoder.", low=1)
     num_au_tokens: int = fixed(1, "Tokens that the AU encoder makes.", low=1)
+    au_side_tokens: bool = fixed(
+        False, "Make these tokens for each side of the face, for AUs such as AU12L and AU12R."
+    )
     au_kv_init: Literal[KV_INITS] = fixed(
         "text", "Initial keys and values: copies of the text's, random, or values of zero."
     )
@@ -199,6 +202,9 @@ class TrainConfig:
             raise ValueError("`--validation_prompt` must not contain empty prompts.")
         if self.encoder_type == "direct":
             self._check("num_au_tokens", self.num_au_tokens == 1, "1 with `--encoder_type direct`, which has no keys")
+            self._check(
+                "au_side_tokens", not self.au_side_tokens, "off with `--encoder_type direct`, which has no keys"
+            )
         begin, end = self.timestep_bias_begin, self.timestep_bias_end
         self._check("timestep_bias_end", begin < end, f"after `--timestep_bias_begin`, {begin}")
         if self.timestep_bias_strategy != "none":

@@ -415,10 +415,19 @@ def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
     The AUs to train: those of `--aus`, or all that have a column, in the order of their numbers, left before right.
 
     Raises:
-        ValueError: if there is no AU, FACS does not have the AU of a column, or one side of an AU is missing.
+        ValueError: if there is no AU, FACS does not have the AU of a column, one side of an AU is missing, or no AU
+            has sides and `--au_side_tokens` needs them.
     """
-    if config.aus:
-        return config.aus
+    au_names = config.aus or _au_columns_of(columns)
+    if config.au_side_tokens and not any(name.endswith("L") for name in au_names):
+        raise ValueError(
+            f"`--au_side_tokens` needs AUs with sides such as AU12L and AU12R, but the run trains"
+            f" {', '.join(au_names)}. Choose them with `--aus`, or leave the flag out."
+        )
+    return au_names
+
+
+def _au_columns_of(columns: Iterable[str]) -> tuple[str, ...]:
     named = [name for name in columns if re.fullmatch(r"AU[ _]?\d+[LR]?", name, flags=re.IGNORECASE)]
     if not named:
         raise ValueError(f"The data set has no column of an AU, such as AU12. It has {', '.join(columns)}.")
