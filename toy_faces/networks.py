@@ -135,13 +135,15 @@ def attribute_logits(logits: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(ATTRIBUTES, logits.split(sizes, dim=1), strict=True))
 
 
-def attribute_loss(logits: torch.Tensor, attributes: list[dict[str, str]]) -> torch.Tensor:
-    """Mean cross-entropy over the attributes of a batch."""
-    losses = []
-    for name, values in attribute_logits(logits).items():
-        target = [ATTRIBUTES[name].index(portrait[name]) for portrait in attributes]
-        losses.append(F.cross_entropy(values, torch.tensor(target, device=values.device)))
-    return torch.stack(losses).mean()
+def attribute_numbers(people: list[dict[str, str]]) -> torch.Tensor:
+    """Which of its values each attribute has: `(people, number of attributes)`."""
+    return torch.tensor([[values.index(person[name]) for name, values in ATTRIBUTES.items()] for person in people])
+
+
+def attribute_loss(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the attributes of a batch. `numbers` are from `attribute_numbers`."""
+    pairs = zip(attribute_logits(logits).values(), numbers.to(logits.device).unbind(1), strict=True)
+    return torch.stack([F.cross_entropy(values, number) for values, number in pairs]).mean()
 
 
 def make_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:

@@ -1,11 +1,11 @@
 r"""
-Make the toy model from nothing: `python -m toy_faces.train --preset cpu` (2 cores, within 8 hours) or `--preset gpu`
-(one H100-class card with 16 processor cores, within 8 minutes).
+Make the toy model: `python -m toy_faces.train --preset cpu` from nothing (2 cores, within 8 hours), or `--preset gpu`
+from the VAE and the readers of earlier weights (one H100-class card with 16 processor cores, within 8 minutes).
 
-    pictures ─ VAE ─ latents ─ base ─ adapter ─ sided ─ twelve
-          └─ captions ┘    └─ readers ──────────┴───────┘
+    pictures ─ VAE ─ latents ─ base ─┬─ twelve
+          └─ captions ┘    └─ readers ┴─ sided
 
-`sided` moves each side by itself and knows more AUs than the paper; `twelve` are the paper's AUs, both sides alike.
+`twelve` is an adapter for the paper's AUs, both sides alike; `sided` moves each side by itself and knows more AUs.
 
 Every stage writes into `--output_dir` and is skipped when its result is there; inside a stage a checkpoint a minute is
 kept, and the weights in half precision beside it. Kill it at any moment and run the same command again. With `--until
@@ -16,6 +16,7 @@ On processors with AMX and a C++ compiler, `--mixed_precision bf16 --compile` tr
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -34,7 +35,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from action_units import AU_NAMES, au_projection
-from au_encoder import AUAdapter, write_au_adapter
+from au_encoder import write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL, new_folder, pick_device, replacing
 from toy_faces import networks
@@ -57,6 +58,10 @@ ATTRIBUTES_WEIGHT = 0.2
 """Weight of the attribute reader's cross-entropy beside the feedback: an expression must not change the person."""
 PLACE_WEIGHT = 4.0
 """Weight of the squared change of what surrounds the face beside the feedback: an expression must not change that."""
+GUIDANCE_SCALE = 1.9
+"""Guidance of the pictures that feedback looks at: that of `fineface.json`, with which the weights are used."""
+TAKEN = ("tokenizer", "vae", "meter", "second_meter", "attribute_reader", "image_encoder")
+"""What a run that goes on from earlier weights takes from them. Their base and adapters go on."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,9 @@ class Size:
     """The meter that teaches and the meter that judges."""
     attribute_reader: Length
     adapter: Length
+    """Of each adapter, by the diffusion loss alone."""
     feedback: Length
+    """Of each adapter, after that."""
     feedback_steps: int
     bf16: bool = False
     compile: bool = False
@@ -93,26 +100,26 @@ SIZES = {
         judge_pictures=24_000,
         **NETWORKS,
         vae=Length(12_000, 4, 5_400),
-        base=Length(20_000, 64, 14_400),
-        image_encoder=Length(400, 64),
-        reader=Length(6_000, 24),
-        attribute_reader=Length(600, 32),
-        adapter=Length(6_000, 16),
-        feedback=Length(1_200, 8),
+        base=Length(20_000, 64, 11_000),
+        image_encoder=Length(400, 64, 300),
+        reader=Length(6_000, 24, 1_500),
+        attribute_reader=Length(600, 32, 400),
+        adapter=Length(6_000, 32, 1_200),
+        feedback=Length(1_200, 8, 2_400),
         feedback_steps=4,
     ),
     "gpu": Size(
-        pictures=128_000,
+        pictures=96_000,
         judge_pictures=24_000,
         **NETWORKS,
         vae=Length(20_000, 96, 105),
-        base=Length(40_000, 768, 175),
+        base=Length(40_000, 768, 160),
         image_encoder=Length(3_000, 256, 12),
         reader=Length(12_000, 256, 44),
         attribute_reader=Length(6_000, 256, 20),
-        adapter=Length(6_000, 512, 45),
-        feedback=Length(3_000, 256, 100),
-        feedback_steps=6,
+        adapter=Length(6_000, 384, 45),
+        feedback=Length(3_000, 160, 220),
+        feedback_steps=8,
         bf16=True,
         parallel=True,
     ),
@@ -139,13 +146,17 @@ SIZES = {
 class Recipe:
     """The stages. Each is a method that returns at once if its result exists, and waits for what it needs."""
 
-    FIRST_TRACK = ("vae", "latents", "base", "adapter", "sided", "twelve")
-    SECOND_TRACK = ("captions", "meter", "attribute_reader", "second_meter", "image_encoder")
-    STAGES = ("captions", *FIRST_TRACK[:3], *SECOND_TRACK[1:], *FIRST_TRACK[3:])
+    FIRST_TRACK = ("vae", "latents", "base", "sided")
+    SECOND_TRACK = ("captions", "meter", "attribute_reader", "second_meter", "image_encoder", "twelve")
+    STAGES = ("captions", *FIRST_TRACK[:3], *SECOND_TRACK[1:], "sided")
 
-    def __init__(self, size: Size, folder: Path, device: torch.device):
-        self.size, self.folder, self.device = size, folder, device
+    def __init__(self, size: Size, folder: Path, device: torch.device, start: Path | None = None):
+        self.size, self.folder, self.device, self.start = size, folder, device, start
         folder.mkdir(parents=True, exist_ok=True)
+        for part in TAKEN if start else ():
+            if not self.is_done(part):
+                with new_folder(folder / part) as unfinished:
+                    shutil.copytree(start / part, unfinished, dirs_exist_ok=True)
 
     def run(self, stages: tuple[str, ...]) -> None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -174,6 +185,12 @@ class Recipe:
         """`(pictures, 24)` intensities of the training pictures, in the order of `TOY_AU_NAMES`."""
         expressions = np.stack([expression_of(seed) for seed in range(self.size.pictures)])
         return torch.from_numpy(expressions).to(self.device)
+
+    @cached_property
+    def attributes(self) -> torch.Tensor:
+        """`(pictures, attributes)`: which value each attribute of a training picture has."""
+        people = [sample_portrait(seed).attributes for seed in range(self.size.pictures)]
+        return networks.attribute_numbers(people).to(self.device)
 
     def is_done(self, stage: str) -> bool:
         return (self.folder / stage).exists()
@@ -246,6 +263,7 @@ class Recipe:
         if self.is_done("latents.npy"):
             return
         vae, batch = self.load_vae(), 512 if self.device.type == "cuda" else 32
+        self.pictures.load_all()
         parts = []
         for start in tqdm(range(0, self.size.pictures, batch), desc="latents", mininterval=10):
             pixel_values = self.pictures.pixel_values(range(start, min(start + batch, self.size.pictures)))
@@ -268,10 +286,11 @@ class Recipe:
             captions_of(seeds, wording, expression_of if wording >= WORDINGS // 2 else None)
             for wording in range(WORDINGS)
         ]
-        some = seeds[:20_000]
-        canonical = [caption(sample_portrait(seed), aus=expression_of(seed)) for seed in some]
-        tokenizer = networks.make_tokenizer(wordings[-1][: len(some)] + canonical)
-        self.finish("tokenizer", tokenizer)
+        if not self.is_done("tokenizer"):
+            some = seeds[:20_000]
+            canonical = [caption(sample_portrait(seed), aus=expression_of(seed)) for seed in some]
+            self.finish("tokenizer", networks.make_tokenizer(wordings[-1][: len(some)] + canonical))
+        tokenizer = CLIPTokenizer.from_pretrained(self.folder / "tokenizer")
         ids = torch.stack([tokenize(tokenizer, captions) for captions in wordings])
         self.save_array("captions.npy", ids.int().numpy())
 
@@ -284,8 +303,13 @@ class Recipe:
         input_ids = self.read_array("captions.npy").long()
         empty = tokenize(tokenizer, [""]).to(self.device)
         latents = self.read_array("latents.npy")
-        unet = networks.make_unet(self.size.unet_channels).to(self.device, memory_format=torch.channels_last)
-        text_encoder = networks.make_text_encoder(tokenizer).to(self.device)
+        if self.start:
+            unet = UNet2DConditionModel.from_pretrained(self.start / "unet", dtype=torch.float32).train()
+            text_encoder = CLIPTextModel.from_pretrained(self.start / "text_encoder", dtype=torch.float32).train()
+        else:
+            unet, text_encoder = networks.make_unet(self.size.unet_channels), networks.make_text_encoder(tokenizer)
+        unet.to(self.device, memory_format=torch.channels_last)
+        text_encoder.to(self.device)
         forward = torch.compile(unet) if self.size.compile else unet
         scheduler, batch = networks.make_scheduler(), self.size.base.batch
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
@@ -351,6 +375,8 @@ class Recipe:
 
     def meter(self) -> None:
         """It teaches."""
+        if self.is_done("meter"):
+            return
         self.wait_for("vae")
         # Those of the second meter are rendered meanwhile.
         self.judge_pictures  # noqa: B018
@@ -377,9 +403,7 @@ class Recipe:
             network,
             self.pictures,
             self.size.attribute_reader,
-            lambda pixel_values, indices: networks.attribute_loss(
-                network(pixel_values), [sample_portrait(int(index)).attributes for index in indices]
-            ),
+            lambda pixel_values, indices: networks.attribute_loss(network(pixel_values), self.attributes[indices]),
         )
 
     def reader(
@@ -413,28 +437,20 @@ class Recipe:
     # The adapters
     # ----------------------------------------------------------------------------------------------------------------
 
-    def adapter(self) -> None:
-        """By the diffusion loss alone."""
-        self.train_adapter("adapter", self.size.adapter)
+    def twelve(self) -> None:
+        """The paper's AUs, both sides alike."""
+        self.train_adapter("twelve", AU_NAMES)
 
     def sided(self) -> None:
-        """With feedback from the teaching meter."""
-        self.train_adapter("sided", self.size.feedback, "adapter")
+        """All AUs of the toy world, each side by itself."""
+        self.train_adapter("sided", TOY_AU_NAMES)
 
-    def twelve(self) -> None:
-        """The same adapter with both sides of each AU tied together, and a little more feedback."""
-        self.train_adapter("twelve", self.size.feedback.part(1 / 4), "sided", AU_NAMES)
-
-    def train_adapter(
-        self, name: str, length: Length, start: str | None = None, au_names: tuple[str, ...] = TOY_AU_NAMES
-    ) -> None:
-        """Train an adapter that knows `au_names`; one that goes on from the stage `start` gets feedback."""
+    def train_adapter(self, name: str, au_names: tuple[str, ...]) -> None:
+        """Train by the diffusion loss alone, unless an adapter goes on, and then with feedback beside it."""
         if self.is_done(name):
             return
-        self.wait_for("base", *(["meter", "attribute_reader"] if start else []))
-        model = self.make_model(start)
-        if model.au_adapter.config.au_names != list(au_names):
-            model.au_adapter = tie_sides(model.au_adapter, au_names).to(self.device)
+        self.wait_for("base", "meter", "attribute_reader")
+        model, is_new = self.make_model(name, au_names)
         # Of even seeds, both sides are alike and none of the AUs is beyond the twelve.
         symmetric = au_names == AU_NAMES
         seeds = torch.arange(0, self.size.pictures, 1 + symmetric, device=self.device)
@@ -449,8 +465,8 @@ class Recipe:
         weights, surroundings = face_weights().to(self.device), torch.ones(SIZE, SIZE, device=self.device)
         surroundings[FACE] = 0.0
         surroundings /= surroundings.mean()
-        feedback = self.make_feedback(tokenizer, text_encoder) if start else None
-        reader = self.load(PictureReader, "attribute_reader") if start else None
+        feedback = self.make_feedback(tokenizer, text_encoder)
+        reader = self.load(PictureReader, "attribute_reader")
 
         def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, **kwargs) -> torch.Tensor:
             """The model, commanded by the intensities of `TOY_AU_NAMES`."""
@@ -461,56 +477,76 @@ class Recipe:
             with torch.no_grad():
                 return text_encoder(input_ids[wording, indices]).last_hidden_state
 
-        def loss_function(rng: np.random.Generator) -> torch.Tensor:
-            indices = seeds[torch.from_numpy(rng.integers(0, len(seeds), length.batch)).to(self.device)]
-            prompt_embeds, clean, aus = embed(rng, indices), latents[indices].float(), self.expressions[indices]
-            dropped = torch.from_numpy(rng.random((length.batch, 1, 1)) < 0.1).to(self.device)
+        def draw_indices(rng: np.random.Generator, batch: int) -> torch.Tensor:
+            return seeds[torch.from_numpy(rng.integers(0, len(seeds), batch)).to(self.device)]
+
+        def loss_of(rng: np.random.Generator, indices: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+            batch, clean = len(indices), latents[indices].float()
+            dropped = torch.from_numpy(rng.random((batch, 1, 1)) < 0.1).to(self.device)
             # AUs explain little of the loss, in the face, and hardly any of it where little noise is left.
-            timesteps = self.draw_timesteps(rng, length.batch)
-            later = torch.from_numpy(rng.random(length.batch) < 0.7).to(self.device)
+            timesteps = self.draw_timesteps(rng, batch)
+            later = torch.from_numpy(rng.random(batch) < 0.7).to(self.device)
             timesteps = torch.where(later, 400 + timesteps * 6 // 10, timesteps)
+            noise, captions = torch.randn_like(clean), torch.where(dropped, empty, prompt_embeds)
+            noisy_latents = scheduler.add_noise(clean, noise, timesteps)
+            prediction = predict(noisy_latents, timesteps, captions, self.expressions[indices])
+            return diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
+
+        def diffusion(rng: np.random.Generator) -> torch.Tensor:
+            indices = draw_indices(rng, self.size.adapter.batch)
             with self.autocast():
-                noise, captions = torch.randn_like(clean), torch.where(dropped, empty, prompt_embeds)
-                noisy_latents = scheduler.add_noise(clean, noise, timesteps)
-                prediction = predict(noisy_latents, timesteps, captions, aus)
-                loss = diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
-                if feedback is not None:
-                    # Other people make the commanded faces: the expression must not depend on who it is.
-                    commanded, batch = aus.roll(1, 0), {"prompt_embeds": prompt_embeds}
-                    if not symmetric:
-                        commanded = rest_one_side(commanded, rng)
-                    noise = torch.randn_like(clean)
-                    pictures = feedback.draw(predict, batch, noise, commanded)
-                    loss = loss + feedback.error(pictures, commanded)
-                    people = [sample_portrait(int(index)).attributes for index in indices]
-                    loss = loss + ATTRIBUTES_WEIGHT * networks.attribute_loss(reader(shake(pictures)), people)
-                    with torch.no_grad():
-                        neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))
-                    loss = loss + PLACE_WEIGHT * (surroundings * (pictures - neutral) ** 2).mean()
-            return loss
+                return loss_of(rng, indices, embed(rng, indices))
+
+        def with_feedback(rng: np.random.Generator) -> torch.Tensor:
+            indices = draw_indices(rng, self.size.feedback.batch)
+            prompt_embeds = embed(rng, indices)
+            with self.autocast():
+                loss = loss_of(rng, indices, prompt_embeds)
+                # Other people make the commanded faces: the expression must not depend on who it is.
+                commanded, batch = self.expressions[indices].roll(1, 0), {"prompt_embeds": prompt_embeds}
+                if not symmetric:
+                    commanded = rest_one_side(commanded, rng)
+                noise = torch.randn_like(latents[indices].float())
+                pictures = feedback.draw(predict, batch, noise, commanded)
+                loss = loss + feedback.error(pictures, commanded)
+                attributes = networks.attribute_loss(reader(shake(pictures)), self.attributes[indices])
+                with torch.no_grad():
+                    neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))
+                place = (surroundings * (pictures - neutral) ** 2).mean()
+            return loss + ATTRIBUTES_WEIGHT * attributes + PLACE_WEIGHT * place
 
         modules = {name: Trained(model)}
-        self.fit(name, modules, loss_function, length, 5e-4 if start else 1e-3, ema_decay=0.985 if start else 0.998)
+        if is_new:
+            self.fit(f"{name}_start", modules, diffusion, self.size.adapter, 1e-3, ema_decay=0.998)
+        self.fit(name, modules, with_feedback, self.size.feedback, 5e-4, ema_decay=0.985)
         with new_folder(self.folder / name) as unfinished:
             write_au_adapter(unfinished, model.au_adapter.half(), model.unet.half(), LORA_NAME)
 
-    def make_model(self, start: str | None) -> FineFaceModel:
-        """A new model, or that of the stage `start`."""
+    def make_model(self, name: str, au_names: tuple[str, ...]) -> tuple[FineFaceModel, bool]:
+        """The model of an adapter, and whether the adapter is new; otherwise it goes on from the earlier weights."""
+        earlier = None
+        if self.start and name == "twelve":
+            earlier = self.start
+        elif self.start and (self.start / name).exists():
+            earlier = self.start / name
         config = TrainConfig(
             pretrained_model_name_or_path=str(self.folder / "base"),
             output_dir=self.folder,
             train_data_dir=self.folder,
             rank=self.size.rank,
-            adapter_name_or_path=None if start is None else str(self.folder / start),
+            au_side_tokens=au_names == TOY_AU_NAMES,
+            adapter_name_or_path=None if earlier is None else str(earlier),
         )
-        model = make_model(self.load(UNet2DConditionModel, "base/unet"), config, au_names=TOY_AU_NAMES)
-        return model.to(self.device, memory_format=torch.channels_last)
+        model = make_model(self.load(UNet2DConditionModel, "base/unet"), config, au_names=au_names)
+        return model.to(self.device, memory_format=torch.channels_last), earlier is None
 
     def make_feedback(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> AUFeedback:
         meter = load_meter(str(self.folder / "meter"), self.device)
         encoders = StableDiffusionEncoders([tokenizer], [text_encoder], self.load_vae())
         steps = self.size.feedback_steps
-        return AUFeedback([meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, steps, guidance_scale=2.2)
+        return AUFeedback(
+            [meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, steps, guidance_scale=GUIDANCE_SCALE
+        )
 
     # ----------------------------------------------------------------------------------------------------------------
 
@@ -591,29 +627,6 @@ class PictureBank:
         return indices, self.pixel_values(indices)
 
 
-def tie_sides(adapter: AUAdapter, au_names: tuple[str, ...]) -> AUAdapter:
-    """
-    The adapter of fewer AUs, `au_names`, that does what `adapter` does when it is commanded both sides of each of them
-    alike. It is exact, because intensities go through linear layers alone.
-    """
-    projection = au_projection(au_names, tuple(adapter.config.au_names))
-    config = {name: value for name, value in adapter.config.items() if not name.startswith("_")}
-    tied = AUAdapter(**config | {"num_aus": len(au_names), "au_names": list(au_names)})
-    num_aus, hidden_dim = adapter.config.num_aus, adapter.config.hidden_dim
-    state_dict = {name: tensor.cpu().float() for name, tensor in adapter.state_dict().items()}
-    for name, tensor in tied.state_dict().items():
-        old = state_dict[name]
-        if name.startswith("to_"):
-            # The columns of a token: the intensities, the features, and zeros.
-            tensor.zero_()
-            tensor[:, : len(au_names)] = old[:, :num_aus] @ projection.T
-            tensor[:, len(au_names) : len(au_names) + hidden_dim] = old[:, num_aus : num_aus + hidden_dim]
-        else:
-            tensor.copy_(old @ projection.T if old.ndim == 2 else old)
-    tied.to_k_au.requires_grad_(False)
-    return tied.train()
-
-
 def rest_one_side(commanded: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """
     Of half of the commands, `(batch, 24)`, let a side of the face rest, left or right at random: both sides of most
@@ -638,15 +651,16 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, max_length=tokenizer.model_max_length, **kwargs).input_ids
 
 
-def run_track(size: Size, folder: Path, device: torch.device, stages: tuple[str, ...]) -> None:
-    Recipe(size, folder, device).run(stages)
+def run_track(stages: tuple[str, ...], *arguments) -> None:
+    Recipe(*arguments).run(stages)
 
 
-def run_in_parallel(size: Size, folder: Path, device: torch.device) -> None:
+def run_in_parallel(*arguments) -> None:
     """Both tracks at once on one device. If one fails, the other one ends too."""
+    Recipe(*arguments)  # takes what is taken from earlier weights before both tracks look for it
     context = get_context("spawn")
     tracks = [
-        context.Process(target=run_track, args=(size, folder, device, stages))
+        context.Process(target=run_track, args=(stages, *arguments))
         for stages in (Recipe.FIRST_TRACK, Recipe.SECOND_TRACK)
     ]
     for track in tracks:
@@ -664,6 +678,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SIZES, default="cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/toy_faces"))
+    parser.add_argument("--start", type=Path, help="earlier weights to go on from (default of gpu: toy_faces/weights)")
     parser.add_argument("--device", default=None, help="default: an accelerator if there is one, else cpu")
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), help="default: the preset's")
     parser.add_argument("--compile", action="store_true", help="compile the base, which is trained for hours")
@@ -674,12 +689,14 @@ def main(argv: list[str] | None = None) -> None:
     size = replace(size, compile=arguments.compile)
     if arguments.mixed_precision is not None:
         size = replace(size, bf16=arguments.mixed_precision == "bf16")
+    start = arguments.start or (TOY_MODEL if arguments.preset == "gpu" else None)
+    of_recipe = (size, arguments.output_dir, device, start)
     if size.parallel and arguments.until == Recipe.STAGES[-1]:
-        run_in_parallel(size, arguments.output_dir, device)
+        run_in_parallel(*of_recipe)
     else:
-        run_track(size, arguments.output_dir, device, Recipe.STAGES[: Recipe.STAGES.index(arguments.until) + 1])
+        run_track(Recipe.STAGES[: Recipe.STAGES.index(arguments.until) + 1], *of_recipe)
     if arguments.export:
-        Recipe(size, arguments.output_dir, device).export()
+        Recipe(*of_recipe).export()
 
 
 if __name__ == "__main__":
