@@ -64,6 +64,7 @@ from training.data import (
 )
 from training.encoders import StableDiffusionEncoders, find_family, load_encoders
 from training.feedback import AUFeedback, make_feedback
+from training.sides import SideAttention
 from training.validation import choose_validation_aus, validate
 
 
@@ -293,6 +294,7 @@ def train(
     )
     if config.torch_compile:
         state.model.unet.compile()
+    side_attention = SideAttention(state.model) if config.au_side_attention_weight else None
     model, optimizer, lr_scheduler = accelerator.prepare(state.model, optimizer, lr_scheduler)
     register_state(accelerator, state)
     if checkpoint is not None:
@@ -301,8 +303,8 @@ def train(
     dataloader = make_dataloader(samples, state.step, config, accelerator)
     announce(accelerator, config, state, samples)
 
-    # Sums over the batches of a step: the loss, and the part of it that is feedback.
-    step_losses, rows = torch.zeros(2, device=accelerator.device), []
+    # Sums over the batches of a step: the loss, and the parts of it that are feedback and side attention.
+    step_losses, rows = torch.zeros(3, device=accelerator.device), []
     bar = {"total": config.max_train_steps, "initial": state.step, "disable": not accelerator.is_main_process}
     with tqdm(**bar) as progress:
         for batch in read_batches(dataloader):
@@ -328,16 +330,21 @@ def train(
                 )
                 weights, gamma = batch.get("loss_weights"), config.snr_gamma
                 loss = diffusion_loss(prediction, noise_scheduler, latents, noise, timesteps, weights, gamma)
-                feedback_loss = torch.zeros_like(loss)
+                side_loss = feedback_loss = torch.zeros_like(loss)
+                if side_attention is not None:
+                    side_loss = side_attention.loss(batch["au_intensities"], batch["face_sides"])
+                    loss = loss + config.au_side_attention_weight * side_loss
                 if feedback is not None and state.step >= config.au_feedback_start:
                     size = config.au_feedback_batch_size
                     feedback_loss = feedback.batch_loss(model, batch, noisy_latents, prediction, size)
                     loss = loss + config.au_feedback_weight * feedback_loss
 
                 accelerator.backward(loss)
-                step_losses += torch.stack([loss, feedback_loss]).detach() / config.gradient_accumulation_steps
+                step_losses += (
+                    torch.stack([loss, feedback_loss, side_loss]).detach() / config.gradient_accumulation_steps
+                )
                 if accelerator.sync_gradients:
-                    mean_loss, mean_feedback_loss = accelerator.reduce(step_losses, "mean").tolist()
+                    mean_loss, *mean_parts = accelerator.reduce(step_losses, "mean").tolist()
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     # With fp16, the scaler skips steps whose gradients overflow and continues with a smaller scale.
                     # DeepSpeed may return no norm.
@@ -362,7 +369,9 @@ def train(
             if gradient_norm is not None:
                 values["grad_norm"] = float(gradient_norm)
             if feedback is not None and state.step > config.au_feedback_start:
-                values["au_feedback_loss"] = mean_feedback_loss
+                values["au_feedback_loss"] = mean_parts[0]
+            if side_attention is not None:
+                values["au_side_attention_loss"] = mean_parts[1]
             accelerator.log(values, step=state.step)
             if state.step % config.checkpointing_steps == 0:
                 save_checkpoint(accelerator, state, config)

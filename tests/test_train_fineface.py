@@ -30,6 +30,7 @@ from training_runs import (  # noqa: F401
 
 import train_fineface
 from action_units import AU_NAMES
+from face_data.pictures import FACE_BOX
 from pipeline_fineface import FineFacePipeline
 from train_fineface import diffusion_loss, main, make_model, min_snr_weights
 from training import data as training_data
@@ -172,8 +173,14 @@ def test_each_number_has_a_range():
     assert all(fields[name].metadata["low"] is not None for name in numbers)
 
 
-def test_a_run_says_what_it_trains_on_and_logs_rates_and_gradient(arguments, tmp_path, capsys):
+def logged(run, name: str) -> list[float]:
+    """What a run with `--report_to tensorboard` has logged of a value."""
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (events,) = (run / "logs/fineface").glob("events.*")
+    return [event.value for event in event_accumulator.EventAccumulator(str(events)).Reload().Scalars(name)]
+
+
+def test_a_run_says_what_it_trains_on_and_logs_rates_and_gradient(arguments, tmp_path, capsys):
     options = "--report_to tensorboard --learning_rate 0.01 --au_learning_rate 0.02 --gradient_accumulation_steps 3"
     main(arguments("run", options))
     said = capsys.readouterr().out
@@ -187,9 +194,7 @@ def test_a_run_says_what_it_trains_on_and_logs_rates_and_gradient(arguments, tmp
         rf"trained parameters  +[\d,]+ \(LoRA {sum(trained.values()):,}, AU encoder with keys and values [\d,]+\)",
     ):
         assert re.search(line, said), line
-    (run,) = (tmp_path / "run/logs/fineface").glob("events.*")
-    events = event_accumulator.EventAccumulator(str(run)).Reload()
-    values = {name: [event.value for event in events.Scalars(name)] for name in ("lr", "au_lr", "grad_norm")}
+    values = {name: logged(tmp_path / "run", name) for name in ("lr", "au_lr", "grad_norm")}
     assert values["lr"] == pytest.approx([0.01] * 4) and values["au_lr"] == pytest.approx([0.02] * 4)
     assert len(values["grad_norm"]) == 4 and min(values["grad_norm"]) > 0
 
@@ -303,6 +308,18 @@ def test_compiling_changes_nothing_but_rounding(train):
 def test_workers_change_nothing(train):
     options = "--max_train_steps 2"
     assert_equal(train("workers", f"{options} --dataloader_num_workers 1"), train("none", options))
+
+
+def test_positions_learn_which_side_of_the_face_they_are_on(train, tmp_path):
+    sides = {(row, f"AU12{side}"): float(row) for row in range(5) for side in "LR"}
+    box = {(row, name): value for row in range(5) for name, value in zip(FACE_BOX, (0, 0, 1, 1), strict=True)}
+    folder = write_faces(tmp_path / "sided", sides | box, ("AU12",))
+    options = f"--train_data_dir {folder} --au_side_tokens --au_side_attention_weight 9 --learning_rate 3e-2"
+    options += " --random_flip --gradient_checkpointing --report_to tensorboard"
+    train("run", f"{options} --max_train_steps 60")
+    losses = logged(tmp_path / "run", "au_side_attention_loss")
+    # A position that does not know its side guesses: ln 2.
+    assert losses[0] == pytest.approx(0.69, abs=0.05) and losses[-1] < 0.5
 
 
 def test_an_adapter_knows_the_aus_that_it_was_trained_for(train, arguments, tmp_path):
@@ -664,6 +681,8 @@ def test_training_learns_which_aus_belong_to_which_picture(config):
         ("--cache_latents --streaming", "`--cache_latents` writes every row to disk"),
         ("--timestep_bias_begin 5 --timestep_bias_end 5", "`--timestep_bias_end` has to be after .*, 5, but is 5"),
         ("--encoder_type direct --au_side_tokens", "`--au_side_tokens` has to be off with `--encoder_type direct`"),
+        ("--au_side_attention_weight 1", "`--au_side_attention_weight` has to be 0 without `--au_side_tokens`"),
+        ("--au_side_tokens --au_side_attention_weight 1 --torch_compile", "`--torch_compile` has to be off with"),
         ("--encoder_type direct --num_au_tokens 2", "`--num_au_tokens` has to be 1 with `--encoder_type direct`"),
         ("--max_train_step 3", "unrecognized arguments: --max_train_step"),
     ],

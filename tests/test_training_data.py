@@ -31,6 +31,7 @@ from training.data import (
     TrainingSamples,
     check_pictures,
     count_cut_captions,
+    face_sides,
     face_weights,
     load_training_data,
     read_batches,
@@ -140,6 +141,10 @@ def test_the_face_weighs_more_where_it_is_in_the_cut_picture():
     # A cell that is covered to a half counts half of the way.
     partly = face_weights(np.array([0, 0, 1 / 16, 1], np.float32), np.array([64, 64]), 8, 3.0)
     assert partly[0, 0] / partly[0, 7] == pytest.approx(2)
+    # The person's left is on the right of the picture.
+    sides = np.zeros((8, 8))
+    sides[:4, :2], sides[:4, 2:4] = -1, 1
+    np.testing.assert_allclose(face_sides(box, size, 8), sides, atol=1e-5)
 
 
 def test_a_mirrored_picture_has_its_face_mirrored(arguments, tmp_path):

@@ -45,8 +45,10 @@ from toy_faces.pictures import JUDGE_SEEDS, Pictures, captions_of, expression_of
 from toy_faces.renderer import SIZE, TOY_AU_NAMES, caption, sample_portrait
 from train_fineface import FineFaceModel, diffusion_loss, make_model
 from training.config import TrainConfig
+from training.data import face_sides
 from training.encoders import StableDiffusionEncoders
 from training.feedback import AUFeedback, load_meter, shake
+from training.sides import SideAttention
 
 
 WORDINGS = 4
@@ -58,6 +60,8 @@ ATTRIBUTES_WEIGHT = 0.2
 """Weight of the attribute reader's cross-entropy beside the feedback: an expression must not change the person."""
 PLACE_WEIGHT = 4.0
 """Weight of the squared change of what surrounds the face beside the feedback: an expression must not change that."""
+SIDES_WEIGHT = 1.0
+"""Weight of the attention to the right side of the face beside the diffusion loss; a tenth of it beside feedback."""
 GUIDANCE_SCALE = 1.9
 """Guidance of the pictures that feedback looks at: that of `fineface.json`, with which the weights are used."""
 TAKEN = ("tokenizer", "vae", "meter", "second_meter", "attribute_reader", "image_encoder")
@@ -465,6 +469,9 @@ class Recipe:
         weights, surroundings = face_weights().to(self.device), torch.ones(SIZE, SIZE, device=self.device)
         surroundings[FACE] = 0.0
         surroundings /= surroundings.mean()
+        side_attention = None if symmetric else SideAttention(model)
+        box = np.array([FACE[1].start, FACE[0].start, FACE[1].stop, FACE[0].stop]) / SIZE
+        sides = torch.from_numpy(face_sides(box, np.array([SIZE, SIZE]), SIZE // 8)).to(self.device)
         feedback = self.make_feedback(tokenizer, text_encoder)
         reader = self.load(PictureReader, "attribute_reader")
 
@@ -480,7 +487,9 @@ class Recipe:
         def draw_indices(rng: np.random.Generator, batch: int) -> torch.Tensor:
             return seeds[torch.from_numpy(rng.integers(0, len(seeds), batch)).to(self.device)]
 
-        def loss_of(rng: np.random.Generator, indices: torch.Tensor, prompt_embeds: torch.Tensor) -> torch.Tensor:
+        def loss_of(
+            rng: np.random.Generator, indices: torch.Tensor, prompt_embeds: torch.Tensor, sides_weight: float
+        ) -> torch.Tensor:
             batch, clean = len(indices), latents[indices].float()
             dropped = torch.from_numpy(rng.random((batch, 1, 1)) < 0.1).to(self.device)
             # AUs explain little of the loss, in the face, and hardly any of it where little noise is left.
@@ -490,18 +499,23 @@ class Recipe:
             noise, captions = torch.randn_like(clean), torch.where(dropped, empty, prompt_embeds)
             noisy_latents = scheduler.add_noise(clean, noise, timesteps)
             prediction = predict(noisy_latents, timesteps, captions, self.expressions[indices])
-            return diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
+            loss = diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
+            if side_attention is not None:
+                loss = loss + sides_weight * side_attention.loss(
+                    self.expressions[indices], sides.expand(batch, -1, -1)
+                )
+            return loss
 
         def diffusion(rng: np.random.Generator) -> torch.Tensor:
             indices = draw_indices(rng, self.size.adapter.batch)
             with self.autocast():
-                return loss_of(rng, indices, embed(rng, indices))
+                return loss_of(rng, indices, embed(rng, indices), SIDES_WEIGHT)
 
         def with_feedback(rng: np.random.Generator) -> torch.Tensor:
             indices = draw_indices(rng, self.size.feedback.batch)
             prompt_embeds = embed(rng, indices)
             with self.autocast():
-                loss = loss_of(rng, indices, prompt_embeds)
+                loss = loss_of(rng, indices, prompt_embeds, SIDES_WEIGHT / 10)
                 # Other people make the commanded faces: the expression must not depend on who it is.
                 commanded, batch = self.expressions[indices].roll(1, 0), {"prompt_embeds": prompt_embeds}
                 if not symmetric:

@@ -90,6 +90,9 @@ class TrainConfig:
     au_kv_init: Literal[KV_INITS] = fixed(
         "text", "Initial keys and values: copies of the text's, random, or values of zero."
     )
+    au_side_attention_weight: float = fixed(
+        0.0, "Weight of a loss that teaches which position is on which side of the face's box. 0.1 does.", low=0
+    )
     rank: int = fixed(32, "Rank and alpha of the LoRA.", low=1)
 
     au_noise_variance: float = fixed(0.2, "Label smoothing: variance of the noise on the intensities.", low=0)
@@ -205,6 +208,10 @@ class TrainConfig:
             self._check(
                 "au_side_tokens", not self.au_side_tokens, "off with `--encoder_type direct`, which has no keys"
             )
+        if self.au_side_attention_weight:
+            given = self.au_side_tokens or self.adapter_name_or_path is not None
+            self._check("au_side_attention_weight", given, "0 without `--au_side_tokens`")
+            self._check("torch_compile", not self.torch_compile, "off with `--au_side_attention_weight`")
         begin, end = self.timestep_bias_begin, self.timestep_bias_end
         self._check("timestep_bias_end", begin < end, f"after `--timestep_bias_begin`, {begin}")
         if self.timestep_bias_strategy != "none":

@@ -67,7 +67,8 @@ class TrainingData:
 
     Args:
         table (`pyarrow.Table`):
-            Has the columns of pictures, captions and AUs; with `--face_loss_weight`, also those of the face's box.
+            Has the columns of pictures, captions and AUs; with `--face_loss_weight` or
+            `--au_side_attention_weight`, also those of the face's box.
         config (`TrainConfig`):
             Names the columns.
         first_row (`int`, defaults to 0):
@@ -85,7 +86,7 @@ class TrainingData:
         self.au_names = choose_aus(table.column_names, config)
         sources = [_sources_of(name, table.column_names) for name in self.au_names]
         measured = list(dict.fromkeys(itertools.chain(*sources)))
-        boxes = FACE_BOX if config.face_loss_weight != 1 else ()
+        boxes = FACE_BOX if config.face_loss_weight != 1 or config.au_side_attention_weight else ()
         _check_columns(table, [config.image_column, config.caption_column, *measured, *boxes])
         self.first_row, self.folder = first_row, config.train_data_dir
         self.notes: list[str] = []
@@ -457,7 +458,7 @@ def _check_columns(table: pa.Table, needed: list[str]) -> None:
         raise ValueError(
             f"The data set has no column {', '.join(missing)}. It has {', '.join(table.column_names)}."
             " `--image_column` and `--caption_column` name the columns of picture and caption, and `--aus` names AUs;"
-            f" `--face_loss_weight` needs {', '.join(FACE_BOX)}."
+            f" `--face_loss_weight` and `--au_side_attention_weight` need {', '.join(FACE_BOX)}."
         )
 
 
@@ -661,14 +662,30 @@ def face_weights(box: np.ndarray, picture_size: np.ndarray, side: int, weight: f
         picture_size (`numpy.ndarray` of shape `(2,)`):
             Width and height of the picture. Training uses the square in its middle.
     """
+    weights = 1 + (weight - 1) * _covered(box, picture_size, side)
+    return (weights / weights.mean()).astype(np.float32)
+
+
+def face_sides(box: np.ndarray, picture_size: np.ndarray, side: int) -> np.ndarray:
+    """
+    How much of each of `side` × `side` latents is on the person's left side of the face, which is the right half of
+    its box, minus how much is on the person's right side. The arguments are those of `face_weights`.
+    """
+    left, top, right, bottom = box
+    middle = (left + right) / 2
+    halves = [np.array(half) for half in ((middle, top, right, bottom), (left, top, middle, bottom))]
+    on_left, on_right = (_covered(half, picture_size, side) for half in halves)
+    return (on_left - on_right).astype(np.float32)
+
+
+def _covered(box: np.ndarray, picture_size: np.ndarray, side: int) -> np.ndarray:
+    """The fraction of each of `side` × `side` latents that the box covers."""
     shorter_side = picture_size.min()
     cut = (picture_size - shorter_side) / 2
     corners = (box.reshape(2, 2) * picture_size - cut) / shorter_side * side
     cells = np.arange(side)[:, None]
-    # Fraction of each column and row of latents that the box covers.
-    covered = np.clip(np.minimum(corners[1], cells + 1) - np.maximum(corners[0], cells), 0, 1)
-    weights = 1 + (weight - 1) * np.outer(covered[:, 1], covered[:, 0])
-    return (weights / weights.mean()).astype(np.float32)
+    columns, rows = np.clip(np.minimum(corners[1], cells + 1) - np.maximum(corners[0], cells), 0, 1).T
+    return np.outer(rows, columns)
 
 
 class TrainingSamples(torch.utils.data.Dataset):
@@ -715,9 +732,11 @@ class TrainingSamples(torch.utils.data.Dataset):
             width, height = data.picture_size(index).tolist()
             sample["original_size"] = torch.tensor([height, width])
         if data.face_boxes is not None:
-            size, side = data.picture_size(index), inputs.latents_shape[-1]
-            weights = face_weights(data.face_boxes[index], size, side, config.face_loss_weight)
-            sample["loss_weights"] = torch.from_numpy(np.flip(weights, 1).copy() if flip else weights)
+            place = (data.face_boxes[index], data.picture_size(index), inputs.latents_shape[-1])
+            weights, sides = face_weights(*place, config.face_loss_weight), face_sides(*place)
+            if flip:
+                weights, sides = np.flip(weights, 1).copy(), -np.flip(sides, 1)
+            sample |= {"loss_weights": torch.from_numpy(weights), "face_sides": torch.from_numpy(sides)}
         if config.au_feedback_meter is not None:
             sample["aus_are_dropped"] = torch.tensor(bool(drop_aus))
             # AU feedback commands the AUs of another row; of the same row group with `--streaming`.
