@@ -1,5 +1,7 @@
 """An IP-Adapter beside the AUs (paper Eq. 5), by diffusers' own calls."""
 
+import copy
+
 import PIL.Image
 import pytest
 import torch
@@ -329,20 +331,21 @@ def some_id_embeds(num_faces: int, guided: bool = True, seed: int = 0) -> list[t
     return [torch.cat([torch.zeros_like(embeds), embeds]) if guided else embeds]
 
 
-def make_faceid_pipe(tiny_adapter_dir, aus_first: bool = True) -> FineFacePipeline:
-    pipe = make_pipe()
-    if aus_first:
-        pipe.load_au_adapter(tiny_adapter_dir)
-    add_ip_adapter(pipe, make_faceid_portrait(pipe.unet))
-    if not aus_first:
-        pipe.load_au_adapter(tiny_adapter_dir)
-    return pipe
+@pytest.fixture(scope="module")
+def faceid_pipes(tiny_adapter_dir) -> list[FineFacePipeline]:
+    """One to which the AUs came first, and one to which they came last, for tests that only draw."""
+    pipes = [make_pipe(), make_pipe()]
+    pipes[0].load_au_adapter(tiny_adapter_dir)
+    for pipe in pipes:
+        add_ip_adapter(pipe, make_faceid_portrait(pipe.unet))
+    pipes[1].load_au_adapter(tiny_adapter_dir)
+    return pipes
 
 
 @pytest.mark.parametrize("num_faces", [1, 5])
 @pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 1.0}, {"au_guidance_scale": 3.0}])
-def test_faceid_portrait_takes_faces_and_aus(tiny_adapter_dir, num_faces, guidance):
-    pipe = make_faceid_pipe(tiny_adapter_dir)
+def test_faceid_portrait_takes_faces_and_aus(faceid_pipes, num_faces, guidance):
+    pipe, aus_last = faceid_pipes
     embeds = some_id_embeds(num_faces, "guidance_scale" not in guidance)
     assert pipe.unet.encoder_hid_proj([embeds[0][-1:]])[0].shape == (1, num_faces, FACE_TOKENS, CROSS_ATTENTION_DIM)
     smile = draw(pipe, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance)
@@ -350,8 +353,7 @@ def test_faceid_portrait_takes_faces_and_aus(tiny_adapter_dir, num_faces, guidan
     for options in ({"aus": "1+4"}, {"aus": None}, {"aus": SMILE, "ip_adapter_image_embeds": other_face}):
         options = {"ip_adapter_image_embeds": embeds, **options, **guidance}
         assert not torch.allclose(draw(pipe, **options), smile, atol=1e-3)
-    pipe = make_faceid_pipe(tiny_adapter_dir, aus_first=False)
-    assert torch.equal(draw(pipe, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance), smile)
+    assert torch.equal(draw(aus_last, aus=SMILE, ip_adapter_image_embeds=embeds, **guidance), smile)
 
 
 def test_faceid_portrait_in_the_widths_of_stable_diffusion_1_5():
@@ -372,9 +374,9 @@ def test_faceid_portrait_in_the_widths_of_stable_diffusion_1_5():
     assert not torch.allclose(smile, frown, atol=1e-3)
 
 
-def test_each_of_two_people_has_a_face_and_aus(tiny_adapter_dir):
+def test_each_of_two_people_has_a_face_and_aus(faceid_pipes):
     """The masks of both kinds, for faces and for AUs, side by side."""
-    pipe = make_faceid_pipe(tiny_adapter_dir)
+    pipe = copy.deepcopy(faceid_pipes[0])
     left, right = masks_for(2)[0][0]
     options = {
         "ip_adapter_image_embeds": some_id_embeds(2),

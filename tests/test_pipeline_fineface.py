@@ -9,7 +9,7 @@ from diffusers import EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from diffusers.callbacks import SDCFGCutoffCallback
 from diffusers.models.attention_processor import AttnProcessor2_0
 from test_ip_adapter import IMAGE_DIM, make_ip_adapter
-from tiny import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, Family, add_lora, make_adapter
+from tiny import CROSS_ATTENTION_DIM, FAMILIES, HIDDEN_DIM, Family, add_lora, make_adapter, shorten
 
 from action_units import AU_NAMES, parse_aus
 from au_attention_processor import pack_au_tensors
@@ -453,11 +453,11 @@ def test_a_guidance_distilled_unet(family, tiny_components, tiny_adapter_dir):
     assert not torch.allclose(draw(pipe, aus=SMILE), draw(pipe, aus=SMILE, au_guidance_scale=3.0), atol=1e-3)
 
 
-def test_a_pipeline_made_from_another(plain_sd, tiny_adapter_dir, tiny_pipe):
-    pipe = type(tiny_pipe).from_pipe(plain_sd)
+def test_a_pipeline_made_from_another(plain_sd, tiny_adapter_dir, steady_pipe):
+    pipe = type(steady_pipe).from_pipe(plain_sd)
     pipe.set_progress_bar_config(disable=True)
     pipe.load_au_adapter(tiny_adapter_dir)
-    assert torch.equal(draw(pipe, aus=SMILE), draw(tiny_pipe, aus=SMILE))
+    assert torch.equal(draw(pipe, aus=SMILE), draw(steady_pipe, aus=SMILE))
 
 
 def test_a_pipeline_made_from_one_with_an_adapter_has_it_too(tiny_pipe, tmp_path, caplog):
@@ -494,14 +494,10 @@ def test_a_hub_that_is_not_reached_is_said(tmp_path, caplog):
 
 @pytest.fixture
 def make_short_pipe(family, tiny_components):
-    """A pipeline with an adapter, its LoRA, and a UNet of two cross-attention layers: each layer compiles for long."""
+    """A pipeline with a short UNet, an adapter and its LoRA."""
 
     def make_short_pipe(num_tokens: int):
-        unet = tiny_components["unet"]
-        depth = {"block_out_channels": (8,), "attention_head_dim": 2, "transformer_layers_per_block": 1}
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
-        torch.manual_seed(0)
-        unet = type(unet).from_config({**unet.config, **depth, **blocks}).eval()
+        unet = shorten(tiny_components["unet"])
         adapter = make_adapter(unet, num_tokens=num_tokens)
         add_lora(unet, LORA_NAME)
         return family.make_pipe(unet=unet, au_adapter=adapter)
@@ -681,10 +677,10 @@ def test_models_are_loaded_in_the_dtype_of_the_unet(family, tiny_components, tmp
 
 
 @pytest.mark.parametrize("prompt", ["", "   ", ["a boy", ""]])
-def test_an_empty_prompt_is_a_prompt(tiny_pipe, plain_sd, prompt):
-    aus = draw(tiny_pipe, prompt, aus=SMILE, latents=torch.ones(1 if isinstance(prompt, str) else 2, 4, 16, 16))
-    tiny_pipe.unload_au_adapter()
-    assert torch.equal(draw(tiny_pipe, prompt), draw(plain_sd, prompt)) and aus.isfinite().all()
+def test_an_empty_prompt_is_a_prompt(steady_pipe, steady_bases, prompt):
+    latents = torch.ones(1 if isinstance(prompt, str) else 2, 4, 16, 16)
+    assert draw(steady_pipe, prompt, aus=SMILE, latents=latents).isfinite().all()
+    assert torch.equal(*(draw(pipe, prompt) for pipe in steady_bases))
 
 
 def test_a_tag_alone_is_an_expression_without_words(steady_pipe):
@@ -785,16 +781,16 @@ def test_concurrent_calls_take_turns(tiny_pipe):
     assert all(map(torch.equal, found, expected))
 
 
-def test_a_call_from_its_own_callback_is_refused(tiny_pipe):
+def test_a_call_from_its_own_callback_is_refused(steady_pipe):
     def callback(pipe, step, timestep, tensors):
         draw(pipe)
 
     with pytest.raises(RuntimeError, match="called by a callback of its own call"):
-        draw(tiny_pipe, callback_on_step_end=callback)
-    assert draw(tiny_pipe).isfinite().all()
+        draw(steady_pipe, callback_on_step_end=callback)
+    assert draw(steady_pipe).isfinite().all()
 
 
-def test_a_call_that_another_thread_interrupts_ends(tiny_pipe):
+def test_a_call_that_another_thread_interrupts_ends(steady_pipe):
     started, stopped, steps = threading.Event(), threading.Event(), []
 
     def callback(pipe, step, timestep, tensors):
@@ -804,13 +800,13 @@ def test_a_call_that_another_thread_interrupts_ends(tiny_pipe):
         return tensors
 
     with ThreadPoolExecutor(2) as threads:
-        cancelled = threads.submit(draw, tiny_pipe, num_inference_steps=50, callback_on_step_end=callback)
+        cancelled = threads.submit(draw, steady_pipe, num_inference_steps=50, callback_on_step_end=callback)
         assert started.wait(60)
-        tiny_pipe._interrupt = True
-        waiting = threads.submit(draw, tiny_pipe, seed=1, aus=SMILE)
+        steady_pipe._interrupt = True
+        waiting = threads.submit(draw, steady_pipe, seed=1, aus=SMILE)
         stopped.set()
         cancelled.result(), waiting.result()
-    assert steps == [0] and torch.equal(waiting.result(), draw(tiny_pipe, seed=1, aus=SMILE))
+    assert steps == [0] and torch.equal(waiting.result(), draw(steady_pipe, seed=1, aus=SMILE))
 
 
 def test_an_unknown_argument_is_an_error(steady_pipe):

@@ -1,6 +1,7 @@
 """The drawn world: its people, its words and the rig that its action units move."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -70,8 +71,12 @@ def unposed(seed, **fixed):
 
 
 def pixels(portrait, **intensities):
-    aus = [intensities.get(name, intensities.get(name.rstrip("LR"), 0.0)) for name in TOY_AU_NAMES]
-    return np.asarray(render(portrait, aus), dtype=np.float32)
+    aus = tuple(intensities.get(name, intensities.get(name.rstrip("LR"), 0.0)) for name in TOY_AU_NAMES)
+    return np.array(rendered(portrait, aus), dtype=np.float32)
+
+
+# Many tests look at the same neutral faces.
+rendered = functools.lru_cache(1000)(render)
 
 
 def people(**fixed):

@@ -1,5 +1,6 @@
 """Tiny real components, built in memory: no network, no files, the same on every run; and fixtures made of them."""
 
+import copy
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,6 +124,14 @@ def make_xl_components(seed: int = 0, cross_attention_dim: int = CROSS_ATTENTION
     }
 
 
+def shorten(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A UNet of the same kind with two cross-attention layers: to compile, each takes long."""
+    torch.manual_seed(0)
+    depth = {"block_out_channels": (8,), "attention_head_dim": 2, "transformer_layers_per_block": 1}
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    return UNet2DConditionModel.from_config({**unet.config, **depth, **blocks}).eval()
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of bases with tiny components, and the pipelines for it."""
@@ -237,7 +246,6 @@ def tiny_base(tiny_components) -> FineFacePipeline:
 
 
 @pytest.fixture
-def tiny_pipe(tiny_base, tiny_adapter_dir) -> FineFacePipeline:
-    """A pipeline with the adapter and its LoRA on."""
-    tiny_base.load_au_adapter(tiny_adapter_dir)
-    return tiny_base
+def tiny_pipe(steady_pipe) -> FineFacePipeline:
+    """A pipeline with the adapter and its LoRA on. A copy takes half as long as loading them."""
+    return copy.deepcopy(steady_pipe)
