@@ -605,13 +605,13 @@ arrays = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(facs_like | strings)
 def test_any_string_parses_or_raises_value_error(text):
     check_parses_or_refuses(text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(anything)
 def test_any_structure_parses_or_raises_value_error(aus):
     check_parses_or_refuses(aus)

@@ -295,9 +295,9 @@ def test_a_swap_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit of this kind")
 @pytest.mark.parametrize("library", ["safetensors", "torch"])
-def test_a_full_disk_is_an_error_of_one_line(library, tmp_path):
+def test_a_full_disk_is_an_error_of_one_line(library, processes, tmp_path):
     code = """
-import resource, sys
+import sys
 from pathlib import Path
 import safetensors.torch, torch
 from program import new_folder, run_program
@@ -305,7 +305,6 @@ tensors = {"weight": torch.zeros(100_000)}
 
 def work():
     with new_folder(Path(sys.argv[1])) as folder:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         if sys.argv[2] == "torch":
             torch.save(tensors, folder / "weights")
         else:
@@ -313,9 +312,11 @@ def work():
 
 sys.exit(run_program(work))
 """
-    result = run_python(code, tmp_path / "out", library)
-    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
-    assert str(tmp_path / "out") in result.stderr and list(tmp_path.iterdir()) == []
+    run = {"code": code, "arguments": [tmp_path / "out", library], "path": [ROOT], "largest_file": 50_000}
+    (answer,) = processes(run)
+    message = answer["messages"]
+    assert answer["status"] == 2 and message.startswith("error: ") and message.count("\n") == 1
+    assert str(tmp_path / "out") in message and list(tmp_path.iterdir()) == []
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_ends(tmp_path):
