@@ -183,18 +183,16 @@ def _two_layers(in_features: int, hidden_dim: int, out_features: int) -> nn.Sequ
 
 def _side_columns(au_names: list[str] | None, encoder_type: str) -> list[list[int]]:
     """For each side, the column from which a face takes each AU if both its sides do what this side does."""
-    columns = (
+    names = au_names or []
+    columns = [
+        # AU10 is no side of AU1: only names that end with a side have another side.
         [
-            [
-                au_names.index(own) if (own := name[:-1] + side) in au_names else column
-                for column, name in enumerate(au_names)
-            ]
-            for side in "LR"
+            names.index(own) if name[-1] in "LR" and (own := name[:-1] + side) in names else i
+            for i, name in enumerate(names)
         ]
-        if au_names
-        else []
-    )
-    if encoder_type == "direct" or not columns or columns[0] == columns[1]:
+        for side in "LR"
+    ]
+    if encoder_type == "direct" or columns[0] == columns[1]:
         raise ValueError(
             f"`side_tokens` need `au_names` with both sides of an AU, such as 'AU12L' and 'AU12R', and an encoder type"
             f" other than 'direct', but `au_names` is {au_names!r} and the encoder type {encoder_type!r}."
