@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from action_units import AU_NAMES, au_projection
+from action_units import AU_NAMES, au_projection, mirrored_columns
 from au_encoder import write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL, new_folder, pick_device, replacing
@@ -522,7 +522,8 @@ class Recipe:
                     commanded = rest_one_side(commanded, rng)
                 noise = torch.randn_like(latents[indices].float())
                 pictures = feedback.draw(predict, batch, noise, commanded)
-                loss = loss + feedback.error(pictures, commanded)
+                errors = (feedback.meters[0](shake(pictures)) - commanded).square()
+                loss = loss + (command_weights(commanded) * errors).mean()
                 attributes = networks.attribute_loss(reader(shake(pictures)), self.attributes[indices])
                 with torch.no_grad():
                     neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))
@@ -649,6 +650,16 @@ def rest_one_side(commanded: torch.Tensor, rng: np.random.Generator) -> torch.Te
     sides = np.array([name[-1] for name in TOY_AU_NAMES])
     resting = (rng.random((len(commanded), 1)) < 0.5) & (sides == rng.choice(["L", "R"], (len(commanded), 1)))
     return commanded.masked_fill(torch.from_numpy(resting).to(commanded.device), 0.0)
+
+
+def command_weights(commanded: torch.Tensor) -> torch.Tensor:
+    """
+    Weights of the squared errors of commands, `(batch, 24)`. Faint commands, and a side that has to rest while the
+    other one moves, count more: their errors are small beside those of strong expressions, but are seen at once.
+    """
+    is_faint = (commanded > 0) & (commanded < 3.2)
+    rests = (commanded == 0) & (commanded[:, mirrored_columns(TOY_AU_NAMES)] > 0)
+    return 1.0 + 4 * is_faint + 6 * rests
 
 
 def face_weights() -> torch.Tensor:
