@@ -263,3 +263,13 @@ def test_the_toy_face_obeys_brows_lids_and_jaw():
     neutral = read_drawn(pipe, "neutral")
     for name, column in (("AU4", "AU4L"), ("AU5", "AU5"), ("AU26", "AU26")):
         assert read_drawn(pipe, f"{name}=5")[column] > neutral[column] + 2, name
+
+
+def test_the_sided_adapter_winks_and_moves_one_corner_of_the_mouth():
+    pipe = FineFacePipeline.from_pretrained(WEIGHTS, dtype=torch.float32)
+    pipe.load_au_adapter(WEIGHTS / "sided")
+    pipe.set_progress_bar_config(disable=True)
+    neutral = read_drawn(pipe, "neutral")
+    for name, other in (("AU43L", "AU43R"), ("AU12R", "AU12L")):
+        drawn = read_drawn(pipe, f"{name}=5")
+        assert drawn[name] > neutral[name] + 2 and abs(drawn[other] - neutral[other]) < 1, name
