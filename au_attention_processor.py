@@ -98,7 +98,7 @@ def _with_aus(processor_class: type) -> type:
                 " its `num_images_per_prompt`, its `guidance_scale` (above 1 it has twice the rows) and its"
                 " `pag_scale`."
             )
-        weights = None if au_masks is None else _query_weights(au_masks, output.shape[1]).to(output.dtype)
+        weights = None if au_masks is None else query_weights(au_masks, output.shape[1]).to(output.dtype)
         if au_residual is not None:
             if weights is None:
                 output = output + au_residual[:, None, channels].to(output.dtype)
@@ -330,7 +330,7 @@ def _with_masks(tensors: dict[str, torch.Tensor], au_masks: torch.Tensor | None)
     return {**tensors, "au_masks": au_masks.to(device=device, dtype=dtype)}
 
 
-def _query_weights(au_masks: torch.Tensor, num_queries: int) -> torch.Tensor:
+def query_weights(au_masks: torch.Tensor, num_queries: int) -> torch.Tensor:
     """The weight of each person at each position of a layer, of shape `(batch, num_queries, people)`."""
     height, width = au_masks.shape[-2:]
     while height * width > num_queries:

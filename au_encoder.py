@@ -194,7 +194,7 @@ def _side_columns(au_names: list[str] | None, encoder_type: str) -> list[list[in
     ]
     if encoder_type == "direct" or columns[0] == columns[1]:
         raise ValueError(
-            f"`side_tokens` need `au_names` with both sides of an AU, such as 'AU12L' and 'AU12R', and an encoder type"
+            "`side_tokens` need `au_names` with both sides of an AU, such as 'AU12L' and 'AU12R', and an encoder type"
             f" other than 'direct', but `au_names` is {au_names!r} and the encoder type {encoder_type!r}."
         )
     return columns

@@ -332,7 +332,7 @@ def train(
                 loss = diffusion_loss(prediction, noise_scheduler, latents, noise, timesteps, weights, gamma)
                 side_loss = feedback_loss = torch.zeros_like(loss)
                 if side_attention is not None:
-                    side_loss = side_attention.loss(batch["au_intensities"], batch["face_sides"])
+                    side_loss = side_attention.loss(batch["face_sides"])
                     loss = loss + config.au_side_attention_weight * side_loss
                 if feedback is not None and state.step >= config.au_feedback_start:
                     size = config.au_feedback_batch_size

@@ -49,9 +49,9 @@ def write_original(folder: Path, adapter: AUAdapter, prefix: str = "") -> None:
 def check_fits_original(adapter: AUAdapter, source: Path) -> None:
     """Raise a ValueError if the original layout has no place for `adapter`, whose config is the file `source`."""
     config = adapter.config
-    if config.encoder_type not in ("res_mlp64", "res_mlp") or config.num_tokens != 1:
+    if config.encoder_type not in ("res_mlp64", "res_mlp") or adapter.num_tokens != 1:
         raise ValueError(
-            f"{str(source)!r} says {config.num_tokens} token(s) of the encoder {config.encoder_type!r}. The original"
+            f"{str(source)!r} says {adapter.num_tokens} token(s) of the encoder {config.encoder_type!r}. The original"
             " layout has one token of 'res_mlp64' or 'res_mlp' only."
         )
     if tuple(config.au_names or AU_NAMES) != AU_NAMES:

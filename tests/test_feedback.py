@@ -247,7 +247,13 @@ def test_a_meter_of_sides_is_asked_for_both_and_one_of_fewer_aus_judges_those(co
     error = feedback.error(pictures, commands, generator)
     read = feedback.meters[0](shake(pictures, torch.Generator().manual_seed(0)))
     # AU43 is nothing that these adapters can be asked for.
-    assert torch.allclose(error, (read[:, :3] - torch.tensor([0.0, 4.0, 4.0])).square().mean())
+    squares = (read[:, :3] - torch.tensor([0.0, 4.0, 4.0])).square()
+    assert torch.allclose(error, squares.mean())
+    # The weight of an AU holds for both of its sides.
+    weights = torch.ones(2, 12)
+    weights[0, AU_NAMES.index("AU12")] = 3
+    weighted = feedback.error(pictures, commands, torch.Generator().manual_seed(0), au_weights=weights)
+    assert torch.allclose(weighted, (squares * torch.tensor([[1.0, 3.0, 3.0], [1.0, 1.0, 1.0]])).mean())
 
 
 def test_a_meter_that_reads_nothing_of_the_adapter_is_refused(config):

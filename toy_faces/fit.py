@@ -27,9 +27,6 @@ class Length:
     batch: int
     seconds: float = math.inf
 
-    def part(self, share: float) -> "Length":
-        return Length(math.ceil(share * self.steps), self.batch, share * self.seconds)
-
 
 def learning_rate(progress: float, step: int, peak: float, warmup: int = 100) -> float:
     """Linear warm-up, then a cosine to zero as `progress` goes from 0 to 1."""

@@ -98,29 +98,26 @@ class Size:
 
 NETWORKS = {"vae_channels": (32, 48, 64, 64), "vae_layers": 1, "unet_channels": (96, 128), "rank": 32}
 
+CPU = Size(
+    pictures=64_000,
+    judge_pictures=24_000,
+    **NETWORKS,
+    vae=Length(12_000, 4, 5_400),
+    base=Length(20_000, 64, 11_000),
+    image_encoder=Length(400, 64, 300),
+    reader=Length(6_000, 24, 1_500),
+    attribute_reader=Length(600, 32, 400),
+    adapter=Length(6_000, 32, 1_200),
+    feedback=Length(1_200, 8, 2_400),
+    feedback_steps=4,
+)
 SIZES = {
-    "cpu": Size(
-        pictures=64_000,
-        judge_pictures=24_000,
-        **NETWORKS,
-        vae=Length(12_000, 4, 5_400),
-        base=Length(20_000, 64, 11_000),
-        image_encoder=Length(400, 64, 300),
-        reader=Length(6_000, 24, 1_500),
-        attribute_reader=Length(600, 32, 400),
-        adapter=Length(6_000, 32, 1_200),
-        feedback=Length(1_200, 8, 2_400),
-        feedback_steps=4,
-    ),
-    "gpu": Size(
+    "cpu": CPU,
+    # It takes the VAE and the readers of earlier weights, so it trains none of them.
+    "gpu": replace(
+        CPU,
         pictures=96_000,
-        judge_pictures=24_000,
-        **NETWORKS,
-        vae=Length(20_000, 96, 105),
         base=Length(40_000, 768, 160),
-        image_encoder=Length(3_000, 256, 12),
-        reader=Length(12_000, 256, 44),
-        attribute_reader=Length(6_000, 256, 20),
         adapter=Length(6_000, 384, 45),
         feedback=Length(3_000, 160, 220),
         feedback_steps=8,
@@ -501,9 +498,7 @@ class Recipe:
             prediction = predict(noisy_latents, timesteps, captions, self.expressions[indices])
             loss = diffusion_loss(prediction, scheduler, clean, noise, timesteps, weights)
             if side_attention is not None:
-                loss = loss + sides_weight * side_attention.loss(
-                    self.expressions[indices], sides.expand(batch, -1, -1)
-                )
+                loss = loss + sides_weight * side_attention.loss(sides.expand(batch, -1, -1))
             return loss
 
         def diffusion(rng: np.random.Generator) -> torch.Tensor:
@@ -522,8 +517,7 @@ class Recipe:
                     commanded = rest_one_side(commanded, rng)
                 noise = torch.randn_like(latents[indices].float())
                 pictures = feedback.draw(predict, batch, noise, commanded)
-                errors = (feedback.meters[0](shake(pictures)) - commanded).square()
-                loss = loss + (command_weights(commanded) * errors).mean()
+                loss = loss + feedback.error(pictures, commanded, au_weights=command_weights(commanded))
                 attributes = networks.attribute_loss(reader(shake(pictures)), self.attributes[indices])
                 with torch.no_grad():
                     neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))

@@ -422,7 +422,7 @@ def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
     au_names = config.aus or _au_columns_of(columns)
     if config.au_side_tokens and not any(name.endswith("L") for name in au_names):
         raise ValueError(
-            f"`--au_side_tokens` needs AUs with sides such as AU12L and AU12R, but the run trains"
+            "`--au_side_tokens` needs AUs with sides such as AU12L and AU12R, but the run trains"
             f" {', '.join(au_names)}. Choose them with `--aus`, or leave the flag out."
         )
     return au_names
@@ -733,10 +733,12 @@ class TrainingSamples(torch.utils.data.Dataset):
             sample["original_size"] = torch.tensor([height, width])
         if data.face_boxes is not None:
             place = (data.face_boxes[index], data.picture_size(index), inputs.latents_shape[-1])
-            weights, sides = face_weights(*place, config.face_loss_weight), face_sides(*place)
-            if flip:
-                weights, sides = np.flip(weights, 1).copy(), -np.flip(sides, 1)
-            sample |= {"loss_weights": torch.from_numpy(weights), "face_sides": torch.from_numpy(sides)}
+            if config.face_loss_weight != 1:
+                weights = face_weights(*place, config.face_loss_weight)
+                sample["loss_weights"] = torch.from_numpy(np.flip(weights, 1).copy() if flip else weights)
+            if config.au_side_attention_weight:
+                sides = face_sides(*place)
+                sample["face_sides"] = torch.from_numpy(-np.flip(sides, 1) if flip else sides)
         if config.au_feedback_meter is not None:
             sample["aus_are_dropped"] = torch.tensor(bool(drop_aus))
             # AU feedback commands the AUs of another row; of the same row group with `--streaming`.

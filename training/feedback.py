@@ -300,8 +300,12 @@ class AUFeedback:
         au_intensities: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         weights: torch.Tensor | None = None,
+        au_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The error of `loss` for pictures that are there. `weights` of shape `(batch,)` are 1 by default."""
+        """
+        The error of `loss` for pictures that are there. `weights` of shape `(batch,)`, and `au_weights` in the shape
+        of `au_intensities`, are 1 by default.
+        """
         generators = generator if isinstance(generator, list) else [generator]
         parts = zip(pictures.chunk(len(generators)), generators, strict=True)
         perturb = shake_latents if self.reads_latents else shake
@@ -311,7 +315,9 @@ class AUFeedback:
             projection = projection.to(au_intensities)
             # Only the AUs that both the meter and the adapter have count.
             commanded = projection.any(0)
-            errors.append((meter(shaken) - au_intensities @ projection)[:, commanded].square().mean(1))
+            squares = (meter(shaken) - au_intensities @ projection).square()
+            squares = squares if au_weights is None else squares * (au_weights @ projection)
+            errors.append(squares[:, commanded].mean(1))
         errors = torch.stack(errors).mean(0)
         return (errors if weights is None else weights * errors).mean()
 
