@@ -30,9 +30,6 @@ TOY_MODEL = Path(__file__).resolve().parent / "toy_faces" / "weights"
 LOCK_NAME = ".fineface.lock"
 # The longest file name of most file systems is 255 bytes, and a file has ".part" and a dot more while it is written.
 MAX_NAME_BYTES = 249
-# It can be read only by setting it.
-UMASK = os.umask(0)
-os.umask(UMASK)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -278,9 +275,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+@functools.cache
+def _umask() -> int:
+    # It can be read only by setting it.
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _make_readable(path: Path) -> None:
     """Some libraries write files that only their owner may read."""
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~UMASK)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
 
 
 def _work_folder(folder: Path) -> Path:
