@@ -16,6 +16,7 @@ On processors with AMX and a C++ compiler, `--mixed_precision bf16 --compile` tr
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -55,11 +56,13 @@ WORDINGS = 4
 """Captions of each picture that the base is trained with."""
 FACE = (slice(26, 122), slice(26, 102))
 """Rows and columns that hold the face, pixels at 128: where all AU evidence is."""
+UPPER_FACE = (slice(32, 80), slice(32, 96))
+"""Rows and columns of the face above the lips: no expression brings teeth or a tongue there."""
 
 ATTRIBUTES_WEIGHT = 0.2
 """Weight of the attribute reader's cross-entropy beside the feedback: an expression must not change the person."""
-PLACE_WEIGHT = 4.0
-"""Weight of the squared change of what surrounds the face beside the feedback: an expression must not change that."""
+PLACE_WEIGHT, TONE_WEIGHT, COLOUR_WEIGHT = 4.0, 20.0, 80.0
+"""Weights of the squared changes of `changed_appearance` beside the feedback: an expression must not change these."""
 SIDES_WEIGHT = 1.0
 """Weight of the attention to the right side of the face beside the diffusion loss; a tenth of it beside feedback."""
 GUIDANCE_SCALE = 1.9
@@ -463,9 +466,7 @@ class Recipe:
         input_ids, latents = self.read_array("captions.npy").long(), self.read_array("latents.npy")
         scheduler = networks.make_scheduler()
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        weights, surroundings = face_weights().to(self.device), torch.ones(SIZE, SIZE, device=self.device)
-        surroundings[FACE] = 0.0
-        surroundings /= surroundings.mean()
+        weights = face_weights().to(self.device)
         side_attention = None if symmetric else SideAttention(model)
         box = np.array([FACE[1].start, FACE[0].start, FACE[1].stop, FACE[0].stop]) / SIZE
         sides = torch.from_numpy(face_sides(box, np.array([SIZE, SIZE]), SIZE // 8)).to(self.device)
@@ -513,6 +514,7 @@ class Recipe:
                 loss = loss_of(rng, indices, prompt_embeds, SIDES_WEIGHT / 10)
                 # Other people make the commanded faces: the expression must not depend on who it is.
                 commanded, batch = self.expressions[indices].roll(1, 0), {"prompt_embeds": prompt_embeds}
+                commanded = leave_one_au(commanded, symmetric, rng)
                 if not symmetric:
                     commanded = rest_one_side(commanded, rng)
                 noise = torch.randn_like(latents[indices].float())
@@ -521,8 +523,7 @@ class Recipe:
                 attributes = networks.attribute_loss(reader(shake(pictures)), self.attributes[indices])
                 with torch.no_grad():
                     neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))
-                place = (surroundings * (pictures - neutral) ** 2).mean()
-            return loss + ATTRIBUTES_WEIGHT * attributes + PLACE_WEIGHT * place
+            return loss + ATTRIBUTES_WEIGHT * attributes + changed_appearance(pictures - neutral)
 
         modules = {name: Trained(model)}
         if is_new:
@@ -646,6 +647,41 @@ def rest_one_side(commanded: torch.Tensor, rng: np.random.Generator) -> torch.Te
     return commanded.masked_fill(torch.from_numpy(resting).to(commanded.device), 0.0)
 
 
+def leave_one_au(commanded: torch.Tensor, symmetric: bool, rng: np.random.Generator) -> torch.Tensor:
+    """
+    Replace half of the commands, `(batch, 24)`, by one AU alone, on both sides, from 0.6 to 5: what a single AU does
+    wrong is hardly seen in an expression of many. With `symmetric` it is one of the paper's AUs.
+    """
+    names = AU_NAMES if symmetric else tuple(dict.fromkeys(re.sub("[LR]$", "", name) for name in TOY_AU_NAMES))
+    batch = len(commanded)
+    alone = au_projection(names, TOY_AU_NAMES)[rng.integers(len(names), size=batch)]
+    alone = alone * torch.from_numpy(rng.uniform(0.6, 5, (batch, 1))).float()
+    replaced = torch.from_numpy(rng.random((batch, 1)) < 0.5).to(commanded.device)
+    return torch.where(replaced, alone.to(commanded), commanded)
+
+
+def changed_appearance(change: torch.Tensor) -> torch.Tensor:
+    """
+    How much an expression changes what it should leave alone. A meter does not see that, so with feedback alone brown
+    eyes turned blue, and a strong smile darkened the skin.
+
+    Args:
+        change (`torch.Tensor` of shape `(batch, 3, 128, 128)`):
+            A picture minus the neutral picture from the same noise.
+
+    Returns:
+        The weighted sum of three mean squared changes: of what surrounds the face; of the tone of the upper face, in
+        means of 16 × 16 pixels; and of its colour without brightness, in means of 4 × 4 pixels.
+    """
+    surroundings = torch.ones_like(change[0, 0])
+    surroundings[FACE] = 0.0
+    place = (surroundings * change.square()).mean() / surroundings.mean()
+    upper = change[..., UPPER_FACE[0], UPPER_FACE[1]]
+    brightness = (upper * upper.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
+    tone, colour = (F.avg_pool2d(part, size).square().mean() for part, size in ((upper, 16), (upper - brightness, 4)))
+    return PLACE_WEIGHT * place + TONE_WEIGHT * tone + COLOUR_WEIGHT * colour
+
+
 def command_weights(commanded: torch.Tensor) -> torch.Tensor:
     """
     Weights of the squared errors of commands, `(batch, 24)`. Faint commands, and a side that has to rest while the
@@ -653,7 +689,7 @@ def command_weights(commanded: torch.Tensor) -> torch.Tensor:
     """
     is_faint = (commanded > 0) & (commanded < 3.2)
     rests = (commanded == 0) & (commanded[:, mirrored_columns(TOY_AU_NAMES)] > 0)
-    return 1.0 + 4 * is_faint + 6 * rests
+    return 1.0 + 3 * is_faint + 12 * rests
 
 
 def face_weights() -> torch.Tensor:
