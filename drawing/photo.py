@@ -5,12 +5,14 @@ Gives the face in a photograph another expression: the region of the face is dra
 size that suits the model, and pasted back. Every pixel outside the region stays as it is.
 """
 
+import copy
 import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import PNDMScheduler
 from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torch import nn
 
@@ -153,12 +155,17 @@ def edit_photo(
             The longer side of the region while the model draws it, in pixels, a multiple of 8; by default the size for
             which the model was made.
         strength (`float`, defaults to 0.8):
-            Share of the denoising steps in which the face may change, in (0, 1].
+            Share of the denoising steps that are drawn, the last ones, in (0, 1].
         on_step (`Callable`):
-            Called with the number of finished denoising steps.
+            Called with the number of finished denoising steps. Those that are not drawn count as finished.
         prompt, aus, num_inference_steps, call_kwargs:
             See [`FineFacePipeline.__call__`]. With `aus=None` the region is only drawn anew.
+
+    Raises:
+        ValueError: if an argument is wrong.
     """
+    if not 0 < strength <= 1:
+        raise ValueError(f"`strength` has to be above 0 and up to 1, but is {strength!r}.")
     side = side or pipe.unet.config.sample_size * pipe.vae_scale_factor
     region = surroundings(mask.getbbox(), picture.size)
     part, part_mask = picture.convert("RGB").crop(region), mask.crop(region)
@@ -170,18 +177,31 @@ def edit_photo(
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     inside = read_au_masks(part_mask, 1, tuple(latents.shape[-2:])).to(latents)
     first_step = num_inference_steps - max(1, round(num_inference_steps * strength))
+    # A copy shares models and scheduler, so calls of both still wait for each other.
+    late_pipe, timesteps = copy.copy(pipe), torch.empty(0)
+
+    def begin_late(call, device: torch.device) -> tuple[torch.Tensor, int]:
+        """The timesteps from `first_step` on. Before, the latents are the picture with the noise of this timestep."""
+        nonlocal timesteps
+        timesteps, _ = pipe._prepare_timesteps(call, device)
+        if first_step > 0:
+            start, repeats = first_step * pipe.scheduler.order, isinstance(pipe.scheduler, PNDMScheduler)
+            # PNDM makes its first step twice, for which it wants the second timestep twice.
+            timesteps = torch.cat([timesteps[start : start + 2], timesteps[start + 2 - repeats :]])
+            if hasattr(pipe.scheduler, "set_begin_index"):
+                pipe.scheduler.set_begin_index(start)
+            call.latents = pipe.scheduler.add_noise(latents, noise, timesteps[:1]) / pipe.scheduler.init_noise_sigma
+        return timesteps, num_inference_steps - first_step
 
     def keep_picture(pipe, step: int, timestep: torch.Tensor, tensors: dict) -> dict:
-        """
-        Replace what is drawn by the picture with the noise of this step: before `first_step` everywhere, then outside
-        the mask, so that the face fits in. The drawing begins with the same noise, so the two match at every step.
-        """
-        on_step(step + 1)
-        next_timestep = pipe.scheduler.timesteps[step + 1 : step + 2]
+        """Outside the mask, replace what is drawn by the picture with the noise of this step, so the face fits in."""
+        on_step(first_step + step + 1)
+        next_timestep = timesteps[step + 1 : step + 2]
         kept = pipe.scheduler.add_noise(latents, noise, next_timestep) if len(next_timestep) else latents
-        return {"latents": kept if step < first_step else kept + inside * (tensors["latents"] - kept)}
+        return {"latents": kept + inside * (tensors["latents"] - kept)}
 
-    drawn = pipe(
+    late_pipe._prepare_timesteps = begin_late
+    drawn = late_pipe(
         prompt,
         aus=aus,
         height=height,

@@ -3,6 +3,14 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+)
 from PIL import Image
 
 import drawing.photo
@@ -55,6 +63,50 @@ def test_the_model_sees_the_face_with_its_surroundings():
 def test_brows_have_room_to_rise_and_the_jaw_is_round():
     mask = face_mask((100, 100), (0, 0, 100, 100))
     assert mask.getpixel((18, 22)) > 220 and mask.getpixel((18, 78)) < 128 and mask.getpixel((2, 2)) == 0
+
+
+def edit(pipe, photo: Image.Image, **options) -> np.ndarray:
+    return np.asarray(edit_photo(pipe, photo, face_mask(photo.size, (2, 2, 30, 30)), "a boy", "12E", **options))
+
+
+def test_only_steps_that_change_the_face_are_computed(tiny_pipe):
+    passes, done, options = [], [], {"num_inference_steps": 8, "on_step": lambda step: done.append(step)}
+    tiny_pipe.unet.register_forward_pre_hook(lambda *_: passes.append(1))
+    edit(tiny_pipe, some_photo((32, 32)), strength=0.5, **options)
+    assert len(passes) == 4 and done == [5, 6, 7, 8]
+    edit(tiny_pipe, some_photo((32, 32)), strength=1.0, **options)
+    assert len(passes) == 4 + 8 and done[4:] == [1, 2, 3, 4, 5, 6, 7, 8]
+    # The pipeline itself begins with the first step again.
+    tiny_pipe("a boy", aus="12E", num_inference_steps=3)
+    assert len(passes) == 4 + 8 + 3
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler],
+)
+@pytest.mark.parametrize("strength", [0.1, 0.5, 0.8])
+def test_a_late_beginning_suits_each_scheduler(tiny_pipe, scheduler, strength):
+    """A model that finds exactly the noise that was added to a photo gives the photo back, as its VAE keeps it."""
+    # As Stable Diffusion has it for PNDM; and all end without noise, which some would leave in by default.
+    options = {"skip_prk_steps": True, "set_alpha_to_one": True}
+    tiny_pipe.scheduler = scheduler.from_config(tiny_pipe.scheduler.config | options)
+    photo = some_photo((32, 32))
+    latents = drawing.photo.encode(tiny_pipe, photo)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    tiny_pipe.unet.register_forward_hook(lambda unet, args, output: (noise.expand_as(output[0]),))
+    found = []
+    decode = tiny_pipe._decode
+    tiny_pipe._decode = lambda latents, generator: found.append(latents) or decode(latents, generator)
+    edit(tiny_pipe, photo, strength=strength, num_inference_steps=10)
+    inside = np.s_[..., 1:-1, 1:-1]
+    assert torch.allclose(found[0][inside], latents[inside], atol=0.02 * latents.std().item())
+
+
+@pytest.mark.parametrize("strength", [0, 1.5, float("nan")])
+def test_a_wrong_strength_is_an_error(tiny_pipe, strength):
+    with pytest.raises(ValueError, match="`strength` has to be above 0 and up to 1"):
+        edit(tiny_pipe, some_photo((32, 32)), strength=strength)
 
 
 def test_editing_logs_nothing(tiny_pipe, caplog):
