@@ -29,6 +29,7 @@ from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, find_adapter_files, read_au
 from drawing.files import write_png
 from evaluation.figures import draw_comparison
 from evaluation.report import find_figure
+from evaluation.run import keep_settings
 from evaluation.testset import COMBINATIONS, TOY_PROMPTS, Item, read_combinations, read_prompts
 from paper.experiment import Experiment
 from paper.tables import METER, OURS, figure_of, paired_difference
@@ -126,10 +127,17 @@ def change_encoder(adapter: AUAdapter, encoder_type: str) -> AUAdapter:
 
 
 class FeedbackTrials:
-    """The trials of one experiment."""
+    """
+    The trials of one experiment.
+
+    Raises:
+        ValueError: if the experiment's folder has trials that were trained for another time.
+    """
 
     def __init__(self, experiment: Experiment):
         self.experiment, self.budget = experiment, experiment.budget
+        settings = {"feedback_seconds": self.budget.feedback_seconds}
+        keep_settings(experiment.folder / "feedback.json", settings, "trials of AU feedback", PartialState())
         self.judge = Path(experiment.model) / "second_meter"
 
     def prepare(self, names: Sequence[str]) -> None:

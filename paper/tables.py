@@ -16,7 +16,7 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -398,13 +398,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=DOCS / "results.md", help="(default: docs/results.md)")
 
 
-def make_experiment(arguments: argparse.Namespace) -> Experiment:
+def make_experiment(arguments: argparse.Namespace, **budget) -> Experiment:
+    """The experiment of the command line; `budget` replaces fields of its budget."""
     check_integer("--processes", arguments.processes, 1)
     check_output(arguments.output, suffixes=(arguments.output.suffix.lower(),))
     names = ("num_inference_steps", "guidance_scale")
     sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     work = arguments.work or Path("runs") / f"experiment-{arguments.size}"
-    return Experiment(work, BUDGETS[arguments.size], arguments.model, sampling)
+    return Experiment(work, replace(BUDGETS[arguments.size], **budget), arguments.model, sampling)
 
 
 def report(work: Callable[[], object]) -> int:

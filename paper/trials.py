@@ -6,6 +6,7 @@ Trains and evaluates variants of the paper's design under one budget on the toy 
   python -m paper.trials --quick                       # all of them
   python -m paper.trials --full --only tokens_4 au_drop_guided
   python -m paper.trials --quick --feedback            # trials of AU feedback under equal processor time
+  python -m paper.trials --quick --feedback --feedback-seconds 600 --feedback-prompts 4
   python -m paper.trials --list
 
 A trial changes settings of train_fineface.py, of sampling, or both. The table, which has diverged trials too, goes to
@@ -13,7 +14,9 @@ trials.csv or feedback.csv in the working folder, which `paper.tables` shares. d
 run. The code has the paper's design, the trials that did well, and one of each kind that did not.
 """
 
+import argparse
 import functools
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,11 +26,12 @@ import pandas as pd
 from accelerate import PartialState
 
 from evaluation.metrics import Figure
+from evaluation.testset import TOY_PROMPTS, read_prompts
 from paper.experiment import Experiment
 from paper.feedback_trials import FEEDBACK_TRIALS, FeedbackTrials
 from paper.tables import OURS, add_arguments, all_methods, figure_of, make, make_experiment, paired_difference, report
 from paper.workers import run_jobs
-from program import Parser, write_atomically
+from program import Parser, check_integer, write_atomically
 from training.config import TRAINING_PRESETS
 
 
@@ -223,10 +227,29 @@ def run_feedback(names: Sequence[str], experiment: Experiment, processes: int) -
         return str(trials.write_table())
 
 
+def _feedback_budget(arguments: argparse.Namespace) -> dict:
+    """The fields of the budget that the command line sets for trials of feedback."""
+    seconds, prompts = arguments.feedback_seconds, arguments.feedback_prompts
+    for name, value in (("--feedback-seconds", seconds), ("--feedback-prompts", prompts)):
+        if value is not None and not arguments.feedback:
+            raise ValueError(f"`{name}` is for the trials of AU feedback alone. Add `--feedback`.")
+    budget = {}
+    if seconds is not None:
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"`--feedback-seconds` has to be a time above 0, but is {seconds:g}.")
+        budget["feedback_seconds"] = seconds
+    if prompts is not None:
+        check_integer("--feedback-prompts", prompts, 1, len(read_prompts(TOY_PROMPTS)))
+        budget["feedback_prompts"] = prompts
+    return budget
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("paper.trials", __doc__)
     parser.add_argument("--only", nargs="+", metavar="TRIAL", help="(default: all of them)")
     parser.add_argument("--feedback", action="store_true", help="the trials of AU feedback instead")
+    parser.add_argument("--feedback-seconds", type=float, help="processor time of each (default: 40, or 3600 if full)")
+    parser.add_argument("--feedback-prompts", type=int, help="prompts that judge each (default: 1, or all if full)")
     if "--list" in (sys.argv[1:] if argv is None else argv):
         for name, trial in TRIALS.items():
             print(f"{name:30}{trial.why}: {trial.train | trial.sampling}")
@@ -241,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
         trials, make_all = (FEEDBACK_TRIALS, run_feedback) if arguments.feedback else (TRIALS, run)
         names = arguments.only or list(trials)
         check_trials(names, trials)
-        return make_all(names, make_experiment(arguments), arguments.processes)
+        return make_all(names, make_experiment(arguments, **_feedback_budget(arguments)), arguments.processes)
 
     return report(work)
 

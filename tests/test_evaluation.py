@@ -951,6 +951,20 @@ def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, t
     assert (values[0] + values[1] - values[2] - values[3]).abs().max() > 0
 
 
+def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, capsys):
+    feedback_trials.FeedbackTrials(experiment)
+    arguments = ["--size=tiny", f"--model={world}", f"--work={experiment.folder}"]
+    for options, message in (
+        (["--feedback", "--feedback-seconds=4"], "`feedback_seconds` was 0.001 and is now 4.0"),
+        (["--feedback", "--feedback-seconds=0"], "above 0, but is 0"),
+        (["--feedback", "--feedback-prompts=16"], "from 1 to 15, but is 16"),
+        (["--feedback-prompts=2"], "Add `--feedback`."),
+    ):
+        assert trials.main([*arguments, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert sorted(path.name for path in experiment.folder.iterdir()) == ["experiment.json", "feedback.json"]
+
+
 @pytest.mark.slow
 def test_jobs_in_other_processes_are_done_and_the_first_error_ends_them(tmp_path):
     run_jobs([functools.partial(Path.touch, tmp_path / name) for name in "ab"], processes=2)
