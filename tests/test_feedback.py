@@ -20,7 +20,7 @@ from training.checkpoints import PARAMETERS_NAME
 from training.config import FEEDBACK_MODES, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
 from training.encoders import StableDiffusionEncoders, load_encoders
-from training.feedback import AUFeedback, load_meter, shake
+from training.feedback import AUFeedback, appearance_change, load_meter, shake
 
 
 pytest_plugins = ["training_runs"]
@@ -200,6 +200,44 @@ def test_an_unknown_mode_is_refused(config, arguments, capsys):
     assert "`--au_feedback_mode` has to be draw with `--au_feedback_backprop`" in capsys.readouterr().err
 
 
+def test_a_tint_and_a_shadow_change_the_appearance_but_a_wrinkle_hardly_does():
+    tint, shadow, wrinkle = change = torch.zeros(3, 3, 128, 128)
+    tint[2, 56:62, 44:50], shadow[:, 40:80, 30:98], wrinkle[:, 40, 50:78] = 1.0, -0.1, -1.0
+    tint, shadow, wrinkle = appearance_change(change, 16).tolist()
+    assert min(tint, shadow) > 5 * wrinkle > 0
+
+
+def test_what_a_meter_does_not_see_stays_as_it_is_on_the_neutral_face(config):
+    """The meter reads the upper left quarter alone, and weighing the appearance keeps the rest of the picture."""
+    meter = TinyMeter().eval().requires_grad_(False)
+    meter.layer.weight.view(12, 3, 4)[..., 1:] = 0
+    commands, changes = torch.tensor([[5.0] + [0.0] * 11, [0.0] * 11 + [5.0]]), []
+    for weight in (0.0, 1e6):
+        torch.manual_seed(0)
+        options = {"steps": 1, "guidance_scale": 1.0, "appearance_weight": weight}
+        model, feedback, batch = make_model_and_feedback(config, [meter], **options)
+        optimizer = torch.optim.AdamW(model.trained_parameters().values(), 3e-2)
+        for _ in range(8):
+            optimizer.zero_grad()
+            feedback.loss(model, batch, draw_noise(), commands).backward()
+            optimizer.step()
+        with torch.no_grad():
+            drawn, neutral = (feedback.draw(model, batch, draw_noise(), aus) for aus in (commands, 0 * commands))
+        changes.append(appearance_change(drawn - neutral, 4).mean().item())
+    assert changes[1] < changes[0] / 4
+
+
+def test_the_appearance_needs_drawn_pictures(config, arguments, capsys):
+    meter = TinyMeter()
+    meter.reads_latents = True
+    for meters, options, reason in (([meter], {}, "reads latents"), (None, {"mode": "one_step"}, "draws none")):
+        with pytest.raises(ValueError, match=f"`--au_feedback_appearance_weight` compares drawn pictures.*{reason}"):
+            make_model_and_feedback(config, meters, appearance_weight=1.0, **options)
+    with pytest.raises(SystemExit):
+        parse_args(arguments("run", "--au_feedback_mode one_step --au_feedback_appearance_weight 1"))
+    assert "`--au_feedback_appearance_weight` has to be 0 in the mode one_step" in capsys.readouterr().err
+
+
 def test_a_picture_is_commanded_the_aus_of_another_row(arguments):
     """Even in a batch of one, and always the same ones, so that a resumed run goes on with them."""
     options = f"{FEEDBACK} --train_batch_size 1 --au_noise_variance 0 --au_rounding_prob 0"
@@ -312,6 +350,8 @@ def test_the_meter_of_the_documentation_loads_and_carries_gradient(tmp_path, mon
 def test_a_run_with_feedback_learns_otherwise_from_its_start_on_and_resumes_to_the_bit(arguments, tmp_path, mode):
     save = "--checkpointing_steps 1 --train_batch_size 1"
     options = f"{save} {FEEDBACK} --au_feedback_start 2 --au_feedback_mode {mode}"
+    if mode == "random_step":
+        options += " --au_feedback_appearance_weight 1"
     plain = trained_weights(arguments, tmp_path, "plain", save)
     whole = trained_weights(arguments, tmp_path, "whole", options)
     name = "au_adapter.to_v_au.weight"

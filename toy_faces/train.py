@@ -48,7 +48,7 @@ from train_fineface import FineFaceModel, diffusion_loss, make_model
 from training.config import TrainConfig
 from training.data import face_sides
 from training.encoders import StableDiffusionEncoders
-from training.feedback import AUFeedback, load_meter, shake
+from training.feedback import AUFeedback, appearance_change, load_meter, shake
 from training.sides import SideAttention
 
 
@@ -61,8 +61,10 @@ UPPER_FACE = (slice(32, 80), slice(32, 96))
 
 ATTRIBUTES_WEIGHT = 0.2
 """Weight of the attribute reader's cross-entropy beside the feedback: an expression must not change the person."""
-PLACE_WEIGHT, TONE_WEIGHT, COLOUR_WEIGHT = 4.0, 20.0, 80.0
-"""Weights of the squared changes of `changed_appearance` beside the feedback: an expression must not change these."""
+PLACE_WEIGHT = 4.0
+"""Weight of the squared change of what surrounds the face beside the feedback: an expression must not change that."""
+APPEARANCE_WEIGHT = 20.0
+"""Weight of the change of tones and colours of the upper face beside the feedback."""
 SIDES_WEIGHT = 1.0
 """Weight of the attention to the right side of the face beside the diffusion loss; a tenth of it beside feedback."""
 GUIDANCE_SCALE = 1.9
@@ -466,7 +468,9 @@ class Recipe:
         input_ids, latents = self.read_array("captions.npy").long(), self.read_array("latents.npy")
         scheduler = networks.make_scheduler()
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(self.device)
-        weights = face_weights().to(self.device)
+        weights, surroundings = face_weights().to(self.device), torch.ones(SIZE, SIZE, device=self.device)
+        surroundings[FACE] = 0.0
+        surroundings /= surroundings.mean()
         side_attention = None if symmetric else SideAttention(model)
         box = np.array([FACE[1].start, FACE[0].start, FACE[1].stop, FACE[0].stop]) / SIZE
         sides = torch.from_numpy(face_sides(box, np.array([SIZE, SIZE]), SIZE // 8)).to(self.device)
@@ -523,7 +527,10 @@ class Recipe:
                 attributes = networks.attribute_loss(reader(shake(pictures)), self.attributes[indices])
                 with torch.no_grad():
                     neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))
-            return loss + ATTRIBUTES_WEIGHT * attributes + changed_appearance(pictures - neutral)
+                change = pictures - neutral
+                place = (surroundings * change**2).mean()
+                face = appearance_change(change[..., UPPER_FACE[0], UPPER_FACE[1]], SIZE // 8).mean()
+            return loss + ATTRIBUTES_WEIGHT * attributes + PLACE_WEIGHT * place + APPEARANCE_WEIGHT * face
 
         modules = {name: Trained(model)}
         if is_new:
@@ -658,28 +665,6 @@ def leave_one_au(commanded: torch.Tensor, symmetric: bool, rng: np.random.Genera
     alone = alone * torch.from_numpy(rng.uniform(0.6, 5, (batch, 1))).float()
     replaced = torch.from_numpy(rng.random((batch, 1)) < 0.5).to(commanded.device)
     return torch.where(replaced, alone.to(commanded), commanded)
-
-
-def changed_appearance(change: torch.Tensor) -> torch.Tensor:
-    """
-    How much an expression changes what it should leave alone. A meter does not see that, so with feedback alone brown
-    eyes turned blue, and a strong smile darkened the skin.
-
-    Args:
-        change (`torch.Tensor` of shape `(batch, 3, 128, 128)`):
-            A picture minus the neutral picture from the same noise.
-
-    Returns:
-        The weighted sum of three mean squared changes: of what surrounds the face; of the tone of the upper face, in
-        means of 16 × 16 pixels; and of its colour without brightness, in means of 4 × 4 pixels.
-    """
-    surroundings = torch.ones_like(change[0, 0])
-    surroundings[FACE] = 0.0
-    place = (surroundings * change.square()).mean() / surroundings.mean()
-    upper = change[..., UPPER_FACE[0], UPPER_FACE[1]]
-    brightness = (upper * upper.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
-    tone, colour = (F.avg_pool2d(part, size).square().mean() for part, size in ((upper, 16), (upper - brightness, 4)))
-    return PLACE_WEIGHT * place + TONE_WEIGHT * tone + COLOUR_WEIGHT * colour
 
 
 def command_weights(commanded: torch.Tensor) -> torch.Tensor:

@@ -134,6 +134,12 @@ class TrainConfig:
         None, "Number of last denoising steps that carry gradient in the mode draw; by default all.", low=1
     )
     au_feedback_guidance_scale: float = fixed(7.5, "Guidance scale of a drawn picture.", low=0)
+    au_feedback_appearance_weight: float = fixed(
+        0.0,
+        "Weight of the change of a drawn picture's tones and colours from the neutral face of the same noise, which is"
+        " added to the meter's error.",
+        low=0,
+    )
     au_feedback_batch_size: int | None = fixed(
         None, "Pictures of a process in a forward pass; by default --train_batch_size.", low=1
     )
@@ -221,6 +227,9 @@ class TrainConfig:
             self._check("au_feedback_mode", mode == "draw", "draw with `--au_feedback_backprop`")
             allowed = f"at most `--au_feedback_steps`, {steps}"
             self._check("au_feedback_backprop", self.au_feedback_backprop <= steps, allowed)
+        if self.au_feedback_appearance_weight:
+            drawn = self.au_feedback_mode != "one_step"
+            self._check("au_feedback_appearance_weight", drawn, "0 in the mode one_step, which draws no picture")
         if self.au_feedback_batch_size is not None:
             allowed = f"at most `--train_batch_size`, {self.train_batch_size}"
             self._check("au_feedback_batch_size", self.au_feedback_batch_size <= self.train_batch_size, allowed)
