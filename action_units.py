@@ -121,7 +121,7 @@ ACTION_UNITS = tuple(
         (43, "Eyes Closed", "relaxed levator palpebrae superioris", "eye", "closes the eyes; one side alone: a wink"),
         (44, "Squint", "orbicularis oculi, pars palpebralis", "eye", "squeezes the lids together"),
         (45, "Blink", "relaxed levator palpebrae superioris, orbicularis oculi", "eye", "closes the eyes briefly"),
-        (46, "Wink", "orbicularis oculi, pars palpebralis", "eye", "closes one eye briefly"),
+        (46, "Wink", "relaxed levator palpebrae superioris, orbicularis oculi", "eye", "closes one eye briefly"),
         (51, "Head Turn Left", "muscles of the neck", "head", "turns the head to the person's left"),
         (52, "Head Turn Right", "muscles of the neck", "head", "turns the head to the person's right"),
         (53, "Head Up", "muscles of the neck", "head", "lifts the head"),
@@ -848,18 +848,29 @@ class _Reader:
         return float(value)
 
 
+def _muscles(text: str) -> set[str]:
+    """The names in a list of muscles, short enough to be equal for the parts and heads of one muscle."""
+    word = r"(?:relaxed )?((?:(?:levator|depressor|orbicularis|pars|caput) )?\w+)"
+    return {re.match(word, muscle)[1] for muscle in re.split(", | and ", text)}
+
+
 def _nearest_au(whole: str, side: str, au_names: tuple[str, ...]) -> str | None:
-    """The AU in `au_names` that moves the face most like `whole`; if FACS has no `whole`, the closest spelling."""
+    """
+    The AU in `au_names` that moves the face most like `whole`, if any has a muscle or the region in common with it; if
+    FACS has no `whole`, the closest spelling.
+    """
     unit = _BY_NAME.get(whole)
     if unit is None:
         return next(iter(difflib.get_close_matches(whole, map(whole_au, au_names), n=1, cutoff=0.7)), None)
 
-    def likeness(other: ActionUnit) -> tuple:
-        muscles = difflib.SequenceMatcher(None, unit.muscles, other.muscles).ratio()
-        distance = abs(int(unit.name[2:]) - int(other.name[2:]))
-        return (muscles if muscles > 0.6 else 0, unit.region == other.region, -distance)
+    def likeness(other: ActionUnit) -> tuple[int, bool, int]:
+        shared = len(_muscles(unit.muscles) & _muscles(other.muscles))
+        return (shared, unit.region == other.region, -abs(int(unit.name[2:]) - int(other.name[2:])))
 
-    others = [other for other in action_units_of(au_names) if other.name not in unit.antagonists]
+    # An AU with another muscle in another region, such as a smile for a turned head, is no help.
+    others = [
+        other for other in action_units_of(au_names) if other.name not in unit.antagonists and any(likeness(other)[:2])
+    ]
     nearest = max(others, key=likeness, default=None)
     if nearest is None:
         return None

@@ -38,7 +38,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from action_units import AU_NAMES, action_units_of, au_columns, extract_au_tags
+from action_units import AU_NAMES, action_units_of, au_columns, extract_au_tags, whole_au
 from au_encoder import (
     IP_ADAPTER_NAME,
     LORA_WEIGHTS_NAME,
@@ -457,6 +457,8 @@ def fill_card(
     data.base_model_relation = "adapter" if facts.base_model else None
     if facts.datasets is not None:
         data.datasets = facts.datasets or None
+    known, first = au_columns(au_names), whole_au(au_names[0])
+    example_aus = {au: value for au, value in {"AU6": 2.5, "AU12": 5.0}.items() if au in known} or {first: 5.0}
     filled = string.Template(text).substitute(
         asdict(facts),
         repo_id=repo_id,
@@ -465,6 +467,7 @@ def fill_card(
         load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
         au_names=" ".join(au_names),
         num_aus=_count_aus(au_names),
+        example_aus=json.dumps(example_aus),
         options="".join(f", {name}={value}" for name, value in defaults.items()),
         au_table=_au_table(has_pictures, au_names),
     )

@@ -434,6 +434,16 @@ def test_the_nearest_au_keeps_its_side():
 
 
 @pytest.mark.parametrize(
+    ("asked", "nearest"),
+    [("R46", "AU43R"), ("45", "AU43"), ("13", "AU12"), ("38", "AU9"), ("23", "AU24"), ("51", None), ("61", None)],
+)
+def test_the_nearest_au_shares_a_muscle_or_the_region(asked, nearest):
+    text = message(asked, (*AU_NAMES[:6], "AU12L", "AU12R", "AU24", "AU26", "AU43L", "AU43R"))
+    assert text.partition(" The nearest is ")[2].partition(" (")[0] == (nearest or "")
+    assert "AU6" not in message("24", AU_NAMES).partition("nearest")[2]  # another orbicularis
+
+
+@pytest.mark.parametrize(
     ("au_names", "text"),
     [
         ([], "`au_names` is empty"),

@@ -281,6 +281,10 @@ def test_the_card_has_the_aus_of_the_adapter():
     text = export.fill_card(export.CardFacts("mit", None, None, "a", "b"), "me/mine", {}, True, au_names)
     assert "# FineFace: a prompt and 3 facial muscles" in text and "| AU1 |" not in text
     assert 'a smile; AU12L and AU12R move one side | <img src="images/AU12.png"' in text
+    assert 'aus={"AU6": 2.5, "AU12": 5.0}' in text and "Left and right are the person's own" in text
+    for names, aus in ((["AU4", "AU12"], '{"AU12": 5.0}'), (["AU43L", "AU43R"], '{"AU43": 5.0}')):
+        text = export.fill_card(export.CardFacts("mit", None, None, "a", "b"), "me/mine", {}, True, names)
+        assert f'in a park", aus={aus}' in text and f"smile = {aus}" in text
 
 
 def test_the_code_of_the_card_is_python(exported):
