@@ -4,6 +4,7 @@
 Faces from the command line. Without --model, the toy model in this repository draws them, offline and without a GPU.
 
   one picture      python generate.py --prompt "a girl in a park" --aus "6C+12D" --seed 3 --output smile.png
+  one side of it   python generate.py --prompt "a girl" --adapter toy_faces/weights/sided --aus wink --output wink.png
   a rising AU      python generate.py --prompt "a girl in a park" --sweep AU12=0:5:6 --output sweep.png
   each AU, 0 to 5  python generate.py --prompt "a girl in a park" --grid --output grid.png
   presets          python generate.py --prompt "a girl in a park" --presets happy doubtful@0.5 --output presets.png

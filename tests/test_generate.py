@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,20 +17,23 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tiny import HIDDEN_DIM, free_address, make_adapter, make_components
 
+import generate
 import program
 from action_units import AU_NAMES, PRESETS, action_units_of, parse_aus
 from au_encoder import AUAdapter, write_au_adapter
 from drawing import files, model
 from drawing.contact_sheet import Table, draw_sheet, draw_table, write_animation
 from drawing.files import read_metadata
-from drawing.jobs import Job
+from drawing.jobs import Job, make_job
 from drawing.labelled_set import DEFAULT_DISTRIBUTION
-from drawing.model import Weights, make_batches
+from drawing.model import Weights, make_batches, read_au_names
+from drawing.modes import _sheet_of
 from generate import main
 
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 32
+SIDED = Weights(str(program.TOY_MODEL), str(program.TOY_MODEL / "sided"))
 
 
 @pytest.fixture
@@ -827,7 +832,21 @@ def test_a_typing_error_is_reported_without_importing_torch(options):
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stdout == "set()\n"
 
 
-def test_the_docs_have_every_au_of_the_paper():
+def test_the_docs_have_every_au_of_the_toy_model():
     text = (ROOT / "docs" / "expressions.md").read_text(encoding="utf-8")
-    for unit in action_units_of():
+    for unit in action_units_of(read_au_names(SIDED)):
         assert f"| {unit.name} | {unit.facs_name} | {unit.hint} |" in text
+
+
+def test_the_commands_of_the_docs_for_the_sided_adapter_are_read():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", ROOT / "docs" / "expressions.md")]
+    commands = re.findall(r"generate\.py (.* toy_faces/weights/sided .*)", "\n".join([*texts, generate.__doc__]))
+    for command in commands:
+        args, au_names = generate.parse_args(shlex.split(command)), read_au_names(SIDED)
+        job = make_job({"prompt": args.prompt, "aus": getattr(args, "aus", None)}, au_names=au_names)
+        sheet = _sheet_of(job, args, au_names)
+        jobs = [job] if sheet is None else sheet[0][0].rows[0]
+        with pytest.raises(ValueError, match="know"):
+            # The default adapter has no sides.
+            [make_job({"prompt": "a girl", "aus": job.aus}) for job in jobs]
+    assert len(commands) == 6
