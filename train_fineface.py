@@ -63,7 +63,7 @@ from training.data import (
     read_batches,
 )
 from training.encoders import StableDiffusionEncoders, find_family, load_encoders
-from training.feedback import AUFeedback, make_feedback
+from training.feedback import AUFeedback, load_meter, make_feedback
 from training.sides import SideAttention
 from training.validation import choose_validation_aus, validate
 
@@ -301,7 +301,7 @@ def train(
         load_checkpoint(accelerator, checkpoint)
     parameters = list(state.model.trained_parameters().values())
     dataloader = make_dataloader(samples, state.step, config, accelerator)
-    announce(accelerator, config, state, samples)
+    announce(accelerator, config, state, samples, feedback)
 
     # Sums over the batches of a step: the loss, and the parts of it that are feedback and side attention.
     step_losses, rows = torch.zeros(3, device=accelerator.device), []
@@ -381,16 +381,24 @@ def train(
                 accelerator.wait_for_everyone()
 
 
-def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState, samples: TrainingSamples) -> None:
-    """Print the AUs, the sizes of data, batch and model, the number of steps, and the notes about the data."""
+def announce(
+    accelerator: Accelerator,
+    config: TrainConfig,
+    state: TrainingState,
+    samples: TrainingSamples,
+    feedback: AUFeedback | None,
+) -> None:
+    """Print the AUs, the sizes of data, batch and model, the number of steps, and notes about data and flags."""
     counts = {"unet": 0, "au_adapter": 0}
     for name, parameter in state.model.trained_parameters().items():
         counts[name.partition(".")[0]] += parameter.numel()
     data = samples.inputs.data
     epochs = config.max_train_steps * state.samples_per_step / len(data)
+    unread = [] if feedback is None else [name for name in data.au_names if name not in feedback.read_aus]
     accelerator.print(
         "***** Training *****",
         f"AUs                       {', '.join(data.au_names)}",
+        *([] if feedback is None else [f"AUs with feedback         {', '.join(feedback.read_aus)}"]),
         f"samples                   {len(data):,}",
         f"epochs                    {epochs:,.1f}",
         f"batch size of a process   {config.train_batch_size:,}",
@@ -400,6 +408,7 @@ def announce(accelerator: Accelerator, config: TrainConfig, state: TrainingState
         f"trained parameters        {sum(counts.values()):,}"
         f" (LoRA {counts['unet']:,}, AU encoder with keys and values {counts['au_adapter']:,})",
         *data.notes,
+        *([f"The meter does not read {', '.join(unread)}: feedback leaves them out."] if unread else []),
         sep="\n  ",
     )
 
@@ -464,8 +473,9 @@ def run(config: TrainConfig) -> None:
 
 def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     checkpoint = find_checkpoint(config)
-    # Before data are read, a base that cannot be trained is an error.
+    # Before data are read, a base that cannot be trained is an error, and so is a meter that cannot be loaded.
     find_family(config)
+    meter = None if config.au_feedback_meter is None else load_meter(config.au_feedback_meter, accelerator.device)
     repository = plan_push(config) if config.push_to_hub else None
     if config.allow_tf32:
         torch.set_float32_matmul_precision("high")
@@ -491,10 +501,10 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     if accelerator.is_main_process and not config.streaming:
         count_cut_captions(data, encoders)
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
+    feedback = make_feedback(config, meter, inputs, data.au_names)
     if accelerator.is_main_process:
         with disk_errors_explained(CONFIG_NAME, config.output_dir):
             write_atomically(config.output_dir / CONFIG_NAME, config.to_json())
-    feedback = make_feedback(config, encoders, data.au_names, accelerator.device)
     if config.cache_latents:
         inputs = cache_inputs(inputs, config, accelerator)
         encoders.unload()

@@ -20,7 +20,7 @@ from training.checkpoints import PARAMETERS_NAME
 from training.config import FEEDBACK_MODES, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
 from training.encoders import StableDiffusionEncoders, load_encoders
-from training.feedback import AUFeedback, appearance_change, load_meter, shake
+from training.feedback import AUFeedback, appearance_change, check_meter, load_meter, shake
 
 
 pytest_plugins = ["training_runs"]
@@ -44,6 +44,10 @@ class TinyMeter(nn.Module):
 
 def make_tiny_meter():
     return TinyMeter()
+
+
+def make_sided_meter():
+    return TinyMeter(SIDED)
 
 
 def make_model_and_feedback(config, meters=None, **options):
@@ -313,6 +317,35 @@ def test_a_name_that_is_no_meter_is_an_error(name, error, message):
         load_meter(name)
 
 
+def test_a_meter_that_cannot_be_loaded_is_refused_before_data_and_base(arguments, tmp_path):
+    (tmp_path / "empty").mkdir()
+    missing = f"--train_data_dir {tmp_path / 'empty'} --au_feedback_meter nowhere"
+    with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder with a meter nor an import path"):
+        train_fineface.main(arguments("run", missing))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_meter_that_could_teach_nothing_is_refused():
+    picture = torch.zeros(1, 3, 32, 32)
+    check_meter(TinyMeter(), picture)
+    meter = TinyMeter()
+    meter.au_names = ("AU1", "AU2")
+    with pytest.raises(ValueError, match=r"returned a tensor of shape \(1, 12\), but .* \(1, 2\) for .*, AU1, AU2"):
+        check_meter(meter, picture)
+    meter = TinyMeter().requires_grad_(False)
+    meter.forward = torch.no_grad()(meter.forward)
+    with pytest.raises(ValueError, match="No gradient passes through the meter"):
+        check_meter(meter, picture)
+
+
+def test_a_run_says_which_aus_have_feedback(arguments, capsys):
+    meter = FEEDBACK.replace("make_tiny_meter", "make_sided_meter")
+    train_fineface.main(arguments("run", f"{meter} --max_train_steps 1"))
+    said = capsys.readouterr().out
+    assert re.search(r"AUs with feedback +AU1, AU12\n", said)
+    assert "The meter does not read AU2, AU4, AU5, AU6, AU9, AU15, AU17, AU20, AU25, AU26: feedback" in said
+
+
 def test_a_meter_comes_from_a_folder_frozen(tmp_path):
     from toy_faces.networks import PictureReader
 
@@ -358,6 +391,8 @@ def test_a_run_with_feedback_learns_otherwise_from_its_start_on_and_resumes_to_t
     half = [read_tensors(tmp_path / run / "checkpoint-2" / PARAMETERS_NAME)[name] for run in ("plain", "whole")]
     assert torch.equal(*half) and not torch.equal(plain[name], whole[name])
     shutil.rmtree(tmp_path / "whole/checkpoint-4")
+    with pytest.raises(ValueError, match="`--au_feedback_meter` is None, but '.*' was trained with 'test_feedback:"):
+        train_fineface.main(arguments("whole", f"{save} --resume_from_checkpoint latest"))
     parts = trained_weights(arguments, tmp_path, "whole", f"{options} --resume_from_checkpoint latest")
     assert all(torch.equal(parts[key], whole[key]) for key in whole)
 

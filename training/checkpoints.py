@@ -230,7 +230,11 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if checkpoint is not None:
         _read_json(checkpoint, STATE_NAME)
         saved = default_settings() | _read_json(checkpoint, CONFIG_NAME)
-        for name, value in config.fixed_settings().items():
+        settings, meter = config.fixed_settings(), config.au_feedback_meter
+        # A meter may have moved, but feedback neither begins nor ends because a run is resumed.
+        if meter is None or saved["au_feedback_meter"] is None:
+            settings = {"au_feedback_meter": meter, **settings}
+        for name, value in settings.items():
             if saved[name] != value:
                 raise ValueError(
                     f"`--{name}` is {value!r}, but {str(checkpoint)!r} was trained with {show_value(saved[name])}. A"

@@ -23,6 +23,7 @@ from torch import nn
 
 from action_units import AU_NAMES, au_projection
 from training.config import FEEDBACK_MODES, TrainConfig
+from training.data import PixelInputs
 from training.encoders import StableDiffusionEncoders
 
 
@@ -143,7 +144,8 @@ class AUFeedback:
             The scheduler of the base. It takes `steps` deterministic steps.
         au_names (`tuple[str, ...]`):
             The AUs of the adapter. If the meter reads sides and the adapter does not know them, both sides should
-            show the commanded AU. AUs that only the meter or only the adapter has are left out.
+            show the commanded AU. AUs that only the meter or only the adapter has are left out; `read_aus` lists the
+            others.
         steps (`int`):
             Denoising steps of a picture.
         backprop (`int`, *optional*):
@@ -204,6 +206,8 @@ class AUFeedback:
                     f"The meter reads {', '.join(meter.au_names)}, none of which the adapter has:"
                     f" {', '.join(au_names)}."
                 )
+        reads = torch.cat(self.projections, dim=1).any(dim=1).tolist()
+        self.read_aus = [name for name, is_read in zip(au_names, reads, strict=True) if is_read]
 
     def batch_loss(
         self,
@@ -360,19 +364,46 @@ class AUFeedback:
         return (errors if weights is None else weights * errors).mean()
 
 
+def check_meter(meter: nn.Module, picture: torch.Tensor) -> None:
+    """
+    Let a meter read one picture, or latents, of shape `(1, channels, height, width)`.
+
+    Raises:
+        ValueError: if it does not return an intensity for each of its AUs, or no gradient passes through it.
+    """
+    read = meter(picture.requires_grad_())
+    if getattr(read, "shape", None) != (1, len(meter.au_names)):
+        what = f"a tensor of shape {tuple(read.shape)}" if isinstance(read, torch.Tensor) else type(read).__name__
+        raise ValueError(
+            f"For one picture, the meter returned {what}, but has to return a tensor of shape"
+            f" (1, {len(meter.au_names)}) for its `au_names`, {', '.join(meter.au_names)}."
+        )
+    if not read.requires_grad:
+        raise ValueError(
+            "No gradient passes through the meter, so it could teach nothing. Its `forward` has to compute with torch"
+            " alone, without `torch.no_grad`, `detach` or numpy."
+        )
+
+
 def make_feedback(
-    config: TrainConfig, encoders: StableDiffusionEncoders, au_names: Sequence[str], device: torch.device
+    config: TrainConfig, meter: nn.Module | None, inputs: PixelInputs, au_names: Sequence[str]
 ) -> AUFeedback | None:
-    """Make the feedback from the flags `--au_feedback_…`, or return None without a meter."""
-    if config.au_feedback_meter is None:
+    """
+    Make the feedback of the flags `--au_feedback_…` for pictures in the size of `inputs`, or return None without a
+    meter. Raises the errors of `check_meter` and `AUFeedback`.
+    """
+    if meter is None:
         return None
+    encoders, side = inputs.encoders, inputs.resolution
+    shape = inputs.latents_shape if getattr(meter, "reads_latents", False) else (3, side, side)
+    check_meter(meter, torch.zeros(1, *shape, device=encoders.vae.device))
     if config.gradient_checkpointing:
         encoders.vae.enable_gradient_checkpointing()
     scheduler = DDIMScheduler.from_pretrained(
         config.pretrained_model_name_or_path, subfolder="scheduler", revision=config.revision
     )
     return AUFeedback(
-        [load_meter(config.au_feedback_meter, device)],
+        [meter],
         encoders,
         scheduler,
         au_names,
