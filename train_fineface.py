@@ -409,6 +409,7 @@ def announce(
         f" (LoRA {counts['unet']:,}, AU encoder with keys and values {counts['au_adapter']:,})",
         *data.notes,
         *([f"The meter does not read {', '.join(unread)}: feedback leaves them out."] if unread else []),
+        *config.flags_without_effect(),
         sep="\n  ",
     )
 

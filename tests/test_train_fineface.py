@@ -217,6 +217,19 @@ def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
     assert given == dataclasses.replace(paper, **changed)
 
 
+def test_flags_without_effect_are_named(arguments):
+    flags = "--ema_decay 0.9 --au_feedback_weight 2 --au_feedback_mode one_step --timestep_bias_begin 4"
+    assert parse_args(arguments("run", flags)).flags_without_effect() == [
+        "`--au_feedback_weight`, `--au_feedback_mode`: no effect without `--au_feedback_meter`.",
+        "`--timestep_bias_begin`: no effect without `--timestep_bias_strategy`.",
+        "`--ema_decay`: no effect without `--use_ema`.",
+    ]
+    flags = "--au_feedback_meter a:b --au_feedback_mode one_step --au_feedback_steps 8 --use_ema --ema_decay 0.9"
+    [said] = parse_args(arguments("run", flags)).flags_without_effect()
+    assert said == "`--au_feedback_steps`: no effect with `--au_feedback_mode one_step`, which draws nothing."
+    assert not parse_args(arguments("run", "--preset best")).flags_without_effect()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Resuming, caching, accumulating
 # --------------------------------------------------------------------------------------------------------------------

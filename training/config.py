@@ -262,6 +262,26 @@ class TrainConfig:
             package = self.report_to.replace("_", "-")
             raise ValueError(f"`--report_to {self.report_to}` needs {package}. Install it: `pip install {package}`.")
 
+    def flags_without_effect(self) -> list[str]:
+        """Sentences that name flags which were changed, but have no effect because of another flag."""
+        cases = (
+            (self.au_feedback_meter is None, "au_feedback_", "without `--au_feedback_meter`"),
+            (
+                self.au_feedback_mode == "one_step",
+                "au_feedback_(steps|guidance_scale)",
+                "with `--au_feedback_mode one_step`, which draws nothing",
+            ),
+            (self.timestep_bias_strategy == "none", "timestep_bias_", "without `--timestep_bias_strategy`"),
+            (not self.use_ema, "ema_decay", "without `--use_ema`"),
+        )
+        changed = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        found = [
+            ([f"`--{name}`" for name in changed if re.match(names, name)], reason)
+            for holds, names, reason in cases
+            if holds
+        ]
+        return [f"{', '.join(flags)}: no effect {reason}." for flags, reason in found if flags]
+
     def fixed_settings(self) -> dict:
         """The settings that a run has to keep when it is resumed, as `to_json` writes them."""
         settings = json.loads(self.to_json())

@@ -458,7 +458,8 @@ def _check_columns(table: pa.Table, needed: list[str]) -> None:
         raise ValueError(
             f"The data set has no column {', '.join(missing)}. It has {', '.join(table.column_names)}."
             " `--image_column` and `--caption_column` name the columns of picture and caption, and `--aus` names AUs;"
-            f" `--face_loss_weight` and `--au_side_attention_weight` need {', '.join(FACE_BOX)}."
+            f" `--face_loss_weight` and `--au_side_attention_weight` need {', '.join(FACE_BOX)}; without them, set"
+            " `--face_loss_weight 1`, also after `--preset best`."
         )
 
 
