@@ -74,7 +74,7 @@ class AUEncoder(ModelMixin, ConfigMixin):
         num_aus (`int`, *optional*):
             Number of AUs. The default is the length of `au_names`, or 12 without names.
         cross_attention_dim (`int`, defaults to 1024):
-            Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x.
+            Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x, 2048 for XL.
         encoder_type (`str`, defaults to `"res_mlp64"`):
             One of `"none"`, `"mlp"`, `"res_mlp"`, `"res_mlp64"`, `"res_3mlp"`, `"individual"`, `"direct"`.
         num_tokens (`int`, defaults to 1):

@@ -39,8 +39,8 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
     Text-to-image generation with Stable Diffusion XL, where Action Units (AUs) of FACS set the facial expression. The
     method is that of [`FineFacePipeline`].
 
-    It is a [`StableDiffusionXLPipeline`] in every other respect. What it adds is one component, `au_adapter`, and a
-    LoRA named `"fineface"` on the UNet. `load_au_adapter` brings both.
+    It is a [`StableDiffusionXLPipeline`] in every other respect. It adds one component, `au_adapter`, and a LoRA named
+    `"fineface"` on the UNet. `load_au_adapter` loads both.
 
     Args:
         vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
@@ -140,8 +140,8 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
-                What to draw. AUs may stand in it, for callers that can send only text: `"a boy <AU6=3 AU12=5>"`. They
-                may not in `prompt_2`, which goes to the second text encoder in place of `prompt`.
+                Description of the image. It may contain AUs: `"a boy <AU6=3 AU12=5>"`. In `prompt_2`, which goes to
+                the second text encoder in place of `prompt`, AUs are read as words.
             num_inference_steps (`int`, defaults to 50):
                 Number of denoising steps, at least 1.
             denoising_end (`float`, *optional*):
@@ -170,7 +170,7 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
             of the images.
 
         Raises:
-            ValueError: if an argument is wrong. No model has run then.
+            ValueError: if an argument is wrong. This is checked before any model runs.
         """
         images, _ = self._generate(SimpleNamespace(**locals()))
         if not return_dict:

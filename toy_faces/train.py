@@ -202,7 +202,7 @@ class Recipe:
         return (self.folder / stage).exists()
 
     def wait_for(self, *results: str) -> None:
-        """Another process makes them."""
+        """Wait until another process has made them."""
         while not all(self.is_done(result) for result in results):
             time.sleep(0.5)
 
@@ -380,16 +380,16 @@ class Recipe:
         self.finish("image_encoder", image_encoder.eval())
 
     def meter(self) -> None:
-        """It teaches."""
+        """Train the meter that teaches: feedback reads the pictures of the adapters with it."""
         if self.is_done("meter"):
             return
         self.wait_for("vae")
-        # Those of the second meter are rendered meanwhile.
+        # Other processes render the pictures of the second meter meanwhile.
         self.judge_pictures  # noqa: B018
         self.read_aus("meter", networks.make_meter(), self.pictures)
 
     def second_meter(self) -> None:
-        """Another architecture, another seed, other pictures. No training ever sees it: it judges."""
+        """Train the meter that judges, of another architecture and seed, on other pictures. No training uses it."""
         torch.manual_seed(2)
         self.read_aus("second_meter", networks.make_second_meter(), self.judge_pictures)
 
@@ -420,7 +420,7 @@ class Recipe:
         length: Length,
         loss_of: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
     ) -> None:
-        """Half of what it learns from has gone through the VAE: that is how it will see pictures."""
+        """Train a reader. Half of its pictures have gone through the VAE, as all that it reads later will have."""
         if self.is_done(name):
             return
         self.wait_for("vae")
@@ -583,7 +583,7 @@ class Recipe:
         ):
             network.from_pretrained(self.folder / name, dtype=torch.float16).save_pretrained(weights / name)
         for path in weights.rglob("config.json"):
-            # Where the stages lay on this disk is nobody else's business.
+            # A published config must not name a folder of this disk.
             config = json.loads(path.read_text())
             config.pop("_name_or_path", None)
             if "dtype" in config:
