@@ -4,6 +4,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
+from action_units import AU_NAMES, au_projection
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces import networks, report, train
@@ -31,7 +33,15 @@ from toy_faces.pictures import (
     render_seed,
     to_pixel_values,
 )
-from toy_faces.renderer import ATTRIBUTES, TOY_AU_NAMES, attributes_in, sample_aus, to_toy_aus
+from toy_faces.renderer import (
+    ATTRIBUTES,
+    TOY_AU_NAMES,
+    attributes_in,
+    render,
+    sample_aus,
+    sample_portrait,
+    to_toy_aus,
+)
 from training.feedback import load_meter
 
 
@@ -160,6 +170,42 @@ def test_what_leaks_to_the_other_side_is_measured():
     assert left["leak"] == pytest.approx(1.0) and right["leak"] == 0 and "leak" not in jaw
 
 
+def render_commands(prompts: list[int], aus: torch.Tensor) -> torch.Tensor:
+    """Pictures of somebody who obeys: people of these prompts of the report with `aus`, `(pictures, 12 or 24)`."""
+    people = [sample_portrait(UNSEEN + prompt, **attributes_in(report.PROMPTS[prompt])) for prompt in prompts]
+    pictures = [np.asarray(render(person, command)) for person, command in zip(people, aus.numpy(), strict=True)]
+    return to_pixel_values(np.stack(pictures))
+
+
+def test_the_report_sees_who_obeys_by_both_meters_and_whose_face_is_whole():
+    bench = report.Bench(WEIGHTS, 4, {})
+    single, combined = report.single_commands(range(1)), report.combination_commands(range(3), 4)
+    single, combined = (report.Commanded(*drawn, render_commands(*drawn)) for drawn in (single, combined))
+    resting = render_commands([0, 1, 2], torch.zeros(3, 12))
+    read = {
+        meter: report.measure_obedience(bench, meter, resting, resting, single, combined) for meter in bench.meters
+    }
+    assert list(read) == ["second_meter", "meter"]
+    for figures, _ in read.values():
+        assert figures["lowest r"] > 0.95 and 0.8 < figures["lowest slope"] < figures["highest slope"] < 1.2
+        assert max(figures["single AUs, MSE / without AUs"], figures["combinations, MSE / without AUs"]) < 0.08
+    figures = {name: {meter: read[meter][0][name] for meter in read} for name in read["meter"][0]}
+    text = report.format_report(figures, {meter: read[meter][1] for meter in read}, AU_NAMES, {"skin": 1.0}, "")
+    assert "| | second meter, which judges | meter that teaches | goal |" in text
+    assert re.search(r"\| lowest r \| (0\.9|1\.0)\d \| (0\.9|1\.0)\d \| ≥ 0.88 \|", text)
+    # Smiles as they were commanded, and the same people with a smile on one side alone.
+    prompts, smiles = [0, 1, 2], torch.eye(12)[[AU_NAMES.index("AU12")] * 3] * 4
+    lopsided = smiles @ au_projection(AU_NAMES, TOY_AU_NAMES)
+    lopsided[:, TOY_AU_NAMES.index("AU12R")] = 0
+    whole, broken = (
+        report.wholeness(bench, report.Commanded(prompts, smiles, render_commands(prompts, aus)))
+        for aus in (smiles, lopsided)
+    )
+    assert whole["distance from renders"] < 1e-3 < 0.2 < broken["distance from renders"]
+    name = "asymmetry of what was commanded alike"
+    assert whole[name] < 0.2 and broken[name] > whole[name] + 0.2
+
+
 def test_every_prompt_of_the_report_names_what_is_scored():
     assert len(report.PROMPTS) == len(set(report.PROMPTS)) == 15
     named = [attributes_in(prompt) for prompt in report.PROMPTS]
@@ -226,6 +272,16 @@ def test_a_finished_recipe_does_nothing_twice(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
     train.main(["--preset=tiny", f"--output_dir={tiny_run}", "--device=cpu", "--until=attribute_reader"])
     assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
+
+
+def test_the_presets_keep_their_time_and_the_base_sees_enough():
+    cpu, gpu = train.SIZES["cpu"], train.SIZES["gpu"]
+    twice = [cpu.reader, cpu.adapter, cpu.feedback] * 2
+    fits = [cpu.vae, cpu.base, cpu.image_encoder, cpu.attribute_reader, *twice]
+    # The rest of 8 hours is for rendering; on a GPU, the adapters are trained beside each other.
+    assert sum(length.seconds for length in fits) <= 7.75 * 3600
+    assert sum(length.seconds for length in (gpu.base, gpu.adapter, gpu.feedback)) <= 8 * 60
+    assert min(cpu.base.steps * cpu.base.batch, gpu.base.steps * gpu.base.batch) >= 10 * 128_000
 
 
 @pytest.mark.slow
