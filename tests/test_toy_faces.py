@@ -219,7 +219,7 @@ def test_every_prompt_of_the_report_names_what_is_scored():
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
-    train.main(["--preset=tiny", f"--output_dir={folder}", "--device=cpu"])
+    assert train.main(["--preset=tiny", f"--output_dir={folder}", "--device=cpu"]) == 0
     return folder
 
 
@@ -240,7 +240,7 @@ def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_p
     assert StableDiffusionPipeline.from_pretrained(weights).unet.config.sample_size == 16
     # A second run goes on from these weights: it takes the VAE, and the base moves on from where it was.
     later = tmp_path / "later"
-    train.main(["--preset=tiny", f"--start={weights}", f"--output_dir={later}", "--device=cpu"])
+    assert train.main(["--preset=tiny", f"--start={weights}", f"--output_dir={later}", "--device=cpu"]) == 0
     moves = []
     for before, after in ((weights / "vae", later / "vae"), (weights / "unet", later / "base" / "unet")):
         one, other = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (before, after))
@@ -268,9 +268,20 @@ def test_half_of_the_commands_are_one_au_alone(symmetric):
     assert len(columns) == (12 if symmetric else 16)
 
 
+def test_errors_of_recipe_and_report_are_one_line(tmp_path, capsys):
+    for module, argv, message in (
+        (train, ["--preset=tiny", f"--start={tmp_path / 'nowhere'}", f"--output_dir={tmp_path / 'run'}"], "nowhere"),
+        (train, ["--preset=big"], "invalid choice: 'big'"),
+        (report, [f"--model={tmp_path}"], "has no meter/"),
+    ):
+        assert module.main(argv) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ") and message in line
+
+
 def test_a_finished_recipe_does_nothing_twice(tiny_run):
     before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
-    train.main(["--preset=tiny", f"--output_dir={tiny_run}", "--device=cpu", "--until=attribute_reader"])
+    assert train.main(["--preset=tiny", f"--output_dir={tiny_run}", "--device=cpu", "--until=attribute_reader"]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*.safetensors")}
 
 

@@ -12,6 +12,7 @@ on other pictures, its column counts, and the column of the teaching meter stand
 import argparse
 import math
 import platform
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from tqdm.auto import tqdm
 from action_units import AU_NAMES, au_projection, mirrored_columns
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
-from program import TOY_MODEL, number_or_none, pick_device, write_atomically
+from program import TOY_MODEL, Parser, number_or_none, pick_device, run_program, write_atomically
 from toy_faces.networks import PictureReader, attribute_logits
 from toy_faces.pictures import UNSEEN, aus_of, render_seed, to_pixel_values
 from toy_faces.renderer import (
@@ -356,8 +357,9 @@ def format_report(
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status of `run_program`."""
+    parser = Parser("toy_faces.report", __doc__)
     parser.add_argument("--model", type=Path, default=TOY_MODEL)
     parser.add_argument("--adapter", type=Path, help="another AU adapter than the one in the model's folder")
     group = parser.add_argument_group("sampling", "Default: what the fineface.json of the model says.")
@@ -367,23 +369,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="3 prompts instead of 15")
     parser.add_argument("--output", type=Path, help="write the report to this file as well")
-    arguments = parser.parse_args(argv)
-    if not (arguments.model / "meter").is_dir():
-        parser.error(f"{arguments.model} has no meter/: it is not a folder that `toy_faces.train --export` wrote.")
-    given = {name: value for name, value in vars(arguments).items() if name in SAMPLING}
-    call_kwargs = read_model_defaults(str(arguments.model)) | given
-    bench = Bench(arguments.model, arguments.batch_size, call_kwargs, arguments.adapter)
-    chosen = ", ".join(f"`{name}={call_kwargs[name]}`" for name in SAMPLING if name in call_kwargs)
-    settings = (
-        f"{chosen}; torch {torch.__version__}, {bench.device.type}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads{', 3 prompts (--quick)' if arguments.quick else ''}."
-    )
-    figures, doses, agreement = evaluate(bench, arguments.quick)
-    report = format_report(figures, doses, bench.au_names, agreement, settings)
-    print(report)
-    if arguments.output:
-        write_atomically(arguments.output, report)
+
+    def work() -> str:
+        arguments = parser.parse_args(argv)
+        if not (arguments.model / "meter").is_dir():
+            parser.error(f"{arguments.model} has no meter/: it is not a folder that `toy_faces.train --export` wrote.")
+        given = {name: value for name, value in vars(arguments).items() if name in SAMPLING}
+        call_kwargs = read_model_defaults(str(arguments.model)) | given
+        bench = Bench(arguments.model, arguments.batch_size, call_kwargs, arguments.adapter)
+        chosen = ", ".join(f"`{name}={call_kwargs[name]}`" for name in SAMPLING if name in call_kwargs)
+        settings = (
+            f"{chosen}; torch {torch.__version__}, {bench.device.type}, {platform.machine()}, "
+            f"{torch.get_num_threads()} threads{', 3 prompts (--quick)' if arguments.quick else ''}."
+        )
+        figures, doses, agreement = evaluate(bench, arguments.quick)
+        report = format_report(figures, doses, bench.au_names, agreement, settings)
+        if arguments.output:
+            write_atomically(arguments.output, report)
+        return report
+
+    return run_program(work)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,10 +14,10 @@ STAGE` it stops after a stage, with `--export` it copies the finished weights to
 On processors with AMX and a C++ compiler, `--mixed_precision bf16 --compile` trains the base three times as fast.
 """
 
-import argparse
 import json
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjec
 from action_units import AU_NAMES, au_projection, mirrored_columns
 from au_encoder import write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
-from program import TOY_MODEL, new_folder, pick_device, replacing
+from program import TOY_MODEL, Parser, new_folder, pick_device, replacing, run_program
 from toy_faces import networks
 from toy_faces.fit import Length, fit
 from toy_faces.networks import PictureReader, SecondMeter
@@ -714,8 +714,9 @@ def run_in_parallel(*arguments) -> None:
         time.sleep(0.5)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status of `run_program`."""
+    parser = Parser("toy_faces.train", __doc__)
     parser.add_argument("--preset", choices=SIZES, default="cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/toy_faces"))
     parser.add_argument("--start", type=Path, help="earlier weights to go on from (default of gpu: toy_faces/weights)")
@@ -724,20 +725,28 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the base, which is trained for hours")
     parser.add_argument("--until", choices=Recipe.STAGES, default=Recipe.STAGES[-1], help="stop after this stage")
     parser.add_argument("--export", action="store_true", help="copy the finished weights to toy_faces/weights")
-    arguments = parser.parse_args(argv)
-    size, device = SIZES[arguments.preset], pick_device(arguments.device)
-    size = replace(size, compile=arguments.compile)
-    if arguments.mixed_precision is not None:
-        size = replace(size, bf16=arguments.mixed_precision == "bf16")
-    start = arguments.start or (TOY_MODEL if arguments.preset == "gpu" else None)
-    of_recipe = (size, arguments.output_dir, device, start)
-    if size.parallel and arguments.until == Recipe.STAGES[-1]:
-        run_in_parallel(*of_recipe)
-    else:
-        run_track(Recipe.STAGES[: Recipe.STAGES.index(arguments.until) + 1], *of_recipe)
-    if arguments.export:
-        Recipe(*of_recipe).export()
+
+    def work() -> None:
+        arguments = parser.parse_args(argv)
+        size, device = SIZES[arguments.preset], pick_device(arguments.device)
+        size = replace(size, compile=arguments.compile)
+        if arguments.mixed_precision is not None:
+            size = replace(size, bf16=arguments.mixed_precision == "bf16")
+        start = arguments.start or (TOY_MODEL if arguments.preset == "gpu" else None)
+        of_recipe = (size, arguments.output_dir, device, start)
+        if size.parallel and arguments.until == Recipe.STAGES[-1]:
+            run_in_parallel(*of_recipe)
+        else:
+            run_track(Recipe.STAGES[: Recipe.STAGES.index(arguments.until) + 1], *of_recipe)
+        if arguments.export:
+            Recipe(*of_recipe).export()
+
+    return run_program(
+        work,
+        interrupted="the same command goes on from the last checkpoint",
+        failures=(FloatingPointError,),
+    )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
