@@ -21,7 +21,7 @@ from PIL import Image
 
 from drawing.files import write_picture
 from drawing.jobs import make_job, read_model_defaults
-from drawing.model import SAMPLING, Weights, check_weights, load_pipeline, quiet
+from drawing.model import SAMPLING, Weights, check_weights, load_pipeline, quiet, read_au_names
 from drawing.photo import Box, check_box, edit_photo, face_mask, find_faces, open_photo
 from program import Parser, add_model_options, check_output, run_program, settle_device, spell_option
 
@@ -83,8 +83,8 @@ def run(args: argparse.Namespace) -> Path:
     settle_device(args)
     picture, mask = read_picture_and_mask(args)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    values = read_model_defaults(args.model) | given
-    job = make_job({"prompt": args.prompt, "aus": args.aus, "seed": args.seed, **values}, spell_option)
+    given |= {"prompt": args.prompt, "aus": args.aus, "seed": args.seed}
+    job = make_job(read_model_defaults(args.model) | given, spell_option, read_au_names(weights))
     options = {name: getattr(job, name) for name in SAMPLING}
     with quiet():
         pipe = load_pipeline(weights, args.device, getattr(torch, args.dtype))

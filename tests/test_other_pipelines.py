@@ -15,9 +15,10 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
-from tiny import add_lora, make_components
+from tiny import HIDDEN_DIM, add_lora, make_components
 
 from action_units import AU_NAMES, au_projection, parse_aus
+from au_encoder import AUAdapter, write_au_adapter
 from drawing.files import read_metadata
 from drawing.photo import edit_photo, face_mask
 from examples.edit_expression import main as edit_main
@@ -381,3 +382,14 @@ def test_the_example_runs_from_the_command_line(tiny_sd_dir, tiny_adapter_dir, t
         assert edit_main([*options, *changes]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and part in error
+
+
+def test_the_example_takes_the_aus_of_its_adapter(tiny_sd_dir, tmp_path):
+    unet = make_components()["unet"]
+    adapter = AUAdapter.from_unet(unet, hidden_dim=HIDDEN_DIM, au_names=["AU12L", "AU12R", "AU43L", "AU43R"])
+    write_au_adapter(tmp_path / "adapter", adapter, unet, LORA_NAME)
+    some_picture().save(tmp_path / "picture.png")
+    options = ["--prompt", "a boy", "--model", tiny_sd_dir, "--adapter", str(tmp_path / "adapter"), "--device", "cpu"]
+    options += ["--box", "4,4,28,28", "--num-inference-steps", "1", "--output", str(tmp_path / "edited.png")]
+    assert edit_main([str(tmp_path / "picture.png"), *options, "--aus", "smirk + L43E"]) == 0
+    assert read_metadata(tmp_path / "edited.png")["aus"] == "AU12R=4 AU43L=5"
