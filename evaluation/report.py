@@ -46,6 +46,7 @@ METRIC_NAMES = {
     "seconds": "seconds per picture ↓",
 }
 AU_METRIC_NAMES = {"r": "r", "slope": "slope", "au_mse": "MSE", "unrequested": "other AUs move by"}
+AU_METRIC_NAMES |= {"other_side": "the other side moves at 5 by"}
 PART_NAMES = {
     "neutral": "neutral",
     "single": "single AUs",
@@ -197,6 +198,11 @@ def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tupl
     yield "au_mse", group, np.mean, au_mse(commanded, measured) if part == "single" else np.square(y - x)
     if part == "single":
         yield "unrequested", group, np.mean, unrequested_movement(commanded, measured, neutral)
+        names = commanded_aus(group)
+        other = names[column][:-1] + {"L": "R", "R": "L"}.get(names[column][-1], "")
+        if other in names and x.max() == 5:
+            moved = np.abs(measured - neutral)[:, names.index(other)]
+            yield "other_side", group[x == 5], np.mean, moved[x == 5]
 
 
 def _extrapolation_statistics(group: pd.DataFrame, column: int) -> Iterator[tuple]:

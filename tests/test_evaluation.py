@@ -280,9 +280,13 @@ STAND_INS = {
 
 
 @pytest.mark.parametrize(
-    ("tool", "module", "first", "faces"), [("libreface", "libreface", 0.5 / 26, 1), ("pyfeat", "feat", 2.25, 2)]
+    ("tool", "module", "first", "faces", "others"),
+    [
+        ("libreface", "libreface", 0.5 / 26, 1, {"AU7": 3, "AU12": 0.5 * 12 / 26, "AU24": 0}),
+        ("pyfeat", "feat", 2.25, 2, {"AU7": 2.25, "AU12L": 2.25, "AU12R": 2.25, "AU43": 2.25}),
+    ],
 )
-def test_a_tool_runs_in_its_own_python(tmp_path, pictures, tool, module, first, faces):
+def test_a_tool_runs_in_its_own_python(tmp_path, pictures, tool, module, first, faces, others):
     """The tools cannot be installed beside ours; modules that answer in their form stand in for them."""
     modules = tmp_path / "modules"
     modules.mkdir()
@@ -291,10 +295,9 @@ def test_a_tool_runs_in_its_own_python(tmp_path, pictures, tool, module, first, 
     readings = make_meter(f"{tool}:{command}", CPU).measure(pictures)
     assert [reading.num_faces for reading in readings] == [faces, 0, faces]
     assert readings[0].aus[0] == pytest.approx(first, abs=1e-4)
-    if tool == "libreface":
-        # It measures more AUs than the paper's twelve.
-        readings = make_meter(f"{tool}:{command}", CPU, ("AU7", "AU12", "AU24")).measure(pictures)
-        assert readings[0].aus == pytest.approx([3, 0.5 * 12 / 26, 0], abs=1e-4)
+    # Both measure more AUs than the paper's twelve.
+    readings = make_meter(f"{tool}:{command}", CPU, tuple(others)).measure(pictures)
+    assert readings[0].aus == pytest.approx(list(others.values()), abs=1e-4)
 
 
 MEDIAPIPE = """
@@ -634,6 +637,11 @@ def test_figures_are_of_the_aus_of_the_adapter_that_the_meter_reads():
     settings = dict.fromkeys(
         ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
     )
+    # Only the other side of the same AU counts, as far as it moves at full command.
+    leaking = results.copy()
+    leaking.loc[leaking["AU12L"] == 5, "measured_AU12R"] += [0.2, 0.6]
+    leaks = report.summarize(leaking, draws=20).query("metric == 'other_side'").set_index("au")["value"]
+    assert leaks.to_dict() == pytest.approx({"AU12L": 0.4, "AU12R": 0.0})
     unmeasured = {"perfect": report.unmeasured_aus(results)}
     text = report.format_report(summary, settings, "", [], unmeasured)
     assert "It does not read AU43L, AU43R. Pictures that command these are in none" in text
