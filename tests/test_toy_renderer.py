@@ -173,6 +173,14 @@ def test_an_action_unit_grows_over_its_range_and_beyond_it(name):
         assert all(after > before for before, after in zip(changes, changes[1:], strict=False)), changes
 
 
+@pytest.mark.parametrize("name", [*REGIONS, *SIDED])
+def test_an_action_unit_can_be_read_at_every_step(name):
+    for portrait in people(glasses="no"):
+        levels = [pixels(portrait, **{name: float(level)}) for level in range(9)]
+        for before, after in itertools.pairwise(levels):
+            assert (np.abs(after - before).max(axis=-1) > 20).sum() >= (10 if name in SIDED else 20), name
+
+
 @pytest.mark.parametrize("name", [*REGIONS, *SIDED[1::2]])
 def test_an_action_unit_grows_behind_glasses(name):
     for portrait in people(glasses="yes"):
