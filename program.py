@@ -501,6 +501,15 @@ def pick_device(name: str | None):
     return torch.device(name)
 
 
+def import_av(problem: str = "MP4 needs PyAV: pip install av. A GIF needs nothing more."):
+    """PyAV, which reads and writes videos; a ValueError with `problem` says how to install it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(problem) from error
+    return av
+
+
 def start_processes(device):
     """
     The `accelerate.PartialState` of all processes that `accelerate launch` or `torchrun` has started; without these

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 
 from PIL import Image, ImageDraw, ImageFont
 
-from program import replacing
+from program import import_av, replacing
 
 
 INK, GREY = "#222", "#777"
@@ -132,12 +132,3 @@ def _write_mp4(first: Image.Image, others: Iterable[Image.Image], path: Path, fp
         for picture in itertools.chain([first], others):
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
         container.mux(stream.encode())
-
-
-def import_av(problem: str = "MP4 needs PyAV: pip install av. A GIF needs nothing more."):
-    """PyAV, which reads and writes videos; a ValueError with `problem` says how to install it."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError(problem) from error
-    return av

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from action_units import available_presets
 from drawing import labelled_set
-from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, draw_sheet, import_av, write_animation
+from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, draw_sheet, write_animation
 from drawing.files import background_writer, describe, find_unfinished, sheet_metadata, write_picture
 from drawing.jobs import (
     DEMO_PROMPT,
@@ -37,7 +37,16 @@ from drawing.jobs import (
 )
 from drawing.model import Weights, check_weights, draw_jobs, group_jobs, read_au_names
 from face_data.store import write_lines
-from program import check_output, on_main_process, only_run_in, settle_device, share_of, spell_option, start_processes
+from program import (
+    check_output,
+    import_av,
+    on_main_process,
+    only_run_in,
+    settle_device,
+    share_of,
+    spell_option,
+    start_processes,
+)
 
 
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")

@@ -21,10 +21,9 @@ from typing import Literal
 import numpy as np
 
 from action_units import AU_NAMES
-from drawing.contact_sheet import import_av
 from face_data.pictures import PICTURE_SUFFIXES
 from face_data.store import UNREADABLE, Part
-from program import check_options, option, replacing
+from program import check_options, import_av, option, replacing
 
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov")

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFont
 
-from drawing.contact_sheet import GREY, Table, draw_sheet
 from face_data.store import read_parts, read_settings
 
 
@@ -20,7 +19,7 @@ WORDS_TAKEN = "words of emotion taken out of the caption"
 MAX_EXAMPLES = 3
 MAX_WORDS = 8
 BINS, COLUMNS = 20, 4
-BEFORE_COLOR, AFTER_COLOR = "#b9c2cc", "#d1495b"
+BEFORE_COLOR, AFTER_COLOR, GREY = "#b9c2cc", "#d1495b", "#777"
 
 
 @dataclass
@@ -112,11 +111,18 @@ class Histogram:
 
 def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Image:
     """The AUs in a grid, intensity to the right, number of faces upwards on a logarithmic scale."""
-    tallest, names = np.log1p(max(before.counts.max(), after.counts.max(), 1)), list(before.au_names)
+    tallest = np.log1p(max(before.counts.max(), after.counts.max(), 1))
     panels = [_draw_panel(*np.log1p(counts) / tallest) for counts in zip(before.counts, after.counts, strict=True)]
-    starts = range(0, len(panels), COLUMNS)
-    tables = [Table([panels[start : start + COLUMNS]], [], names[start : start + COLUMNS]) for start in starts]
-    return draw_sheet([[table] for table in tables], title)
+    width, height, gap = *panels[0].size, 20
+    num_rows = -(-len(panels) // COLUMNS)
+    sheet = Image.new("RGB", (gap + COLUMNS * (width + gap), 3 * gap + num_rows * (height + 2 * gap)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    draw.text((gap, gap), title, GREY, font)
+    for number, (name, panel) in enumerate(zip(before.au_names, panels, strict=True)):
+        x, y = gap + number % COLUMNS * (width + gap), 3 * gap + number // COLUMNS * (height + 2 * gap)
+        draw.text((x + width / 2, y), name, "black", font, anchor="ma")
+        sheet.paste(panel, (x, y + gap))
+    return sheet
 
 
 def _draw_panel(before: np.ndarray, after: np.ndarray) -> Image.Image:
