@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which AUs of a data set come from which table."""
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from action_units import ALL_AU_NAMES, AU_NAMES, au_columns, whole_au
 from face_data.au_tables import AU_TABLE_TOOLS, find_measured_aus
+from program import file_digest
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,3 @@ def sort_aus(names: Iterable[str]) -> tuple[str, ...]:
 def _is_among(name: str, others: Iterable[str]) -> bool:
     """AU12 is among AUs with AU12L, and AU12L among AUs with AU12."""
     return any(name in (other, whole_au(other)) or whole_au(name) == other for other in others)
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]

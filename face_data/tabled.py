@@ -26,9 +26,9 @@ from face_data.au_tables import NO, find_name_column, read_au_table, read_number
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
 from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns, size_and_end
 from face_data.store import SETTINGS, Part, check_source, part_path, read_lines, read_rows
-from face_data.table_choice import AUTable, file_digest, joined_aus
+from face_data.table_choice import AUTable, joined_aus
 from face_data.table_files import read_records
-from program import check_options, option, replacing
+from program import check_options, file_digest, option, replacing
 
 
 INDEX = "pictures.sqlite"

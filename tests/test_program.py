@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -298,6 +299,7 @@ def test_a_swap_that_fails_leaves_the_old_folder(tmp_path, monkeypatch):
 def test_a_full_disk_is_an_error_of_one_line(library, processes, tmp_path):
     code = """
 import sys
+import tracemalloc
 from pathlib import Path
 import safetensors.torch, torch
 from program import new_folder, run_program
@@ -343,3 +345,14 @@ def test_digests_tell_folders_apart(tmp_path):
     first = program.folder_digest(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"a": 2}))
     assert first != program.folder_digest(tmp_path)
+
+
+def test_the_digest_of_a_file_does_not_need_its_size_in_memory(tmp_path):
+    with (path := tmp_path / "table.csv").open("wb") as file:
+        file.truncate(2**25)
+    tracemalloc.start()
+    digest, (_, peak) = program.file_digest(path), tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22
+    path.write_bytes(bytes(2**25 - 1) + b"1")
+    assert digest != program.file_digest(path) and len(digest) == 16
