@@ -134,7 +134,7 @@ def _fetch(
             }
             # After the part: what is killed between the two makes the part again, which gives the same files.
             write_atomically(work / STATE, json.dumps(state))
-    except (httpx.HTTPError, DatasetsError) as error:
+    except (httpx.HTTPError, ConnectionError, DatasetsError) as error:
         raise ValueError(
             f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"
             " here."
@@ -164,8 +164,8 @@ def _open_stream(pictures: HubPictures):
                 f"{pictures.dataset}: there is no column {name!r} for `--{option_name}`. The columns are"
                 f" {', '.join(names)}."
             )
-    # The bytes as they are there: a JPEG stays that JPEG.
-    return stream.cast_column(image, ImageFeature(decode=False)), (image, caption)
+    # The bytes as they are there: a JPEG stays that JPEG. Streams of remote files would come decoded by default.
+    return stream.decode(False).cast_column(image, ImageFeature(decode=False)), (image, caption)
 
 
 def _keep(
@@ -198,9 +198,16 @@ def _keep(
     if image.get("bytes") is None and image.get("path") is None:
         part.problem(store.UNREADABLE, label, "the row has none")
         return
-    fetched = folder / f".{stem.replace('/', '-')}{Path(image.get('path') or '').suffix.lower() or '.png'}"
+    # In the path of a file of an archive, that of the archive follows behind "::".
+    suffix = Path((image.get("path") or "").partition("::")[0]).suffix.lower() or ".png"
+    fetched = folder / f".{stem.replace('/', '-')}{suffix}"
     try:
-        fetched.write_bytes(Path(image["path"]).read_bytes() if image.get("bytes") is None else image["bytes"])
+        content = _read_file(image["path"]) if image.get("bytes") is None else image["bytes"]
+    except FileNotFoundError as error:
+        part.problem(store.UNREADABLE, label, str(error))
+        return
+    try:
+        fetched.write_bytes(content)
         placed = part.place(fetched, folder / f"{stem}{fetched.suffix}", pictures.min_side, label)
     finally:
         fetched.unlink(missing_ok=True)
@@ -221,6 +228,14 @@ def _keep(
             right, bottom = left + right, top + bottom
         line |= box_columns((left, top, right, bottom), max(right, bottom) > 1, placed.size)
     part.keep(line, removed_words=removed or None, changed=placed.note)
+
+
+def _read_file(path: str) -> bytes:
+    """A picture of which the data set has only a path, here or on the Hub, perhaps in an archive."""
+    from datasets.utils.file_utils import xopen
+
+    with xopen(path, "rb") as file:
+        return file.read()
 
 
 def _read_boxes(value) -> list[list[float]]:

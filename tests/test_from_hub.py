@@ -3,9 +3,11 @@
 import io
 import json
 import signal
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 from hub_server import running_hub
@@ -113,6 +115,31 @@ def test_a_killed_fetch_goes_on_where_it_was(shards, processes, tmp_path):
     assert "smiling 11, furrowed brows 11" in said and "run the same command with --aus" in said
 
 
+def test_pictures_that_are_files_of_the_repository_are_fetched(processes, tmp_path):
+    """A data set of pictures beside a `metadata.jsonl`, and of pictures in an archive: the rows have only paths."""
+    for name in ("files", "archive"):
+        (tmp_path / name).mkdir()
+    lines = [{"file_name": f"{row}.{'png' if row % 2 else 'jpg'}", "prompt": f"a person {row}"} for row in range(3)]
+    contents = {line["file_name"]: portrait(row) for row, line in enumerate(lines)}
+    contents["metadata.jsonl"] = "\n".join(map(json.dumps, lines)).encode()
+    with zipfile.ZipFile(tmp_path / "archive/train.zip", "w") as archive:
+        for name, content in contents.items():
+            (tmp_path / "files" / name).write_bytes(content)
+            archive.writestr(name, content)
+    code = "import sys; from face_data.prepare import main; sys.exit(main(sys.argv[1:]))"
+    with running_hub() as hub:
+        hub.add_folder("user/files", tmp_path / "files", "dataset")
+        hub.add_folder("user/archive", tmp_path / "archive", "dataset")
+        for name in ("files", "archive"):
+            command = ["hub", f"user/{name}", "--pictures", name + "/fetched", "--output", name + "/work"]
+            run = {"code": code, "arguments": command, "folder": tmp_path, "path": [ROOT], "hub": hub.url}
+            (finished,) = processes(run)
+            assert finished["status"] == 0, finished
+            rows = (tmp_path / name / "fetched/metadata.jsonl").read_text().splitlines()
+            found = [(tmp_path / name / "fetched" / json.loads(row)["file_name"]).read_bytes() for row in rows]
+            assert found == [portrait(row) for row in range(3)]
+
+
 @pytest.fixture
 def fetched(shards, tmp_path) -> Path:
     """The pictures, from the shards as a folder, which the datasets library reads as it reads the Hub."""
@@ -209,13 +236,15 @@ def test_a_picture_that_cannot_be_read_is_named_or_left_out(tmp_path, capsys):
     folder.mkdir()
     features = Features({"image": Image(), "prompt": Value("string")})
     images = [{"bytes": content, "path": None} for content in (b"no picture", portrait(0))]
-    columns = {"image": [*images, None], "prompt": ["a face", "a face", "a face"]}
-    Dataset.from_dict(columns, features).to_parquet(folder / "train.parquet")
+    columns = {"image": [*images, None, {"bytes": None, "path": "elsewhere/face.png"}], "prompt": ["a face"] * 4}
+    # `Dataset.to_parquet` would read the file.
+    pq.write_table(Dataset.from_dict(columns, features).data.table, folder / "train.parquet")
     command = ["hub", folder, "--pictures", tmp_path / "pictures", "--output", tmp_path / "work"]
     prepare(*command, status=2)
     assert "0000000/00000: picture or video that cannot be read" in capsys.readouterr().err
     prepare(*command, "--on_error", "skip")
-    assert "2  picture or video that cannot be read" in capsys.readouterr().out
+    assert "3  picture or video that cannot be read" in (said := capsys.readouterr().out)
+    assert "elsewhere/face.png" in said
     (line,) = (tmp_path / "pictures/metadata.jsonl").read_text().splitlines()
     with PILImage.open(tmp_path / "pictures" / json.loads(line)["file_name"]) as picture:
         assert picture.size == (SIDE, SIDE)
