@@ -221,13 +221,15 @@ def _keep(
             part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
             return
     line = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
-    # Pixels are counted before or after turning, which the data set does not say.
-    if boxes and not (placed.is_turned and find_faces is None):
+    note = placed.note
+    if boxes:
         left, top, right, bottom = boxes[0]
         if pictures.box_format == "xywh" and find_faces is None:
             right, bottom = left + right, top + bottom
-        line |= box_columns((left, top, right, bottom), max(right, bottom) > 1, placed.size)
-    part.keep(line, removed_words=removed or None, changed=placed.note)
+        corners, is_found_here = (left, top, right, bottom), find_faces is not None
+        box, note = box_columns(corners, max(right, bottom) > 1, placed, is_found_here)
+        line |= box
+    part.keep(line, removed_words=removed or None, changed=note)
 
 
 def _read_file(path: str) -> bytes:

@@ -80,14 +80,27 @@ def size_and_end(file: BinaryIO) -> bytes:
     return b"%d " % size + file.read()
 
 
-def box_columns(corners: Sequence[float], in_pixels: bool, size: tuple[int, int]) -> dict[str, float]:
+def box_columns(
+    corners: Sequence[float], in_pixels: bool, placed: Placed, is_upright: bool = False
+) -> tuple[dict[str, float], str | None]:
     """
-    `FACE_BOX` as parts of a picture of `size`, cut to it, from left, top, right and bottom of a face, in pixels or as
-    parts of the picture; empty for a box that is not within it.
+    `FACE_BOX` as parts of the picture `placed`, cut to it, from left, top, right and bottom of a face, in pixels or as
+    parts of the picture; empty for a box that is not within it. Boxes are those of the picture as viewers and most
+    detectors show it, which is certain if it `is_upright`.
+
+    Returns:
+        `tuple[dict[str, float], str | None]`: the columns, and the note of `placed` with what was made of the box.
     """
-    scale = np.float64([*size, *size]) if in_pixels else 1.0
-    left, top, right, bottom = (np.float64(corners) / scale).clip(0, 1).round(6).tolist()
-    return dict(zip(FACE_BOX, (left, top, right, bottom), strict=True)) if left < right and top < bottom else {}
+    parts = np.float64(corners) / (np.float64([*placed.size, *placed.size]) if in_pixels else 1.0)
+    left, top, right, bottom = cut = parts.clip(0, 1)
+    is_guessed, note = placed.is_turned and not is_upright, None
+    # A box of the pixels as they are stored may reach beyond the picture as it is shown.
+    if not (left < right and top < bottom) or (is_guessed and (cut != parts).any()):
+        cut, note = (), "the face's box left out, because it is not within the picture"
+    elif is_guessed:
+        note = "the face's box taken for that of the picture as it is shown"
+    box = dict(zip(FACE_BOX, np.round(cut, 6).tolist(), strict=False))
+    return box, "; ".join(filter(None, (placed.note, note))) or None
 
 
 def link_file(source: Path, target: Path) -> None:

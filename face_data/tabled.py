@@ -161,11 +161,11 @@ class Tabled:
         row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
         row |= dict(zip(self.au_names, aus, strict=True))
         row |= {"source": self.source, "subject": facts["subject"], "origin": origin}
-        # Boxes are those of the pixels as they are stored, or as they are shown, and no tool tells.
-        if facts["box"] is not None and not placed.is_turned:
-            row |= box_columns(*facts["box"], placed.size)
+        box, note = {}, placed.note
+        if facts["box"] is not None:
+            box, note = box_columns(*facts["box"], placed)
         removed = Counter(removed) + Counter((facts["about"] or {}).get("removed_words"))
-        part.keep(row, is_photo=facts["is_photo"], changed=placed.note, removed_words=dict(removed) or None)
+        part.keep(row | box, is_photo=facts["is_photo"], changed=note, removed_words=dict(removed) or None)
 
     def end(self, folder: Path, parts: list[str]) -> None:
         """Count the pictures that the table lacks, and those that are there under another name too."""

@@ -21,7 +21,7 @@ from action_units import AU_NAMES
 from face_data.annotate import Blip2, annotate, is_photo
 from face_data.build import Correction
 from face_data.disfa import find_videos
-from face_data.pictures import place_picture
+from face_data.pictures import FACE_BOX, place_picture
 from face_data.prepare import main
 from face_data.report import AFTER_COLOR, Histogram, draw_histograms
 from face_data.store import list_parts, read_lines, read_rows, run_parts
@@ -767,13 +767,35 @@ def test_sides_of_a_picture_that_exif_mirrors_are_not_trained(tmp_path, capsys, 
     is_mirrored = orientation in (2, 4, 5, 7)
     assert [row["origin"] for row in kept] == (["smile.png"] if is_mirrored else ["smirk.png", "smile.png"])
     assert len(list((tmp_path / "w/images").iterdir())) == len(kept)
-    # Nor is the box, of which it is not known whether it is that of the picture as it is stored.
-    assert all(("face_x0" in row) == (orientation == 1) for row in kept)
+    # The box is that of the picture as it is shown.
+    assert [row[name] for row in kept for name in FACE_BOX] == [0, 0, 0.5, 1] * len(kept)
     with Image.open(tmp_path / "w" / kept[-1]["file_name"]) as picture:
         assert picture.size == (40, 20) and [picture.getpixel((x, 10)) for x in (5, 35)] == [(0,) * 3, (255,) * 3]
     text = capsys.readouterr().out
     assert text.count("mirrored by EXIF, so the sides of its AUs are uncertain") == is_mirrored
-    assert (f"{len(kept)}    of them: turned upright, as EXIF says" in text) == (orientation > 1)
+    said = "of them: turned upright, as EXIF says; the face's box taken for that of the picture as it is shown"
+    assert (f"{len(kept)}    {said}" in text) == (orientation > 1)
+
+
+def test_a_box_that_is_not_within_its_picture_is_counted(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "p").mkdir()
+    # As a viewer shows it, the first picture is 20 pixels wide.
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "p/stored.png", exif=exif)
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "p/outside.png")
+    Image.new("RGB", (40, 20), "red").save(tmp_path / "p/edge.png")
+    rectangle = ("FaceRectX", "FaceRectY", "FaceRectWidth", "FaceRectHeight")
+    boxes = {"stored.png": (10, 2, 20, 16), "outside.png": (50, 2, 20, 16), "edge.png": (30, 2, 20, 16)}
+    rows = [{"file_name": name, "AU12": 0.6} | dict(zip(rectangle, box, strict=True)) for name, box in boxes.items()]
+    table = write_table(tmp_path / "t.csv", rows)
+    prepare("folder", "--root", tmp_path / "p", "--aus", table, "--output", tmp_path / "w")
+    kept = rows_of(tmp_path / "w")
+    assert ["face_x0" in row for row in kept] == [False, False, True]
+    assert [kept[2][name] for name in FACE_BOX] == [0.75, 0.1, 1, 0.9]
+    left_out = "the face's box left out, because it is not within the picture"
+    text = capsys.readouterr().out
+    assert f"1    of them: {left_out}" in text and f"1    of them: turned upright, as EXIF says; {left_out}" in text
 
 
 def test_the_data_set_tells_what_was_left_out_and_shows_the_intensities(tmp_path, work_folder, capsys):
