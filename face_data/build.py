@@ -35,6 +35,7 @@ MAX_INTENSITY = 5.0
 # Below, a still picture shows too little for a tool to measure.
 MIN_INTENSITY = 1.0
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
+WITHOUT_BOX = "no box of the face is known, so the whole picture is taken for it"
 ROW_GROUP = 64
 # The folder of a data set with the lines of its parts.
 PARTS = ".parts"
@@ -249,8 +250,9 @@ def make_part(build: Build, sources: list[Source], part: str) -> None:
         for au in set(source.au_names) - set(build.au_names):
             del line[au]
         line |= dict(zip(build.au_names, aus.tolist(), strict=True))
-        if has_boxes:
-            line |= {name: line.get(name, value) for name, value in zip(FACE_BOX, WHOLE_PICTURE, strict=True)}
+        if has_boxes and FACE_BOX[0] not in line:
+            line |= zip(FACE_BOX, WHOLE_PICTURE, strict=True)
+            line["changed"] = "; ".join(filter(None, (line.get("changed"), WITHOUT_BOX)))
         line["file_name"] = f"images/{source.name}/{name}/{index:05d}{picture.suffix.lower()}"
         if build.format == "imagefolder":
             link_file(picture, build.output / "train" / line["file_name"])

@@ -796,6 +796,10 @@ def test_a_box_that_is_not_within_its_picture_is_counted(tmp_path, capsys):
     left_out = "the face's box left out, because it is not within the picture"
     text = capsys.readouterr().out
     assert f"1    of them: {left_out}" in text and f"1    of them: turned upright, as EXIF says; {left_out}" in text
+    # In the data set, a loss that is weighted by faces would weight nothing there.
+    prepare("build", tmp_path / "w", "--output", tmp_path / "faces", "--default_caption", "a face")
+    report = json.loads((tmp_path / "faces/report.json").read_text())["p"]
+    assert sum(note.endswith("the whole picture is taken for it") for note in report["changed"]) == 2
 
 
 def test_the_data_set_tells_what_was_left_out_and_shows_the_intensities(tmp_path, work_folder, capsys):
