@@ -26,6 +26,19 @@ PLAIN_NAMES = {
     **{"AU20": "Wide mouth", "AU22": "Funnel", "AU23": "Tight lips", "AU24": "Pressed lips", "AU25": "Open lips"},
     **{"AU26": "Jaw down", "AU27": "Yawn", "AU28": "Lips sucked in", "AU43": "Closed eyes", "AU45": "Blink"},
 }
+# Each region on a face of 24 × 30, as somebody who looks at the picture sees it: the person's left is on its right.
+REGION_SHAPES = {
+    "brow": '<path d="M4.5 9q3-3 6-.5M13.5 8.5q3-2.5 6 .5"/>',
+    "eye": '<ellipse cx="8" cy="12.5" rx="2.4" ry="1.2"/><ellipse cx="16" cy="12.5" rx="2.4" ry="1.2"/>',
+    "cheek": '<circle cx="6.5" cy="17.5" r="2"/><circle cx="17.5" cy="17.5" r="2"/>',
+    "nose": '<path d="M12 13v4.5M10 18q2 1.5 4 0"/>',
+    "mouth": '<path d="M7.5 21.5q4.5 4 9 0q-4.5-2-9 0z"/>',
+    "chin": '<path d="M9.5 26q2.5 1.8 5 0"/>',
+    "jaw": '<path d="M2.5 19q2 9 9.5 9t9.5-9"/>',
+    "neck": '<path d="M7 27v3M17 27v3"/>',
+    "head": '<ellipse cx="12" cy="15" rx="10" ry="13"/>',
+}
+REGION_SHAPES["gaze"] = REGION_SHAPES["eye"]
 # Neutral, the six basic emotions, and as many as fill their row; the others unfold.
 NUM_FIRST_PRESETS = 7
 JS = "fineface.face(element, props, (name) => name === 'input' ? trigger('input') : trigger('release'), watch);"
@@ -89,6 +102,20 @@ def _part(title: str, units: list[ActionUnit], au_names: Sequence[str]) -> str:
     return f'<section class="part"><h3>{title}</h3><div class="rows">{rows}</div></section>' if rows else ""
 
 
+def face_map(region: str, side: str = "") -> str:
+    """A small face on which the region that an AU moves is marked, or its "left" or "right" side alone."""
+    faint = "".join(REGION_SHAPES[name] for name in ("head", "brow", "eye", "nose", "mouth") if name != region)
+    x, width, where = {
+        "left": (12, 12, ", on the person's left: on the right of the picture"),
+        "right": (0, 12, ", on the person's right: on the left of the picture"),
+    }.get(side, (0, 24, ""))
+    return (
+        f'<svg class="map" viewBox="0 0 24 30" role="img" aria-label="moves the {region}{where}">{faint}'
+        f'<svg class="moves" x="{x}" width="{width}" height="30" viewBox="{x} 0 {width} 30">'
+        f"{REGION_SHAPES[region]}</svg></svg>"
+    )
+
+
 def _row(unit: ActionUnit, names: list[str]) -> str:
     """One AU; of an AU with sides, a slider for each, of which the second is hidden while they are linked."""
     plain, link = plain_name(unit), ""
@@ -99,17 +126,19 @@ def _row(unit: ActionUnit, names: list[str]) -> str:
         )
     return (
         f'<div class="au" id="{unit.name}" data-names="{" ".join(names)}" title="{html.escape(unit.hint)}">'
-        f'<div class="head"><span class="name">{plain} <small>{unit.name} · {unit.facs_name}</small></span>{link}'
+        f'<div class="head">{face_map(unit.region)}'
+        f'<span class="name">{plain} <small>{unit.name} · {unit.facs_name}</small></span>{link}'
         f'<button type="button" class="reset" aria-label="Reset {plain}" title="Back to 0">↺</button></div>'
-        f"{''.join(_side(name, plain) for name in names)}<div class='problem' role='alert'></div></div>"
+        f"{''.join(_side(name, plain, unit.region) for name in names)}<div class='problem' role='alert'></div></div>"
     )
 
 
-def _side(name: str, plain: str) -> str:
+def _side(name: str, plain: str, region: str) -> str:
     side = {"L": "left", "R": "right"}.get(name[-1], "")
+    letter = f"<b>{name[-1]}{face_map(region, side)}</b>" if side else ""
     label = f"{plain}, {side} ({name})" if side else f"{plain} ({name})"
     return (
-        f'<div class="side {side}" data-name="{name}"><b aria-hidden="true">{side[:1].upper()}</b>'
+        f'<div class="side {side}" data-name="{name}">{letter}'
         f'<input type="range" min="0" max="5" step="0.1" aria-label="{label}">'
         f'<input type="number" step="0.1" aria-label="{label}, as a number"></div>'
     )

@@ -36,7 +36,7 @@ gradio_client = pytest.importorskip("gradio_client")
 
 import app  # noqa: E402
 from page import actions  # noqa: E402  (it needs Gradio)
-from page.face_controls import FACE_PARTS, PLAIN_NAMES, face_controls  # noqa: E402
+from page.face_controls import FACE_PARTS, PLAIN_NAMES, REGION_SHAPES, face_controls, face_map  # noqa: E402
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,6 +184,9 @@ def test_every_au_has_its_place_on_the_screen_once():
     regions = [region for regions in FACE_PARTS.values() for region in regions]
     assert all(regions.count(unit.region) == 1 for unit in ACTION_UNITS)
     assert set(AU_NAMES) <= PLAIN_NAMES.keys() <= {unit.name for unit in ACTION_UNITS}
+    assert {unit.region for unit in ACTION_UNITS} == REGION_SHAPES.keys()
+    # The person's left is on the right-hand side of the picture.
+    assert '<svg class="moves" x="12" width="12"' in face_map("mouth", "left")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -941,11 +944,13 @@ def test_two_sides_are_linked_until_they_are_unlinked(browser):
         left, right = (f".side[data-name=AU12{side}] input[type=range]" for side in "LR")
         page.wait_for_selector(left)
         assert page.is_hidden(right) and page.locator("#AU26 .link").count() == 0
+        assert page.get_by_role("img", name="moves the mouth", exact=True).is_visible()
         press(page, left, "ArrowRight")
         wait_for(page, "#said textarea", "element.value === 'AU12=3.1'")
         page.click("#AU12 .link")
         press(page, right, "End")
         wait_for(page, "#said textarea", "element.value === 'AU12L=3.1 AU12R=5'")
+        page.get_by_role("img", name="moves the mouth, on the person's left: on the right of the picture").wait_for()
         page.click("#AU12 .link")
         wait_for(page, "#said textarea", "element.value === 'AU12=3.1'")
         assert page.is_hidden(right)
