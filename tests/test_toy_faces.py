@@ -296,6 +296,13 @@ def test_the_presets_keep_their_time_and_the_base_sees_enough():
 
 
 @pytest.mark.slow
+def test_both_tracks_of_the_recipe_at_once_make_every_part(tmp_path):
+    """As with the preset `gpu`."""
+    train.run_in_parallel(train.SIZES["tiny"], tmp_path, torch.device("cpu"))
+    assert all((tmp_path / part).is_dir() for part in (*train.TAKEN, "base", "twelve", "sided"))
+
+
+@pytest.mark.slow
 def test_a_recipe_killed_at_any_moment_goes_on(tmp_path):
     command = [sys.executable, "-m", "toy_faces.train", "--preset=tiny", f"--output_dir={tmp_path}", "--device=cpu"]
     for seconds in (6, 8, 10, 12):
