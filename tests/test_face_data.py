@@ -19,7 +19,7 @@ from PIL import Image
 
 from action_units import AU_NAMES
 from face_data.annotate import Blip2, annotate, is_photo
-from face_data.build import Correction
+from face_data.build import WITHOUT_BOX, Correction
 from face_data.disfa import find_videos
 from face_data.pictures import FACE_BOX, place_picture
 from face_data.prepare import main
@@ -799,7 +799,7 @@ def test_a_box_that_is_not_within_its_picture_is_counted(tmp_path, capsys):
     # In the data set, a loss that is weighted by faces would weight nothing there.
     prepare("build", tmp_path / "w", "--output", tmp_path / "faces", "--default_caption", "a face")
     report = json.loads((tmp_path / "faces/report.json").read_text())["p"]
-    assert sum(note.endswith("the whole picture is taken for it") for note in report["changed"]) == 2
+    assert sum(note.endswith(WITHOUT_BOX) for note in report["changed"]) == 2
 
 
 def test_the_data_set_tells_what_was_left_out_and_shows_the_intensities(tmp_path, work_folder, capsys):
@@ -823,7 +823,9 @@ def test_the_data_set_tells_what_was_left_out_and_shows_the_intensities(tmp_path
     prepare("build", tmp_path / "a", work_folder, "--output", faces, "--default_caption", "a face")
     report = json.loads((faces / "report.json").read_text())
     table = tmp_path / "mine/metadata.jsonl"
-    assert report["mine"] == {"kept": 6, "dropped": {}, "notes": [f"{table}: fineface gives {', '.join(AU_NAMES)}."]}
+    notes = [f"{table}: fineface gives {', '.join(AU_NAMES)}."]
+    # AffectNet has boxes of faces, the other pictures have none.
+    assert report["mine"] == {"kept": 6, "dropped": {}, "changed": {WITHOUT_BOX: 6}, "notes": notes}
     assert report["affectnet"]["kept"] == 1 and report["affectnet"]["dropped"]["no photograph"] == 1
     assert sum(report["affectnet"]["dropped"].values()) == len(PICTURES) - 1
     assert (faces / "report.txt").read_text() == capsys.readouterr().out
