@@ -40,7 +40,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from action_units import AU_NAMES
 from au_attention_processor import au_layers
-from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
+from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder, ip_adapter_numbers
 from drawing.files import write_png
 from drawing.jobs import read_model_defaults
 from drawing.model import Weights
@@ -148,9 +148,8 @@ def add_ip_adapter(unet: UNet2DConditionModel, image_embed_dim: int) -> None:
 
 
 def _ip_layers(unet: UNet2DConditionModel) -> dict[int, nn.Module]:
-    """Cross-attention layers by their number among all attention layers, which published files use as names."""
-    names = [name.removesuffix(".processor") for name in unet.attn_processors]
-    return {number: unet.get_submodule(name) for number, name in enumerate(names) if name in au_layers(unet)}
+    """Cross-attention layers by their numbers in published files."""
+    return {number: unet.get_submodule(name) for name, number in ip_adapter_numbers(au_layers(unet)).items()}
 
 
 def ip_adapter_state_dict(unet: UNet2DConditionModel) -> dict[str, torch.Tensor]:

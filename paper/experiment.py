@@ -9,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -20,18 +21,22 @@ from action_units import AU_NAMES
 from au_encoder import ATTN_PROCESSORS_NAME
 from drawing.jobs import read_model_defaults
 from evaluation import run
+from evaluation.metrics import Figure, au_mse, bootstrap
+from evaluation.report import MEASURED, PICTURE_METRICS, find_figure
 from evaluation.run import TOY_FACE_BOX, EvaluationConfig
 from evaluation.systems import au_words
+from evaluation.testset import COMBINATIONS, Item, Prompt, read_combinations
 from face_data.store import write_lines
 from paper import baselines
 from paper.baselines import IP_ADAPTER_NAME
-from program import TOY_MODEL, write_atomically
+from program import TOY_MODEL, check_options, option, spell_option, write_atomically
 from training.config import TrainConfig, default_settings
 from training.data import FACE_BOX, LatentInputs, load_training_data
 from training.encoders import load_encoders
 
 
 SETTINGS_NAME = "experiment.json"
+METER = "toy"
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,12 @@ class Budget:
     combinations: int | None = None
     evaluation_batch: int = 16
     bootstrap_draws: int = 1000
-    feedback_seconds: float = 40
-    feedback_prompts: int | None = 1
+    feedback_seconds: float = option(40, "processor time of each trial of feedback (default: 40; full: 3600)", low=0)
+    feedback_prompts: int | None = option(1, "prompts that judge each (default: 1; full: all)", low=1)
     latent_meter_steps: int = 1000
+
+    def __post_init__(self):
+        check_options(self, spell_option)
 
     @property
     def training(self) -> dict:
@@ -241,9 +249,35 @@ class Experiment:
         path = self.folder / "runs" / name / "summary.csv"
         return pd.read_csv(path) if path.exists() else None
 
-    def results(self, name: str) -> pd.DataFrame:
-        """The results of an evaluated run, a row for each picture and meter."""
-        return pd.read_csv(self.folder / "runs" / name / "results.csv")
-
     def pictures(self, name: str) -> Path:
         return self.folder / "runs" / name / "pictures"
+
+    def combinations(self, prompt: Prompt, count: int) -> dict[str, str]:
+        """The file names of a prompt's first combinations, at most `count`, by their labels in a drawing."""
+        found = enumerate(read_combinations(COMBINATIONS, min(count, self.budget.combinations or count)))
+        return {aus.replace("AU", ""): Item("combination", prompt, aus, number).name for number, aus in found}
+
+    def figure(self, name: str, metric: str, part: str, au: str = "") -> Figure:
+        """A figure of an evaluated run, by the toy world's meter where it is measured by one."""
+        return find_figure(self.summary(name), metric, part, "" if metric in PICTURE_METRICS else METER, au)
+
+    def num_pictures(self, name: str) -> int:
+        """The number of pictures that the AU MSE of single AUs and combinations is from."""
+        return sum(self.figure(name, "au_mse", part).num_pictures for part in ("single", "combination"))
+
+    def paired_difference(self, names: tuple[str, str], metric: str, part: str) -> Figure:
+        """
+        The mean AU MSE or CLIP-I of the first run minus the second, over pictures of the same prompt, AUs and seed.
+        Pictures that are hard for both runs do not widen the interval.
+        """
+
+        def values_of(name: str) -> pd.Series:
+            results = pd.read_csv(self.folder / "runs" / name / "results.csv")
+            rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index(["name", "prompt_index"])
+            if metric in rows:
+                return rows[metric]
+            return pd.Series(au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy()), rows.index)
+
+        difference = values_of(names[0]).sub(values_of(names[1])).dropna()
+        prompts = difference.index.get_level_values("prompt_index").to_numpy()
+        return bootstrap(np.mean, difference.to_numpy(), prompts=prompts, draws=self.budget.bootstrap_draws)

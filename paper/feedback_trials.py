@@ -8,16 +8,16 @@ between its optimizer steps is measured, and each trial has as many steps as the
 of the world judges. It teaches none of them.
 """
 
+import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
@@ -28,32 +28,12 @@ from action_units import AU_NAMES
 from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, find_adapter_files, read_au_adapter, write_adapter_weights
 from drawing.files import write_png
 from evaluation.figures import draw_comparison
-from evaluation.report import find_figure
 from evaluation.run import keep_settings
-from evaluation.testset import COMBINATIONS, TOY_PROMPTS, Item, read_combinations, read_prompts
-from paper.experiment import Experiment
-from paper.tables import METER, OURS, figure_of, paired_difference
+from evaluation.testset import TOY_PROMPTS, read_prompts
+from paper.experiment import METER, Experiment
+from paper.tables import OURS
+from paper.trial_series import Trial, Trials
 from program import new_folder, write_atomically
-
-
-@dataclass(frozen=True)
-class FeedbackTrial:
-    """
-    Args:
-        why (`str`):
-            The reason to try it.
-        train (`dict`):
-            Flags of train_fineface.py, which replace those of all trials.
-        encoder_type (`str`, *optional*):
-            Go on with this encoder. It begins with what the common adapter adds, see `change_encoder`.
-        reads_latents (`bool`):
-            A meter on latents teaches, instead of one on pictures.
-    """
-
-    why: str
-    train: dict = field(default_factory=dict)
-    encoder_type: str | None = None
-    reads_latents: bool = False
 
 
 FEEDBACK = {
@@ -66,31 +46,25 @@ FEEDBACK = {
     "ema_decay": 0.9,
 }
 FEEDBACK_TRIALS = {
-    "ordinary": FeedbackTrial("no feedback: the ordinary training goes on", {"au_feedback_meter": None}),
-    "all_steps": FeedbackTrial("gradient through all four denoising steps"),
-    "last_step": FeedbackTrial("… through the last one", {"au_feedback_backprop": 1}),
-    "random_step": FeedbackTrial("… through one at random", {"au_feedback_mode": "random_step"}),
-    "one_step": FeedbackTrial("the one-step estimate in the ordinary training", {"au_feedback_mode": "one_step"}),
-    "latents": FeedbackTrial("all steps, and a meter on latents: nothing is decoded", reads_latents=True),
-    "random_step_latents": FeedbackTrial(
+    "start": Trial("the common adapter, before"),
+    "ordinary": Trial("no feedback: the ordinary training goes on", {"au_feedback_meter": None}),
+    "all_steps": Trial("gradient through all four denoising steps"),
+    "last_step": Trial("… through the last one", {"au_feedback_backprop": 1}),
+    "random_step": Trial("… through one at random", {"au_feedback_mode": "random_step"}),
+    "one_step": Trial("the one-step estimate in the ordinary training", {"au_feedback_mode": "one_step"}),
+    "latents": Trial("all steps, and a meter on latents: nothing is decoded", reads_latents=True),
+    "random_step_latents": Trial(
         "one step at random, on latents", {"au_feedback_mode": "random_step"}, reads_latents=True
     ),
-    "one_step_latents": FeedbackTrial(
+    "one_step_latents": Trial(
         "the one-step estimate, on latents", {"au_feedback_mode": "one_step"}, reads_latents=True
     ),
-    "more_ordinary": FeedbackTrial(
-        "all steps, the ordinary loss counts five times as much", {"au_feedback_weight": 0.2}
-    ),
-    "less_ordinary": FeedbackTrial("… a fifth as much", {"au_feedback_weight": 5.0}),
-    "au_dropout": FeedbackTrial("all steps, with AU dropout", {"au_drop_prob": 0.1}),
-    "direct": FeedbackTrial("all steps, a few vectors for each layer in place of the encoder", encoder_type="direct"),
-    "interactions": FeedbackTrial("all steps, an encoder that can hold interactions of AUs", encoder_type="res_3mlp"),
+    "more_ordinary": Trial("all steps, the ordinary loss counts five times as much", {"au_feedback_weight": 0.2}),
+    "less_ordinary": Trial("… a fifth as much", {"au_feedback_weight": 5.0}),
+    "au_dropout": Trial("all steps, with AU dropout", {"au_drop_prob": 0.1}),
+    "direct": Trial("all steps, a few vectors for each layer in place of the encoder", encoder_type="direct"),
+    "interactions": Trial("all steps, an encoder that can hold interactions of AUs", encoder_type="res_3mlp"),
 }
-HEADER = (
-    *("Trial", "what for", "flags", "steps", "seconds a step", "mean r ↑", "slopes", "single AUs, MSE / no control ↓"),
-    *("combinations, MSE / no control ↓", "against `ordinary`", "other AUs move by ↓", "agreement with the prompt ↑"),
-    "pictures",
-)
 PROBE_STEPS = 5
 """Steps that are timed to find out how many the budget pays for. They are the first ones of the training."""
 
@@ -126,22 +100,27 @@ def change_encoder(adapter: AUAdapter, encoder_type: str) -> AUAdapter:
     return grown
 
 
-class FeedbackTrials:
+class FeedbackTrials(Trials):
     """
-    The trials of one experiment.
+    Trials that go on from one adapter for the same processor time.
 
     Raises:
         ValueError: if the experiment's folder has trials that were trained for another time.
     """
 
+    trials = FEEDBACK_TRIALS
+    reference = "start"
+    prefix, table_name = "feedback", "feedback.csv"
+    settings = {"flags": "train"}
+    first_figure = "steps"
+
     def __init__(self, experiment: Experiment):
-        self.experiment, self.budget = experiment, experiment.budget
+        super().__init__(experiment)
         settings = {"feedback_seconds": self.budget.feedback_seconds}
         keep_settings(experiment.folder / "feedback.json", settings, "trials of AU feedback", PartialState())
-        self.judge = Path(experiment.model) / "second_meter"
 
-    def prepare(self, names: Sequence[str]) -> None:
-        """Make what several trials share: the common adapter, and the meter on latents."""
+    def prepare(self, names: Iterable[str]) -> None:
+        """Make the common adapter, and the meter on latents."""
         with PartialState().main_process_first():
             self.start_adapter(None)
             if any(FEEDBACK_TRIALS[name].reads_latents for name in names):
@@ -182,15 +161,14 @@ class FeedbackTrials:
                 network.eval().save_pretrained(unfinished)
         return folder
 
-    def make(self, name: str) -> None:
-        """Train and evaluate a trial. `"start"` is the common adapter as it is."""
-        adapter = self.start_adapter(None) if name == "start" else self.train(name)
-        if adapter is not None:
-            meters, limit = (f"{METER}:{self.judge}",), self.budget.feedback_prompts
-            self.experiment.evaluate(f"feedback_{name}", adapter, meters=meters, limit=limit)
+    def evaluate(self, name: str, adapter: Path) -> None:
+        meters = (f"{METER}:{Path(self.experiment.model) / 'second_meter'}",)
+        self.experiment.evaluate(self.run_name(name), adapter, meters=meters, limit=self.budget.feedback_prompts)
 
-    def train(self, name: str) -> Path | None:
-        """Train for `feedback_seconds`. Returns the adapter, or None if the loss was no longer finite."""
+    def train(self, name: str) -> Path:
+        """Train for `feedback_seconds`."""
+        if name == "start":
+            return self.start_adapter(None)
         trial = FEEDBACK_TRIALS[name]
         flags = FEEDBACK | {
             "au_feedback_meter": str(Path(self.experiment.model) / "meter"),
@@ -214,62 +192,45 @@ class FeedbackTrials:
             pace.update(known)
             write_atomically(folder / "pace.json", json.dumps(pace))
 
-        try:
-            if not pace:
-                seconds = train_until(PROBE_STEPS)
-                write(seconds=seconds, steps=max(PROBE_STEPS, round(self.budget.feedback_seconds / seconds)))
-            if "outcome" not in pace:
-                write(seconds=train_until(pace["steps"]), outcome="trained")
-        except FloatingPointError as error:
-            write(outcome=f"diverged: {error}")
-        return folder if pace["outcome"] == "trained" else None
+        if not pace:
+            seconds = train_until(PROBE_STEPS)
+            write(seconds=seconds, steps=max(PROBE_STEPS, round(self.budget.feedback_seconds / seconds)))
+        if pace.get("outcome") != "trained":
+            write(seconds=train_until(pace["steps"]), outcome="trained")
+        return folder
 
     def pace(self, name: str) -> dict:
         """What is known of a training: "seconds" of a step, "steps" and, when it has ended, the "outcome"."""
-        path = self.experiment.folder / "systems" / f"feedback_{name}" / "pace.json"
+        path = self.experiment.folder / "systems" / self.system_name(name) / "pace.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
-    def write_table(self) -> Path:
-        """Write feedback.csv and feedback.png of the trials that have ended, the common adapter first."""
-        rows, folders = [], {}
-        for name, trial in ({"start": FeedbackTrial("the common adapter, before")} | FEEDBACK_TRIALS).items():
-            if self.pace(name).get("outcome", "").startswith("diverged"):
-                rows.append([name, trial.why, "", "diverged", *["–"] * (len(HEADER) - 4)])
-            elif self.experiment.summary(f"feedback_{name}") is not None:
-                rows.append(self.row(name, trial.why, trial.train, **self.pace(name)))
-                folders[name.replace("_", "\n")] = self.experiment.pictures(f"feedback_{name}")
+    def figures(self, name: str) -> dict[str, str]:
+        figure, pace = functools.partial(self.experiment.figure, self.run_name(name)), self.pace(name)
+        slopes = [figure("slope", "single", au).value for au in AU_NAMES]
+
+        def to_no_control(part: str) -> str:
+            return f"{100 * figure('au_mse', part).value / figure('au_mse_neutral', part).value:.0f} %"
+
+        has_other = name != "ordinary" and "ordinary" in self.evaluated()
+        return {
+            self.first_figure: str(pace.get("steps", "–")),
+            "seconds a step": f"{pace['seconds']:.2f}" if pace else "–",
+            "mean r ↑": f"{figure('r', 'single').value:.2f}",
+            "slopes": f"{min(slopes):.2f} to {max(slopes):.2f}",
+            "single AUs, MSE / no control ↓": to_no_control("single"),
+            "combinations, MSE / no control ↓": to_no_control("combination"),
+            "against `ordinary`": self.change(name, "ordinary") if has_other else "–",
+            "other AUs move by ↓": f"{figure('unrequested', 'single').value:.2f}",
+            "agreement with the prompt ↑": f"{figure('agreement', 'combination'):.3f}",
+            "pictures": str(self.experiment.num_pictures(self.run_name(name))),
+        }
+
+    def report(self) -> str:
+        """Write the table, and feedback.png with some combinations of each trial."""
+        folders = {n.replace("_", "\n"): self.experiment.pictures(self.run_name(n)) for n in self.evaluated()}
         prompt = read_prompts(TOY_PROMPTS)[0]
-        commands = read_combinations(COMBINATIONS, min(6, self.budget.combinations or 6))
-        names = {aus.replace("AU", ""): Item("combination", prompt, aus, n).name for n, aus in enumerate(commands)}
-        sheet = draw_comparison(folders, names, f"{prompt.text} · seed {prompt.seed}")
+        sheet = draw_comparison(
+            folders, self.experiment.combinations(prompt, 6), f"{prompt.text} · seed {prompt.seed}"
+        )
         write_png(sheet, self.experiment.folder / "feedback.png")
-        path = self.experiment.folder / "feedback.csv"
-        write_atomically(path, pd.DataFrame(rows, columns=HEADER).to_csv(index=False))
-        return path
-
-    def row(self, name: str, why: str, train: dict, steps="–", seconds=float("nan"), outcome="") -> list[str]:
-        run, ordinary = f"feedback_{name}", "feedback_ordinary"
-
-        def figure(metric: str, part: str):
-            return figure_of(self.experiment, run, metric, part)
-
-        relative = [
-            f"{100 * figure('au_mse', part).value / figure('au_mse_neutral', part).value:.0f} %"
-            for part in ("single", "combination")
-        ]
-        change = "–"
-        if self.experiment.summary(ordinary) is not None and name != "ordinary":
-            difference = paired_difference(self.experiment, (run, ordinary), "au_mse", "combination")
-            whole = figure_of(self.experiment, ordinary, "au_mse", "combination").value / 100
-            change = (
-                f"{difference.value / whole:+.0f} % [{difference.low / whole:+.0f}, {difference.high / whole:+.0f}]"
-            )
-        summary = self.experiment.summary(run)
-        slopes = [find_figure(summary, "slope", "single", METER, au).value for au in AU_NAMES]
-        return [
-            *(name, why, " ".join(f"{flag}={value}" for flag, value in train.items()), str(steps)),
-            *("–" if np.isnan(seconds) else f"{seconds:.2f}", f"{figure('r', 'single').value:.2f}"),
-            *(f"{min(slopes):.2f} to {max(slopes):.2f}", *relative, change),
-            *(f"{figure('unrequested', 'single').value:.2f}", f"{figure('agreement', 'combination'):.3f}"),
-            str(figure("au_mse", "single").num_pictures + figure("au_mse", "combination").num_pictures),
-        ]
+        return super().report()

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -31,24 +30,15 @@ from drawing.files import write_png
 from evaluation import figures
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import ToolError, read_picture
-from evaluation.metrics import Figure, au_mse, bootstrap
-from evaluation.report import MEASURED, PICTURE_METRICS, find_figure, markdown_table
-from evaluation.testset import (
-    COMBINATIONS,
-    INTENSITIES,
-    TOY_PROMPTS,
-    Item,
-    Prompt,
-    read_combinations,
-    read_prompts,
-)
-from paper.experiment import BUDGETS, Experiment
+from evaluation.metrics import Figure, bootstrap
+from evaluation.report import markdown_table
+from evaluation.testset import INTENSITIES, TOY_PROMPTS, Item, Prompt, read_prompts
+from paper.experiment import BUDGETS, METER, Experiment
 from paper.workers import default_processes, run_jobs
 from program import TOY_MODEL, Parser, check_integer, check_output, run_program, write_atomically
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-METER = "toy"
 TRIALS_HEADING = "\n## Trials\n"
 
 
@@ -185,28 +175,6 @@ def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def figure_of(experiment: Experiment, run: str, metric: str, part: str) -> Figure:
-    return find_figure(experiment.summary(run), metric, part, "" if metric in PICTURE_METRICS else METER)
-
-
-def paired_difference(experiment: Experiment, runs: tuple[str, str], metric: str, part: str) -> Figure:
-    """
-    The mean AU MSE or CLIP-I of the first run minus the second, over pictures of the same prompt, AUs and seed.
-    Pictures that are hard for both runs do not widen the interval.
-    """
-
-    def values_of(run: str) -> pd.Series:
-        results = experiment.results(run)
-        rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index(["name", "prompt_index"])
-        if metric in rows:
-            return rows[metric]
-        return pd.Series(au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy()), rows.index)
-
-    difference = values_of(runs[0]).sub(values_of(runs[1])).dropna()
-    prompts = difference.index.get_level_values("prompt_index").to_numpy()
-    return bootstrap(np.mean, difference.to_numpy(), prompts=prompts, draws=experiment.budget.bootstrap_draws)
-
-
 def compare_orders(
     paper: Sequence[float], difference: Callable[[int, int], Figure], more_is_better: bool
 ) -> dict[str, list[tuple[int, int]]]:
@@ -247,25 +215,24 @@ def order_in_words(
 def format_paper_table(experiment: Experiment, title: str, methods: Sequence[Method]) -> list[str]:
     header = ["Method", *(cell for heading, *_ in COLUMNS for cell in (f"{heading}: paper", "ours"))]
     header += ["agreement with the prompt ↑", "slope, single", "pictures"]
-    rows, ours = [], []
-    for method in methods:
-        figures_of_method = [figure_of(experiment, method.name, metric, part) for _, metric, part, _ in COLUMNS]
-        ours.append(figures_of_method)
-        cells = zip(method.paper, figures_of_method, strict=True)
-        agreement = figure_of(experiment, method.name, "agreement", "combination")
-        slope = figure_of(experiment, method.name, "slope", "single")
-        count = slope.num_pictures + figure_of(experiment, method.name, "au_mse", "combination").num_pictures
-        row = [method.label, *(cell for paper, figure in cells for cell in (f"{paper:.2f}", f"{figure:.3f}"))]
-        rows.append([*row, f"{agreement:.3f}", f"{slope}", str(count)])
+    names, labels = [method.name for method in methods], [method.label for method in methods]
+    ours = [[experiment.figure(name, metric, part) for name in names] for _, metric, part, _ in COLUMNS]
+    rows = []
+    for method, *figures_of_method in zip(methods, *ours, strict=True):
+        row = [method.label]
+        for paper, figure in zip(method.paper, figures_of_method, strict=True):
+            row += [f"{paper:.2f}", f"{figure:.3f}"]
+        row += [f"{experiment.figure(method.name, 'agreement', 'combination'):.3f}"]
+        row += [f"{experiment.figure(method.name, 'slope', 'single')}", str(experiment.num_pictures(method.name))]
+        rows.append(row)
     lines = ["", f"## {title}", "", *markdown_table(header, rows), ""]
     for column, (heading, metric, part, more_is_better) in enumerate(COLUMNS):
 
         def difference(first: int, second: int, metric: str = metric, part: str = part) -> Figure:
-            return paired_difference(experiment, (methods[first].name, methods[second].name), metric, part)
+            return experiment.paired_difference((names[first], names[second]), metric, part)
 
         pairs = compare_orders([method.paper[column] for method in methods], difference, more_is_better)
-        labels, of_column = [method.label for method in methods], [of_method[column] for of_method in ours]
-        lines += [f"- {order_in_words(f'{heading}.', labels, of_column, pairs, more_is_better)}"]
+        lines += [f"- {order_in_words(f'{heading}.', labels, ours[column], pairs, more_is_better)}"]
     return lines
 
 
@@ -274,7 +241,7 @@ def format_figure7(experiment: Experiment) -> list[str]:
     for run, label in FIGURE7_RUNS.items():
         kept = identity_kept(experiment, run, experiment.budget.bootstrap_draws)
         metrics = zip(("reference_similarity", "au_mse", "au_mse", "slope"), parts, strict=True)
-        cells = [f"{figure_of(experiment, run, metric, part):.3f}" for metric, part in metrics]
+        cells = [f"{experiment.figure(run, metric, part):.3f}" for metric, part in metrics]
         rows.append([label, f"{kept:.3f}", *cells, str(kept.num_pictures)])
     header = ["FineFace", "attributes of the image prompt ↑", "likeness to it ↑", "AU MSE, single ↓"]
     header += ["AU MSE, combinations ↓", "slope, single", "pictures"]
@@ -300,11 +267,9 @@ def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
     folders = {_row_label(method): experiment.pictures(method.name) for method in table1}
     title, neutral = f"{prompt.text} · seed {prompt.seed}", {"neutral": Item("neutral", prompt, "").name}
     singles = {au: Item("single", prompt, f"{au}=5").name for au in AU_NAMES}
-    found = enumerate(read_combinations(COMBINATIONS, min(10, experiment.budget.combinations or 10)))
-    combinations = {aus.replace("AU", ""): Item("combination", prompt, aus, number).name for number, aus in found}
     sheets = {
         "results_figure4": figures.draw_comparison(folders, neutral | singles, title),
-        "results_figure5": figures.draw_comparison(folders, neutral | combinations, title),
+        "results_figure5": figures.draw_comparison(folders, neutral | experiment.combinations(prompt, 10), title),
     }
 
     def row(run: str, prompt: Prompt, commands: Sequence[str]) -> list[Image.Image]:

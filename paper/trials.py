@@ -14,45 +14,18 @@ trials.csv or feedback.csv in the working folder, which `paper.tables` shares. d
 run. The code has the paper's design, the trials that did well, and one of each kind that did not.
 """
 
-import argparse
-import functools
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-from accelerate import PartialState
-
 from evaluation.metrics import Figure
-from evaluation.testset import TOY_PROMPTS, read_prompts
-from paper.experiment import Experiment
-from paper.feedback_trials import FEEDBACK_TRIALS, FeedbackTrials
-from paper.tables import OURS, add_arguments, all_methods, figure_of, make, make_experiment, paired_difference, report
-from paper.workers import run_jobs
-from program import Parser, check_integer, write_atomically
+from paper.experiment import Budget
+from paper.feedback_trials import FeedbackTrials
+from paper.tables import OURS, add_arguments, all_methods, make, make_experiment, report
+from paper.trial_series import Trial, Trials
+from program import Parser, add_options, spell_option, take_options
 from training.config import TRAINING_PRESETS
 
 
-@dataclass(frozen=True)
-class Trial:
-    """
-    Args:
-        why (`str`):
-            The reason to try it.
-        train (`dict`):
-            Flags of train_fineface.py. Trials with equal flags share one adapter.
-        sampling (`dict`):
-            Options of `evaluation.run`.
-    """
-
-    why: str
-    train: dict = field(default_factory=dict)
-    sampling: dict = field(default_factory=dict)
-
-
-TRIALS_NAME = "trials.csv"
 GOAL = -0.65
 """The wanted change of the AU MSE of combinations, relative to the paper's design."""
 SLOPES = (0.85, 1.15)
@@ -84,187 +57,108 @@ TRIALS = {
     "best": Trial("what has been promising, at once", BEST),
     "best_guided": Trial("the same, with AUs guided apart", BEST, GUIDED),
 }
-HEADER = (
-    *("Trial", "what for", "training", "sampling", "AU MSE, combinations ↓", "against the paper's"),
-    *("AU MSE, single ↓", "slope, single", "mean r ↑", "CLIP-I, combinations", "agreement with the prompt ↑"),
-    *("other AUs move by ↓", "pictures"),
-)
 
 
-def adapter_name(trial: Trial) -> str:
-    """The name of a trial's adapter. Equal trainings have one name, and that of `paper.tables` if it has the same."""
-    for method in all_methods():
-        if method.system == "fineface" and dict(method.changes) == trial.train:
-            return method.name
-    return "trial_" + "_".join(f"{flag}-{value}" for flag, value in sorted(trial.train.items()))
+class DesignTrials(Trials):
+    trials = TRIALS
+    reference = "paper"
+    prefix, table_name = "trial", "trials.csv"
+    settings = {"training": "train", "sampling": "sampling"}
+    first_figure = "AU MSE, combinations ↓"
 
+    def run_name(self, name: str) -> str:
+        return OURS.name if name == "paper" else super().run_name(name)
 
-def run_name(name: str) -> str:
-    return OURS.name if name == "paper" else f"trial_{name}"
+    def system_name(self, name: str) -> str:
+        """The name of a trial's adapter. Equal trainings have one name, that of `paper.tables` if it has the same."""
+        train = TRIALS[name].train
+        for method in all_methods():
+            if method.system == "fineface" and dict(method.changes) == train:
+                return method.name
+        return "trial_" + "_".join(f"{flag}-{value}" for flag, value in sorted(train.items()))
 
+    def train(self, name: str) -> Path:
+        return self.experiment.train_fineface(self.system_name(name), **TRIALS[name].train)
 
-def check_trials(names: Iterable[str], trials: Mapping = TRIALS) -> None:
-    for name in names:
-        if name not in trials:
-            raise ValueError(f"There is no trial {name!r}. There are {', '.join(trials)}.")
-
-
-def make_trials(experiment: Experiment, names: Sequence[str]) -> None:
-    """
-    Train the adapter that the trials `names` share, and evaluate each trial. A training that diverges is a result
-    too: it is recorded, and no error is raised.
-    """
-    if _divergence(experiment, names[0]).exists():
-        return
-    try:
-        adapter = experiment.train_fineface(adapter_name(TRIALS[names[0]]), **TRIALS[names[0]].train)
-    except FloatingPointError as error:
-        # All trials are compared with the paper's design, so it has to work.
-        if "paper" in names:
-            raise
-        write_atomically(_divergence(experiment, names[0]), f"{error}\n")
-        return
-    for name in names:
+    def evaluate(self, name: str, adapter: Path) -> None:
         if name == "paper":
-            make(experiment, OURS)
+            make(self.experiment, OURS)
         else:
-            experiment.evaluate(run_name(name), adapter, sampling=TRIALS[name].sampling)
+            self.experiment.evaluate(self.run_name(name), adapter, sampling=TRIALS[name].sampling)
 
+    def figure(self, name: str, metric: str, part: str = "combination") -> Figure:
+        return self.experiment.figure(self.run_name(name), metric, part)
 
-def group_by_adapter(names: Iterable[str]) -> list[list[str]]:
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(adapter_name(TRIALS[name]), []).append(name)
-    return list(groups.values())
+    def figures(self, name: str) -> dict[str, str]:
+        return {
+            self.first_figure: f"{self.figure(name, 'au_mse'):.3f}",
+            "against the paper's": self.change(name, "paper"),
+            "AU MSE, single ↓": f"{self.figure(name, 'au_mse', 'single'):.3f}",
+            "slope, single": f"{self.figure(name, 'slope', 'single')}",
+            "mean r ↑": f"{self.figure(name, 'r', 'single')}",
+            "CLIP-I, combinations": f"{self.figure(name, 'clip_i'):.3f}",
+            "agreement with the prompt ↑": f"{self.figure(name, 'agreement'):.3f}",
+            "other AUs move by ↓": f"{self.figure(name, 'unrequested', 'single'):.3f}",
+            "pictures": str(self.experiment.num_pictures(self.run_name(name))),
+        }
 
+    def best(self) -> str | None:
+        """
+        Of the trials whose CLIP-I and agreement with the prompt are not clearly below the paper's design, the one with
+        the lowest AU MSE of combinations, or None. Clearly below means that the whole interval is below the paper's
+        value.
+        """
+        kept = [
+            name
+            for name in self.evaluated()
+            if name != "paper"
+            and not self.diverged(name).exists()
+            and all(self.figure(name, m).high >= self.figure("paper", m).value for m in ("clip_i", "agreement"))
+        ]
+        return min(kept, key=lambda name: self.figure(name, "au_mse").value, default=None)
 
-def _divergence(experiment: Experiment, name: str) -> Path:
-    """The file that says that the training of a trial ended with a loss that is not finite."""
-    return experiment.folder / "systems" / adapter_name(TRIALS[name]) / "diverged.txt"
+    def describe_best(self) -> str:
+        name = self.best()
+        if name is None:
+            return "No trial keeps the CLIP-I and the agreement with the prompt of the paper's design."
+        change = self.figure(name, "au_mse").value / self.figure("paper", "au_mse").value - 1
+        single = self.figure(name, "slope", "single").value
+        return (
+            "Of the trials whose CLIP-I and agreement with the prompt are not clearly below those of the paper's"
+            f" design, `{name}` has the lowest AU MSE of combinations: {100 * change:+.0f} % against the paper's"
+            f" (the goal of {100 * GOAL:+.0f} % is {'reached' if change <= GOAL else 'not reached'}), with a slope of"
+            f" {single:.2f} ({SLOPES[0]} to {SLOPES[1]} is the goal,"
+            f" {'reached' if SLOPES[0] <= single <= SLOPES[1] else 'not reached'})."
+        )
 
-
-def format_row(experiment: Experiment, name: str) -> list[str]:
-    trial, run = TRIALS[name], run_name(name)
-    settings = [" ".join(f"{key}={value}" for key, value in part.items()) for part in (trial.train, trial.sampling)]
-    if _divergence(experiment, name).exists():
-        return [name, trial.why, *settings, "diverged", *["–"] * (len(HEADER) - 5)]
-    error, papers = (figure_of(experiment, of, "au_mse", "combination") for of in (run, OURS.name))
-    change = paired_difference(experiment, (run, OURS.name), "au_mse", "combination")
-    relative = [100 * value / papers.value for value in (change.value, change.low, change.high)]
-    single, slope, r, others = (
-        figure_of(experiment, run, metric, "single") for metric in ("au_mse", "slope", "r", "unrequested")
-    )
-    kept = [figure_of(experiment, run, metric, "combination") for metric in ("clip_i", "agreement")]
-    row = [f"{error:.3f}", "{:+.0f} % [{:+.0f}, {:+.0f}]".format(*relative), f"{single:.3f}", f"{slope}", f"{r}"]
-    row += [*(f"{figure:.3f}" for figure in (*kept, others)), str(error.num_pictures + single.num_pictures)]
-    return [name, trial.why, *settings, *row]
-
-
-def finished_trials(experiment: Experiment) -> list[str]:
-    """The trials that have been evaluated or have diverged in this experiment, in the order of `TRIALS`."""
-    return [
-        name
-        for name in TRIALS
-        if experiment.summary(run_name(name)) is not None or _divergence(experiment, name).exists()
-    ]
-
-
-def write_table(experiment: Experiment) -> Path:
-    rows = [format_row(experiment, name) for name in finished_trials(experiment)]
-    write_atomically(experiment.folder / TRIALS_NAME, pd.DataFrame(rows, columns=HEADER).to_csv(index=False))
-    return experiment.folder / TRIALS_NAME
-
-
-def best_trial(experiment: Experiment) -> str | None:
-    """
-    Of the trials whose CLIP-I and agreement with the prompt are not clearly below the paper's design, the one with the
-    lowest AU MSE of combinations, or None. Clearly below means that the whole interval is below the paper's value.
-    """
-
-    def figure(name: str, metric: str) -> Figure:
-        return figure_of(experiment, run_name(name), metric, "combination")
-
-    def keeps(name: str, metric: str) -> bool:
-        return figure(name, metric).high >= figure("paper", metric).value
-
-    names = [n for n in finished_trials(experiment) if n != "paper" and not _divergence(experiment, n).exists()]
-    kept = [name for name in names if keeps(name, "clip_i") and keeps(name, "agreement")]
-    return min(kept, key=lambda name: figure(name, "au_mse").value, default=None)
-
-
-def describe_best(experiment: Experiment) -> str:
-    name = best_trial(experiment)
-    if name is None:
-        return "No trial keeps the CLIP-I and the agreement with the prompt of the paper's design."
-    error, papers = (figure_of(experiment, run_name(n), "au_mse", "combination").value for n in (name, "paper"))
-    single, change = figure_of(experiment, run_name(name), "slope", "single").value, error / papers - 1
-    return (
-        "Of the trials whose CLIP-I and agreement with the prompt are not clearly below those of the paper's design,"
-        f" `{name}` has the lowest AU MSE of combinations: {100 * change:+.0f} % against the paper's"
-        f" (the goal of {100 * GOAL:+.0f} % is {'reached' if change <= GOAL else 'not reached'}), with a slope of"
-        f" {single:.2f} ({SLOPES[0]} to {SLOPES[1]} is the goal,"
-        f" {'reached' if SLOPES[0] <= single <= SLOPES[1] else 'not reached'})."
-    )
-
-
-def run(names: Sequence[str], experiment: Experiment, processes: int) -> str | None:
-    """Make the trials. On the main process, returns a sentence: where their table is, and which trial is the best."""
-    experiment.prepare()
-    # The other trials are compared with the paper's design, so it is always made.
-    groups = group_by_adapter(dict.fromkeys(["paper", *names]))
-    run_jobs([functools.partial(make_trials, experiment, group) for group in groups], processes)
-    if PartialState().is_main_process:
-        return f"{write_table(experiment)}: {describe_best(experiment)}"
-
-
-def run_feedback(names: Sequence[str], experiment: Experiment, processes: int) -> str | None:
-    """Make the trials of AU feedback. On the main process, returns the path of their table."""
-    trials = FeedbackTrials(experiment)
-    experiment.prepare()
-    trials.prepare(names)
-    run_jobs([functools.partial(trials.make, name) for name in ["start", *names]], processes)
-    if PartialState().is_main_process:
-        return str(trials.write_table())
-
-
-def _feedback_budget(arguments: argparse.Namespace) -> dict:
-    """The fields of the budget that the command line sets for trials of feedback."""
-    seconds, prompts = arguments.feedback_seconds, arguments.feedback_prompts
-    for name, value in (("--feedback-seconds", seconds), ("--feedback-prompts", prompts)):
-        if value is not None and not arguments.feedback:
-            raise ValueError(f"`{name}` is for the trials of AU feedback alone. Add `--feedback`.")
-    budget = {}
-    if seconds is not None:
-        if not 0 < seconds < math.inf:
-            raise ValueError(f"`--feedback-seconds` has to be a time above 0, but is {seconds:g}.")
-        budget["feedback_seconds"] = seconds
-    if prompts is not None:
-        check_integer("--feedback-prompts", prompts, 1, len(read_prompts(TOY_PROMPTS)))
-        budget["feedback_prompts"] = prompts
-    return budget
+    def report(self) -> str:
+        """Write the table, and return a sentence: where it is, and which trial is the best."""
+        return f"{super().report()}: {self.describe_best()}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("paper.trials", __doc__)
     parser.add_argument("--only", nargs="+", metavar="TRIAL", help="(default: all of them)")
     parser.add_argument("--feedback", action="store_true", help="the trials of AU feedback instead")
-    parser.add_argument("--feedback-seconds", type=float, help="processor time of each (default: 40, or 3600 if full)")
-    parser.add_argument("--feedback-prompts", type=int, help="prompts that judge each (default: 1, or all if full)")
-    if "--list" in (sys.argv[1:] if argv is None else argv):
-        for name, trial in TRIALS.items():
-            print(f"{name:30}{trial.why}: {trial.train | trial.sampling}")
-        for name, trial in FEEDBACK_TRIALS.items():
-            print(f"--feedback {name:19}{trial.why}: {trial.train}")
-        return 0
-    parser.add_argument("--list", action="store_true", help="show the trials and stop")
+    add_options(parser, Budget, spell=spell_option)
+    lines = [
+        f"{option + name:30}{trial.why}: {trial.train | trial.sampling}"
+        for option, kind in (("", DesignTrials), ("--feedback ", FeedbackTrials))
+        for name, trial in kind.trials.items()
+    ]
+    # Like a version, the list is shown without the options that are required.
+    parser.add_argument("--list", action="version", version="\n".join(lines), help="show the trials and stop")
     add_arguments(parser)
 
     def work() -> str | None:
         arguments = parser.parse_args(argv)
-        trials, make_all = (FEEDBACK_TRIALS, run_feedback) if arguments.feedback else (TRIALS, run)
-        names = arguments.only or list(trials)
-        check_trials(names, trials)
-        return make_all(names, make_experiment(arguments, **_feedback_budget(arguments)), arguments.processes)
+        kind = FeedbackTrials if arguments.feedback else DesignTrials
+        names = arguments.only or list(kind.trials)
+        kind.check(names)
+        budget = take_options(Budget, arguments)
+        if budget and not arguments.feedback:
+            raise ValueError(f"`{spell_option(next(iter(budget)))}` is for trials of AU feedback. Add `--feedback`.")
+        return kind(make_experiment(arguments, **budget)).run(names, arguments.processes)
 
     return report(work)
 

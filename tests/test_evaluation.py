@@ -45,6 +45,7 @@ from evaluation.testset import (
 from paper import baselines, feedback_trials, trials
 from paper import tables as paper_tables
 from paper.experiment import BUDGETS, Experiment
+from paper.trial_series import Trial
 from paper.workers import run_jobs
 from program import only_run_in, write_atomically
 from toy_faces import networks
@@ -879,7 +880,7 @@ def experiment(world, tmp_path) -> Experiment:
 def test_a_difference_of_two_systems_is_that_of_the_same_pictures(experiment):
     write_run(experiment, "good", 0.5)
     write_run(experiment, "bad", 0.7)
-    figure = paper_tables.paired_difference(experiment, ("bad", "good"), "au_mse", "combination")
+    figure = experiment.paired_difference(("bad", "good"), "au_mse", "combination")
     # (0.7 + h)² − (0.5 + h)² = 0.24 + 0.4 h, whatever else makes a picture hard.
     hardness = np.linspace(0, 2, 6)[[1, 2, 4, 5]]
     assert figure.value == pytest.approx(0.24 + 0.4 * hardness.mean()) and figure.low > 0
@@ -906,32 +907,48 @@ def test_the_paragraphs_of_the_results_are_wrapped_and_tables_and_lists_are_not(
 
 
 def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
-    write_run(experiment, trials.run_name("paper"), 1.0)
-    assert "No trial keeps" in trials.describe_best(experiment)
-    write_run(experiment, trials.run_name("stratified"), 0.3, slope=0.9)
-    write_run(experiment, trials.run_name("au_guidance_3"), 0.1, clip_i=0.5)
-    assert trials.best_trial(experiment) == "stratified"
-    words = trials.describe_best(experiment)
+    design = trials.DesignTrials(experiment)
+    write_run(experiment, design.run_name("paper"), 1.0)
+    assert "No trial keeps" in design.describe_best()
+    write_run(experiment, design.run_name("stratified"), 0.3, slope=0.9)
+    write_run(experiment, design.run_name("au_guidance_3"), 0.1, clip_i=0.5)
+    assert design.best() == "stratified"
+    words = design.describe_best()
     assert "`stratified`" in words and "-49 % against" in words and "goal of -65 % is not reached" in words
     assert "0.90 (0.85 to 1.15 is the goal, reached)" in words
-    write_atomically(
-        experiment.folder / "systems" / trials.adapter_name(trials.TRIALS["rank_64"]) / "diverged.txt", "inf"
-    )
-    trials.write_table(experiment)
+    write_atomically(design.diverged("rank_64"), "inf")
+    assert design.report() == f"{experiment.folder / 'trials.csv'}: {words}"
     table = pd.read_csv(experiment.folder / "trials.csv")
     assert table["Trial"].tolist() == ["paper", "au_guidance_3", "rank_64", "stratified"]
     assert table.iloc[2, 4] == "diverged" and table.iloc[3, 5].startswith("-49 %")
 
 
-def test_trials_are_flags_of_the_trainer_and_share_adapters(tmp_path):
-    trials.check_trials(list(trials.TRIALS))
+def test_trials_are_flags_of_the_trainer_and_share_adapters(experiment, tmp_path):
+    trials.DesignTrials.check(trials.TRIALS)
     for name, trial in trials.TRIALS.items():
         base = TrainConfig(pretrained_model_name_or_path="base", train_data_dir=tmp_path, output_dir=tmp_path)
         assert replace(base, **trial.train), name
-    groups = trials.group_by_adapter(["paper", "best", "au_guidance_3", "best_guided"])
+    names = ["paper", "best", "au_guidance_3", "best_guided"]
+    groups = trials.DesignTrials(experiment).group_by_system(names)
     assert groups == [["paper", "au_guidance_3"], ["best", "best_guided"]]
     with pytest.raises(ValueError, match="no trial 'magic'"):
-        trials.check_trials(["magic"])
+        trials.DesignTrials.check(["magic"])
+
+
+def test_a_trial_that_diverges_is_recorded_once_but_the_one_all_are_compared_with_has_to_work(prepared, monkeypatch):
+    monkeypatch.setitem(trials.TRIALS, "wild", Trial("it cannot work", {"learning_rate": 1e30}))
+    design = trials.DesignTrials(prepared)
+    design.make(["wild"])
+    assert "Training has stopped" in design.diverged("wild").read_text() and design.evaluated() == []
+    # It is not tried again.
+    before = read_files_in(prepared.folder / "systems")
+    design.make(["wild"])
+    assert read_files_in(prepared.folder / "systems") == before
+    design.diverged("wild").unlink()
+    monkeypatch.setattr(design, "reference", "wild")
+    with pytest.raises(FloatingPointError):
+        design.make(["wild"])
+    assert not design.diverged("wild").exists()
 
 
 def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, tmp_path, monkeypatch):
@@ -964,13 +981,30 @@ def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, c
     arguments = ["--size=tiny", f"--model={world}", f"--work={experiment.folder}"]
     for options, message in (
         (["--feedback", "--feedback-seconds=4"], "`feedback_seconds` was 0.001 and is now 4.0"),
-        (["--feedback", "--feedback-seconds=0"], "above 0, but is 0"),
-        (["--feedback", "--feedback-prompts=16"], "from 1 to 15, but is 16"),
+        (["--feedback", "--feedback-seconds=-1"], "at least 0, but is -1.0"),
+        (["--feedback", "--feedback-prompts=0"], "at least 1, but is 0"),
         (["--feedback-prompts=2"], "Add `--feedback`."),
     ):
         assert trials.main([*arguments, *options]) == 2
         assert message in capsys.readouterr().err
     assert sorted(path.name for path in experiment.folder.iterdir()) == ["experiment.json", "feedback.json"]
+
+
+def test_the_command_line_sets_the_time_and_the_prompts_of_trials_of_feedback(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
+    arguments = ["--size=tiny", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--only", "ordinary"]
+
+    def make_table(*options: str) -> pd.DataFrame:
+        assert trials.main([*arguments, "--feedback", "--feedback-seconds=2", *options]) == 0
+        return pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
+
+    first = make_table()
+    # More than the steps that are timed to find out how many the time pays for.
+    assert int(first.loc["ordinary", "steps"]) > 3
+    trained = read_files_in(tmp_path / "systems")
+    second = make_table("--feedback-prompts=2")
+    assert second["pictures"].tolist() == (2 * first["pictures"]).tolist()
+    assert read_files_in(tmp_path / "systems") == trained
 
 
 @pytest.mark.slow
