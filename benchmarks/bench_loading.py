@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,12 +30,12 @@ from torch import nn
 
 from au_attention_processor import au_layers
 from au_encoder import ATTN_PROCESSORS_NAME, ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUAdapter, write_au_adapter
-from benchmarks.bench_inference import DTYPES, LORA_RANK, LORA_TARGETS, SD21, synchronize
-from benchmarks.tables import Report, count, markdown_table
+from benchmarks.pipelines import LORA_RANK, SD21
+from benchmarks.tables import DTYPES, count, in_units, markdown_table, run_benchmark, synchronize
 from drawing.model import quiet
 from hub.ip_adapter import write_ip_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
-from program import Parser, pick_device, run_program
+from train_fineface import LORA_TARGETS
 
 
 FORMS = ("as trained", "folded", "as an IP-Adapter")
@@ -72,96 +72,78 @@ def adapter_bytes(pipeline: FineFacePipeline) -> int:
     return sum(p.numel() * p.element_size() for p in (*pipeline.au_adapter.parameters(), *lora))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Memory
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def peak_growth(device: torch.device) -> Iterator[Callable[[], int | None]]:
+def peak_growth(device: torch.device, work: Callable[[], object]) -> int | None:
     """
-    Yield a function that returns by how much memory on `device` has grown at most since; None where that cannot be
-    measured. On the CPU, pages of mapped files do not count, because the system can take them back at any time.
+    Returns by how many bytes memory on `device` grew at most while `work` was running; None on an accelerator that is
+    no CUDA device, and without /proc. On the CPU, pages of mapped files do not count, because the system can take them
+    back at any time.
     """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
-    elif device.type != "cpu" or not STATM.is_file():
-        yield lambda: None
-    else:
-        sizes, stopped = [_own_bytes()], threading.Event()
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    if device.type != "cpu" or not STATM.is_file():
+        work()
+        return None
+    finished = threading.Event()
 
-        def watch():
-            while not stopped.wait(SAMPLING_INTERVAL):
-                sizes.append(_own_bytes())
+    def own_bytes() -> int:
+        _, resident, shared, *_ = map(int, STATM.read_text().split())
+        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        try:
-            yield lambda: max(*sizes, _own_bytes()) - sizes[0]
-        finally:
-            stopped.set()
-            thread.join()
+    def watch() -> None:
+        while not finished.wait(SAMPLING_INTERVAL):
+            sizes.append(own_bytes())
 
-
-def _own_bytes() -> int:
-    _, resident, shared, *_ = map(int, STATM.read_text().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Measuring
-# --------------------------------------------------------------------------------------------------------------------
+    sizes = [own_bytes()]
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        work()
+    finally:
+        finished.set()
+        thread.join()
+    return max(*sizes, own_bytes()) - sizes[0]
 
 
 def time_loading(pipeline: FineFacePipeline, folder: Path, repeats: int) -> tuple[float, float, int | None]:
     """Returns the seconds of a first load, the median of later ones, and the peak of memory in the first."""
-    device = pipeline.unet.device
+    device, seconds = pipeline.unet.device, []
 
-    def load() -> float:
+    def load() -> None:
         synchronize(device)
         started = time.perf_counter()
         pipeline.load_au_adapter(folder)
         synchronize(device)
-        return time.perf_counter() - started
+        seconds.append(time.perf_counter() - started)
 
-    with quiet(), peak_growth(device) as growth:
-        first = load()
-        peak = growth()
-        later = [load() for _ in range(repeats)]
-    return first, statistics.median(later), peak
-
-
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("benchmarks.bench_loading", __doc__)
-    parser.add_argument("--device", help="(default: the accelerator, if there is one)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "float16"])
-    parser.add_argument("--repeats", type=count, default=5, help="(default: 5)")
-    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the table to a file as well")
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    return args
+    with quiet():
+        peak = peak_growth(device, load)
+        for _ in range(repeats):
+            load()
+    return seconds[0], statistics.median(seconds[1:]), peak
 
 
-def run(args: argparse.Namespace, unet_config: dict) -> None:
-    report, rows = Report(args.output, args.device), []
-    for form, dtype in itertools.product(FORMS, args.dtypes):
+def make_tables(args: argparse.Namespace, unet_config: dict) -> Iterator[str]:
+    rows = []
+    for form, dtype in itertools.product(FORMS, ("float32", "float16")):
         with tempfile.TemporaryDirectory() as folder:
             size = write_adapter(Path(folder), unet_config, form)
             pipeline = make_pipeline(unet_config, args.device, DTYPES[dtype])
             first, later, peak = time_loading(pipeline, Path(folder), args.repeats)
-        sizes = (size, adapter_bytes(pipeline), peak)
-        file, stays, most = ("–" if size is None else f"{size / 2**20:.1f}" for size in sizes)
+        file, stays, most = (in_units(number, 2**20) for number in (size, adapter_bytes(pipeline), peak))
         rows.append([f"{form}, {dtype} UNet", file, f"{first:.2f}", f"{later:.2f}", stays, most])
         del pipeline
     header = ["", "files, MiB", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"]
-    report.add(markdown_table(header, rows))
+    yield markdown_table(header, rows)
 
 
 def main(argv: list[str] | None = None, unet_config: dict = SD21["unet"]) -> int:
-    return run_program(lambda: run(parse_args(argv), unet_config))
+    options = {"--repeats": {"type": count, "default": 5, "help": "(default: 5)"}}
+    tables = partial(make_tables, unet_config=unet_config)
+    return run_benchmark("benchmarks.bench_loading", __doc__, options, ({}, {}), tables, argv)
 
 
 if __name__ == "__main__":

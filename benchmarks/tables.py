@@ -1,45 +1,79 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Prints the results of benchmarks: Markdown tables under the names of the machine and the versions."""
+"""What all benchmarks share: options, and Markdown tables under the names of the machine and the versions."""
 
 import argparse
+import itertools
 import platform
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from program import write_atomically
+from program import Parser, pick_device, run_program, write_atomically
 
 
-class Report:
-    """Prints each part, and writes all parts to `path` after each, so that a run that was stopped leaves its parts."""
-
-    def __init__(self, path: Path | None, device: torch.device):
-        self.path, self.parts = path, []
-        packages = ("torch", "diffusers", "transformers", "peft")
-        versions = ", ".join(f"{name} {version(name)}" for name in packages)
-        self.add(f"{_device_name(device)}; Python {platform.python_version()}, {versions}.")
-
-    def add(self, part: str) -> None:
-        print(part, end="\n\n", flush=True)
-        self.parts.append(part)
-        if self.path is not None:
-            write_atomically(self.path, "\n\n".join(self.parts) + "\n")
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def _device_name(device: torch.device) -> str:
+def run_benchmark(
+    module: str,
+    description: str | None,
+    options: dict[str, dict],
+    defaults: tuple[dict, dict],
+    tables: Callable[[argparse.Namespace], Iterable[str]],
+    argv: list[str] | None,
+) -> int:
+    """
+    Run a benchmark from the command line, and return the exit status. Each part that `tables` yields for the parsed
+    arguments is printed, and the file of `--output` is written anew, so that a run that was stopped leaves its parts.
+
+    Args:
+        options (`dict`):
+            The arguments of `add_argument` by flag, beside `--device` and `--output`. `--count` takes no device.
+        defaults (pair of `dict`):
+            Values that are not given: on a CPU, and elsewhere.
+    """
+    parser = Parser(module, description)
+    parser.add_argument("--device", help="(default: the accelerator, if there is one)")
+    parser.add_argument("--output", type=Path, metavar="FILE.md", help="write the tables to a file as well")
+    for flag, option in options.items():
+        parser.add_argument(flag, **option)
+
+    def work() -> None:
+        args, parts = parser.parse_args(argv), []
+        args.device = torch.device("meta") if getattr(args, "count", False) else pick_device(args.device)
+        for name, value in defaults[args.device.type != "cpu"].items():
+            if getattr(args, name, None) is None:
+                setattr(args, name, value)
+        for part in itertools.chain([_machine(args.device)], tables(args)):
+            print(part, end="\n\n", flush=True)
+            parts.append(part)
+            if args.output is not None:
+                write_atomically(args.output, "\n\n".join(parts) + "\n")
+
+    return run_program(work)
+
+
+def _machine(device: torch.device) -> str:
+    """The device and the versions in words."""
     if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
-    if device.type == "meta":
-        return "no device"
-    if device.type != "cpu":
-        return f"{device.type} on {platform.platform()}"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0] or platform.machine()}, {torch.get_num_threads()} threads"
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    elif device.type == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        found = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
+        name = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
+    else:
+        name = "no device" if device.type == "meta" else f"{device.type} on {platform.platform()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
+    return f"{name}; Python {platform.python_version()}, {versions}."
+
+
+def in_units(number: float | None, unit: int) -> str:
+    """A number of bytes as a cell of a table; "–" where it could not be measured."""
+    return "–" if number is None else f"{number / unit:,.1f}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -52,3 +86,8 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on.")
     return int(text)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
