@@ -64,6 +64,11 @@ FEEDBACK_TRIALS = {
     "au_dropout": Trial("all steps, with AU dropout", {"au_drop_prob": 0.1}),
     "direct": Trial("all steps, a few vectors for each layer in place of the encoder", encoder_type="direct"),
     "interactions": Trial("all steps, an encoder that can hold interactions of AUs", encoder_type="res_3mlp"),
+    "whole": Trial(
+        "… and tones and colours stay those of the neutral face",
+        {"au_feedback_appearance_weight": 50.0},
+        encoder_type="res_3mlp",
+    ),
 }
 PROBE_STEPS = 5
 """Steps that are timed to find out how many the budget pays for. They are the first ones of the training."""
