@@ -184,8 +184,8 @@ def test_aus_are_those_that_the_adapter_knows(tiny_sd_dir, tmp_path, capsys):
     assert main([*args, "--presets", "smirk", "polite smile", "--overwrite"]) == 0
     assert read_metadata(tmp_path / "a.png")["rows"] == [["AU12R=4", "AU12=3"]]
     capsys.readouterr()
-    assert main([*args, "--aus", "6C"]) != 0
-    assert_one_error_line(capsys, "knows AU4, AU12L, AU12R, AU26. The nearest is AU")
+    assert main([*args, "--aus", "27C"]) != 0
+    assert_one_error_line(capsys, "knows AU4, AU12L, AU12R, AU26. The nearest is AU26")
     (tmp_path / "adapter" / "au_encoder" / "config.json").write_text('{"au_names": ["AU3"]}')
     assert main([*args, "--aus", "4C"]) != 0
     assert_one_error_line(capsys, "config.json: `au_names` holds 'AU3'")
