@@ -10,7 +10,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, au_columns, whole_au
 from evaluation.metrics import (
     HARD_AUS,
     NO_FIGURE,
@@ -198,11 +198,11 @@ def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tupl
     yield "au_mse", group, np.mean, au_mse(commanded, measured) if part == "single" else np.square(y - x)
     if part == "single":
         yield "unrequested", group, np.mean, unrequested_movement(commanded, measured, neutral)
-        names = commanded_aus(group)
-        other = names[column][:-1] + {"L": "R", "R": "L"}.get(names[column][-1], "")
-        if other in names and x.max() == 5:
-            moved = np.abs(measured - neutral)[:, names.index(other)]
-            yield "other_side", group[x == 5], np.mean, moved[x == 5]
+        names, full = commanded_aus(group), x == 5
+        for other in au_columns(names)[whole_au(names[column])]:
+            if other != column and full.any():
+                moved = np.abs(measured - neutral)[full, other]
+                yield "other_side", group[full], np.mean, moved
 
 
 def _extrapolation_statistics(group: pd.DataFrame, column: int) -> Iterator[tuple]:

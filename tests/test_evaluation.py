@@ -643,6 +643,8 @@ def test_figures_are_of_the_aus_of_the_adapter_that_the_meter_reads():
     leaking.loc[leaking["AU12L"] == 5, "measured_AU12R"] += [0.2, 0.6]
     leaks = report.summarize(leaking, draws=20).query("metric == 'other_side'").set_index("au")["value"]
     assert leaks.to_dict() == pytest.approx({"AU12L": 0.4, "AU12R": 0.0})
+    # AU12 is no side of AU1.
+    assert "other_side" not in set(report.summarize(results_of_a_perfect_model(AU_NAMES), draws=20)["metric"])
     unmeasured = {"perfect": report.unmeasured_aus(results)}
     text = report.format_report(summary, settings, "", [], unmeasured)
     assert "It does not read AU43L, AU43R. Pictures that command these are in none" in text
