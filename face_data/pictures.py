@@ -93,13 +93,13 @@ def box_columns(
     """
     parts = np.float64(corners) / (np.float64([*placed.size, *placed.size]) if in_pixels else 1.0)
     left, top, right, bottom = cut = parts.clip(0, 1)
-    is_guessed, note = placed.is_turned and not is_upright, None
+    box, note = dict(zip(FACE_BOX, cut.round(6).tolist(), strict=True)), None
+    is_guessed = placed.is_turned and not is_upright
     # A box of the pixels as they are stored may reach beyond the picture as it is shown.
     if not (left < right and top < bottom) or (is_guessed and (cut != parts).any()):
-        cut, note = (), "the face's box left out, because it is not within the picture"
+        box, note = {}, "the face's box left out, because it is not within the picture"
     elif is_guessed:
         note = "the face's box taken for that of the picture as it is shown"
-    box = dict(zip(FACE_BOX, np.round(cut, 6).tolist(), strict=False))
     return box, "; ".join(filter(None, (placed.note, note))) or None
 
 
