@@ -15,7 +15,6 @@ On processors with AMX and a C++ compiler, `--mixed_precision bf16 --compile` tr
 """
 
 import json
-import re
 import shutil
 import sys
 import time
@@ -35,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
-from action_units import AU_NAMES, au_projection, mirrored_columns
+from action_units import AU_NAMES, action_units_of, au_projection, mirrored_columns
 from au_encoder import write_au_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from program import TOY_MODEL, Parser, new_folder, pick_device, replacing, run_program
@@ -659,7 +658,7 @@ def leave_one_au(commanded: torch.Tensor, symmetric: bool, rng: np.random.Genera
     Replace half of the commands, `(batch, 24)`, by one AU alone, on both sides, from 0.6 to 5: what a single AU does
     wrong is hardly seen in an expression of many. With `symmetric` it is one of the paper's AUs.
     """
-    names = AU_NAMES if symmetric else tuple(dict.fromkeys(re.sub("[LR]$", "", name) for name in TOY_AU_NAMES))
+    names = AU_NAMES if symmetric else [unit.name for unit in action_units_of(TOY_AU_NAMES)]
     batch = len(commanded)
     alone = au_projection(names, TOY_AU_NAMES)[rng.integers(len(names), size=batch)]
     alone = alone * torch.from_numpy(rng.uniform(0.6, 5, (batch, 1))).float()
