@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a run: the paper's Figs. 4, 5, 6 and 8 as grids of pictures, dose–response curves, and a heat map."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,98 +11,67 @@ from PIL import Image, ImageDraw, ImageFont
 
 from drawing.contact_sheet import GREY, INK, Table, draw_sheet
 from evaluation.meters import read_picture
-from evaluation.report import by_meter, commanded_aus, intensities, with_neutral, without_unmeasured
+from evaluation.report import by_meter, commanded_aus, intensities, with_neutral
+from evaluation.testset import Item
 
 
 PICTURE_SIDE = 128
 MAX_COLUMNS = 10
+MAX_COMBINATIONS = 19
 CURVE, OTHER_CURVE = "#1f6fb2", "#c9d6e2"
 
 
-def draw_all(results: pd.DataFrame, pictures: Path) -> dict[str, Image.Image]:
-    """Draw every figure for which `results` have the pictures. Returns the drawings by name."""
-    shown = results.drop_duplicates("name")
-    shown = shown[shown["prompt_index"] == shown["prompt_index"].min()]
+def draw_all(items: Sequence[Item], results: pd.DataFrame, folder: Path) -> dict[str, Image.Image]:
+    """
+    Draw the figures of a run by name: grids with the pictures of the first prompt, which are in `folder`, and charts
+    of each meter. Figures that show parts which the run does not have are left out.
+    """
+    prompt, au_names = items[0].prompt, commanded_aus(results)
+    shown = [item for item in items if item.prompt == prompt]
+    alone = {item.aus: item.name for item in shown if item.part != "combination"}
+    combinations = [item for item in shown if item.part == "combination"][:MAX_COMBINATIONS]
+    grids = {}
+    for figure, names in (
+        ("figure4_single_aus", {au: alone.get(f"{au}=5") for au in au_names}),
+        ("figure5_combinations", {item.aus.replace("AU", ""): item.name for item in combinations}),
+    ):
+        columns = [("neutral", alone[""]), *names.items()]
+        bands = [columns[start : start + MAX_COLUMNS] for start in range(0, len(columns), MAX_COLUMNS)]
+        if names:
+            grids[figure] = [Table([[name for _, name in band]], [], [label for label, _ in band]) for band in bands]
+    for figure, values in (
+        ("figure6_intensity", (0, 1, 2, 3, 4, 5)),
+        ("figure8_extrapolation", (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8)),
+    ):
+        rows = [[alone.get(f"{au}={value}" if value else "") for value in values] for au in au_names]
+        grids[figure] = [Table(rows, au_names, list(map(str, values)))]
     drawings = {
-        "figure4_single_aus": figure4(shown, pictures),
-        "figure5_combinations": figure5(shown, pictures),
-        "figure6_intensity": intensity_sheet(shown, pictures, (0, 1, 2, 3, 4, 5)),
-        "figure8_extrapolation": intensity_sheet(shown, pictures, (-3, -2, -1, 0, 2, 4, 5, 6, 7, 8)),
+        figure: draw_bands([table.map(folder.joinpath) for table in bands], f"{prompt.text} · seed {prompt.seed}")
+        for figure, bands in grids.items()
+        if not any(None in row for table in bands for row in table.rows)
     }
     for meter, table in by_meter(results):
-        measured = with_neutral(without_unmeasured(table))
+        measured = with_neutral(table)
         if (measured["part"] == "single").any():
             drawings[f"dose_response_{meter}"] = draw_dose_response(measured, meter)
             drawings[f"heat_map_{meter}"] = draw_heat_map(measured, meter)
-    return {name: image for name, image in drawings.items() if image is not None}
+    return drawings
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Grids of pictures
-# --------------------------------------------------------------------------------------------------------------------
+def draw_bands(tables: Sequence[Table[Path]], title: str) -> Image.Image:
+    """Draw tables of picture files one below the other."""
 
+    def open_small(path: Path) -> Image.Image:
+        image = read_picture(path)
+        return image if image.height <= PICTURE_SIDE else image.resize((PICTURE_SIDE, PICTURE_SIDE))
 
-def figure4(rows: pd.DataFrame, pictures: Path) -> Image.Image | None:
-    """Draw the neutral face and each AU alone at 5. None if a picture is missing."""
-    names = {"neutral": _name_of(rows, "neutral")}
-    names |= {au: _name_of(rows, "single", au, 5) for au in commanded_aus(rows)}
-    return None if None in names.values() else _in_bands(names, pictures, _title(rows))
-
-
-def figure5(rows: pd.DataFrame, pictures: Path, count: int = 19) -> Image.Image | None:
-    """Draw the neutral face and the first `count` combinations. None if there is no combination."""
-    names = {"neutral": _name_of(rows, "neutral")}
-    for _, row in rows[rows["part"] == "combination"].head(count).iterrows():
-        names[" ".join(f"{au[2:]}={row[au]:g}" for au in commanded_aus(rows) if row[au])] = row["name"]
-    return None if len(names) == 1 else _in_bands(names, pictures, _title(rows))
-
-
-def intensity_sheet(rows: pd.DataFrame, pictures: Path, values: tuple[int, ...]) -> Image.Image | None:
-    """Draw each AU at `values`, in a row of its own. None if a picture is missing."""
-
-    def name_at(au: str, value: int) -> str | None:
-        return _name_of(rows, "single" if 0 <= value <= 5 else "extrapolation", au, value)
-
-    au_names, neutral = commanded_aus(rows), _name_of(rows, "neutral")
-    names = [[neutral if value == 0 else name_at(au, value) for value in values] for au in au_names]
-    if any(None in row for row in names):
-        return None
-    table = Table(names, au_names, [f"{value}" for value in values])
-    return draw_sheet([[table.map(lambda name: _open(pictures, name))]], _title(rows))
+    return draw_sheet([[table.map(open_small)] for table in tables], title)
 
 
 def draw_comparison(folders: dict[str, Path], names: dict[str, str], title: str) -> Image.Image:
     """Draw the same pictures of several runs: a row for each of `folders`, a column for each of `names`."""
-    rows = [[_open(folder, name) for name in names.values()] for folder in folders.values()]
-    return draw_sheet([[Table(rows, list(folders), list(names))]], title)
-
-
-def _name_of(rows: pd.DataFrame, part: str, au: str | None = None, value: float = 0) -> str | None:
-    """The file name of the picture of a part in which `au`, if it is given, has this value; None if there is none."""
-    found = rows.loc[(rows["part"] == part) & (True if au is None else rows[au] == value), "name"]
-    return None if found.empty else found.iloc[0]
-
-
-def _open(pictures: Path, name: str) -> Image.Image:
-    image = read_picture(pictures / name)
-    return image if image.height <= PICTURE_SIDE else image.resize((PICTURE_SIDE, PICTURE_SIDE))
-
-
-def _title(rows: pd.DataFrame) -> str:
-    return f"{rows['prompt'].iloc[0]} · seed {rows['seed'].iloc[0]}"
-
-
-def _in_bands(names: dict[str, str], pictures: Path, title: str) -> Image.Image:
-    """Draw pictures in rows of `MAX_COLUMNS`. `names` has their file names by their labels."""
-    labels = list(names)
-    parts = [labels[start : start + MAX_COLUMNS] for start in range(0, len(labels), MAX_COLUMNS)]
-    bands = [[Table([[_open(pictures, names[label]) for label in part]], [], part)] for part in parts]
-    return draw_sheet(bands, title)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Charts
-# --------------------------------------------------------------------------------------------------------------------
+    rows = [[folder / name for name in names.values()] for folder in folders.values()]
+    return draw_bands([Table(rows, list(folders), list(names))], title)
 
 
 def draw_dose_response(measured: pd.DataFrame, meter: str, side: int = 220) -> Image.Image:

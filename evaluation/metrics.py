@@ -89,8 +89,8 @@ class Figure:
     value: float
     low: float
     high: float
-    num_pictures: int
-    num_prompts: int
+    pictures: int
+    prompts: int
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"

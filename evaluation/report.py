@@ -4,8 +4,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
-from types import MappingProxyType
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -26,6 +25,7 @@ from evaluation.metrics import (
 
 MEASURED = [f"measured_{name}" for name in AU_NAMES]
 """The columns of measurements for the paper's twelve AUs."""
+SUMMARY_COLUMNS = ["meter", "part", "au", "metric", "value", "low", "high", "pictures", "prompts"]
 PICTURE_METRICS = ("clip_i", "agreement", "outside", "reference_similarity", "seconds")
 WITHOUT_HARD = " without " + ", ".join(HARD_AUS)
 METRIC_NAMES = {
@@ -71,31 +71,27 @@ def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
             The number of bootstrap draws.
 
     Returns:
-        `pd.DataFrame` with the columns `meter`, `part`, `au` ("" for all together), `metric`, `value`, `low`, `high`,
-        `pictures`, `prompts`. The metric `no_face` counts pictures in which the meter found no face. They are in no
-        other figure.
+        `pd.DataFrame` with the columns `SUMMARY_COLUMNS`. `au` is "" for all together. The metric `no_face` counts
+        pictures in which the meter found no face. They are in no other figure.
     """
     rows = []
 
-    def add(meter: str, part: str, au: str, metric: str, figure: Figure) -> None:
-        rows.append({"meter": meter, "part": part, "au": au, "metric": metric, **asdict(figure)})
-
-    def compute(meter: str, part: str, au: str, metric: str, group: pd.DataFrame, statistic: Callable, *columns):
+    def add(meter: str, part: str, au: str, metric: str, group: pd.DataFrame, statistic: Callable, *columns) -> None:
         figure = bootstrap(statistic, *columns, prompts=group["prompt_index"].to_numpy(), draws=draws)
-        add(meter, part, au, metric, figure)
+        rows.append((meter, part, au, metric, *astuple(figure)))
 
     for part, group in results.drop_duplicates("name").groupby("part", sort=False):
         for metric in PICTURE_METRICS:
             if metric in group and group[metric].notna().any() and (part, metric) != ("neutral", "clip_i"):
                 statistic = np.median if metric == "seconds" else np.mean
-                compute("", part, "", metric, group, statistic, group[metric].to_numpy(float))
+                add("", part, "", metric, group, statistic, group[metric].to_numpy(float))
     for meter, table in by_meter(results):
         for part, group in table.groupby("part", sort=False):
-            missing = int((group["num_faces"] == 0).sum())
-            add(meter, part, "", "no_face", Figure(missing, missing, missing, len(group), 0))
-        for part, au, metric, *computed in _statistics(with_neutral(without_unmeasured(table))):
-            compute(meter, part, au, metric, *computed)
-    return pd.DataFrame(rows).rename(columns={"num_pictures": "pictures", "num_prompts": "prompts"})
+            missing = (group["num_faces"] == 0).sum()
+            rows.append((meter, part, "", "no_face", missing, missing, missing, len(group), 0))
+        for computed in _statistics(with_neutral(table)):
+            add(meter, *computed)
+    return pd.DataFrame(rows, columns=SUMMARY_COLUMNS)
 
 
 def by_meter(results: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame]]:
@@ -114,16 +110,14 @@ def unmeasured_aus(table: pd.DataFrame) -> list[str]:
     return [name for name in commanded_aus(table) if len(found) and found[f"measured_{name}"].isna().all()]
 
 
-def without_unmeasured(table: pd.DataFrame) -> pd.DataFrame:
-    """Leave out the AUs that the meter of a table does not read, and the pictures that command one of them."""
-    unmeasured = unmeasured_aus(table)
-    kept = table[(table[unmeasured] == 0).all(axis=1)]
-    return kept.drop(columns=[*unmeasured, *(f"measured_{name}" for name in unmeasured)])
-
-
 def with_neutral(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep the pictures in which the meter found a face, and add its readings of their neutral face: `neutral_…`."""
-    found = table[table["num_faces"] > 0]
+    """
+    Prepare the rows of one meter: leave out AUs that it does not read, pictures that command one of them, and pictures
+    without a face, and add its readings of the neutral face of each prompt: `neutral_…`.
+    """
+    unmeasured = unmeasured_aus(table)
+    found = table[(table["num_faces"] > 0) & (table[unmeasured] == 0).all(axis=1)]
+    found = found.drop(columns=[*unmeasured, *(f"measured_{name}" for name in unmeasured)])
     neutral = found[found["part"] == "neutral"].set_index("prompt_index").filter(regex="^measured_")
     return found.join(neutral.rename(columns=lambda name: name.replace("measured_", "neutral_")), on="prompt_index")
 
@@ -136,42 +130,41 @@ def intensities(table: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def _statistics(table: pd.DataFrame) -> Iterator[tuple]:
-    """Yield part, AU ("" for all), metric, the pictures that it is computed from, the statistic, and its columns."""
-    for part in ("single", "combination"):
+    """Yield part, AU ("" for all), metric, the pictures, the statistic, and its columns; NaN leaves a picture out."""
+    for part in ("single", "combination", "extrapolation"):
         group = table[table["part"] == part]
-        if not group.empty:
+        if group.empty:
+            continue
+        if part == "extrapolation":
+            group = table[table["part"].isin(("single", part))]
+        else:
             for metric, *computed in _overall_statistics(group, part):
-                yield part, "", metric, *computed
-            for column, au in enumerate(commanded_aus(table)):
-                chosen = group if part == "combination" else group[group[au] != 0]
-                if not chosen.empty:
-                    for metric, *computed in _au_statistics(chosen, part, column):
-                        yield part, au, metric, *computed
-    if (table["part"] == "extrapolation").any():
-        alone = table[table["part"].isin(("single", "extrapolation"))]
+                yield part, "", metric, group, *computed
         for column, au in enumerate(commanded_aus(table)):
-            for metric, *computed in _extrapolation_statistics(alone[alone[au] != 0], column):
-                yield "extrapolation", au, metric, *computed
+            chosen = group if part == "combination" else group[group[au] != 0]
+            if not chosen.empty:
+                for metric, *computed in _au_statistics(chosen, part, column):
+                    yield part, au, metric, chosen, *computed
 
 
 def _overall_statistics(group: pd.DataFrame, part: str) -> Iterator[tuple]:
     commanded, measured, neutral = intensities(group)
     easy = ~is_hard(commanded_aus(group))
     errors = au_mse(commanded, measured)
-    yield "au_mse", group, np.mean, errors
+    yield "au_mse", np.mean, errors
     # If a hard AU was commanded alone, its picture is left out; in a combination, only its column is.
     kept = (commanded[:, ~easy] == 0).all(axis=1) | (part == "combination")
-    yield "au_mse_easy", group[kept], np.mean, au_mse(commanded[:, easy], measured[:, easy])[kept]
+    yield "au_mse_easy", np.mean, np.where(kept, au_mse(commanded[:, easy], measured[:, easy]), np.nan)
     for domain in ("in", "out"):
         of_domain = (group["domain"] == domain).to_numpy()
         if of_domain.any():
-            yield f"au_mse_{domain}", group[of_domain], np.mean, errors[of_domain]
-    yield "au_mse_neutral", group, np.mean, au_mse(commanded, neutral)
-    yield "unrequested", group, np.mean, unrequested_movement(commanded, measured, neutral)
+            yield f"au_mse_{domain}", np.mean, np.where(of_domain, errors, np.nan)
+    yield "au_mse_neutral", np.mean, au_mse(commanded, neutral)
+    yield "unrequested", np.mean, unrequested_movement(commanded, measured, neutral)
     for metric, function in (("r", pearson), ("slope", slope)):
         statistic = _mean_over_aus(function, only_where_commanded=part == "single")
-        yield metric, group, statistic, commanded, measured
-        yield f"{metric}_easy", group, statistic, commanded[:, easy], measured[:, easy]
+        yield metric, statistic, commanded, measured
+        yield f"{metric}_easy", statistic, commanded[:, easy], measured[:, easy]
 
 
 def _mean_over_aus(function: Callable, only_where_commanded: bool) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -192,27 +185,23 @@ def _mean_over_aus(function: Callable, only_where_commanded: bool) -> Callable[[
 
 def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tuple]:
     commanded, measured, neutral = intensities(group)
-    x, y = commanded[:, column], measured[:, column]
-    yield "r", group, pearson, x, y
-    yield "slope", group, slope, x, y
-    yield "au_mse", group, np.mean, au_mse(commanded, measured) if part == "single" else np.square(y - x)
-    if part == "single":
-        yield "unrequested", group, np.mean, unrequested_movement(commanded, measured, neutral)
-        names, full = commanded_aus(group), x == 5
+    moved = measured - neutral
+    x, y = commanded[:, column], (moved if part == "extrapolation" else measured)[:, column]
+    yield "r", pearson, x, y
+    yield "slope", slope, x, y
+    if part == "combination":
+        yield "au_mse", np.mean, np.square(y - x)
+    elif part == "single":
+        yield "au_mse", np.mean, au_mse(commanded, measured)
+        yield "unrequested", np.mean, unrequested_movement(commanded, measured, neutral)
+        names = commanded_aus(group)
         for other in au_columns(names)[whole_au(names[column])]:
-            if other != column and full.any():
-                moved = np.abs(measured - neutral)[full, other]
-                yield "other_side", group[full], np.mean, moved
-
-
-def _extrapolation_statistics(group: pd.DataFrame, column: int) -> Iterator[tuple]:
-    commanded, measured, neutral = intensities(group)
-    x, moved = commanded[:, column], (measured - neutral)[:, column]
-    yield "r", group, pearson, x, moved
-    yield "slope", group, slope, x, moved
-    for value in sorted({min(x), 5, max(x)}):
-        if (x == value).any():
-            yield f"change_at_{value:g}", group[x == value], np.mean, moved[x == value]
+            if other != column and (x == 5).any():
+                yield "other_side", np.mean, np.where(x == 5, np.abs(moved[:, other]), np.nan)
+    else:
+        for value in sorted({min(x), 5, max(x)}):
+            if (x == value).any():
+                yield f"change_at_{value:g}", np.mean, np.where(x == value, y, np.nan)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -228,8 +217,7 @@ def find_figure(summary: pd.DataFrame, metric: str, part: str, meter: str = "", 
     rows = summary[np.logical_and.reduce(is_it)]
     if rows.empty:
         return NO_FIGURE
-    row = rows.iloc[0]
-    return Figure(row["value"], row["low"], row["high"], int(row["pictures"]), int(row["prompts"]))
+    return Figure(*rows.iloc[0][SUMMARY_COLUMNS[4:]])
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -241,7 +229,7 @@ def format_report(
     settings: dict,
     agreement_name: str,
     pictures: list[str],
-    unmeasured: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    unmeasured: Mapping[str, Sequence[str]],
 ) -> str:
     """Write the report as Markdown. `unmeasured` has the AUs that a meter does not read, by its name."""
     names = ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
@@ -266,11 +254,11 @@ def format_report(
 
 def _metric_table(summary: pd.DataFrame, metrics: Iterable[str], parts: list[str], meter: str) -> list[str]:
     figures = {metric: [find_figure(summary, metric, part, meter) for part in parts] for metric in metrics}
-    figures = {metric: row for metric, row in figures.items() if any(figure.num_pictures for figure in row)}
+    figures = {metric: row for metric, row in figures.items() if any(figure.pictures for figure in row)}
     if not figures:
         return ["Nothing was measured."]
     rows = [[METRIC_NAMES[metric], *(f"{figure:.3f}" for figure in row)] for metric, row in figures.items()]
-    counts = [str(max(figure.num_pictures for figure in column)) for column in zip(*figures.values(), strict=True)]
+    counts = [str(max(figure.pictures for figure in column)) for column in zip(*figures.values(), strict=True)]
     return markdown_table(["", *(PART_NAMES[part] for part in parts)], [*rows, ["pictures", *counts]])
 
 
@@ -291,5 +279,5 @@ def _au_table(summary: pd.DataFrame, part: str, meter: str) -> list[str]:
     body = []
     for au in rows["au"].unique():
         figures = [find_figure(summary, metric, part, meter, au) for metric in metrics]
-        body.append([au, *(f"{figure}" for figure in figures), str(figures[0].num_pictures)])
+        body.append([au, *(f"{figure}" for figure in figures), str(figures[0].pictures)])
     return ["", f"### Each AU: {PART_NAMES[part]}", "", *markdown_table(["AU", *header, "pictures"], body)]

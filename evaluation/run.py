@@ -17,7 +17,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field
+from dataclasses import MISSING, asdict, astuple, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -26,18 +26,28 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
+from PIL import Image
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
 from drawing.jobs import make_job, read_model_defaults
 from drawing.model import Weights, check_weights, quiet, read_au_names
-from evaluation import figures, report, testset
-from evaluation.image_encoders import ImageEncoder, make_image_encoder
+from evaluation import figures, report
+from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
 from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_toy_model
-from evaluation.testset import Item
+from evaluation.testset import (
+    COMBINATIONS,
+    PARTS,
+    PROMPTS,
+    TOY_PROMPTS,
+    Item,
+    make_items,
+    read_combinations,
+    read_prompts,
+)
 from program import (
     TOY_MODEL,
     Parser,
@@ -99,8 +109,8 @@ class EvaluationConfig:
     reference_images: Path | None = evaluated(None, "its pictures, one for each prompt in turn", metavar="DIR")
 
     prompts: Path | None = tested(None, "CSV, or text with a prompt a line (default: 15 that suit the model)")
-    combinations: Path = tested(testset.COMBINATIONS, "CSV (default: the 50 of this repository)")
-    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=testset.PARTS[1:])
+    combinations: Path = tested(COMBINATIONS, "CSV (default: the 50 of this repository)")
+    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=PARTS[1:])
     limit: int | None = tested(None, "only so many prompts, the first ones", low=1)
     limit_combinations: int | None = tested(None, "only so many combinations, the first ones", low=1)
 
@@ -150,77 +160,6 @@ def parse_args(argv: list[str] | None) -> EvaluationConfig:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """A checked request, before anything is loaded."""
-
-    config: EvaluationConfig
-    weights: Weights
-    sampling: Sampling
-    dtype: str
-    items: list[Item]
-    au_names: tuple[str, ...]
-    """The AUs that the system draws."""
-    references: list[Path]
-    settings: dict
-    """Everything that the pictures depend on."""
-
-    def path(self, item: Item) -> Path:
-        return self.config.output / "pictures" / item.name
-
-    def reference(self, item: Item) -> Path:
-        return self.references[item.prompt.index % len(self.references)]
-
-    def missing(self) -> list[Item]:
-        return [item for item in self.items if not self.path(item).exists()]
-
-    def groups(self) -> dict[str, list[Item]]:
-        """The pictures of one prompt and part, which are measured together."""
-        groups: dict[str, list[Item]] = {}
-        for item in self.items:
-            groups.setdefault(f"p{item.prompt.index:02d}_{item.part}", []).append(item)
-        return groups
-
-
-def make_task(config: EvaluationConfig, device: torch.device) -> Task:
-    weights = Weights(config.model, config.adapter, config.adapter_variant)
-    check_weights(weights)
-    check_system(config.system, weights)
-    check_output(config.output, is_folder=True)
-    sampling = make_sampling(config)
-    default_prompts = testset.TOY_PROMPTS if is_toy_model(config.model) else testset.PROMPTS
-    prompts = testset.read_prompts(config.prompts or default_prompts)
-    au_names = read_au_names(weights) if config.system == "fineface" else AU_NAMES
-    combinations = []
-    if "combination" in config.parts:
-        combinations = testset.read_combinations(config.combinations, config.limit_combinations, au_names)
-    if config.ip_adapter is not None and not config.ip_adapter.is_file():
-        raise FileNotFoundError(f"`--ip-adapter` is {str(config.ip_adapter)!r}, which is no file.")
-    references = []
-    if config.reference_images is not None:
-        found = sorted(config.reference_images.glob("*"))
-        references = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
-        if not references:
-            folder = str(config.reference_images)
-            raise FileNotFoundError(f"`--reference-images` is {folder!r}, where there is no picture.")
-    dtype = config.dtype or ("float32" if device.type == "cpu" else "float16")
-    settings = {
-        "system": config.system,
-        "model": "toy_faces/weights" if Path(config.model).resolve() == TOY_MODEL else config.model,
-        "model_files": digest_if_folder(config.model),
-        "adapter": config.adapter,
-        "adapter_files": digest_if_folder(config.adapter),
-        "adapter_variant": config.adapter_variant,
-        "ip_adapter_file": file_digest(config.ip_adapter) if config.ip_adapter else None,
-        "reference_images": {path.name: file_digest(path) for path in references},
-        **asdict(sampling),
-        "dtype": dtype,
-        "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
-    }
-    items = testset.make_items(prompts[: config.limit], combinations, config.parts, au_names)
-    return Task(config, weights, sampling, dtype, items, au_names, references, settings)
-
-
 def make_sampling(config: EvaluationConfig) -> Sampling:
     defaults = read_model_defaults(config.model)
     if config.system != "fineface":
@@ -232,6 +171,19 @@ def make_sampling(config: EvaluationConfig) -> Sampling:
     # A job checks the ranges.
     make_job({"prompt": "any", **values}, spell_option)
     return Sampling(**values)
+
+
+def find_references(config: EvaluationConfig) -> list[Path]:
+    if config.ip_adapter is not None and not config.ip_adapter.is_file():
+        raise FileNotFoundError(f"`--ip-adapter` is {str(config.ip_adapter)!r}, which is no file.")
+    if config.reference_images is None:
+        return []
+    found = sorted(config.reference_images.glob("*"))
+    references = [path for path in found if path.suffix.lower() in PICTURE_SUFFIXES]
+    if not references:
+        folder = str(config.reference_images)
+        raise FileNotFoundError(f"`--reference-images` is {folder!r}, where there is no picture.")
+    return references
 
 
 def digest_if_folder(name: str | None) -> str | None:
@@ -249,210 +201,222 @@ def keep_settings(
         write_settings(path, settings)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Generation
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def generate(task: Task, state: PartialState) -> None:
-    """Draw this process's share of the missing pictures."""
-    missing, size = task.missing(), task.config.batch_size
-    # No process draws before all have looked, so that all divide the same list.
-    state.wait_for_everyone()
-    batches = share_of(state, [missing[start : start + size] for start in range(0, len(missing), size)])
-    if batches:
-        with quiet():
-            dtype = getattr(torch, task.dtype)
-            system = System(task.config.system, task.weights, state.device, dtype, task.sampling)
-            if task.config.ip_adapter is not None:
-                system.load_ip_adapter(task.config.ip_adapter)
-            total, finished = len(task.items), len(task.items) - len(missing)
-            silent = not state.is_main_process
-            with tqdm(desc="generate", total=total, initial=finished, unit="picture", disable=silent) as bar:
-                for number, batch in enumerate(batches):
-                    draw_batch(task, system, batch, is_first=number == 0)
-                    # The other processes are about as fast.
-                    bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
-    state.wait_for_everyone()
-
-
-def draw_batch(task: Task, system: System, batch: list[Item], is_first: bool) -> None:
-    references = None
-    if task.config.ip_adapter is not None:
-        references = [read_picture(task.reference(item)) for item in batch]
-    synchronize = torch.accelerator.synchronize if system.device.type != "cpu" else lambda: None
-    prompts, aus, seeds = zip(*((item.prompt.text, item.aus, item.prompt.seed) for item in batch), strict=True)
-    synchronize()
-    started = time.perf_counter()
-    images = system.draw(list(prompts), list(aus), list(seeds), references)
-    synchronize()
-    seconds = (time.perf_counter() - started) / len(batch)
-    for item, image in zip(batch, images, strict=True):
-        metadata = {
-            "prompt": item.prompt.text,
-            "aus": item.aus,
-            "seed": item.prompt.seed,
-            "part": item.part,
-            "system": task.config.system,
-            "batch_size": len(batch),
-            # The first call of a process is slower, because it warms up the device, so its time does not count.
-            "seconds": None if is_first else round(seconds, 4),
-        }
-        write_picture(image, task.path(item), metadata)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Measurement
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def measure(
-    name: str, task: Task, settings: dict, measure_group: Callable[[list[Item]], pd.DataFrame], state: PartialState
-) -> None:
-    """
-    Measure this process's share of the groups of pictures that have no table yet, and write their tables into
-    OUTPUT/measurements/`name`. A table appears when it is complete.
-    """
-    folder = task.config.output / "measurements" / name
-    keep_settings(folder / "settings.json", settings, "measurements", state)
-    groups = [(folder / f"{key}.csv", items) for key, items in task.groups().items()]
-    groups = [(path, items) for path, items in groups if not is_measured(path, items)]
-    state.wait_for_everyone()
-    mine = share_of(state, groups)
-    with quiet():
-        for path, items in tqdm(mine, desc=f"measure: {name}", unit="group", disable=not state.is_main_process):
-            write_atomically(path, measure_group(items).to_csv(index=False))
-    state.wait_for_everyone()
-
-
 def is_measured(path: Path, items: list[Item]) -> bool:
     return path.exists() and {item.name for item in items} <= set(pd.read_csv(path)["name"])
 
 
-def measure_aus(task: Task, meter: Meter, items: list[Item]) -> pd.DataFrame:
-    readings = meter.measure([task.path(item) for item in items])
-    table = pd.DataFrame({"name": [item.name for item in items], "num_faces": [r.num_faces for r in readings]})
-    table[[f"measured_{name}" for name in task.au_names]] = np.stack([reading.aus for reading in readings])
-    return table
+class Evaluation:
+    """
+    A checked request. Creating one loads no model and writes nothing.
 
+    `items` are the pictures, `au_names` the AUs that the system draws, and `settings` all that the pictures depend on.
+    """
 
-def compare_pictures(
-    task: Task, encoder: ImageEncoder | None, face_box: tuple[float, ...] | None, items: list[Item]
-) -> pd.DataFrame:
-    """Measure what needs no meter: likeness to the neutral picture, agreement with the prompt, and time."""
-    images = [read_picture(task.path(item)) for item in items]
-    neutral = read_picture(task.path(Item("neutral", items[0].prompt, "")))
-    table = pd.DataFrame({"name": [item.name for item in items]})
-    table["seconds"] = [read_metadata(task.path(item)).get("seconds") for item in items]
-    if face_box is not None:
-        pixels = np.asarray(neutral)
-        table["outside"] = [outside_change(np.asarray(image), pixels, face_box) for image in images]
-    if encoder is not None:
-        parts = [images[start : start + EMBEDDED_AT_ONCE] for start in range(0, len(images), EMBEDDED_AT_ONCE)]
-        embeddings = np.concatenate([encoder.embed(part) for part in parts])
-        others = {"clip_i": neutral}
-        if task.references:
-            others["reference_similarity"] = read_picture(task.reference(items[0]))
-        for column, other in others.items():
-            table[column] = clip_similarity(embeddings, encoder.embed([other]))
-        prompt = items[0].prompt.text
-        table["agreement"] = np.concatenate([encoder.agreement(part, [prompt] * len(part)) for part in parts])
-    return table
-
-
-def collect(task: Task, meters: list[str]) -> pd.DataFrame:
-    """Join all measurements to one table with a row for each picture and meter."""
-    commands = pd.DataFrame(
-        {
-            "name": item.name,
-            "part": item.part,
-            "prompt_index": item.prompt.index,
-            "prompt": item.prompt.text,
-            "domain": item.prompt.domain,
-            "seed": item.prompt.seed,
-            "number": item.number,
+    def __init__(self, config: EvaluationConfig, state: PartialState):
+        self.config, self.state = config, state
+        self.weights = Weights(config.model, config.adapter, config.adapter_variant)
+        check_weights(self.weights)
+        check_system(config.system, self.weights)
+        check_output(config.output, is_folder=True)
+        self.sampling, self.is_toy = make_sampling(config), is_toy_model(config.model)
+        prompts = read_prompts(config.prompts or (TOY_PROMPTS if self.is_toy else PROMPTS))
+        self.au_names = read_au_names(self.weights) if config.system == "fineface" else AU_NAMES
+        combinations = []
+        if "combination" in config.parts:
+            combinations = read_combinations(config.combinations, self.au_names)[: config.limit_combinations]
+        self.items = make_items(prompts[: config.limit], combinations, config.parts, self.au_names)
+        # The pictures of one prompt and part are measured together, and have a table of their own.
+        self.groups: dict[str, list[Item]] = {}
+        for item in self.items:
+            self.groups.setdefault(f"p{item.prompt.index:02d}_{item.part}.csv", []).append(item)
+        self.references = find_references(config)
+        self.dtype = config.dtype or ("float32" if state.device.type == "cpu" else "float16")
+        self.settings = {
+            "system": config.system,
+            "model": "toy_faces/weights" if Path(config.model).resolve() == TOY_MODEL else config.model,
+            "model_files": digest_if_folder(config.model),
+            "adapter": config.adapter,
+            "adapter_files": digest_if_folder(config.adapter),
+            "adapter_variant": config.adapter_variant,
+            "ip_adapter_file": file_digest(config.ip_adapter) if config.ip_adapter else None,
+            "reference_images": {path.name: file_digest(path) for path in self.references},
+            **asdict(self.sampling),
+            "dtype": self.dtype,
+            "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
         }
-        for item in task.items
-    )
-    commands[list(task.au_names)] = read_aus([item.aus for item in task.items], au_names=task.au_names)
+        self.missing = [item for item in self.items if not self.path(item).exists()]
+        if config.only != "generate":
+            self._make_instruments()
+        if config.only == "measure" and self.missing:
+            folder = str(config.output / "pictures")
+            raise FileNotFoundError(
+                f"{len(self.missing)} of {len(self.items)} pictures are missing in {folder!r}, the first of them"
+                f" {self.missing[0].name!r}. Run without `--only measure`, which makes them."
+            )
 
-    def read(name: str) -> pd.DataFrame:
-        folder = task.config.output / "measurements" / name
-        return pd.concat([pd.read_csv(folder / f"{key}.csv") for key in task.groups()])
+    def _make_instruments(self) -> None:
+        """Models of the toy world default to their own."""
+        config, device = self.config, self.state.device
+        # The first meter has taught the adapter, so it must not judge.
+        specs = config.meters or ([f"toy:{Path(config.model) / 'second_meter'}"] if self.is_toy else [])
+        self.meters = [make_meter(spec, device, self.au_names) for spec in specs]
+        names = [meter.name for meter in self.meters]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
+        encoder_spec = config.image_encoder or (f"toy:{config.model}" if self.is_toy else None)
+        if not names and encoder_spec is None:
+            raise ValueError("There is nothing to measure with: name a `--meter`, an `--image-encoder`, or both.")
+        self.encoder = make_image_encoder(encoder_spec, device) if encoder_spec else None
+        self.face_box = config.face_box or (TOY_FACE_BOX if self.is_toy else None)
 
-    pictures = commands.merge(read("pictures"), on="name", how="left", validate="one_to_one")
-    tables = [pictures.merge(read(name), on="name", validate="one_to_one").assign(meter=name) for name in meters]
-    return pd.concat(tables, ignore_index=True) if tables else pictures.assign(meter="")
+    def path(self, item: Item) -> Path:
+        return self.config.output / "pictures" / item.name
 
+    def reference(self, item: Item) -> Image.Image:
+        return read_picture(self.references[item.prompt.index % len(self.references)])
 
-def write_results(task: Task, results: pd.DataFrame, agreement_name: str) -> Path:
-    output = task.config.output
-    write_atomically(output / "results.csv", results.to_csv(index=False))
-    with replacing(output / "results.parquet") as unfinished:
-        results.to_parquet(unfinished, index=False)
-    summary = report.summarize(results, task.config.bootstrap_draws)
-    write_atomically(output / "summary.csv", summary.to_csv(index=False))
-    drawings = {f"figures/{name}.png": image for name, image in figures.draw_all(results, output / "pictures").items()}
-    for name, image in drawings.items():
-        write_png(image, output / name)
-    unmeasured = {meter: report.unmeasured_aus(table) for meter, table in report.by_meter(results)}
-    text = report.format_report(summary, task.settings, agreement_name, list(drawings), unmeasured)
-    write_atomically(output / "report.md", text)
-    return output / "report.md"
+    # ---- generation ------------------------------------------------------------------------------------------------
 
+    def generate(self) -> None:
+        """Draw this process's share of the missing pictures."""
+        missing, size, state = self.missing, self.config.batch_size, self.state
+        batches = share_of(state, [missing[start : start + size] for start in range(0, len(missing), size)])
+        if batches:
+            with quiet():
+                dtype = getattr(torch, self.dtype)
+                system = System(self.config.system, self.weights, state.device, dtype, self.sampling)
+                if self.config.ip_adapter is not None:
+                    system.load_ip_adapter(self.config.ip_adapter)
+                total, finished = len(self.items), len(self.items) - len(missing)
+                silent = not state.is_main_process
+                with tqdm(desc="generate", total=total, initial=finished, unit="picture", disable=silent) as bar:
+                    for number, batch in enumerate(batches):
+                        self._draw_batch(system, batch, is_first=number == 0)
+                        # The other processes are about as fast.
+                        bar.update(min(len(batch) * state.num_processes, bar.total - bar.n))
+        state.wait_for_everyone()
 
-# --------------------------------------------------------------------------------------------------------------------
-# The program
-# --------------------------------------------------------------------------------------------------------------------
+    def _draw_batch(self, system: System, batch: list[Item], is_first: bool) -> None:
+        references = None if self.config.ip_adapter is None else list(map(self.reference, batch))
+        prompts, aus, seeds = zip(*((item.prompt.text, item.aus, item.prompt.seed) for item in batch), strict=True)
+        started = time.perf_counter()
+        images = system.draw(list(prompts), list(aus), list(seeds), references)
+        seconds = (time.perf_counter() - started) / len(batch)
+        for item, image in zip(batch, images, strict=True):
+            metadata = {
+                "prompt": item.prompt.text,
+                "aus": item.aus,
+                "seed": item.prompt.seed,
+                "part": item.part,
+                "system": self.config.system,
+                "batch_size": len(batch),
+                # The first call of a process is slower, because it warms up the device, so its time does not count.
+                "seconds": None if is_first else round(seconds, 4),
+            }
+            write_picture(image, self.path(item), metadata)
 
+    # ---- measurement -----------------------------------------------------------------------------------------------
 
-def make_instruments(
-    config: EvaluationConfig, au_names: tuple[str, ...], device: torch.device
-) -> tuple[list[Meter], ImageEncoder | None]:
-    """Make the meters and the image encoder of a run; models of the toy world default to their own."""
-    is_toy = is_toy_model(config.model)
-    # The first meter has taught the adapter, so it must not judge.
-    specs = config.meters or ([f"toy:{Path(config.model) / 'second_meter'}"] if is_toy else [])
-    meters = [make_meter(spec, device, au_names) for spec in specs]
-    names = [meter.name for meter in meters]
-    if len(set(names)) < len(names):
-        raise ValueError(f"`--meter` names {next(n for n in names if names.count(n) > 1)} twice.")
-    encoder_spec = config.image_encoder or (f"toy:{config.model}" if is_toy else None)
-    if not meters and encoder_spec is None:
-        raise ValueError("There is nothing to measure with: name a `--meter`, an `--image-encoder`, or both.")
-    return meters, make_image_encoder(encoder_spec, device) if encoder_spec else None
+    def measure(self, name: str, settings: dict, measure_group: Callable[[list[Item]], pd.DataFrame]) -> None:
+        """
+        Measure this process's share of the groups of pictures that have no table yet, and write their tables into
+        OUTPUT/measurements/`name`. A table appears when it is complete.
+        """
+        folder, state = self.config.output / "measurements" / name, self.state
+        keep_settings(folder / "settings.json", settings, "measurements", state)
+        groups = [(folder / file, items) for file, items in self.groups.items()]
+        groups = [(path, items) for path, items in groups if not is_measured(path, items)]
+        state.wait_for_everyone()
+        silent = not state.is_main_process
+        with quiet():
+            for path, items in tqdm(share_of(state, groups), desc=f"measure: {name}", unit="group", disable=silent):
+                write_atomically(path, measure_group(items).to_csv(index=False))
+        state.wait_for_everyone()
+
+    def measure_aus(self, meter: Meter, items: list[Item]) -> pd.DataFrame:
+        readings = meter.measure([self.path(item) for item in items])
+        table = pd.DataFrame({"name": [item.name for item in items], "num_faces": [r.num_faces for r in readings]})
+        table[[f"measured_{name}" for name in self.au_names]] = np.stack([reading.aus for reading in readings])
+        return table
+
+    def compare_pictures(self, items: list[Item]) -> pd.DataFrame:
+        """Measure what needs no meter: likeness to the neutral picture, agreement with the prompt, and time."""
+        images = [read_picture(self.path(item)) for item in items]
+        neutral = read_picture(self.path(Item("neutral", items[0].prompt, "")))
+        table = pd.DataFrame({"name": [item.name for item in items]})
+        table["seconds"] = [read_metadata(self.path(item)).get("seconds") for item in items]
+        if self.face_box is not None:
+            pixels = np.asarray(neutral)
+            table["outside"] = [outside_change(np.asarray(image), pixels, self.face_box) for image in images]
+        if self.encoder is not None:
+            parts = [images[start : start + EMBEDDED_AT_ONCE] for start in range(0, len(images), EMBEDDED_AT_ONCE)]
+            embeddings = np.concatenate([self.encoder.embed(part) for part in parts])
+            others = {"clip_i": neutral}
+            if self.references:
+                others["reference_similarity"] = self.reference(items[0])
+            for column, other in others.items():
+                table[column] = clip_similarity(embeddings, self.encoder.embed([other]))
+            prompt = items[0].prompt.text
+            table["agreement"] = np.concatenate([self.encoder.agreement(part, [prompt] * len(part)) for part in parts])
+        return table
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def collect(self) -> pd.DataFrame:
+        """Join all measurements to one table with a row for each picture and meter."""
+        columns = ["name", "part", "prompt_index", "prompt", "domain", "seed", "number"]
+        rows = [(item.name, item.part, *astuple(item.prompt), item.number) for item in self.items]
+        commands = pd.DataFrame(rows, columns=columns)
+        commands[list(self.au_names)] = read_aus([item.aus for item in self.items], au_names=self.au_names)
+
+        def read(name: str) -> pd.DataFrame:
+            folder = self.config.output / "measurements" / name
+            return pd.concat([pd.read_csv(folder / file) for file in self.groups])
+
+        pictures, tables = commands.merge(read("pictures"), on="name", how="left", validate="one_to_one"), []
+        for meter in self.meters:
+            table = pictures.merge(read(meter.name), on="name", validate="one_to_one")
+            tables.append(table.assign(meter=meter.name))
+        return pd.concat(tables, ignore_index=True) if tables else pictures.assign(meter="")
+
+    def write_results(self) -> Path:
+        """Write the results and the figures that follow from them, and return the path of the report."""
+        output, results = self.config.output, self.collect()
+        write_atomically(output / "results.csv", results.to_csv(index=False))
+        with replacing(output / "results.parquet") as unfinished:
+            results.to_parquet(unfinished, index=False)
+        summary = report.summarize(results, self.config.bootstrap_draws)
+        write_atomically(output / "summary.csv", summary.to_csv(index=False))
+        drawings = figures.draw_all(self.items, results, output / "pictures")
+        drawings = {f"figures/{name}.png": image for name, image in drawings.items()}
+        for name, image in drawings.items():
+            write_png(image, output / name)
+        unmeasured = {meter: report.unmeasured_aus(table) for meter, table in report.by_meter(results)}
+        agreement_name = self.encoder.agreement_name if self.encoder else ""
+        text = report.format_report(summary, self.settings, agreement_name, list(drawings), unmeasured)
+        write_atomically(output / "report.md", text)
+        return output / "report.md"
 
 
 def run(config: EvaluationConfig) -> Path | None:
     """Check the request, carry it out, and return the path of the report; None where no report is written."""
     state = PartialState(cpu=config.device == "cpu")
-    task = make_task(config, state.device)
-    if config.only != "generate":
-        meters, encoder = make_instruments(config, task.au_names, state.device)
-    if config.only == "measure" and (missing := task.missing()):
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(task.items)} pictures are missing in {str(task.path(missing[0]).parent)!r}, the"
-            f" first of them {missing[0].name!r}. Run without `--only measure`, which makes them."
-        )
-    keep_settings(config.output / "settings.json", task.settings, "pictures", state)
+    evaluation = Evaluation(config, state)
+    # No process draws before all have looked for the pictures and the settings, so that all divide the same list.
+    keep_settings(config.output / "settings.json", evaluation.settings, "pictures", state)
     if config.only != "measure":
-        generate(task, state)
+        evaluation.generate()
     if config.only == "generate":
         return None
-    for meter in meters:
-        measure(meter.name, task, meter.settings, functools.partial(measure_aus, task, meter), state)
-    face_box = config.face_box or (TOY_FACE_BOX if is_toy_model(config.model) else None)
-    picture_settings = {
-        "image_encoder": encoder.settings if encoder else None,
-        "face_box": face_box,
-        "reference_images": task.settings["reference_images"],
+    for meter in evaluation.meters:
+        evaluation.measure(meter.name, meter.settings, functools.partial(evaluation.measure_aus, meter))
+    settings = {
+        "image_encoder": evaluation.encoder.settings if evaluation.encoder else None,
+        "face_box": evaluation.face_box,
+        "reference_images": evaluation.settings["reference_images"],
     }
-    compare = functools.partial(compare_pictures, task, encoder, face_box)
-    measure("pictures", task, picture_settings, compare, state)
-    if not state.is_main_process:
-        return None
-    results = collect(task, [meter.name for meter in meters])
-    return write_results(task, results, encoder.agreement_name if encoder else "")
+    evaluation.measure("pictures", settings, evaluation.compare_pictures)
+    return evaluation.write_results() if state.is_main_process else None
 
 
 def main(argv: list[str] | None = None) -> int:

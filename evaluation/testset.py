@@ -51,7 +51,7 @@ class Item:
         return f"p{self.prompt.index:02d}_{self.part}{number}{aus}_seed{self.prompt.seed}.png"
 
 
-def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+def read_prompts(path: Path) -> list[Prompt]:
     """
     Read the prompts of a file: a `.csv` with the column `prompt` and optionally `domain` and `seed`, or any other text
     file with one prompt a line, where empty lines are skipped. A prompt without a seed gets one that follows from its
@@ -81,10 +81,10 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
         prompts.append(Prompt(len(prompts), text, row.get("domain", ""), int(seed)))
     if not prompts:
         raise ValueError(f"{path} holds no prompt. Write one a line.")
-    return prompts[:limit]
+    return prompts
 
 
-def read_combinations(path: Path, limit: int | None = None, au_names: Sequence[str] = AU_NAMES) -> list[str]:
+def read_combinations(path: Path, au_names: Sequence[str] = AU_NAMES) -> list[str]:
     """Read the AU combinations of a `.csv` with the column `aus`, as `format_aus` writes them."""
     if not path.is_file():
         raise FileNotFoundError(f"`--combinations` is {str(path)!r}, which is no file.")
@@ -94,7 +94,7 @@ def read_combinations(path: Path, limit: int | None = None, au_names: Sequence[s
         if not aus:
             raise ValueError(f"{path}, line {line}: `aus` is {row['aus']!r}, which is a neutral face.")
         combinations.append(aus)
-    return combinations[:limit]
+    return combinations
 
 
 def _read_csv(path: Path, column: str) -> list[tuple[int, dict[str, str]]]:

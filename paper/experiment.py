@@ -254,7 +254,7 @@ class Experiment:
 
     def combinations(self, prompt: Prompt, count: int) -> dict[str, str]:
         """The file names of a prompt's first combinations, at most `count`, by their labels in a drawing."""
-        found = enumerate(read_combinations(COMBINATIONS, min(count, self.budget.combinations or count)))
+        found = enumerate(read_combinations(COMBINATIONS)[: min(count, self.budget.combinations or count)])
         return {aus.replace("AU", ""): Item("combination", prompt, aus, number).name for number, aus in found}
 
     def figure(self, name: str, metric: str, part: str, au: str = "") -> Figure:
@@ -263,7 +263,7 @@ class Experiment:
 
     def num_pictures(self, name: str) -> int:
         """The number of pictures that the AU MSE of single AUs and combinations is from."""
-        return sum(self.figure(name, "au_mse", part).num_pictures for part in ("single", "combination"))
+        return sum(self.figure(name, "au_mse", part).pictures for part in ("single", "combination"))
 
     def paired_difference(self, names: tuple[str, str], metric: str, part: str) -> Figure:
         """

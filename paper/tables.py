@@ -161,7 +161,7 @@ def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
     _, prompts, captions = make_image_prompts(experiment)
     encoder = make_image_encoder(f"toy:{experiment.model}", torch.device("cpu"))
     shares, owners = [], []
-    for prompt in read_prompts(prompts, experiment.budget.prompts):
+    for prompt in read_prompts(prompts)[: experiment.budget.prompts]:
         paths = sorted(experiment.pictures(run).glob(f"p{prompt.index:02d}_*.png"))
         for start in range(0, len(paths), 32):
             images = [read_picture(path) for path in paths[start : start + 32]]
@@ -242,7 +242,7 @@ def format_figure7(experiment: Experiment) -> list[str]:
         kept = identity_kept(experiment, run, experiment.budget.bootstrap_draws)
         metrics = zip(("reference_similarity", "au_mse", "au_mse", "slope"), parts, strict=True)
         cells = [f"{experiment.figure(run, metric, part):.3f}" for metric, part in metrics]
-        rows.append([label, f"{kept:.3f}", *cells, str(kept.num_pictures)])
+        rows.append([label, f"{kept:.3f}", *cells, str(kept.pictures)])
     header = ["FineFace", "attributes of the image prompt ↑", "likeness to it ↑", "AU MSE, single ↓"]
     header += ["AU MSE, combinations ↓", "slope, single", "pictures"]
     words = (
@@ -284,7 +284,7 @@ def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
     sheets["results_figure6"] = draw_sheet([[Table(rows, labels, ["0", *map(str, INTENSITIES)])]], title)
 
     references, prompts, _ = make_image_prompts(experiment)
-    shown, commands = read_prompts(prompts, experiment.budget.prompts), ["AU12=5", "AU4=5", "AU26=5"]
+    shown, commands = read_prompts(prompts)[: experiment.budget.prompts], ["AU12=5", "AU4=5", "AU26=5"]
     rows = [[read_picture(references / f"{p.index}.png"), *row("image_prompt", p, commands)] for p in shown]
     labels = [p.text.removeprefix("a portrait of ") for p in shown]
     table = Table(rows, labels, ["image prompt", "neutral", *commands])

@@ -108,8 +108,8 @@ def test_bootstrap_draws_prompts_first_and_leaves_out_nan():
     assert alike.value == mixed.value == 1.5
     assert alike.high - alike.low > 2 * (mixed.high - mixed.low)
     holed = metrics.bootstrap(np.mean, np.array([1, np.nan, 3]), prompts=np.array([0, 0, 1]), draws=50)
-    assert (holed.value, holed.num_pictures, holed.num_prompts) == (2, 2, 2)
-    assert metrics.bootstrap(np.mean, np.array([np.nan]), prompts=np.array([0])).num_pictures == 0
+    assert (holed.value, holed.pictures, holed.prompts) == (2, 2, 2)
+    assert metrics.bootstrap(np.mean, np.array([np.nan]), prompts=np.array([0])).pictures == 0
 
 
 # ---- the test set --------------------------------------------------------------------------------------------------
@@ -495,7 +495,7 @@ def test_a_run_makes_measures_and_reports(arguments, tmp_path):
     # The picture without a face is in no figure: three of four are left, each measured as 2 throughout.
     figure = report.find_figure(summary, "au_mse", "combination", "openface")
     kept = combinations[combinations["num_faces"] > 0]
-    assert figure.num_pictures == len(kept) == 3
+    assert figure.pictures == len(kept) == 3
     assert figure.value == pytest.approx(np.square(kept[list(AU_NAMES)].to_numpy() - 2).mean())
     text = (tmp_path / "out" / "report.md").read_text()
     assert "No face was found in 1 of 6 pictures" in text and "Measured by toy" in text
@@ -633,8 +633,8 @@ def test_figures_are_of_the_aus_of_the_adapter_that_the_meter_reads():
     assert set(summary["au"]) == {"", *SIDED[:4]}
     figure = report.find_figure(summary, "au_mse", "single", "perfect")
     # The pictures that command AU43 are in no figure.
-    assert figure.value == pytest.approx(0.25**2) and figure.num_pictures == 2 * 5 * 4
-    assert report.find_figure(summary, "au_mse_easy", "single", "perfect").num_pictures == 2 * 5 * 3
+    assert figure.value == pytest.approx(0.25**2) and figure.pictures == 2 * 5 * 4
+    assert report.find_figure(summary, "au_mse_easy", "single", "perfect").pictures == 2 * 5 * 3
     settings = dict.fromkeys(
         ("system", "model", "adapter", "num_inference_steps", "guidance_scale", "au_guidance_scale", "au_scale")
     )
@@ -649,7 +649,7 @@ def test_figures_are_of_the_aus_of_the_adapter_that_the_meter_reads():
     text = report.format_report(summary, settings, "", [], unmeasured)
     assert "It does not read AU43L, AU43R. Pictures that command these are in none" in text
     assert "| AU12L |" in text and "| AU43L |" not in text
-    measured = report.with_neutral(report.without_unmeasured(results))
+    measured = report.with_neutral(results)
     assert list(figures.movement_matrix(measured)) == list(SIDED[:4])
     assert np.allclose(figures.movement_matrix(measured), np.eye(4))
     sizes = [draw(measured, "perfect").size for draw in (figures.draw_heat_map, figures.draw_dose_response)]
