@@ -1,17 +1,6 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
-AU intensities from the tables of other tools, row by row. docs/data.md lists the tools, their columns and scales.
-
-A measurement of the whole face sets both sides, and two sides give their mean if the adapter moves both alike. Eyes
-that are closed for long (AU43) or briefly (AU45) look the same in a picture, so each AU can replace the other.
-
-Example:
-    >>> blendshapes_to_aus({"mouthSmileLeft": 0.8, "mouthSmileRight": 0.6})[6]
-    np.float32(3.5)
-    >>> detect_tool([" frame", *(f" AU{number:02}_r" for number in (1, 2, 4, 5, 6, 9, 12, 15, 17, 20, 25, 26))])
-    'openface'
-"""
+"""AU intensities from tables of other tools, row by row. docs/data.md lists the tools, their columns and scales."""
 
 import logging
 import math
@@ -19,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import numpy as np
@@ -47,8 +36,9 @@ _logger = logging.getLogger(__name__)
 class _Form:
     """
     Columns of a tool. `column` is the name of an AU's column in lower case, which may end with l or r if it
-    `has_sides`; `factor` turns a value into an intensity; `overshoot` is how far a value may lie below and above its
-    range before it is clipped. A presence is 0 or 1.
+    `has_sides`; `factor` turns a value into an intensity, after `combine` has made one of the values of several
+    columns; `overshoot` is how far a value may lie below and above its range before it is clipped. A presence is 0 or
+    1.
     """
 
     column: str
@@ -56,6 +46,7 @@ class _Form:
     overshoot: tuple[float, float] = (0.0, 0.0)
     has_sides: bool = False
     is_presence: bool = False
+    combine: Callable[[list[float]], float] = fmean
 
     @property
     def high(self) -> float:
@@ -68,6 +59,14 @@ class _Form:
         pattern = re.compile(number + ("([lr]?)" if self.has_sides else "()"))
         found = ((pattern.fullmatch(name.lower()), name) for name in columns)
         return {f"AU{int(match[1])}{match[2].upper()}": name for match, name in found if match}
+
+    def intensity(self, values: Iterable[float]) -> float:
+        return self.factor * self.combine([min(max(value, 0.0), self.high) for value in values])
+
+
+def _parted_lips(values: list[float]) -> float:
+    jaw, close, *lips = values
+    return max(jaw * (1 - close), fmean(lips[:2]), fmean(lips[2:]))
 
 
 # FACS notation reads an AU without a grade as C.
@@ -85,6 +84,8 @@ _TOOLS = {
 }
 # Blendshapes have names of their own. Calibrated trackers slightly exceed their range.
 _SHAPE = _Form("", 5.0, (0.1, 0.25))
+_SHAPES_OF_LIPS = replace(_SHAPE, combine=_parted_lips)
+# Eyes that are closed for long or briefly look the same in a picture.
 _SAME_IN_A_PICTURE = {"AU43": "AU45", "AU45": "AU43"}
 
 # Columns that may hold a picture's name, the most likely first. A frame number names a picture of a video.
@@ -142,7 +143,6 @@ def _shapes_of(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(pattern.replace("*", side) for pattern in patterns for side in sides))
 
 
-_PAPERS_SHAPES = {shape for name in AU_NAMES for shape in _shapes_of(name)}
 _ALL_SHAPES = {shape for name in (*_SHAPES_OF_AUS, "AU25") for shape in _shapes_of(name)} | {
     *("jawleft", "jawright", "mouthleft", "mouthright", "mouthshrugupper", "neutral"),
 }
@@ -255,10 +255,11 @@ class _Reader:
         self.tool = self.wanted_tool or detect_tool(columns)
         found = _find_sources(self.tool, columns)
         self.sources = {name: found.get(name) for name in self.au_names}
-        self.of_columns = {c: source for source in self.sources.values() if source for c in source.columns if c}
+        sources = filter(None, self.sources.values())
+        self.forms = {column: form for form, columns in sources for column in columns if column is not None}
         reads_expressions = self.tool == "fineface" and None in self.sources.values()
         self.expression = _first_of(columns, ("aus",)) if reads_expressions else None
-        if self.expression is None and not self.of_columns:
+        if self.expression is None and not self.forms:
             shapes = [shape for name in self.au_names for shape in _shapes_of(name)]
             numbers = [int(whole_au(name)[2:]) for name in self.au_names]
             wanted = shapes if self.tool == "arkit" else list(map(_TOOLS[self.tool][0].column.format, numbers))
@@ -285,7 +286,7 @@ class _Reader:
 
     def read_aus(self, record: dict) -> np.ndarray:
         """The AUs of a row, which are all NaN if all cells are empty."""
-        values = {column: read_number(record[column], column, self.counts) for column in self.of_columns}
+        values = {column: read_number(record[column], column, self.counts) for column in self.forms}
         missing = [column for column, value in values.items() if math.isnan(value)]
         if 0 < len(missing) < len(values):
             raise ValueError(
@@ -293,14 +294,17 @@ class _Reader:
             )
         if missing:
             return np.full(len(self.au_names), np.nan, np.float32)
-        for column, source in self.of_columns.items():
-            (below, above), high = source.form.overshoot, source.form.high
+        for column, form in self.forms.items():
+            (below, above), high = form.overshoot, form.high
             if not -below <= values[column] <= high + above:
                 raise ValueError(f"column {column!r} is {values[column]:g}. {self.tool} measures from 0 to {high:g}.")
+        aus = []
         for name, source in self.sources.items():
-            if source is None or source.form.is_presence:
+            if source is None or source[0].is_presence:
                 self.counts[name if source is None else (name, "presence")] += 1
-        return np.float32([s.intensity(values) if s else self.unmeasured for s in self.sources.values()])
+            form, columns = source or (None, ())
+            aus.append(form.intensity(values.get(c, 0.0) for c in columns) if form else self.unmeasured)
+        return np.float32(aus)
 
     def _read_expression(self, value) -> np.ndarray:
         if value is None:
@@ -347,16 +351,14 @@ class _Reader:
 
 def detect_tool(columns: Iterable[str]) -> str:
     """
-    Find the tool of `AU_TABLE_TOOLS` that writes these columns. Letter case and spaces around a name do not matter. A
-    tool with all of its columns has priority over a tool with some, and AUs have priority over blendshapes, because a
-    table of py-feat 2 has both.
+    The tool of `AU_TABLE_TOOLS` that writes these columns. Letter case and spaces around a name do not matter. AUs
+    have priority over blendshapes, because a table of py-feat 2 has both.
 
     Raises:
         ValueError: if no tool writes such columns, or the table has AUs of several tools.
     """
     columns = [str(column) for column in columns]
     found = _tools_of(columns)
-    found = [tool for tool, is_complete in found.items() if is_complete] or list(found)
     if len(found) > 1 and "arkit" in found:
         found.remove("arkit")
     if len(found) == 1:
@@ -371,21 +373,19 @@ def detect_tool(columns: Iterable[str]) -> str:
     )
 
 
-def _tools_of(columns: Iterable[str]) -> dict[str, bool]:
-    """The tools that have columns in the table, and whether each has all of its columns."""
+def _tools_of(columns: Iterable[str]) -> list[str]:
+    """The tools that have columns in the table."""
     present = {column.strip().lower() for column in columns}
-    aus_of_tools = {tool: set(map(whole_au, forms[0].find(present))) for tool, forms in _TOOLS.items()}
-    found = {tool: aus.issuperset(AU_NAMES) for tool, aus in aus_of_tools.items() if aus}
+    found = [tool for tool, forms in _TOOLS.items() if forms[0].find(present)]
     # py-feat and FineFace both write AU12, but AU01 is py-feat's, and AU1 and columns of sides are FineFace's.
     own = {"pyfeat": r"au0\d", "fineface": r"au[1-9]|au\d+[lr]"}
     owners = {name for name, pattern in own.items() if any(re.fullmatch(pattern, column) for column in present)}
-    for name in own.keys() - (owners or {"pyfeat" if present.intersection(_PYFEAT_SIGNS) else "fineface"}):
-        found.pop(name, None)
-    if "aus" in present:
-        found["fineface"] = True
-    shapes = {_shape_key(column) for column in present}
-    if shapes & (_ALL_SHAPES - {"neutral"}):
-        found["arkit"] = shapes.issuperset(_PAPERS_SHAPES)
+    owners = owners or {"pyfeat" if present.intersection(_PYFEAT_SIGNS) else "fineface"}
+    found = [tool for tool in found if tool not in own or tool in owners]
+    if "aus" in present and "fineface" not in found:
+        found.append("fineface")
+    if {_shape_key(column) for column in present} & (_ALL_SHAPES - {"neutral"}):
+        found.append("arkit")
     return found
 
 
@@ -466,34 +466,18 @@ def blendshapes_to_aus(blendshapes: Mapping[str, float], au_names: Sequence[str]
     )
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What an AU is computed from. None is a blendshape that the table does not have, and counts as 0."""
-
-    columns: tuple[str | None, ...]
-    form: _Form
-    combine: Callable[[list[float]], float] = fmean
-
-    def intensity(self, values: dict[str, float]) -> float:
-        return self.form.factor * self.combine(
-            [0.0 if column is None else min(max(values[column], 0.0), self.form.high) for column in self.columns]
-        )
-
-
-def _parted_lips(values: list[float]) -> float:
-    jaw, close, *lips = values
-    return max(jaw * (1 - close), fmean(lips[:2]), fmean(lips[2:]))
-
-
-def _find_sources(tool: str, columns: Iterable[str]) -> dict[str, _Source]:
-    """What each AU and each side can be computed from, as far as the columns of a table of `tool` tell it."""
+def _find_sources(tool: str, columns: Iterable[str]) -> dict[str, tuple[_Form, tuple[str | None, ...]]]:
+    """
+    The columns that each AU and each side can be computed from, as far as a table of `tool` has them. None is a
+    blendshape that is not there, and counts as 0.
+    """
     sources = {}
     if tool == "arkit":
         by_key = {_shape_key(column): column for column in columns}
         for name in _EVERY_AU:
             found = tuple(map(by_key.get, _shapes_of(name)))
             if any(found):
-                sources[name] = _Source(found, _SHAPE, _parted_lips if name == "AU25" else fmean)
+                sources[name] = (_SHAPES_OF_LIPS if name == "AU25" else _SHAPE, found)
         return sources
     for form in _TOOLS[tool]:
         found = form.find(columns)
@@ -503,7 +487,7 @@ def _find_sources(tool: str, columns: Iterable[str]) -> dict[str, _Source]:
                 # The side, the whole face, or both sides, whichever the table has.
                 for wanted in ((name.replace(whole, au),), (au,), (f"{au}L", f"{au}R")):
                     if name not in sources and found.keys() >= set(wanted):
-                        sources[name] = _Source(tuple(map(found.get, wanted)), form)
+                        sources[name] = (form, tuple(map(found.get, wanted)))
     return sources
 
 
