@@ -1,14 +1,8 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-AffectNet: photographs from the web with an emotion each, in both forms that it is given out in (paper §4.4).
-
-    old    Manually_Annotated_file_lists/{training,validation}.csv, pictures in Manually_Annotated_Images/103/29a3….jpg
-    new    {train_set,val_set}/images/12.jpg, and for each annotations/12_exp.npy and others
-
-AffectNet has no AUs: they come from a table of a tool that measured the pictures, or from the published
-`affectnet_metadata.csv`. Pictures that are small or have no face, and faces that hardly move, are left out here;
-`face_data.build` leaves out drawings, and corrects the AUs.
+AffectNet in both forms that it is given out in (paper §4.4, docs/data.md), with AUs from a table. What is no face is
+left out here; `face_data.build` leaves out drawings, and corrects the AUs.
 """
 
 import csv
@@ -70,23 +64,20 @@ class AffectNet(Tabled):
         if self.file_lists and facts["about"] is None:
             part.problem("picture that is in no file list", picture)
             return True
-        try:
-            is_face = NON_FACE != (facts["about"]["expression"] if self.file_lists else int(np.load(path).item()))
-        except FileNotFoundError:
-            part.problem("missing label file", path)
-            return True
-        except (OSError, ValueError, EOFError) as error:
-            part.problem("label file that cannot be read", path, str(error))
-            return True
-        if not is_face:
+        expression = facts["about"]["expression"] if self.file_lists else part.read_label(_read_expression, path)
+        if expression == NON_FACE:
             part.drop("marked as no face", picture)
-        return not is_face
+        return expression in (NON_FACE, None)
 
     def list_pictures(self) -> Iterator[Path]:
         if self.file_lists:
             yield from (Path(record["file_name"]) for _, record in _read_lists(self.file_lists))
         for folder in () if self.file_lists else self.bases[1:]:
             yield from (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def _read_expression(path: Path) -> int:
+    return int(np.load(path).item())
 
 
 def _read_lists(paths: tuple[Path, ...]) -> Iterator[tuple[str, dict]]:
@@ -96,13 +87,11 @@ def _read_lists(paths: tuple[Path, ...]) -> Iterator[tuple[str, dict]]:
     """
     for path in paths:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            columns = _LIST_COLUMNS
-            for cells in reader:
-                if reader.line_num == 1 and _LIST_COLUMNS[0] in cells:
-                    columns = cells
-                    continue
-                record, label = dict(zip(columns, cells, strict=False)), f"{path}, line {reader.line_num}"
+            has_header = _LIST_COLUMNS[0] in file.readline()
+            file.seek(0)
+            reader = csv.DictReader(file, None if has_header else _LIST_COLUMNS, restval="")
+            for record in reader:
+                label = f"{path}, line {reader.line_num}"
                 try:
                     found = {"file_name": record[_LIST_COLUMNS[0]], "expression": int(record["expression"])}
                 except (KeyError, ValueError) as error:

@@ -88,12 +88,11 @@ def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str |
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     mine = {part: folder / kind / f"{part}.jsonl" for part in store.list_parts(folder)[rank::world_size]}
     parts = {part: path for part, path in mine.items() if not path.is_file()}
-    num_pictures = sum(1 for part in parts for _ in store.read_rows(store.part_path(folder, part)))
+    num_pictures = sum(1 for _ in store.read_rows(folder, parts))
     blip2, column = None, {store.CAPTIONS: "text", store.PHOTOS: "is_photo"}[kind]
     with ThreadPoolExecutor(4) as readers, tqdm(None, kind, num_pictures, unit="picture") as progress:
         for part, path in parts.items():
-            rows = store.read_rows(store.part_path(folder, part))
-            answers = {row["file_name"]: {column: row.get(column)} for row in rows}
+            answers = {row["file_name"]: {column: row.get(column)} for row in store.read_rows(folder, [part])}
             # What the table of a picture has answered already stays.
             unknown = [name for name, answer in answers.items() if answer[column] in ("", None)]
             progress.update(len(answers) - len(unknown))

@@ -3,9 +3,6 @@
 """
 From work folders to the data set that `train_fineface.py` reads: rows, captions and BLIP-2's answers are joined, what
 is no photograph is left out, and measured AUs are corrected (paper, supplement "Dataset Construction").
-
-    OUTPUT/train/metadata.jsonl and OUTPUT/train/images/…, or OUTPUT/train/*.parquet, which hold the pictures too
-    OUTPUT/report.txt, OUTPUT/report.json and OUTPUT/histogram.png
 """
 
 import functools
@@ -14,7 +11,6 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -64,42 +60,30 @@ class Build:
     )
 
 
-@dataclass(frozen=True)
-class Correction:
+def correct_aus(
+    aus: np.ndarray, lowest: np.ndarray, highest: np.ndarray, au_names: tuple[str, ...] = AU_NAMES
+) -> np.ndarray:
     """
-    The paper's correction of measured AUs: x^γ by `GAMMAS`, brought to [0, 5] by the smallest and the largest value of
-    the source, and 0 instead of what stays below 1. Both sides of an AU share their range.
-
-    Args:
-        lowest, highest (`tuple[float, ...]` of length n):
-            Of the measured intensities.
-        au_names (`tuple[str, ...]` of length n):
-            Which they are.
+    The paper's correction of measured AUs, `(…, n)` → `(…, n)`: x^γ by `GAMMAS`, brought to [0, 5] by the smallest and
+    the largest values of the source, both `(n,)`, and 0 instead of what stays below 1. Both sides of an AU share their
+    range.
     """
-
-    lowest: tuple[float, ...]
-    highest: tuple[float, ...]
-    au_names: tuple[str, ...] = AU_NAMES
-
-    def __call__(self, aus: np.ndarray) -> np.ndarray:
-        """`(…, n)` → `(…, n)`, in [0, 5]."""
-        corrected = np.array(aus, np.float64)
-        for name, gamma in GAMMAS.items():
-            columns = list(au_columns(self.au_names).get(name, ()))
-            low = min((self.lowest[column] for column in columns), default=0) ** gamma
-            high = max((self.highest[column] for column in columns), default=0) ** gamma
-            # A source in which an AU never changes has no range to bring it to.
-            if high > low:
-                corrected[..., columns] = (corrected[..., columns] ** gamma - low) / (high - low) * MAX_INTENSITY
-        corrected[corrected < MIN_INTENSITY] = 0
-        return corrected.clip(0, MAX_INTENSITY).astype(np.float32)
+    corrected = np.array(aus, np.float64)
+    for name, gamma in GAMMAS.items():
+        columns = list(au_columns(au_names).get(name, ()))
+        low, high = lowest[columns].min(initial=MAX_INTENSITY) ** gamma, highest[columns].max(initial=0) ** gamma
+        # A source in which an AU never changes has no range to bring it to.
+        if high > low:
+            corrected[..., columns] = (corrected[..., columns] ** gamma - low) / (high - low) * MAX_INTENSITY
+    corrected[corrected < MIN_INTENSITY] = 0
+    return corrected.clip(0, MAX_INTENSITY).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Source:
     """
     A work folder, and what its settings say: name, AUs, and whether drawings are left out and AUs corrected. Its rows
-    say how, and whether there are boxes of faces.
+    say what the smallest and largest intensities are, and whether there are boxes of faces.
     """
 
     folder: Path
@@ -107,7 +91,7 @@ class Source:
     au_names: tuple[str, ...]
     needs_photo_filter: bool
     correct_aus: bool
-    correction: Correction | None = None
+    extremes: tuple[np.ndarray, np.ndarray] | None = None
     has_boxes: bool = False
 
 
@@ -122,9 +106,8 @@ def build_dataset(build: Build, num_workers: int) -> Report:
     build = replace(build, au_names=choose_aus(build, sources))
     before, digest = Histogram(build.au_names), hashlib.blake2b(digest_size=16)
     sources = [_measure(source, build, before, digest) for source in sources]
-    settings = {"sources": [source.name for source in sources], "hash of rows": digest.hexdigest()}
-    for name in ("au_names", "format", "default_caption", "photo_filter", "correct_aus", "drop_emotion_words"):
-        settings[name] = getattr(build, name)
+    settings = {name: value for name, value in vars(build).items() if name not in ("folders", "output")}
+    settings |= {"sources": [source.name for source in sources], "hash of rows": digest.hexdigest()}
     store.claim_folder(build.output, settings)
     parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in store.list_parts(source.folder)]
     work = functools.partial(make_part, build, sources)
@@ -182,28 +165,32 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
     Raises:
         ValueError: if BLIP-2 has not been asked what is needed, or was asked about other rows.
     """
-    captions, photos = (_annotations(source.folder, kind, part) for kind in (store.CAPTIONS, store.PHOTOS))
-    for row in store.read_rows(store.part_path(source.folder, part)):
+    answers = {}
+    for kind in (store.CAPTIONS, store.PHOTOS):
+        path = source.folder / kind / f"{part}.jsonl"
+        if path.is_file():
+            answers[kind] = {line["file_name"]: line for line in store.read_lines(path)}
+    for row in store.read_rows(source.folder, [part]):
         name, facts = row["file_name"], dict(row)
-        for found in (captions, photos):
-            if found is not None and name not in found:
+        for found in answers.values():
+            if name not in found:
                 raise ValueError(
                     f"{source.folder}: part {part} of rows and of annotations differ. Delete captions and photos."
                 )
-            facts |= (found or {}).get(name, {})
+            facts |= found[name]
         if source.needs_photo_filter and "is_photo" not in facts:
             raise ValueError(
                 f"{source.folder}: of {name}, whether it is a photograph is not known yet. Run"
                 f" `prepare photos {source.folder}`, or set `--keep_drawings`."
             )
-        if not facts["text"] and build.default_caption is None and captions is None:
+        if not facts["text"] and build.default_caption is None and store.CAPTIONS not in answers:
             raise ValueError(
                 f"{source.folder}: of {name}, a caption is not known yet. Run `prepare caption {source.folder}`."
             )
         text, words = facts["text"], Counter(row.pop("removed_words", None))
         if build.drop_emotion_words:
             text, found = take_emotion_words(text)
-            words += Counter(found)
+            words.update(found)
         text = text or build.default_caption or ""
         row.pop("is_photo", None)
         reason = None if text else "empty caption"
@@ -211,18 +198,13 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
             is_unclear = facts["is_photo"] is None
             reason = "no clear answer whether it is a photograph" if is_unclear else "no photograph"
         if reason:
-            yield {"dropped": reason, "path": row["origin"]}
+            yield {"dropped": reason, "path": row["origin"], "source": source.name}
         else:
             yield row | {"text": text} | ({"removed_words": words} if words else {})
 
 
-def _annotations(folder: Path, kind: str, part: str) -> dict[str, dict] | None:
-    path = folder / kind / f"{part}.jsonl"
-    return {line["file_name"]: line for line in store.read_lines(path)} if path.is_file() else None
-
-
 def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
-    """A first pass over a source: how to correct its AUs, and whether it has boxes. `digest` gets its rows."""
+    """A first pass over a source: the range of its AUs, and whether it has boxes. `digest` gets its rows."""
     has_boxes, names = False, source.au_names
     lowest, highest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
     for part in store.list_parts(source.folder):
@@ -233,8 +215,7 @@ def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
             aus = np.float32([[row[name] for name in names] for row in rows])
             before.add(select_aus(aus, names, build.au_names))
             lowest, highest = np.minimum(lowest, aus.min(axis=0)), np.maximum(highest, aus.max(axis=0))
-    correction = Correction(tuple(lowest.tolist()), tuple(highest.tolist()), names) if source.correct_aus else None
-    return replace(source, correction=correction, has_boxes=has_boxes)
+    return replace(source, extremes=(lowest, highest), has_boxes=has_boxes)
 
 
 def make_part(build: Build, sources: list[Source], part: str) -> None:
@@ -246,9 +227,10 @@ def make_part(build: Build, sources: list[Source], part: str) -> None:
     pictures = [source.folder / line["file_name"] for line in kept]
     for index, (line, picture) in enumerate(zip(kept, pictures, strict=True)):
         aus = np.float32([line[au] for au in source.au_names])
-        aus = select_aus(source.correction(aus) if source.correction else aus, source.au_names, build.au_names)
+        aus = correct_aus(aus, *source.extremes, source.au_names) if source.correct_aus else aus
         for au in set(source.au_names) - set(build.au_names):
             del line[au]
+        aus = select_aus(aus, source.au_names, build.au_names)
         line |= dict(zip(build.au_names, aus.tolist(), strict=True))
         if has_boxes and FACE_BOX[0] not in line:
             line |= zip(FACE_BOX, WHOLE_PICTURE, strict=True)
@@ -259,7 +241,7 @@ def make_part(build: Build, sources: list[Source], part: str) -> None:
     if build.format == "parquet" and kept:
         with replacing(build.output / "train" / f"{source.name}-{name}.parquet") as unfinished:
             _write_parquet(kept, pictures, build.au_names, unfinished)
-    store.write_lines(build.output / PARTS / f"{part}.jsonl", lines)
+    store.write_lines(store.part_path(build.output / PARTS, part), lines)
 
 
 def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, ...], path: Path) -> None:
@@ -289,16 +271,16 @@ def _finish(build: Build, parts: list[str], sources: list[Source], before: Histo
                 found.add(line)
         found.notes.extend(_other_aus(source.au_names, build.au_names))
     for part in parts:
-        lines = list(store.read_lines(build.output / PARTS / f"{part}.jsonl"))
+        lines = list(store.read_parts(build.output / PARTS, [part]))
         for line in lines:
-            report.sources[sources[int(part.partition("-")[0])].name].add(line)
+            report.sources[line["source"]].add(line)
         after.add([[line[au] for au in build.au_names] for line in lines if "dropped" not in line])
     if not after.counts.any():
         raise ValueError(f"Nothing is left for the data set:\n{report.to_text()}")
     store.remove_unfinished(build.output / "train")
     if build.format == "imagefolder":
-        lines = chain.from_iterable(store.read_rows(build.output / PARTS / f"{part}.jsonl") for part in parts)
-        rows = ({name: line[name] for name in line if name not in ("changed", "removed_words")} for line in lines)
+        rows = store.read_rows(build.output / PARTS, parts)
+        rows = ({name: row[name] for name in row if name not in ("changed", "removed_words")} for row in rows)
         store.write_lines(build.output / "train" / "metadata.jsonl", rows)
     write_atomically(build.output / "report.txt", report.to_text() + "\n")
     write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")

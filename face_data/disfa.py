@@ -1,19 +1,11 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""
-DISFA: 27 people filmed while they watch videos, 12 AUs of each frame graded 0 to 5 by hand (paper §4.4).
-
-    DISFA/ActionUnit_Labels/SN001/SN001_au1.txt      "frame,intensity", frames counted from 1
-    DISFA/Videos_LeftCamera/LeftVideoSN001_comp.avi  or the frames as pictures, FOLDER/SN001/00001.jpg
-
-All frames with any AU are kept, and a share of those with none. Labels and film differ in length by some frames;
-frames that only one of them has are left out. Each subject is one part of the work folder.
-"""
+"""DISFA: 27 people filmed while they watch videos (paper §4.4, docs/data.md). Each subject is a part of its folder."""
 
 import functools
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +20,7 @@ from program import check_options, import_av, option, replacing
 
 VIDEO_SUFFIXES = (".avi", ".mp4", ".mkv", ".mov")
 NO_READER = "Videos need PyAV: pip install av. Or give pictures of the frames, `--images`."
-_SUBJECT = re.compile(r"SN\d{3}")
+SUBJECT = "SN[0-9][0-9][0-9]"
 
 
 @dataclass(frozen=True)
@@ -60,13 +52,20 @@ class Disfa:
 
     @functools.cached_property
     def labels(self) -> dict[str, Path]:
-        return find_label_folders(self.root)
+        """The folder with the labels of each subject."""
+        for candidate in (self.root, self.root / "ActionUnit_Labels", *sorted(self.root.glob("*/ActionUnit_Labels"))):
+            found = {path.name: path for path in candidate.glob(SUBJECT) if any(path.glob(f"{path.name}_au*.txt"))}
+            if found:
+                return found
+        raise ValueError(
+            f"There are no labels below {str(self.root)!r}. DISFA has them as ActionUnit_Labels/SN001/SN001_au1.txt."
+        )
 
     @functools.cached_property
     def media(self) -> dict[str, Path]:
         """The video of each subject, or the folder of its pictures."""
         if self.images is not None:
-            return {path.name: path for path in sorted(self.images.glob("SN*")) if _SUBJECT.fullmatch(path.name)}
+            return {path.name: path for path in sorted(self.images.glob(SUBJECT))}
         videos = find_videos(self.root, self.camera)
         if videos:
             import_av(NO_READER)
@@ -97,79 +96,72 @@ class Disfa:
             part.problem("subject without video or pictures", self.images or self.root, subject, len(intensities))
         if not intensities or subject not in self.media:
             return
-        source, chosen, seen = self.media[subject], choose_frames(intensities, subject, self, part), set()
-        frames = read_video(source) if self.images is None else read_pictures(source, self.first_number)
+        source, chosen, seen = self.media[subject], self.choose_frames(intensities, subject, part), set()
         try:
-            for frame, picture in frames:
+            for frame, picture in read_video(source) if self.images is None else self.read_pictures(source):
                 seen.add(frame)
                 target = folder / "images" / subject / f"{frame:05d}"
                 path = place_frame(picture, target, self.jpeg_quality, part) if frame in chosen else None
                 if path is not None:
-                    row = {"file_name": path.relative_to(folder).as_posix(), "text": ""}
-                    row |= dict(zip(AU_NAMES, intensities[frame].tolist(), strict=True))
-                    part.keep(row | {"source": self.source, "subject": subject, "origin": f"{subject}/{frame}"})
+                    aus = dict(zip(AU_NAMES, intensities[frame].tolist(), strict=True))
+                    known = {"source": self.source, "subject": subject, "origin": f"{subject}/{frame}"}
+                    part.keep(path, folder, text="", **aus, **known)
         except VideoError as error:
             part.problem(UNREADABLE, source, str(error), len(chosen - seen))
         else:
             part.drop("labels without a frame", source, len(chosen - seen))
         part.drop("frames without a label", source, len(seen - intensities.keys()))
 
+    def choose_frames(self, intensities: dict[int, np.ndarray], subject: str, part: Part) -> set[int]:
+        """Choose all frames with an AU, and the same share of those without from each subject."""
+        neutral = [frame for frame, aus in intensities.items() if not aus.any()]
+        kept = random.Random(f"{self.seed} {subject}").sample(neutral, round(self.neutral_share * len(neutral)))
+        part.drop("no AU, and not in the share that is kept", subject, len(neutral) - len(kept))
+        return (intensities.keys() - set(neutral)) | set(kept)
+
+    def read_pictures(self, folder: Path) -> Iterator[tuple[int, Path]]:
+        """Yield the numbers of frames, from 1, with their pictures."""
+        for number, path in sorted(number_pictures(folder).items()):
+            yield number - self.first_number + 1, path
+
     def end(self, folder: Path, subjects: list[str]) -> None:
         pass
 
 
-def find_label_folders(root: Path) -> dict[str, Path]:
-    """Map each subject to the folder of its labels."""
-    for candidate in (root, root / "ActionUnit_Labels", *sorted(root.glob("*/ActionUnit_Labels"))):
-        folders = [path for path in candidate.glob("SN*") if _SUBJECT.fullmatch(path.name)]
-        found = {path.name: path for path in folders if any(path.glob(f"{path.name}_au*.txt"))}
-        if found:
-            return found
-    raise ValueError(
-        f"There are no labels below {str(root)!r}. DISFA has them as ActionUnit_Labels/SN001/SN001_au1.txt."
-    )
-
-
 def find_videos(root: Path, camera: str) -> dict[str, Path]:
     """Map each subject to its video. The file names of the two cameras differ in their letter case."""
-    found = {}
-    for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
-        match = re.match(rf"{camera}video(sn\d{{3}})", path.name, flags=re.IGNORECASE)
-        if match:
-            _add_once(found, match[1].upper(), path)
-    return found
+    videos = (path for path in sorted(root.rglob("*")) if path.suffix.lower() in VIDEO_SUFFIXES)
+    found = ((re.match(rf"{camera}video(sn\d{{3}})", path.name, re.IGNORECASE), path) for path in videos)
+    return _only_one_each((match[1].upper(), path) for match, path in found if match)
 
 
 def number_pictures(folder: Path) -> dict[int, Path]:
     """Map the number at the end of a picture's name to the picture."""
-    numbered = {}
+    numbered = []
     for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES):
         match = re.search(r"\d+$", path.stem)
         if match is None:
             raise ValueError(f"{path}: the name of a frame ends with its number, such as 00001.jpg.")
-        _add_once(numbered, int(match[0]), path)
-    return numbered
+        numbered.append((int(match[0]), path))
+    return _only_one_each(numbered)
 
 
-def _add_once(found: dict, key: str | int, path: Path) -> None:
-    if key in found:
-        raise ValueError(f"Both {found[key]} and {path} are {key}. Keep one of them.")
-    found[key] = path
+def _only_one_each(found: Iterable[tuple]) -> dict:
+    paths = {}
+    for key, path in found:
+        if paths.setdefault(key, path) != path:
+            raise ValueError(f"Both {paths[key]} and {path} are {key}. Keep one of them.")
+    return paths
 
 
 def read_labels(folder: Path, subject: str, part: Part) -> dict[int, np.ndarray]:
     """Map the number of a frame, from 1, to its `(12,)` intensities. Frames that lack some of them are dropped."""
     by_au = []
     for name in AU_NAMES:
-        path = folder / f"{subject}_{name.lower()}.txt"
-        try:
-            by_au.append(read_label_file(path))
-        except FileNotFoundError:
-            part.problem("missing label file", path)
+        labels = part.read_label(read_label_file, folder / f"{subject}_{name.lower()}.txt")
+        if labels is None:
             return {}
-        except ValueError as error:
-            part.problem("label file that cannot be read", path, str(error))
-            return {}
+        by_au.append(labels)
     complete = set.intersection(*map(set, by_au))
     part.drop("labels of some AUs only", folder, len(set.union(*map(set, by_au)) - complete))
     return {frame: np.float32([au[frame] for au in by_au]) for frame in sorted(complete)}
@@ -188,20 +180,6 @@ def read_label_file(path: Path) -> dict[int, int]:
         if match:
             values[int(match[1])] = int(match[2])
     return values
-
-
-def choose_frames(intensities: dict[int, np.ndarray], subject: str, disfa: Disfa, part: Part) -> set[int]:
-    """Choose all frames with an AU, and the same share of those without from each subject."""
-    neutral = [frame for frame, aus in intensities.items() if not aus.any()]
-    kept = random.Random(f"{disfa.seed} {subject}").sample(neutral, round(disfa.neutral_share * len(neutral)))
-    part.drop("no AU, and not in the share that is kept", subject, len(neutral) - len(kept))
-    return (intensities.keys() - set(neutral)) | set(kept)
-
-
-def read_pictures(folder: Path, first_number: int) -> Iterator[tuple[int, Path]]:
-    """Yield the numbers of frames, from 1, with their pictures."""
-    for number, path in sorted(number_pictures(folder).items()):
-        yield number - first_number + 1, path
 
 
 def place_frame(picture, target: Path, quality: int, part: Part) -> Path | None:

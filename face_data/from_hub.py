@@ -1,11 +1,9 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Pictures with captions from a data set on the Hub, row by row, into a folder where tools can measure them.
-
-    FOLDER/0000000/00012.jpg …    the pictures, as they are there or as PNG
-    FOLDER/metadata.jsonl         {"file_name": …, "text": …}, with the face's box and the words taken out, if any
-    FOLDER/.hub                   what each part of the rows became, and where the stream goes on
+Pictures with captions from a data set on the Hub, row by row, into a folder where tools can measure them:
+FOLDER/0000000/00012.jpg and so on, FOLDER/metadata.jsonl, and in FOLDER/.hub what became of each part of the rows, and
+where the stream goes on.
 """
 
 import importlib
@@ -75,7 +73,10 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     Raises:
         ValueError: if a column is missing, the folder was begun with other settings, or the Hub does not answer.
     """
-    work = folder / WORK
+    import httpx
+    from datasets.exceptions import DatasetsError
+
+    work, most = folder / WORK, pictures.max_pictures or math.inf
     if not work.is_dir():
         store.check_folder(folder)
     find_faces = load_detector(pictures.detector) if pictures.detector else None
@@ -84,10 +85,35 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     path, state = work / STATE, {"part": 0, "kept": 0, "is_at_end": False, "stream": None}
     if path.is_file():
         state = json.loads(path.read_text(encoding="utf-8"))
-    if not state["is_at_end"] and state["kept"] < (pictures.max_pictures or math.inf):
-        _fetch(pictures, folder, work, state, find_faces, on_error)
-        rows = (line for line in store.read_parts(work) if "file_name" in line)
-        store.write_lines(folder / METADATA, map(_metadata, rows))
+    if state["is_at_end"] or state["kept"] >= most:
+        return report_folders([work])
+    try:
+        stream, columns = _open_stream(pictures)
+        if state["stream"] is not None:
+            stream.load_state_dict(state["stream"])
+        rows = iter(tqdm(stream, pictures.dataset, unit="row"))
+        while not state["is_at_end"] and state["kept"] < most:
+            part, name, num_rows = store.Part(on_error), f"{state['part']:07d}", 0
+            for num_rows, row in enumerate(islice(rows, pictures.rows_per_part), 1):
+                _keep(row, columns, f"{name}/{num_rows - 1:05d}", pictures, folder, find_faces, part)
+                if state["kept"] + len(part.rows) >= most:
+                    break
+            if num_rows:
+                part.write(work, name)
+            state = {
+                "part": state["part"] + bool(num_rows),
+                "kept": state["kept"] + len(part.rows),
+                "is_at_end": not num_rows,
+                "stream": stream.state_dict(),
+            }
+            # After the part: what is killed between the two makes the part again, which gives the same files.
+            write_atomically(path, json.dumps(state))
+    except (httpx.HTTPError, ConnectionError, DatasetsError) as error:
+        raise ValueError(
+            f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"
+            " here."
+        ) from error
+    store.write_lines(folder / METADATA, map(_metadata, store.read_rows(work)))
     return report_folders([work])
 
 
@@ -104,41 +130,6 @@ def load_detector(name: str) -> FaceDetector:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"`--detector` is {name!r}, but has to be MODULE:FUNCTION: {error}.") from error
-
-
-def _fetch(
-    pictures: HubPictures, folder: Path, work: Path, state: dict, find_faces: FaceDetector | None, on_error: str
-) -> None:
-    import httpx
-    from datasets.exceptions import DatasetsError
-
-    most = pictures.max_pictures or math.inf
-    try:
-        stream, columns = _open_stream(pictures)
-        if state["stream"] is not None:
-            stream.load_state_dict(state["stream"])
-        rows = iter(tqdm(stream, pictures.dataset, unit="row"))
-        while not state["is_at_end"] and state["kept"] < most:
-            part, name, num_rows = store.Part(on_error), f"{state['part']:07d}", 0
-            for num_rows, row in enumerate(islice(rows, pictures.rows_per_part), 1):
-                _keep(row, columns, f"{name}/{num_rows - 1:05d}", pictures, folder, find_faces, part)
-                if state["kept"] + len(part.rows) >= most:
-                    break
-            if num_rows:
-                part.write(store.part_path(work, name))
-            state = {
-                "part": state["part"] + bool(num_rows),
-                "kept": state["kept"] + len(part.rows),
-                "is_at_end": not num_rows,
-                "stream": stream.state_dict(),
-            }
-            # After the part: what is killed between the two makes the part again, which gives the same files.
-            write_atomically(work / STATE, json.dumps(state))
-    except (httpx.HTTPError, ConnectionError, DatasetsError) as error:
-        raise ValueError(
-            f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"
-            " here."
-        ) from error
 
 
 def _open_stream(pictures: HubPictures):
@@ -179,11 +170,11 @@ def _keep(
 ) -> None:
     """Put the picture of a row into the folder and its line into the part, or say why not."""
     label, image_column, caption_column = f"{pictures.dataset}, {stem}", *columns
-    num_faces, boxes, text, removed = 1, None, "", {}
+    num_faces, boxes, text, removed = 1, [], "", {}
     if pictures.face_count_column is not None:
         num_faces = row[pictures.face_count_column] or 0
     if pictures.boxes_column is not None and num_faces == 1:
-        boxes = _read_boxes(row[pictures.boxes_column])
+        boxes = _read_boxes(row[pictures.boxes_column], pictures.box_format)
         num_faces = len(boxes)
     if caption_column is not None:
         text = " ".join(str(row[caption_column] or "").split())
@@ -195,20 +186,14 @@ def _keep(
         part.drop("no caption, or nothing left of it", label)
         return
     image = row[image_column] or {}
-    if image.get("bytes") is None and image.get("path") is None:
-        part.problem(store.UNREADABLE, label, "the row has none")
-        return
     # In the path of a file of an archive, that of the archive follows behind "::".
     suffix = Path((image.get("path") or "").partition("::")[0]).suffix.lower() or ".png"
-    fetched = folder / f".{stem.replace('/', '-')}{suffix}"
+    fetched, placed = folder / f".{stem.replace('/', '-')}{suffix}", None
     try:
-        content = _read_file(image["path"]) if image.get("bytes") is None else image["bytes"]
+        fetched.write_bytes(_read_picture(image))
+        placed = part.place(fetched, folder / f"{stem}{suffix}", pictures.min_side, label)
     except FileNotFoundError as error:
         part.problem(store.UNREADABLE, label, str(error))
-        return
-    try:
-        fetched.write_bytes(content)
-        placed = part.place(fetched, folder / f"{stem}{fetched.suffix}", pictures.min_side, label)
     finally:
         fetched.unlink(missing_ok=True)
     if placed is None:
@@ -220,28 +205,30 @@ def _keep(
             placed.path.unlink()
             part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
             return
-    line = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
-    note = placed.note
-    if boxes:
-        left, top, right, bottom = boxes[0]
-        if pictures.box_format == "xywh" and find_faces is None:
-            right, bottom = left + right, top + bottom
-        corners, is_found_here = (left, top, right, bottom), find_faces is not None
-        box, note = box_columns(corners, max(right, bottom) > 1, placed, is_found_here)
-        line |= box
-    part.keep(line, removed_words=removed or None, changed=note)
+    box = (boxes[0], max(boxes[0][2:]) > 1) if boxes else None
+    known, note = box_columns(box, placed, is_upright=find_faces is not None)
+    part.keep(placed.path, folder, text=text, **known, removed_words=removed or None, changed=note)
 
 
-def _read_file(path: str) -> bytes:
-    """A picture of which the data set has only a path, here or on the Hub, perhaps in an archive."""
+def _read_picture(image: dict) -> bytes:
+    """The bytes of a picture, which may be in a file here or on the Hub, perhaps in an archive, instead of the row."""
     from datasets.utils.file_utils import xopen
 
-    with xopen(path, "rb") as file:
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    if image.get("path") is None:
+        raise FileNotFoundError("the row has none")
+    with xopen(image["path"], "rb") as file:
         return file.read()
 
 
-def _read_boxes(value) -> list[list[float]]:
+def _read_boxes(value, box_format: str) -> list[list[float]]:
+    """Left, top, right and bottom of each box."""
     value = json.loads(value) if isinstance(value, str) else value
     if not value:
         return []
-    return [list(map(float, value))] if not isinstance(value[0], list) else value
+    boxes = value if isinstance(value[0], list) else [value]
+    boxes = [list(map(float, box)) for box in boxes]
+    if box_format == "xywh":
+        boxes = [[left, top, left + width, top + height] for left, top, width, height in boxes]
+    return boxes

@@ -81,26 +81,32 @@ def size_and_end(file: BinaryIO) -> bytes:
 
 
 def box_columns(
-    corners: Sequence[float], in_pixels: bool, placed: Placed, is_upright: bool = False
+    box: tuple[Sequence[float], bool] | None, placed: Placed, is_upright: bool = False
 ) -> tuple[dict[str, float], str | None]:
     """
-    `FACE_BOX` as parts of the picture `placed`, cut to it, from left, top, right and bottom of a face, in pixels or as
-    parts of the picture; empty for a box that is not within it. Boxes are those of the picture as viewers and most
-    detectors show it, which is certain if it `is_upright`.
+    `FACE_BOX` as parts of the picture `placed`, cut to it; empty without a box, and for one that is not within it.
+    Boxes are those of the picture as viewers and most detectors show it, which is certain if it `is_upright`.
+
+    Args:
+        box (`tuple[Sequence[float], bool]`, *optional*):
+            Left, top, right and bottom of a face, and whether they are in pixels, or else parts of the picture.
 
     Returns:
         `tuple[dict[str, float], str | None]`: the columns, and the note of `placed` with what was made of the box.
     """
+    if box is None:
+        return {}, placed.note
+    corners, in_pixels = box
     parts = np.float64(corners) / (np.float64([*placed.size, *placed.size]) if in_pixels else 1.0)
     left, top, right, bottom = cut = parts.clip(0, 1)
-    box, note = dict(zip(FACE_BOX, cut.round(6).tolist(), strict=True)), None
+    columns, note = dict(zip(FACE_BOX, cut.round(6).tolist(), strict=True)), None
     is_guessed = placed.is_turned and not is_upright
     # A box of the pixels as they are stored may reach beyond the picture as it is shown.
     if not (left < right and top < bottom) or (is_guessed and (cut != parts).any()):
-        box, note = {}, "the face's box left out, because it is not within the picture"
+        columns, note = {}, "the face's box left out, because it is not within the picture"
     elif is_guessed:
         note = "the face's box taken for that of the picture as it is shown"
-    return box, "; ".join(filter(None, (placed.note, note))) or None
+    return columns, "; ".join(filter(None, (placed.note, note))) or None
 
 
 def link_file(source: Path, target: Path) -> None:

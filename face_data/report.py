@@ -111,32 +111,25 @@ class Histogram:
 
 def draw_histograms(before: Histogram, after: Histogram, title: str) -> Image.Image:
     """The AUs in a grid, intensity to the right, number of faces upwards on a logarithmic scale."""
-    tallest = np.log1p(max(before.counts.max(), after.counts.max(), 1))
-    panels = [_draw_panel(*np.log1p(counts) / tallest) for counts in zip(before.counts, after.counts, strict=True)]
-    width, height, gap = *panels[0].size, 20
-    num_rows = -(-len(panels) // COLUMNS)
-    sheet = Image.new("RGB", (gap + COLUMNS * (width + gap), 3 * gap + num_rows * (height + 2 * gap)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(18)
+    width, height, gap = 260, 150, 20
+    step, tallest = width / (1 + BINS), np.log1p(max(before.counts.max(), after.counts.max(), 1))
+    num_rows = -(-len(before.au_names) // COLUMNS)
+    size = (gap + COLUMNS * (width + 2 * gap), 3 * gap + num_rows * (height + 3 * gap))
+    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(18)
+    draw = ImageDraw.Draw(sheet)
     draw.text((gap, gap), title, GREY, font)
-    for number, (name, panel) in enumerate(zip(before.au_names, panels, strict=True)):
-        x, y = gap + number % COLUMNS * (width + gap), 3 * gap + number // COLUMNS * (height + 2 * gap)
-        draw.text((x + width / 2, y), name, "black", font, anchor="ma")
-        sheet.paste(panel, (x, y + gap))
-    return sheet
-
-
-def _draw_panel(before: np.ndarray, after: np.ndarray) -> Image.Image:
-    """The bars of one AU, whose heights are from 0 to 1: `before` wide and grey, `after` narrow and red."""
-    width, height, margin = 260, 150, 20
-    panel, step = Image.new("RGB", (width + margin, height + margin), "white"), width / (1 + BINS)
-    draw = ImageDraw.Draw(panel)
-    for values, color, start, end in ((before, BEFORE_COLOR, 0.05, 0.95), (after, AFTER_COLOR, 0.3, 0.7)):
-        for place, value in enumerate(values):
-            if value > 0:
-                box = ((place + start) * step, height - value * height, (place + end) * step, height)
+    for number, name in enumerate(before.au_names):
+        left, top = gap + number % COLUMNS * (width + 2 * gap), 3 * gap + number // COLUMNS * (height + 3 * gap)
+        bottom = top + gap + height
+        draw.text((left + (width + gap) / 2, top), name, "black", font, anchor="ma")
+        # Those before are wide bars, those after are narrow ones.
+        for histogram, color, start, end in ((before, BEFORE_COLOR, 0.05, 0.95), (after, AFTER_COLOR, 0.3, 0.7)):
+            heights = np.log1p(histogram.counts[number]) / tallest * height
+            for place in heights.nonzero()[0]:
+                box = (left + (place + start) * step, bottom - heights[place], left + (place + end) * step, bottom)
                 draw.rectangle(box, color)
-    draw.line((0, height, width, height), GREY)
-    for intensity in range(6):
-        x = (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
-        draw.text((x, height + 4), str(intensity), GREY, ImageFont.load_default(12), anchor="ma")
-    return panel
+        draw.line((left, bottom, left + width, bottom), GREY)
+        for intensity in range(6):
+            x = left + (0.5 if intensity == 0 else 1 + intensity * BINS / 5) * step
+            draw.text((x, bottom + 4), str(intensity), GREY, ImageFont.load_default(12), anchor="ma")
+    return sheet

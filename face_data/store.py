@@ -21,7 +21,7 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import chain
@@ -77,9 +77,10 @@ class Part:
             raise ValueError(f"{path}: {reason}{detail}. `--on_error skip` leaves it out and goes on.")
         self.dropped.append({"dropped": reason, "path": f"{path}{detail}", "count": count, "problem": True})
 
-    def keep(self, row: dict, **known) -> None:
-        """Add the row of a picture, and what is `known` of it, unless that is None."""
-        self.rows.append(row | {name: value for name, value in known.items() if value is not None})
+    def keep(self, picture: Path, folder: Path, **facts) -> None:
+        """Add the row of a picture in `folder`, with those of the `facts` that are not None."""
+        row = {"file_name": picture.relative_to(folder).as_posix()}
+        self.rows.append(row | {name: fact for name, fact in facts.items() if fact is not None})
 
     def place(self, source: Path, target: Path, min_side: int = 0, label: str | None = None) -> Placed | None:
         """`place_picture`, or None for a picture that is left out, whose name is `label` or its path."""
@@ -93,8 +94,18 @@ class Part:
             return None
         return placed
 
-    def write(self, path: Path) -> None:
-        write_lines(path, [*self.rows, *self.dropped])
+    def read_label(self, read: Callable[[Path], object], path: Path):
+        """`read(path)`, or None for a label file that is left out."""
+        try:
+            return read(path)
+        except FileNotFoundError:
+            self.problem("missing label file", path)
+        except (OSError, ValueError, EOFError) as error:
+            self.problem("label file that cannot be read", path, str(error))
+        return None
+
+    def write(self, folder: Path, name: str) -> None:
+        write_lines(part_path(folder, name), [*self.rows, *self.dropped])
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -113,11 +124,6 @@ def read_lines(path: Path) -> Iterator[dict]:
         yield from map(json.loads, file)
 
 
-def read_rows(path: Path) -> Iterator[dict]:
-    """The pictures of a part."""
-    return (line for line in read_lines(path) if "file_name" in line)
-
-
 def part_path(folder: Path, part: str) -> Path:
     return folder / "rows" / f"{part}.jsonl"
 
@@ -127,17 +133,19 @@ def list_parts(folder: Path) -> list[str]:
     return sorted(path.stem for path in (folder / "rows").glob("*.jsonl") if not path.name.startswith("."))
 
 
-def read_parts(folder: Path) -> Iterator[dict]:
-    """The lines of all finished parts of the work folder `folder`."""
-    return chain.from_iterable(read_lines(part_path(folder, part)) for part in list_parts(folder))
+def read_parts(folder: Path, parts: Iterable[str] | None = None) -> Iterator[dict]:
+    """The lines of `parts` of the work folder `folder`, by default of all that are finished."""
+    parts = list_parts(folder) if parts is None else parts
+    return chain.from_iterable(read_lines(part_path(folder, part)) for part in parts)
+
+
+def read_rows(folder: Path, parts: Iterable[str] | None = None) -> Iterator[dict]:
+    """Those lines of `read_parts` that are pictures."""
+    return (line for line in read_parts(folder, parts) if "file_name" in line)
 
 
 def read_settings(folder: Path, is_finished: bool = False) -> dict:
-    """
-    Raises:
-        ValueError: if `folder` is no work folder, or if `is_finished` and the step that fills it did not come to its
-            end.
-    """
+    """Raise a ValueError if `folder` is no work folder, or if `is_finished` and the step that fills it is not."""
     settings = json.loads(path.read_text(encoding="utf-8")) if (path := folder / SETTINGS).is_file() else {}
     if "source" not in settings:
         raise ValueError(
@@ -151,22 +159,14 @@ def read_settings(folder: Path, is_finished: bool = False) -> dict:
 
 
 def claim_folder(folder: Path, settings: dict) -> None:
-    """
-    Make `folder`, or go on with it.
-
-    Raises:
-        ValueError: if it was begun with other settings, or holds other things.
-    """
+    """Make `folder`, or go on with it. Raise a ValueError if it has other settings, or holds other things."""
     if not check_settings(folder / SETTINGS, settings, "rows"):
         check_folder(folder)
         write_settings(folder / SETTINGS, settings)
 
 
 def check_folder(folder: Path) -> None:
-    """
-    Raises:
-        ValueError: if `folder` is there, and neither empty nor an earlier run's.
-    """
+    """Raise a ValueError if `folder` is there, and neither empty nor an earlier run's."""
     if (folder / SETTINGS).is_file() or not folder.exists():
         return
     # Hidden are the work folders of the data set, and what another process is writing.
@@ -175,10 +175,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_source(source: str) -> None:
-    """
-    Raises:
-        ValueError: if a source may not be called so: its name becomes that of a folder in the data set.
-    """
+    """Raise a ValueError if a source may not be called so: its name becomes that of a folder in the data set."""
     if not source.isalnum() or _SPLIT.fullmatch(source):
         raise ValueError(
             f"The source is {source!r}, but has to be letters and digits, and no name of a split. Name it with"
@@ -187,8 +184,8 @@ def check_source(source: str) -> None:
 
 
 def run_parts(work: Callable[[str], None], parts: Iterable[str], folder: Path, num_workers: int, label: str) -> None:
-    """`work(part)` for each part that is not in `folder` yet, in `num_workers` processes. The first error ends it."""
-    missing = [part for part in parts if not (folder / f"{part}.jsonl").is_file()]
+    """`work(part)` for each part that `folder` does not have, in `num_workers` processes. The first error ends it."""
+    missing = [part for part in parts if not part_path(folder, part).is_file()]
     num_workers = min(num_workers, len(missing))
     progress = functools.partial(tqdm, desc=label, unit="part", total=len(missing), disable=not missing)
     if num_workers <= 1:
@@ -199,16 +196,13 @@ def run_parts(work: Callable[[str], None], parts: Iterable[str], folder: Path, n
     ignore_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(num_workers, initializer=ignore_interrupts) as executor:
         try:
-            for future in progress(as_completed([executor.submit(work, part) for part in missing])):
-                future.result()
+            for _ in progress(executor.map(work, missing)):
+                pass
         except BrokenProcessPool as error:
             raise OSError(
                 "A worker process was killed, perhaps for lack of memory. The same command goes on from here; fewer"
                 " `--num_workers` need less memory."
             ) from error
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
@@ -225,7 +219,7 @@ def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
     claim_folder(folder, source.settings())
     names = source.begin(folder, on_error)
     work = functools.partial(_make_part, source, folder, on_error)
-    run_parts(work, names, folder / "rows", num_workers, source.source)
+    run_parts(work, names, folder, num_workers, source.source)
     source.end(folder, names)
     remove_unfinished(folder)
     write_atomically(folder / FINISHED, "")
@@ -234,4 +228,4 @@ def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
 def _make_part(source, folder: Path, on_error: str, name: str) -> None:
     part = Part(on_error)
     source.make_part(folder, part, name)
-    part.write(part_path(folder, name))
+    part.write(folder, name)

@@ -25,7 +25,7 @@ from action_units import AU_NAMES, action_units_of, au_columns, mirrored_columns
 from face_data.au_tables import NO, find_name_column, read_au_table, read_number
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
 from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns, size_and_end
-from face_data.store import SETTINGS, Part, check_source, part_path, read_lines, read_rows
+from face_data.store import SETTINGS, Part, check_source, part_path, read_parts, read_rows
 from face_data.table_choice import AUTable, joined_aus
 from face_data.table_files import read_records
 from program import check_options, file_digest, option, replacing
@@ -43,6 +43,8 @@ AMBIGUOUS = "file name that several pictures have"
 # MediaPipe's `create_from_file` reads pixels as they are stored, OpenFace as they are shown, LibreFace finds the face
 # in one of the two and cuts it out of the other, and no table tells.
 MIRRORED = "mirrored by EXIF, so the sides of its AUs are uncertain: save it as it is shown, and measure it again"
+# Rows of a picture that agree in all of these say the same of one face.
+SAID_OF_A_FACE = ("aus", "face", "box")
 SUBJECT_COLUMNS = ("subject", "subject_id", "identity")
 # The box of a face as py-feat writes it, in pixels.
 PIXEL_BOX = ("facerectx", "facerecty", "facerectwidth", "facerectheight")
@@ -125,16 +127,26 @@ class Tabled:
             missing = [name for name in AU_NAMES if name not in au_columns(self.au_names)]
             if missing:
                 part.note(f"Of the paper's AUs the data do not have {', '.join(missing)}.")
-            part.write(part_path(folder, TABLE_PART))
-        with closing(sqlite3.connect(folder / INDEX)) as database:
-            num_pictures = database.execute("SELECT count(*) FROM pictures").fetchone()[0]
+            part.write(folder, TABLE_PART)
+        ((num_pictures,),) = query_index(folder, "SELECT count(*) FROM pictures")
         if num_pictures == 0:
             raise ValueError(f"{self.tables[0].path}: the table has no rows.")
         return [f"{number:07d}" for number in range(-(-num_pictures // self.rows_per_part))]
 
     def make_part(self, folder: Path, part: Part, name: str) -> None:
         """One stretch of the table."""
-        for facts, reason, repeats in read_pictures(self, folder / INDEX, int(name) * self.rows_per_part):
+        first = int(name) * self.rows_per_part
+        rows = query_index(
+            folder,
+            "SELECT id, number, facts FROM pictures JOIN rows USING (key) WHERE id > ? AND id <= ?"
+            " ORDER BY id, number, rows.rowid",
+            (first, first + self.rows_per_part),
+        )
+        for _, rows_of_picture in groupby(rows, itemgetter(0)):
+            by_table = {number: [] for number in range(len(self.tables) + 1)}
+            for _, number, facts in rows_of_picture:
+                by_table[number].append(json.loads(facts))
+            facts, reason, repeats = self._join(*by_table.values())
             label, found = f"{self.tables[0].path}, line {facts['line']}", find_picture(facts["name"], self.bases)
             part.drop(REPEATED, found[0] if found else facts["name"], repeats)
             if len(found) != 1:
@@ -148,6 +160,30 @@ class Tabled:
             elif not self.refuses(facts, found[0], part):
                 self._keep(facts, found[0], folder, part)
 
+    def _join(self, *tables: list[dict]) -> tuple[dict, str | None, int]:
+        """
+        From the rows of a picture, those of each table and then those about the pictures: facts, those of the first
+        row but with all AUs; why the picture is of no use; and how many rows of the first table say the same again.
+        """
+        *measured, abouts = tables
+        # A row that says the same as the first one of its picture is a repetition, and not another face.
+        others = [[row for row in rows if any(row[n] != rows[0][n] for n in SAID_OF_A_FACE)] for rows in measured]
+        facts, about, reason = measured[0][0], abouts[-1] if abouts else None, None
+        if not all(measured):
+            reason = NOT_IN_ALL
+        elif any(others):
+            is_one_name = len({row["name"] for row in measured[0]}) == 1
+            reason = SEVERAL_FACES if is_one_name else "rows under several names that contradict each other"
+        elif any(rows[0]["aus"] is None for rows in measured):
+            reason = NO_FACE
+        else:
+            by_table = zip(self.tables, measured, strict=True)
+            values = {name: au for table, rows in by_table for name, au in zip(table.aus, rows[0]["aus"], strict=True)}
+            facts["aus"] = [values[name] for name in self.au_names]
+        if about is not None:
+            facts |= {name: facts[name] or about[name] for name in ("text", "box")}
+        return facts | {"about": about}, reason, len(measured[0]) - 1 - len(others[0])
+
     def _keep(self, facts: dict, picture: Path, folder: Path, part: Part) -> None:
         aus, origin = facts["aus"], origin_of(picture, self.bases)
         placed = part.place(picture, folder / "images" / origin, self.min_side)
@@ -157,32 +193,27 @@ class Tabled:
             placed.path.unlink()
             part.drop(MIRRORED, picture)
             return
-        text, removed = take_emotion_words(facts["text"]) if self.drop_emotion_words else (facts["text"], {})
-        row = {"file_name": placed.path.relative_to(folder).as_posix(), "text": text}
-        row |= dict(zip(self.au_names, aus, strict=True))
-        row |= {"source": self.source, "subject": facts["subject"], "origin": origin}
-        box, note = {}, placed.note
-        if facts["box"] is not None:
-            box, note = box_columns(*facts["box"], placed)
-        removed = Counter(removed) + Counter((facts["about"] or {}).get("removed_words"))
-        part.keep(row | box, is_photo=facts["is_photo"], changed=note, removed_words=dict(removed) or None)
+        text, words = facts["text"], Counter((facts["about"] or {}).get("removed_words"))
+        if self.drop_emotion_words:
+            text, removed = take_emotion_words(text)
+            words.update(removed)
+        box, note = box_columns(facts["box"], placed)
+        row = {"text": text, **dict(zip(self.au_names, aus, strict=True)), "source": self.source}
+        row |= {"subject": facts["subject"], "origin": origin, **box, "is_photo": facts["is_photo"]}
+        part.keep(placed.path, folder, **row, changed=note, removed_words=dict(words) or None)
 
     def end(self, folder: Path, parts: list[str]) -> None:
         """Count the pictures that the table lacks, and those that are there under another name too."""
         if part_path(folder, UNTABLED_PART).is_file():
             return
-        num_found = 0
         # Each picture of the table is one line of a part: the difference to those that are there is what it lacks.
-        for name in parts:
-            lines = read_lines(part_path(folder, name))
-            num_found += sum(line.get("dropped") not in (NO_PICTURE, AMBIGUOUS, REPEATED) for line in lines)
+        not_found = (NO_PICTURE, AMBIGUOUS, REPEATED)
+        num_found = sum(line.get("dropped") not in not_found for line in read_parts(folder, parts))
         part = Part("skip")
         num_pictures = sum(1 for _ in self.list_pictures())
         part.drop("picture that is not in the table", self.bases[0], max(0, num_pictures - num_found))
-        note = _note_same_pictures(folder, parts)
-        if note:
-            part.note(note)
-        part.write(part_path(folder, UNTABLED_PART))
+        note_same_pictures(folder, parts, part)
+        part.write(folder, UNTABLED_PART)
 
 
 def build_index(tabled: Tabled, path: Path, part: Part) -> None:
@@ -190,43 +221,40 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
     Read the tables once, from front to back, into the database `path`. The first one decides which pictures there are.
     `part` is told of rows that cannot be used, and of what was guessed.
     """
+    about, wanted = tabled.read_about(part.note), tabled.image_column
 
     def on_error(error: ValueError) -> None:
         part.problem("row of the table that cannot be read", str(error).rstrip("."))
 
-    def read_rows() -> Iterator[tuple]:
-        about, wanted = tabled.read_about(part.note), tabled.image_column
-        for number, table in enumerate(tabled.tables):
-            column = tabled.caption_column if number == 0 and about is None else None
-            for row in read_au_table(table.path, table.tool, wanted, on_error, part.note, table.aus):
-                measured = {"aus": row.aus.tolist() if row.face_found else None, "face": row.face, "line": row.line}
-                yield number, f"{table.path}, line {row.line}", row.name, row.record, column, measured
-        for label, record in about or ():
-            # `--image_column` may be meant for the AUs' tables alone.
-            is_here = wanted is not None and wanted.strip().lower() in map(str.lower, record)
-            column = find_name_column(record, wanted if is_here else None)
-            name = "" if column is None else str(record[column])
-            yield len(tabled.tables), label, name, record, tabled.caption_column, {}
-
-    def read_facts() -> Iterator[tuple]:
-        for number, label, name, record, column, measured in read_rows():
-            by_key = {column.lower(): value for column, value in record.items()}
-            if column is not None and column.lower() not in by_key:
-                raise ValueError(f"{label}: there is no column {column!r}. The columns are {', '.join(by_key)}.")
-            try:
-                if not name:
-                    raise ValueError("there is no file name. Say which column has it with `--image_column`.")
-                facts = {"name": _check_text(name)} | measured | _read_facts(by_key, column)
-            except ValueError as error:
-                on_error(ValueError(f"{label}: {error}"))
-            else:
-                yield find_key(name, tabled.bases), number, json.dumps(facts)
+    def insert(number: int, label: str, name: str, record: dict, **measured) -> None:
+        by_key = {column.lower(): value for column, value in record.items()}
+        # Captions come from the table about the pictures, or from the first one.
+        caption = tabled.caption_column if number == (0 if about is None else len(tabled.tables)) else None
+        if caption is not None and caption.lower() not in by_key:
+            raise ValueError(f"{label}: there is no column {caption!r}. The columns are {', '.join(by_key)}.")
+        try:
+            if not name:
+                raise ValueError("there is no file name. Say which column has it with `--image_column`.")
+            facts = {"name": _check_text(name)} | measured | _read_facts(by_key, caption)
+        except ValueError as error:
+            on_error(ValueError(f"{label}: {error}"))
+        else:
+            values = (find_key(name, tabled.bases), number, json.dumps(facts))
+            database.execute("INSERT INTO rows VALUES (?, ?, ?)", values)
 
     with replacing(path) as unfinished:
         unfinished.unlink(missing_ok=True)
         with closing(sqlite3.connect(unfinished)) as database:
             database.execute("CREATE TABLE rows (key TEXT, number INTEGER, facts TEXT)")
-            database.executemany("INSERT INTO rows VALUES (?, ?, ?)", read_facts())
+            for number, table in enumerate(tabled.tables):
+                for row in read_au_table(table.path, table.tool, wanted, on_error, part.note, table.aus):
+                    aus, label = row.aus.tolist() if row.face_found else None, f"{table.path}, line {row.line}"
+                    insert(number, label, row.name, row.record, aus=aus, face=row.face, line=row.line)
+            for label, record in about or ():
+                # `--image_column` may be meant for the AUs' tables alone.
+                is_here = wanted is not None and wanted.strip().lower() in map(str.lower, record)
+                column = find_name_column(record, wanted if is_here else None)
+                insert(len(tabled.tables), label, "" if column is None else str(record[column]), record)
             database.execute("CREATE INDEX by_key ON rows (key, number)")
             database.execute("CREATE TABLE pictures (id INTEGER PRIMARY KEY, key TEXT)")
             database.execute(
@@ -235,51 +263,9 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
             database.commit()
 
 
-def read_pictures(tabled: Tabled, path: Path, first: int) -> Iterator[tuple[dict, str | None, int]]:
-    """
-    The pictures of a part, which begins with the number `first`, from 0, in the order of the first table: facts, why a
-    picture is of no use, and how many rows of the first table say the same once more.
-    """
-    with closing(sqlite3.connect(path)) as database:
-        rows = database.execute(
-            "SELECT id, number, facts FROM pictures JOIN rows USING (key) WHERE id BETWEEN ? AND ?"
-            " ORDER BY id, number, rows.rowid",
-            (first + 1, first + tabled.rows_per_part),
-        )
-        for _, rows_of_picture in groupby(rows, itemgetter(0)):
-            yield _join_rows([(number, json.loads(facts)) for _, number, facts in rows_of_picture], tabled.tables)
-
-
-def _join_rows(rows: list[tuple[int, dict]], tables: tuple[AUTable, ...]) -> tuple[dict, str | None, int]:
-    """
-    What `read_pictures` yields, from the rows of a picture with the numbers of their tables. The facts are those of
-    the first row, with all AUs in the order of `joined_aus`, and those of the last table, which is about the pictures.
-    """
-    firsts, times, repeats = {}, Counter(), 0
-    about = next((facts for number, facts in reversed(rows) if number == len(tables)), None)
-    for number, facts in rows:
-        if number == len(tables):
-            continue
-        first = firsts.setdefault(number, facts)
-        # A row that says the same as the first one of its picture is a repetition, and not another face.
-        is_other = any(facts.get(name) != first.get(name) for name in ("aus", "face", "box"))
-        times[number] += first is facts or is_other
-        repeats += number == 0 and first is not facts and not is_other
-    main, reason = firsts[0], None
-    if len(firsts) < len(tables):
-        reason = NOT_IN_ALL
-    elif max(times.values()) > 1:
-        names = {facts["name"] for number, facts in rows if number == 0}
-        reason = "rows under several names that contradict each other" if len(names) > 1 else SEVERAL_FACES
-    elif any(first["aus"] is None for first in firsts.values()):
-        reason = NO_FACE
-    else:
-        values = {}
-        for number, table in enumerate(tables):
-            values |= zip(table.aus, firsts[number]["aus"], strict=True)
-        main["aus"] = [values[name] for name in joined_aus(tables)]
-    filled = {name: main[name] or (about or {}).get(name, main[name]) for name in ("text", "box")}
-    return main | filled | {"about": about}, reason, repeats
+def query_index(folder: Path, question: str, values: tuple = ()) -> Iterator[tuple]:
+    with closing(sqlite3.connect(folder / INDEX)) as database:
+        yield from database.execute(question, values)
 
 
 def _read_facts(by_key: dict, caption_column: str | None) -> dict:
@@ -309,28 +295,26 @@ def _first_text(by_key: dict, columns: tuple[str, ...]) -> str:
 
 def _is_photo(by_key: dict) -> bool | None:
     """What the published AffectNet table says of a picture."""
-    answers = []
-    for column in ("isphoto", "isreal"):
-        text = "" if by_key.get(column) is None else str(by_key[column]).strip().lower()
-        if text not in (*_YES, *NO):
+    columns = ("isphoto", "isreal")
+    values = {column: str(by_key[column] or "").strip().lower() for column in columns if column in by_key}
+    for column, value in values.items():
+        if value not in (*_YES, *NO):
             raise ValueError(f"{column} is {by_key[column]!r}, but has to be true or false.")
-        answers.append(text in _YES)
-    return all(answers) if {"isphoto", "isreal"} <= by_key.keys() else None
+    return all(value in _YES for value in values.values()) if len(values) == len(columns) else None
 
 
-def _read_box(by_key: dict) -> list | None:
-    """The first two arguments of `box_columns`."""
-    for columns in (FACE_BOX, PIXEL_BOX):
-        if set(columns) <= by_key.keys():
-            left, top, right, bottom = values = [read_number(by_key[column], column) for column in columns]
-            if any(map(math.isnan, values)):
-                return None
-            if columns is PIXEL_BOX:
-                return [[left, top, left + right, top + bottom], True]
-            if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
-                raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")
-            return [values, False]
-    return None
+def _read_box(by_key: dict) -> tuple[list[float], bool] | None:
+    """The first argument of `box_columns`."""
+    columns = next((columns for columns in (FACE_BOX, PIXEL_BOX) if set(columns) <= by_key.keys()), ())
+    values = [read_number(by_key[column], column) for column in columns]
+    if not values or any(map(math.isnan, values)):
+        return None
+    left, top, right, bottom = values
+    if columns is PIXEL_BOX:
+        return [left, top, left + right, top + bottom], True
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ValueError(f"the face's box is {values}, but has to be a part of the picture, 0 to 1.")
+    return values, False
 
 
 def _total(aus: list[float], au_names: tuple[str, ...]) -> float:
@@ -380,24 +364,22 @@ def _is_own(folder: Path) -> bool:
     return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", ".parts"))
 
 
-def _note_same_pictures(folder: Path, parts: list[str]) -> str:
+def note_same_pictures(folder: Path, parts: list[str], part: Part) -> None:
     """Say how many pictures have the bytes of another one. Only files of the same size and end are read whole."""
+
+    def end(name: str) -> bytes:
+        with (folder / name).open("rb") as file:
+            return size_and_end(file)
+
     # Without a name the database is a temporary file, so memory does not grow with the pictures.
     with closing(sqlite3.connect("")) as database:
         database.create_function("digest", 1, lambda name: file_digest(folder / name))
         database.execute("CREATE TABLE files (name TEXT, end BLOB)")
-        for part in parts:
-            names = (row["file_name"] for row in read_rows(part_path(folder, part)))
-            database.executemany("INSERT INTO files VALUES (?, ?)", ((name, _end(folder / name)) for name in names))
+        names = (row["file_name"] for row in read_rows(folder, parts))
+        database.executemany("INSERT INTO files VALUES (?, ?)", ((name, end(name)) for name in names))
         alike = "SELECT end FROM files GROUP BY end HAVING count(*) > 1"
         groups = f"SELECT count(*) - 1 AS times, min(name), max(name) FROM files WHERE end IN ({alike})"
         found = database.execute(f"{groups} GROUP BY digest(name) HAVING times > 0").fetchall()
-    if not found:
-        return ""
-    count, (_, first, last) = sum(times for times, _, _ in found), found[0]
-    return f"{count:,} pictures have the bytes of another one, such as {last} and {first}."
-
-
-def _end(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return size_and_end(file)
+    if found:
+        count, (_, first, last) = sum(times for times, _, _ in found), found[0]
+        part.note(f"{count:,} pictures have the bytes of another one, such as {last} and {first}.")

@@ -19,12 +19,12 @@ from PIL import Image
 
 from action_units import AU_NAMES
 from face_data.annotate import Blip2, annotate, is_photo
-from face_data.build import WITHOUT_BOX, Correction
+from face_data.build import WITHOUT_BOX, correct_aus
 from face_data.disfa import find_videos
 from face_data.pictures import FACE_BOX, place_picture
 from face_data.prepare import main
 from face_data.report import AFTER_COLOR, Histogram, draw_histograms
-from face_data.store import list_parts, read_lines, read_rows, run_parts
+from face_data.store import list_parts, read_lines, read_parts, read_rows, run_parts
 from toy_faces.renderer import render, sample_aus, sample_portrait
 from training.config import TrainConfig
 from training.data import load_training_data
@@ -139,15 +139,14 @@ def prepare(*args, status: int = 0) -> None:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return [row for part in list_parts(folder) for row in read_rows(folder / "rows" / f"{part}.jsonl")]
+    return list(read_rows(folder))
 
 
 def counts_of(folder: Path) -> dict[str, int]:
     counts = {}
-    for part in list_parts(folder):
-        for line in read_lines(folder / "rows" / f"{part}.jsonl"):
-            if "dropped" in line:
-                counts[line["dropped"]] = counts.get(line["dropped"], 0) + line["count"]
+    for line in read_parts(folder):
+        if "dropped" in line:
+            counts[line["dropped"]] = counts.get(line["dropped"], 0) + line["count"]
     return counts
 
 
@@ -423,16 +422,16 @@ def test_the_paper_corrects_measured_intensities():
     lowest, highest = np.zeros(12), np.full(12, 5.0)
     lowest[0], highest[0] = 1.0, 4.0
     aus = np.full(12, 2.0)
-    corrected = dict(zip(AU_NAMES, Correction(tuple(lowest), tuple(highest))(aus).tolist(), strict=True))
+    corrected = dict(zip(AU_NAMES, correct_aus(aus, lowest, highest).tolist(), strict=True))
     assert corrected["AU1"] == pytest.approx(5 * (2**1.8 - 1) / (4**1.8 - 1))
     # 5 · (2 / 5)^1.8 is below 1.
     assert corrected["AU4"] == 0
     assert corrected["AU15"] == corrected["AU17"] == corrected["AU20"] == pytest.approx(5 * (2 / 5) ** 0.8)
     assert all(corrected[name] == 2 for name in ("AU2", "AU5", "AU6", "AU9", "AU12", "AU25", "AU26"))
-    assert not Correction(tuple(lowest), tuple(highest))(np.full(12, 0.99))[[1, 3, 4]].any()
+    assert not correct_aus(np.full(12, 0.99), lowest, highest)[[1, 3, 4]].any()
     # An AU that is the same everywhere stays what it is.
     same = np.full(12, 3.0)
-    assert Correction(tuple(same), tuple(same))(same).tolist() == same.tolist()
+    assert correct_aus(same, same, same).tolist() == same.tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -920,7 +919,7 @@ def test_an_interrupted_build_goes_on_where_it_was(tmp_path, work_folder):
     whole = files_of(faces)
     kept = next(iter(sorted((faces / "train").glob("*.parquet"))))
     mtime = kept.stat().st_mtime_ns
-    for name in ("report.txt", "histogram.png", ".parts/0-0000001.jsonl", "train/mine-0000001.parquet"):
+    for name in ("report.txt", "histogram.png", ".parts/rows/0-0000001.jsonl", "train/mine-0000001.parquet"):
         (faces / name).unlink()
     # What a killed process leaves would be taken for a shard.
     (faces / "train/.mine-0000001.parquet.part").write_bytes(b"PAR1")
