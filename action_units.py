@@ -500,18 +500,15 @@ def parse_aus_per_prompt(
 ) -> "tuple[torch.Tensor, torch.Tensor]":
     r"""
     Read the `aus` of a pipeline call: one expression for each prompt, or one for all, each in a form of `parse_aus`.
-    None leaves the face to the prompt.
-
-    With `num_people`, a list has one expression for each person in a picture and serves all prompts; a list of such
-    lists, or a tensor of shape `(batch, people, n)`, has expressions for each prompt.
+    None leaves the face to the prompt. With `num_people`, a list has one expression for each person in a picture and
+    serves all prompts; a list of such lists, or a tensor of shape `(batch, people, n)`, has them for each prompt.
 
     Returns:
         Intensities of shape `(batch_size, n)` for the n `au_names`, and a mask of shape `(batch_size,)` that is 1 for
         rows with AUs and 0 for rows without. With `num_people`, both have a dimension of people after the first.
 
     Raises:
-        ValueError: as for `parse_aus`, or if the number of expressions fits neither prompts nor people. It calls the
-            input `argument`.
+        ValueError: as for `parse_aus`, or if the number of expressions fits neither prompts nor people.
 
     Example:
         >>> intensities, has_aus = parse_aus_per_prompt(["12E", None], 2)
@@ -545,19 +542,20 @@ def au_image_embeds(
 ) -> "list[torch.Tensor]":
     r"""
     Turn AUs into the `ip_adapter_image_embeds` of a diffusers pipeline. The pipeline must have loaded an adapter of
-    ours that was exported as an IP-Adapter, whose image embedding is the vector of AUs itself.
+    ours that was exported as an IP-Adapter, whose image embedding is the vector of AUs itself. Such a pipeline shows
+    all embeddings to every prompt of a call, so each prompt gets the mean of different expressions: make one call for
+    each of them, or let `au_image_masks` keep them apart.
 
     Args:
         aus (as for `parse_aus`, or None, or a `list` with None in it):
-            One expression for each prompt; repeat an expression that several prompts share. None is the neutral face
-            here: an IP-Adapter is on or off for the whole call, so no single prompt can go without it.
+            One expression for each prompt, or one that serves all. None is the neutral face here: an IP-Adapter is on
+            or off for the whole call, so no single prompt can go without it.
         negative_aus (as `aus`, *optional*):
             AUs of the unconditional branch, for each prompt or for all. The default is the neutral face.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The n AUs of the adapter.
         do_classifier_free_guidance (`bool`, defaults to `True`):
-            Whether the pipeline is called with guidance. Pass False for a `guidance_scale` of 1 or less; then there is
-            no unconditional branch, and `negative_aus` is not allowed.
+            Whether the `guidance_scale` of the call is above 1. If not, `negative_aus` is not allowed.
         num_people (`int`, *optional*):
             Number of `ip_adapter_masks`; then `aus` is as in `parse_aus_per_prompt`.
         dtype (`torch.dtype`, *optional*):
@@ -566,10 +564,6 @@ def au_image_embeds(
     Returns:
         A list with one `torch.Tensor`, for one IP-Adapter. Its shape is `(2 * batch, 1, n)` with guidance, negative
         rows first, and `(batch, 1, n)` without; with `num_people`, the 1 is the number of people.
-
-        The pipelines of diffusers show all embeddings to every prompt of a call, so different expressions mix: each
-        prompt gets their mean. One expression serves all prompts. For different expressions, make one call for each,
-        or let `au_image_masks` keep them apart.
 
     Raises:
         ValueError: as for `parse_aus_per_prompt`.
@@ -605,12 +599,8 @@ def au_image_masks(
     r"""
     Make masks that give each prompt of a diffusers call its own expression. Pass them as `cross_attention_kwargs=
     {"ip_adapter_masks": [masks]}`, together with `ip_adapter_image_embeds=au_image_embeds(aus, num_people=len(aus))`.
-
-    Args:
-        num_prompts, num_images_per_prompt, do_classifier_free_guidance:
-            As in the call, which has guidance if its `guidance_scale` is above 1.
-        size (`tuple[int, int]`, defaults to `(64, 64)`):
-            Height and width, with the aspect ratio of the pictures.
+    The other arguments are as in the call, which has guidance if its `guidance_scale` is above 1; `size` is height and
+    width, with the aspect ratio of the pictures.
 
     Returns:
         `torch.Tensor` of shape `(rows, num_prompts, *size)`, 1 in the mask of each row's own prompt and 0 elsewhere.

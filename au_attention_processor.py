@@ -43,9 +43,7 @@ class AUAttnProcessor:
     `attach_au_processors` changes the class of each processor in a UNet to a subclass of this class and of its former
     class. A processor with AUs is therefore still an instance of its former class, with the same attributes, weights
     and constructor. It has no state of its own: the slice of the AU tensors that belongs to a layer is an attribute of
-    the layer, `au_channels`.
-
-    Its call takes these arguments in addition to those of the extended processor:
+    the layer, `au_channels`. Its call takes these arguments in addition to those of the extended processor.
 
     Args:
         au_residual (`torch.Tensor` of shape `(batch, sum of all widths)`, *optional*):
@@ -140,11 +138,9 @@ def au_layers(unet: nn.Module) -> dict[str, int]:
 
 
 def attach_au_processors(unet: nn.Module) -> None:
-    r"""
+    """
     Make the attention processors of `unet` take AUs. Processors that are set later are extended before the next call.
-
-    Raises:
-        TypeError: if a processor is not an instance of an ordinary Python class, so that it cannot be extended.
+    Raises a TypeError if one is not an instance of an ordinary Python class, so that it cannot be extended.
     """
     unet = getattr(unet, "_orig_mod", unet)
     layers = dict(_attention_layers(unet))
@@ -210,19 +206,15 @@ def pack_au_tensors(
     Its AU processors have to be attached. Gradients pass through.
 
     The result contains only tensors, and they include the scale, so a compiled UNet is not compiled again when AUs or
-    scales change.
+    scales change. `general` computes the attention also for one token, which gives the same result more slowly.
 
     Args:
-        unet (`UNet2DConditionModel`):
-            The UNet that will be called with the result.
         au_keys, au_values (`torch.Tensor` of shape `(batch, num_tokens, sum of all widths)`):
             From an `AUAdapter`.
         au_scale (`float` or `torch.Tensor` of shape `(batch,)`, defaults to 1.0):
             λ_AU. With 0 the AUs add exactly nothing.
         lora_scale (`float`, defaults to 1.0):
             The `scale` that the same call passes to the UNet in `cross_attention_kwargs`.
-        general (`bool`, defaults to `False`):
-            Compute the attention also for one token, which gives the same result more slowly.
         au_masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
             From `read_au_masks`. The rows of all other tensors are then the people of the first picture, followed by
             the people of the second, and so on.
@@ -254,7 +246,7 @@ def pack_au_tensors(
 
 def read_au_masks(au_masks, batch_size: int, latent_size: tuple[int, int]) -> torch.Tensor:
     r"""
-    Bring masks of people into the form that the attention processors take.
+    Bring masks of people for `batch_size` prompts into the form that the attention processors take.
 
     Args:
         au_masks (`torch.Tensor`, `np.ndarray`, `PIL.Image.Image` or `list`):
@@ -262,8 +254,6 @@ def read_au_masks(au_masks, batch_size: int, latent_size: tuple[int, int]) -> to
             of shape `(height, width)`, `(people, height, width)` or `(batch or 1, people, height, width)`. Values go
             from 0 (elsewhere) to 1 (the person), in a PIL image from black to white. A mask covers the whole picture,
             in any resolution.
-        batch_size (`int`):
-            Number of prompts.
         latent_size (`tuple[int, int]`):
             Height and width of the latents.
 

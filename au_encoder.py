@@ -76,20 +76,18 @@ class AUEncoder(ModelMixin, ConfigMixin):
         cross_attention_dim (`int`, defaults to 1024):
             Width of the text embedding: 1024 for Stable Diffusion 2.x, 768 for 1.x, 2048 for XL.
         encoder_type (`str`, defaults to `"res_mlp64"`):
-            One of `"none"`, `"mlp"`, `"res_mlp"`, `"res_mlp64"`, `"res_3mlp"`, `"individual"`, `"direct"`.
+            One of the types in the table.
         num_tokens (`int`, defaults to 1):
-            Tokens for each face. The paper uses one. With `"none"`, all tokens are the same, because this type has no
-            weights. `"direct"` has one.
+            Tokens for each face: one in the paper and with `"direct"`. With `"none"`, all tokens are the same.
         hidden_dim (`int`, defaults to 64):
             Number of features in `"res_mlp64"`, and width of the hidden layers in `"res_3mlp"` and `"individual"`.
         au_names (`list[str]`, *optional*):
             The names of the AUs in the order of the intensities: `"AU12"` for both sides of the face, or `"AU12L"` and
             `"AU12R"` for each side. None stands for the paper's twelve; files from before this option have None.
         side_tokens (`bool`, defaults to `False`):
-            Make tokens for each side of the face. Those of the left are the tokens of a face whose both sides do what
-            the left side does, plus a trained vector that says left, and the same for the right. So each position of a
-            picture can attend to its side of the face. One token for all adds the same everywhere, and left and right
-            can differ only by what the UNet makes of it.
+            Make tokens for each side of the face, so that each position of a picture can attend to its side. Those of
+            the left are the tokens of a face whose both sides do what the left does, plus a trained vector that says
+            left, and the same for the right. One token for all adds the same everywhere.
 
     Raises:
         ValueError: if the encoder type is unknown, the parts do not fit into `cross_attention_dim`, `au_names` is
@@ -144,14 +142,9 @@ class AUEncoder(ModelMixin, ConfigMixin):
         return self.config.num_aus + 1 if self.config.encoder_type == "direct" else self.config.cross_attention_dim
 
     def forward(self, au_intensities: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
-                FACS intensities: 0 is absent, 5 is grade E.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, num_tokens, token_dim)`, or `(batch, 2 * num_tokens, token_dim)` with
-            `side_tokens`, the tokens of the left side first.
+        """
+        Encode FACS intensities (0 is absent, 5 is grade E) of shape `(batch, num_aus)` to tokens of shape `(batch,
+        num_tokens, token_dim)`, or with `side_tokens` `(batch, 2 * num_tokens, token_dim)`, the left side first.
         """
         if not self.config.side_tokens:
             return self._encode(au_intensities)
@@ -263,41 +256,30 @@ class AUAdapter(ModelMixin, ConfigMixin):
         side_tokens: bool = False,
     ):
         super().__init__()
-        num_aus, au_names = _check_au_names(num_aus, au_names)
-        self.register_to_config(num_aus=num_aus, au_names=au_names)
         if not layers:
             raise ValueError("`layers` is empty: an AU adapter needs at least one cross-attention layer.")
         # Saving sorts the config by key, so the layers are sorted here too: the order is the same after loading.
         self.layers = dict(sorted(layers.items()))
-        options = (hidden_dim, au_names, side_tokens)
-        self.encoder = AUEncoder(num_aus, cross_attention_dim, encoder_type, num_tokens, *options)
+        sizes = (num_aus, cross_attention_dim, encoder_type, num_tokens, hidden_dim)
+        self.encoder = AUEncoder(*sizes, au_names, side_tokens)
+        self.register_to_config(num_aus=self.encoder.config.num_aus, au_names=self.encoder.config.au_names)
         token_dim, width = self.encoder.token_dim, sum(layers.values())
         # With one token, keys have no influence, but the paper's files contain them.
         self.to_k_au = None if encoder_type == "direct" else nn.Linear(token_dim, width, bias=False)
         self.to_v_au = nn.Linear(token_dim, width, bias=False)
 
     @classmethod
-    def from_unet(
-        cls,
-        unet: nn.Module,
-        num_aus: int | None = None,
-        encoder_type: str = "res_mlp64",
-        num_tokens: int = 1,
-        hidden_dim: int = 64,
-        kv_init: str = "text",
-        au_names: Sequence[str] | None = None,
-        side_tokens: bool = False,
-    ) -> "AUAdapter":
+    def from_unet(cls, unet: nn.Module, kv_init: str = "text", **config) -> "AUAdapter":
         """
         Create an untrained adapter for `unet`.
 
         Args:
-            num_aus, encoder_type, num_tokens, hidden_dim, au_names, side_tokens:
-                See [`AUEncoder`].
             kv_init (`str`, defaults to `"text"`):
                 Initial keys and values: `"text"` copies those of the text, as the paper's code does; `"random"` draws
                 them; `"zero"` sets the values to 0, so that the AUs add nothing yet. A `"direct"` adapter starts as
                 the fold of a new `"res_mlp64"` adapter, so both add the same.
+            config:
+                `num_aus`, `encoder_type`, `num_tokens`, `hidden_dim`, `au_names` and `side_tokens` of [`AUEncoder`].
 
         Raises:
             ValueError: for another `kv_init`.
@@ -306,12 +288,12 @@ class AUAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"`kv_init` has to be one of {', '.join(KV_INITS)}, but is {kv_init!r}.")
         text_layers = {name: module for name, module in _unwrap(unet).named_modules() if name.endswith(".attn2")}
         layers = {name: len(module.to_k.weight) for name, module in text_layers.items()}
-        width, options = unet.config.cross_attention_dim, (hidden_dim, au_names, side_tokens)
-        adapter = cls(layers, width, num_aus, encoder_type, num_tokens, *options)
+        width = unet.config.cross_attention_dim
+        adapter = cls(layers, width, **config)
         if kv_init == "zero":
             nn.init.zeros_(adapter.to_v_au.weight)
-        elif encoder_type == "direct":
-            tokens = _affine_map(AUEncoder(num_aus, width, "res_mlp64", 1, *options))
+        elif adapter.to_k_au is None:
+            tokens = _affine_map(AUEncoder(cross_attention_dim=width, **config | {"encoder_type": "res_mlp64"}))
             for name, target in zip(adapter.layers, adapter.attn_processors_state_dict().values(), strict=True):
                 to_v = text_layers[name].to_v if kv_init == "text" else nn.Linear(width, len(target), bias=False)
                 target.copy_(to_v.weight.detach().double() @ tokens)
@@ -322,14 +304,9 @@ class AUAdapter(ModelMixin, ConfigMixin):
         return adapter
 
     def forward(self, au_intensities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        r"""
-        Args:
-            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
-                FACS intensities: 0 is absent, 5 is grade E.
-
-        Returns:
-            `(au_keys, au_values)`, each of shape `(batch, tokens, sum(layers.values()))`. All layers stand side by
-            side, in the order of their names.
+        """
+        Encode FACS intensities (0 is absent, 5 is grade E) of shape `(batch, num_aus)` to `(au_keys, au_values)`, each
+        of shape `(batch, tokens, sum(layers.values()))`: all layers side by side, in the order of their names.
         """
         au_hidden_states = self.encoder(au_intensities).to(self.to_v_au.weight.dtype)
         au_values = self.to_v_au(au_hidden_states)
@@ -347,7 +324,7 @@ class AUAdapter(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def fold(self) -> "AUAdapter":
-        r"""
+        """
         This adapter with the encoder type `"direct"`, on the CPU, in its dtype.
 
         A token A·au + c that is affine in the intensities has the values W_v·(A·au + c) = (W_v·A)·au + W_v·c, and its
@@ -381,18 +358,6 @@ class AUAdapter(ModelMixin, ConfigMixin):
             for layer, weight in zip(self.layers, proj.weight.detach().split(widths), strict=True)
         }
 
-    def load_attn_processors_state_dict(
-        self, state_dict: dict[str, torch.Tensor], source: str | Path = "`state_dict`"
-    ) -> None:
-        """
-        Copy the keys and values of each layer from `state_dict`. Error messages call it `source`.
-
-        Raises:
-            ValueError: if a tensor is missing, unexpected, misshapen or not finite. Nothing has been copied then,
-                except if a tensor is not finite.
-        """
-        _copy_checked(state_dict, self.attn_processors_state_dict(), source)
-
 
 @torch.no_grad()
 def _affine_map(encoder: AUEncoder) -> torch.Tensor:
@@ -403,9 +368,7 @@ def _affine_map(encoder: AUEncoder) -> torch.Tensor:
     return torch.cat([tokens[:-1] - tokens[-1], tokens[-1:]]).T
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Files ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -437,25 +400,15 @@ def find_adapter_files(
     optional: bool = False,
     **hub_options,
 ) -> AdapterFiles | None:
-    r"""
-    Find an adapter in a folder or a Hub repository. It may have our layout, the layout of the paper's authors, or that
-    of an IP-Adapter; if several are there, the first in this order is taken.
-
-    Args:
-        pretrained_model_name_or_path (`str` or `os.PathLike`):
-            A folder, the id of a Hub repository, or a `.safetensors` file in the layout of an IP-Adapter.
-        variant (`str`, *optional*):
-            Prefix of file names in the layout of the paper's authors: `"sd15"` for `sd15_au_encoder.ckpt`.
-        subfolder (`str`, *optional*):
-            The folder of the adapter in the folder or repository.
-        optional (`bool`, defaults to `False`):
-            Return None instead of raising an error if there is no adapter.
-        hub_options:
-            As in `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, `force_download`,
-            `local_files_only`. A folder does not need them.
+    """
+    Find an adapter in a folder or a Hub repository, or in its `subfolder`. It may have our layout, the layout of the
+    paper's authors, or that of an IP-Adapter, whose `.safetensors` file may also be named itself; if several are
+    there, the first in this order is taken. `variant` is a prefix of file names in the layout of the paper's authors:
+    `"sd15"` for `sd15_au_encoder.ckpt`. `hub_options` are those of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        OSError: if there is no adapter, or only a part of one, or the Hub repository cannot be reached.
+        OSError: if only a part of an adapter is there, the Hub repository cannot be reached, or there is no adapter,
+            for which the result is None if it is `optional`.
     """
     folder, given = Path(pretrained_model_name_or_path), os.fspath(pretrained_model_name_or_path)
     unreached: list[LocalEntryNotFoundError] = []
@@ -507,15 +460,9 @@ def find_adapter_files(
 
 
 def find_adapter_beside(base: str | os.PathLike, **hub_options) -> AdapterFiles | None:
-    r"""
-    Find the adapter that a pipeline saved beside its base model, or None. If a Hub repository has no adapter, this
-    sends one request.
-
-    Args:
-        base (`str` or `os.PathLike`):
-            The folder or the Hub id of the base model.
-        hub_options:
-            As in `huggingface_hub.hf_hub_download`: `revision`, `token`, `cache_dir`, …
+    """
+    Find the adapter that a pipeline saved beside its base model, a folder or a Hub id, or return None. If a Hub
+    repository has no adapter, this sends one request. `hub_options` are those of `huggingface_hub.hf_hub_download`.
     """
     if not Path(base).is_dir():
         try:
@@ -549,17 +496,10 @@ def remove_au_adapter(folder: str | os.PathLike) -> None:
 def read_au_adapter(
     files: AdapterFiles, unet: nn.Module | None = None, layers: dict[str, int] | None = None
 ) -> AUAdapter:
-    r"""
-    Read an adapter onto the CPU and check everything about it.
-
-    Args:
-        files (`AdapterFiles`):
-            From `find_adapter_files`.
-        unet (`UNet2DConditionModel`, *optional*):
-            The base that the adapter has to fit. It gives the dtype and is not changed. Without `unet`, the adapter
-            has the dtype of its files and the layers that they name.
-        layers (`dict[str, int]`, *optional*):
-            Inner width of each cross-attention layer of `unet` by its name.
+    """
+    Read an adapter onto the CPU and check everything about it. It has to fit the base `unet`, whose cross-attention
+    layers have the inner widths `layers` by name, and gets the dtype of `unet`. Without `unet`, it has the dtype of
+    its files and the layers that they name.
 
     Raises:
         ValueError: if a file is broken, carries code, does not fit the base, or holds a wrong tensor. It names the
@@ -601,8 +541,8 @@ def read_au_adapter(
     if unet is None:
         nn.Module.to(adapter.encoder, _dtype_of(encoder_weights))
     adapter.to_empty(device="cpu").eval()
-    adapter.load_attn_processors_state_dict(values, files.attn_processors)
-    _copy_checked(encoder_weights, adapter.encoder.state_dict(), files.encoder or source)
+    copy_checked(values, adapter.attn_processors_state_dict(), files.attn_processors)
+    copy_checked(encoder_weights, adapter.encoder.state_dict(), files.encoder or source)
     return adapter
 
 
@@ -613,16 +553,10 @@ def _dtype_of(tensors: dict[str, torch.Tensor]) -> torch.dtype:
 
 
 def ip_adapter_numbers(layers: Iterable[str]) -> dict[str, int]:
-    r"""
-    The number of each cross-attention layer in the file of an IP-Adapter: the layer's index among all attention layers
-    of the UNet, where every cross-attention layer follows its self-attention.
-
-    Args:
-        layers (`Iterable[str]`):
-            Names of all cross-attention layers of a UNet.
-
-    Raises:
-        ValueError: if a `UNet2DConditionModel` has no layer of such a name.
+    """
+    The number of each of the cross-attention `layers` of a UNet in the file of an IP-Adapter: its index among all
+    attention layers, where every cross-attention layer follows its self-attention. Raises a ValueError if a
+    `UNet2DConditionModel` has no layer of such a name.
     """
     stages = ("down_blocks", "up_blocks", "mid_block")  # in the order in which a UNet has them as attributes
 
@@ -662,16 +596,15 @@ def _from_ip_adapter(
             " one for each AU."
         )
     _check_base(len(norm), width, path)
-    shapes = {"proj.0.weight": (2 * num_aus, num_aus), "proj.0.bias": (2 * num_aus,)}
-    shapes |= {"proj.2.weight": (width, 2 * num_aus), "proj.2.bias": (width,)}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    one = 2 * num_aus
+    shapes = {"proj.0.weight": (one, num_aus), "proj.0.bias": (one,), "norm.weight": (width,), "norm.bias": (width,)}
+    shapes |= {"proj.2.weight": (width, one), "proj.2.bias": (width,)}
     shapes = {f"image_proj.{key}": shape for key, shape in shapes.items()}
     numbers = ip_adapter_numbers(layers)
     for name, number in numbers.items():
         shapes |= {f"ip_adapter.{number}.to_{kind}_ip.weight": (layers[name], width) for kind in "kv"}
     check_tensors(tensors, shapes, path)
     # For any AUs, the token has to be the AUs, zeros, and a 1 at the index `one`.
-    one = 2 * num_aus
     probes = torch.randn(8, num_aus, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3)
     expected = nn.functional.pad(probes, (0, width - num_aus))
     expected[:, one : one + 1] = 1
@@ -708,14 +641,10 @@ def read_ip_adapter_au_names(path: Path) -> list[str] | None:
 
 
 def read_lora(path: Path, unet: nn.Module) -> tuple[dict[str, torch.Tensor], dict | None]:
-    r"""
-    Read the LoRA of an adapter onto the CPU, in the dtype of `unet`, and check that all of it fits `unet`.
-
-    Returns:
-        The state dict in PEFT's names without a prefix, and the LoRA's metadata, or None if the file has none.
-
-    Raises:
-        ValueError: if the file is broken, or holds a tensor that fits no layer of `unet`. The message names the file.
+    """
+    Read the LoRA of an adapter onto the CPU, in the dtype of `unet`. Returns its state dict in PEFT's names without a
+    prefix, and its metadata, or None if the file has none. Raises a ValueError that names the file if it is broken, or
+    holds a tensor that fits no layer of `unet`.
     """
     state_dict = {key.removeprefix("unet."): tensor for key, tensor in read_tensors(path).items()}
     state_dict = convert_unet_state_dict_to_peft(state_dict)
@@ -783,10 +712,8 @@ def check_tensors(
     state_dict: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]], source: str | Path
 ) -> None:
     """Raise a ValueError unless `state_dict` holds floating point tensors of just these names and shapes."""
-    for problem, keys in (
-        ("misses", expected.keys() - state_dict),
-        ("has the unexpected", state_dict.keys() - expected),
-    ):
+    unexpected = state_dict.keys() - expected
+    for problem, keys in (("misses", expected.keys() - state_dict), ("has the unexpected", unexpected)):
         if keys:
             some = ", ".join(sorted(keys)[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
             raise ValueError(f"{str(source)!r} {problem} {some}. It fits another base model, or is damaged.")
@@ -800,7 +727,8 @@ def check_tensors(
 
 
 @torch.no_grad()
-def _copy_checked(tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str | Path) -> None:
+def copy_checked(tensors: dict[str, torch.Tensor], targets: dict[str, torch.Tensor], source: str | Path) -> None:
+    """Copy the `tensors` of a `source` into `targets`. Raises a ValueError unless they fit and are finite."""
     check_tensors(tensors, {key: tuple(target.shape) for key, target in targets.items()}, source)
     for key, target in targets.items():
         target.copy_(tensors[key])
@@ -889,12 +817,11 @@ def _lora_alpha(value) -> float:
 
 
 def write_au_adapter(save_directory: str | os.PathLike, adapter: AUAdapter, unet: nn.Module, lora_name: str) -> None:
-    r"""
+    """
     Write the adapter, and the LoRA `lora_name` of `unet` if it has one, as a folder that `load_au_adapter` reads.
 
-    All files are first written into a hidden folder inside `save_directory`, so that a rename never crosses volumes,
-    and then renamed into place, `au_attn_processors.safetensors` last. If a step fails, the folder holds either one
-    adapter or none that loads, never a mixture of two.
+    All files are written into a hidden folder inside `save_directory`, so that a rename never crosses volumes, and
+    then renamed into place. If a step fails, the folder holds one adapter or none that loads, never a mixture of two.
     """
     save_directory = Path(save_directory)
     if save_directory.is_file():

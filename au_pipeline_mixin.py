@@ -27,47 +27,12 @@ from transformers import PreTrainedModel
 
 
 if "." in __name__:  # a copy inside a package: diffusers loads it with custom_pipeline= or from the Hub
-    from .action_units import AU_NAMES, au_columns, extract_au_tags, parse_aus_per_prompt
-    from .au_attention_processor import (
-        attach_au_processors,
-        au_layers,
-        detach_au_processors,
-        pack_au_tensors,
-        read_au_masks,
-    )
-    from .au_encoder import (
-        AdapterFiles,
-        base_unet,
-        find_adapter_beside,
-        find_adapter_files,
-        read_au_adapter,
-        read_lora,
-        remove_au_adapter,
-        write_au_adapter,
-    )
+    from . import action_units, au_attention_processor, au_encoder
 else:  # a clone: the files are top-level modules
-    # `import x as y`: diffusers reports any plainer form as a package to pip install.
-    import action_units as _action_units
-    import au_attention_processor as _au_attention_processor
-    import au_encoder as _au_encoder
-
-    AU_NAMES = _action_units.AU_NAMES
-    au_columns = _action_units.au_columns
-    extract_au_tags = _action_units.extract_au_tags
-    parse_aus_per_prompt = _action_units.parse_aus_per_prompt
-    attach_au_processors = _au_attention_processor.attach_au_processors
-    au_layers = _au_attention_processor.au_layers
-    detach_au_processors = _au_attention_processor.detach_au_processors
-    pack_au_tensors = _au_attention_processor.pack_au_tensors
-    read_au_masks = _au_attention_processor.read_au_masks
-    AdapterFiles = _au_encoder.AdapterFiles
-    base_unet = _au_encoder.base_unet
-    find_adapter_beside = _au_encoder.find_adapter_beside
-    find_adapter_files = _au_encoder.find_adapter_files
-    read_au_adapter = _au_encoder.read_au_adapter
-    read_lora = _au_encoder.read_lora
-    remove_au_adapter = _au_encoder.remove_au_adapter
-    write_au_adapter = _au_encoder.write_au_adapter
+    # `import x as x`: diffusers reports any plainer form as a package to pip install.
+    import action_units as action_units
+    import au_attention_processor as au_attention_processor
+    import au_encoder as au_encoder
 
 
 logger = logging.getLogger(__name__)
@@ -83,23 +48,13 @@ class AUControls:
     """
     The AU arguments of a call, checked and laid out in rows by `read_au_controls`. With masks, all tensors have a
     dimension of people after the batch dimension.
-
-    Args:
-        intensities, negative_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
-            FACS intensities to guide to and away from.
-        scales (`torch.Tensor` of shape `(batch,)`):
-            λ_AU of each row. Rows without AUs have 0.
-        masks (`torch.Tensor` of shape `(batch, people, height, width)`, *optional*):
-            The region of each person, in the size of the latents.
-        guidance_scale (`float`, *optional*):
-            The strength of guidance by AUs alone. None means that prompt and AUs are guided together.
     """
 
-    intensities: torch.Tensor
-    negative_intensities: torch.Tensor
-    scales: torch.Tensor
-    masks: torch.Tensor | None = None
-    guidance_scale: float | None = None
+    intensities: torch.Tensor  # (batch, num_aus), FACS intensities to guide to
+    negative_intensities: torch.Tensor  # (batch, num_aus), FACS intensities to guide away from
+    scales: torch.Tensor  # (batch,), λ_AU of each row, 0 for rows without AUs
+    masks: torch.Tensor | None = None  # (batch, people, height and width of the latents), the region of each person
+    guidance_scale: float | None = None  # of guidance by AUs alone; None guides prompt and AUs together
 
 
 def check_scale(name: str, scale: float) -> None:
@@ -160,9 +115,7 @@ class AUPipelineMixin:
     # The extended pipeline of diffusers. `save_pretrained` writes the files of this class.
     base_class: type[DiffusionPipeline]
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Loading and saving
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- Loading and saving -----------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "AUPipelineMixin":
@@ -179,7 +132,7 @@ class AUPipelineMixin:
         if pipeline.au_adapter is None and "au_adapter" not in kwargs:
             hub_options = ("revision", "token", "cache_dir", "force_download", "local_files_only")
             hub_kwargs = {name: kwargs[name] for name in hub_options if kwargs.get(name) is not None}
-            files = find_adapter_beside(pretrained_model_name_or_path, **hub_kwargs)
+            files = au_encoder.find_adapter_beside(pretrained_model_name_or_path, **hub_kwargs)
             if files is not None:
                 pipeline._load_adapter_files(files)
         return pipeline
@@ -204,11 +157,11 @@ class AUPipelineMixin:
         """
         with self._offloading_paused():
             base = {name: module for name, module in self.components.items() if name != "au_adapter"}
-            base["unet"] = base_unet(self.unet)
+            base["unet"] = au_encoder.base_unet(self.unet)
             if self.au_adapter is not None:
                 self.save_au_adapter(save_directory)
             else:
-                remove_au_adapter(save_directory)
+                au_encoder.remove_au_adapter(save_directory)
             self.base_class(**base, **self.parameters).save_pretrained(save_directory, *args, **kwargs)
 
     def load_au_adapter(
@@ -239,17 +192,9 @@ class AUPipelineMixin:
             OSError: if there is no adapter, or a file of it is missing.
             ValueError: if a file is broken, carries code, or does not fit the base model.
         """
-        files = find_adapter_files(
-            pretrained_model_name_or_path,
-            variant=variant,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        self._load_adapter_files(files)
+        options = {"revision": revision, "token": token, "cache_dir": cache_dir, "force_download": force_download}
+        options |= {"local_files_only": local_files_only, "subfolder": subfolder, "variant": variant}
+        self._load_adapter_files(au_encoder.find_adapter_files(pretrained_model_name_or_path, **options))
 
     def save_au_adapter(self, save_directory: str | os.PathLike) -> None:
         """Write the AU adapter, with its LoRA, as a folder that `load_au_adapter` reads."""
@@ -261,7 +206,7 @@ class AUPipelineMixin:
                 " it, the adapter would be another one. Save before `unload_lora_weights`, or load the adapter again."
             )
         with self._offloading_paused():
-            write_au_adapter(save_directory, self.au_adapter, self.unet, LORA_NAME)
+            au_encoder.write_au_adapter(save_directory, self.au_adapter, self.unet, LORA_NAME)
 
     def unload_au_adapter(self) -> None:
         """
@@ -271,19 +216,19 @@ class AUPipelineMixin:
         with self._offloading_paused():
             self._remove_adapter()
 
-    def _load_adapter_files(self, files: AdapterFiles) -> None:
+    def _load_adapter_files(self, files: au_encoder.AdapterFiles) -> None:
         if LORA_NAME in self.fused_loras and LORA_NAME not in getattr(self.unet, "peft_config", {}):
             raise ValueError(
                 f"The LoRA {LORA_NAME!r} of an AU adapter was fused into the UNet, and then unloaded. Another adapter"
                 " would come on top of it. Load the base model anew."
             )
-        adapter = read_au_adapter(files, self.unet, au_layers(self.unet))
+        adapter = au_encoder.read_au_adapter(files, self.unet, au_attention_processor.au_layers(self.unet))
         try:
             _au_names_of(adapter)
         except ValueError as error:
             source = files.encoder_config or files.encoder or files.attn_processors
             raise ValueError(f"{str(source)!r}: {error}") from error
-        lora = None if files.lora is None else read_lora(files.lora, self.unet)
+        lora = None if files.lora is None else au_encoder.read_lora(files.lora, self.unet)
         # All files are read and checked here, so the pipeline can change now.
         with self._offloading_paused():
             self._remove_adapter()
@@ -303,7 +248,7 @@ class AUPipelineMixin:
     @property
     def au_names(self) -> tuple[str, ...]:
         """The AUs of the adapter, in the order of its intensities; without an adapter, the paper's twelve."""
-        return AU_NAMES if self.au_adapter is None else _au_names_of(self.au_adapter)
+        return action_units.AU_NAMES if self.au_adapter is None else _au_names_of(self.au_adapter)
 
     def _remove_adapter(self) -> None:
         if any(getattr(module, "merged", False) for module in self.unet.modules()):
@@ -315,12 +260,12 @@ class AUPipelineMixin:
             self.unet.delete_adapters(LORA_NAME)
         elif LORA_NAME in self.fused_loras:
             logger.warning("The LoRA %r was fused into the UNet and unloaded. It stays in the weights.", LORA_NAME)
-        detach_au_processors(self.unet)
+        au_attention_processor.detach_au_processors(self.unet)
         self.register_modules(au_adapter=None)
 
     def _attach_adapter(self, adapter: ModelMixin | None) -> None:
         if adapter is not None:
-            layers = au_layers(self.unet)
+            layers = au_attention_processor.au_layers(self.unet)
             if adapter.layers != layers or adapter.config.cross_attention_dim != self.unet.config.cross_attention_dim:
                 raise ValueError(
                     f"`au_adapter` has {len(adapter.layers)} layers for text embeddings of width"
@@ -329,7 +274,7 @@ class AUPipelineMixin:
                     " that was trained on this base model."
                 )
             _au_names_of(adapter)
-            attach_au_processors(self.unet)
+            au_attention_processor.attach_au_processors(self.unet)
         self._has_lora = adapter is not None and LORA_NAME in getattr(self.unet, "peft_config", {})
         self._lora_warning = None
         self.register_modules(au_adapter=adapter)
@@ -371,10 +316,8 @@ class AUPipelineMixin:
 
     def _check_lora(self) -> None:
         """
-        Check that the LoRA of the adapter is active. If the user switched it off, log one warning.
-
-        Raises:
-            ValueError: if other LoRAs are fused, but this one is not: PEFT then switches it off without a message.
+        Log one warning if the user switched the LoRA of the adapter off. Raises a ValueError if other LoRAs are fused,
+        but this one is not, because PEFT then switches it off without a message.
         """
         if not self._has_lora:
             return
@@ -396,9 +339,7 @@ class AUPipelineMixin:
             logger.warning("The LoRA %r, which belongs to the AU adapter, %s", LORA_NAME, warning)
         self._lora_warning = warning
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The AUs of a call
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- The AUs of a call ------------------------------------------------------------------------------------------
 
     def read_au_controls(
         self,
@@ -431,22 +372,17 @@ class AUPipelineMixin:
             check_scale("au_guidance_scale", au_guidance_scale)
         height, width = self._image_size(height, width)
         latent_size = (height // self.vae_scale_factor, width // self.vae_scale_factor)
-        masks = None if au_masks is None else read_au_masks(au_masks, batch_size, latent_size)
-        num_people = None if masks is None else masks.shape[1]
+        masks = None if au_masks is None else au_attention_processor.read_au_masks(au_masks, batch_size, latent_size)
+        options = {"num_people": None if masks is None else masks.shape[1], "au_names": self.au_names}
         negative_aus = {} if negative_aus is None else negative_aus
-        intensities, has_aus = parse_aus_per_prompt(aus, batch_size, "aus", num_people, self.au_names)
-        negative, _ = parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", num_people, self.au_names)
+        intensities, has_aus = action_units.parse_aus_per_prompt(aus, batch_size, "aus", **options)
+        negative, _ = action_units.parse_aus_per_prompt(negative_aus, batch_size, "negative_aus", **options)
         # Without AUs, a third prediction would equal the second.
         guidance_scale = None if aus is None or au_scale == 0 else au_guidance_scale
         return AUControls(intensities, negative, au_scale * has_aus, masks, guidance_scale)
 
     def _check_call(self, call: SimpleNamespace) -> None:
-        """
-        Check the arguments of `call` but for AUs, and add `batch_size`, the number of prompts.
-
-        Raises:
-            ValueError: if one of them is wrong.
-        """
+        """Check the arguments of `call` but for AUs, and add `batch_size`, the number of prompts."""
         # A parameter of diffusers' check that its calls have no more.
         call.callback_steps = None
         _pass_arguments(self.check_inputs, call)
@@ -479,20 +415,17 @@ class AUPipelineMixin:
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
             return prompt, aus
-        labels = ["prompt"] if isinstance(prompt, str) else [f"prompt[{index}]" for index in range(len(prompts))]
-        options = {"words": self._added_tokens(), "with_presets": self.au_adapter is not None}
-        pairs = [
-            extract_au_tags(text, label, self.au_names, **options) for text, label in zip(prompts, labels, strict=True)
-        ]
+        tokenizers = [getattr(self, name, None) for name in ("tokenizer", "tokenizer_2")]
+        words = {token for tokenizer in tokenizers if tokenizer is not None for token in tokenizer.get_added_vocab()}
+        has_adapter, pairs = self.au_adapter is not None, []
+        for index, text in enumerate(prompts):
+            label = "prompt" if isinstance(prompt, str) else f"prompt[{index}]"
+            pairs.append(action_units.extract_au_tags(text, label, self.au_names, words, with_presets=has_adapter))
         if all(tag is None for _, tag in pairs):
             return prompt, aus
         if aus is not None:
             raise ValueError("Both `prompt` and `aus` contain AUs. Write them in one of the two.")
         return pairs[0] if isinstance(prompt, str) else ([text for text, _ in pairs], [tag for _, tag in pairs])
-
-    def _added_tokens(self) -> set[str]:
-        tokenizers = (getattr(self, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return {token for tokenizer in tokenizers if tokenizer is not None for token in tokenizer.get_added_vocab()}
 
     def encode_aus(
         self,
@@ -503,48 +436,31 @@ class AUPipelineMixin:
         lora_scale: float = 1.0,
         **options,
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        r"""
-        Encode AUs into the `cross_attention_kwargs` of the UNet, which are the same at every denoising step.
-
-        Args:
-            aus (as in `__call__`, or `AUControls`):
-                The facial expressions, or all AU arguments of a call.
-            device (`torch.device`):
-                Device of the result.
-            num_images_per_prompt (`int`, defaults to 1):
-                Number of times that each row is repeated.
-            batch_size (`int`, defaults to 1):
-                Number of prompts.
-            lora_scale (`float`, defaults to 1.0):
-                The `scale` in the call's `cross_attention_kwargs`.
-            options:
-                `negative_aus`, `au_scale`, `au_masks`, `height` and `width`, see `__call__`.
+        """
+        Encode AUs on `device` into the `cross_attention_kwargs` of the UNet, which are the same at every denoising
+        step. `aus` is all AU arguments of a call as `AUControls`; or it is the argument of `__call__` for `batch_size`
+        prompts, and `options` are `negative_aus`, `au_scale`, `au_masks`, `height` and `width`. `lora_scale` is the
+        `scale` in the call's `cross_attention_kwargs`.
 
         Returns:
             `cross_attention_kwargs` for the branch with `aus`, and for the other branches, with `batch_size *
             num_images_per_prompt` rows each. Rows without AUs add exactly nothing; if `aus` is None, that is all rows.
         """
-        controls = aus
-        if not isinstance(aus, AUControls):
-            controls = self.read_au_controls(aus, batch_size=batch_size, **options)
+        controls = aus if isinstance(aus, AUControls) else self.read_au_controls(aus, batch_size=batch_size, **options)
         if self.au_adapter is None:
             return {}, {}
         # The hook on the UNet does this too, but it would break a graph that `torch.compile` compiles as a whole.
-        attach_au_processors(self.unet)
+        au_attention_processor.attach_au_processors(self.unet)
 
         def for_each_image(positive: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
             return torch.cat([positive, negative]).repeat_interleave(num_images_per_prompt, dim=0).to(device)
 
         intensities = for_each_image(controls.intensities, controls.negative_intensities)
-        au_keys, au_values = self.au_adapter(intensities.flatten(0, -2))
-        kwargs = pack_au_tensors(
-            self.unet,
-            au_keys,
-            au_values,
-            au_scale=for_each_image(controls.scales, controls.scales).flatten(),
-            lora_scale=lora_scale,
-            au_masks=None if controls.masks is None else for_each_image(controls.masks, controls.masks),
-        )
+        scales = for_each_image(controls.scales, controls.scales).flatten()
+        masks = None if controls.masks is None else for_each_image(controls.masks, controls.masks)
+        keys_and_values = self.au_adapter(intensities.flatten(0, -2))
+        options = {"au_scale": scales, "lora_scale": lora_scale, "au_masks": masks}
+        kwargs = au_attention_processor.pack_au_tensors(self.unet, *keys_and_values, **options)
         half = len(intensities) // 2
         return {k: tensor[:half] for k, tensor in kwargs.items()}, {k: tensor[half:] for k, tensor in kwargs.items()}
 
@@ -573,10 +489,8 @@ class AUPipelineMixin:
         Args:
             aus, negative_aus, au_scale, au_masks, height, width:
                 See `__call__`. The height and width of the picture matter only for masks.
-            batch_size (`int`, defaults to 1):
-                Number of prompts of the other call.
-            num_images_per_prompt, guidance_scale:
-                As in the other call. The defaults are the same.
+            batch_size, num_images_per_prompt, guidance_scale:
+                The number of prompts of the other call, and its arguments. The defaults are the same.
             cross_attention_kwargs (`dict`, *optional*):
                 Other entries for the other call, such as `{"scale": 0.7}` for the LoRA.
             pag_scale (`float`, defaults to 0.0):
@@ -608,9 +522,7 @@ class AUPipelineMixin:
         default_height, default_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         return height or default_height * self.vae_scale_factor, width or default_width * self.vae_scale_factor
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # Denoising
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- Denoising --------------------------------------------------------------------------------------------------
 
     @property
     def au_guidance_scale(self) -> float | None:
@@ -714,17 +626,10 @@ class AUPipelineMixin:
         negative_au_kwargs: dict[str, torch.Tensor],
         image_embeds: list[torch.Tensor] | None,
     ) -> torch.Tensor:
-        r"""
-        Predict the noise of one denoising step, with guidance.
-
-        Args:
-            tensors (`dict[str, torch.Tensor]`):
-                `latents` and `prompt_embeds`, and for Stable Diffusion XL also `add_text_embeds` and `add_time_ids`.
-                With guidance, embeddings have unconditional rows and then the rows of the prompts.
-            au_kwargs, negative_au_kwargs:
-                From `encode_aus`.
-            image_embeds (`list[torch.Tensor]`, *optional*):
-                From `prepare_ip_adapter_image_embeds`.
+        """
+        Predict the noise of one denoising step, with guidance. `tensors` are `latents` and what `_arrange_embeds`
+        returns; with guidance, embeddings have unconditional rows and then the rows of the prompts. The others come
+        from `encode_aus` and `prepare_ip_adapter_image_embeds`.
         """
         # The branches in order: without prompt and AUs (with guidance), with the prompt alone (with AU guidance), and
         # with both.
@@ -797,16 +702,14 @@ def _pass_arguments(method: Callable, call: SimpleNamespace, **others):
 
 def _au_names_of(adapter: ModelMixin) -> tuple[str, ...]:
     """
-    The AUs of an adapter. An adapter without names has the paper's twelve.
-
-    Raises:
-        ValueError: if it has no names but other than twelve AUs, or names that `au_columns` rejects.
+    The AUs of an adapter, by default the paper's twelve. Raises a ValueError if it has no names but other than twelve
+    AUs, or names that `au_columns` rejects.
     """
-    names = tuple(adapter.config.au_names or AU_NAMES)
-    au_columns(names)
+    names = tuple(adapter.config.au_names or action_units.AU_NAMES)
+    action_units.au_columns(names)
     if adapter.config.num_aus != len(names):
         raise ValueError(
             f"The AU adapter was trained for {adapter.config.num_aus} AUs and does not name them in `au_names`. Only"
-            f" the twelve of the paper need no names: {', '.join(AU_NAMES)}."
+            f" the twelve of the paper need no names: {', '.join(names)}."
         )
     return names

@@ -36,16 +36,9 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
     [Towards Localized Fine-Grained Control for Facial Expression
     Generation](https://huggingface.co/papers/2407.20175).
 
-    It is a [`StableDiffusionPipeline`] in every other respect. It adds one component, `au_adapter`, and a LoRA named
-    `"fineface"` on the UNet. `load_au_adapter` loads both.
-
-    Args:
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
-        requires_safety_checker:
-            See [`StableDiffusionPipeline`].
-        au_adapter (`AUAdapter`, *optional*):
-            The AU encoder, and the keys and values of each cross-attention layer. Without it the pipeline is plain
-            Stable Diffusion.
+    It is a [`StableDiffusionPipeline`] in every other respect, with the arguments of that class. It adds a component,
+    `au_adapter` (an `AUAdapter`: the AU encoder, and the keys and values of each cross-attention layer; without it the
+    pipeline is plain Stable Diffusion), and a LoRA named `"fineface"` on the UNet. `load_au_adapter` loads both.
     """
 
     base_class = StableDiffusionPipeline
@@ -71,17 +64,8 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
                 "The UNet belongs to Stable Diffusion XL: it takes sizes and a pooled text beside the prompt. Use"
                 " `FineFaceXLPipeline`."
             )
-        super().__init__(
-            vae,
-            text_encoder,
-            tokenizer,
-            unet,
-            scheduler,
-            safety_checker,
-            feature_extractor,
-            image_encoder,
-            requires_safety_checker,
-        )
+        others = (safety_checker, feature_extractor, image_encoder, requires_safety_checker)
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, *others)
         self._attach_adapter(au_adapter)
 
     @functools.wraps(StableDiffusionPipeline.encode_prompt)

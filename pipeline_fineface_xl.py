@@ -39,16 +39,9 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
     Text-to-image generation with Stable Diffusion XL, where Action Units (AUs) of FACS set the facial expression. The
     method is that of [`FineFacePipeline`].
 
-    It is a [`StableDiffusionXLPipeline`] in every other respect. It adds one component, `au_adapter`, and a LoRA named
+    It is a [`StableDiffusionXLPipeline`] in every other respect, with the arguments of that class. It adds one
+    component, `au_adapter` (an `AUAdapter`; without it the pipeline is plain Stable Diffusion XL), and a LoRA named
     `"fineface"` on the UNet. `load_au_adapter` loads both.
-
-    Args:
-        vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder, feature_extractor,
-        force_zeros_for_empty_prompt, add_watermarker:
-            See [`StableDiffusionXLPipeline`].
-        au_adapter (`AUAdapter`, *optional*):
-            The AU encoder, and the values of each cross-attention layer. Without it the pipeline is plain Stable
-            Diffusion XL.
     """
 
     base_class = StableDiffusionXLPipeline
@@ -76,19 +69,8 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
                 "The UNet takes no sizes and no pooled text, so it is none of Stable Diffusion XL. For one of Stable"
                 " Diffusion 1.x or 2.x use `FineFacePipeline`."
             )
-        super().__init__(
-            vae,
-            text_encoder,
-            text_encoder_2,
-            tokenizer,
-            tokenizer_2,
-            unet,
-            scheduler,
-            image_encoder,
-            feature_extractor,
-            force_zeros_for_empty_prompt,
-            add_watermarker,
-        )
+        others = (image_encoder, feature_extractor, force_zeros_for_empty_prompt, add_watermarker)
+        super().__init__(vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, *others)
         self._attach_adapter(au_adapter)
 
     @torch.no_grad()
@@ -142,8 +124,6 @@ class FineFaceXLPipeline(AUPipelineMixin, StableDiffusionXLPipeline):
             prompt (`str` or `list[str]`, *optional*):
                 Description of the image. It may contain AUs: `"a boy <AU6=3 AU12=5>"`. In `prompt_2`, which goes to
                 the second text encoder in place of `prompt`, AUs are read as words.
-            num_inference_steps (`int`, defaults to 50):
-                Number of denoising steps, at least 1.
             denoising_end (`float`, *optional*):
                 The share of the steps after which a refiner takes over, with `output_type="latent"`. It knows no AUs,
                 so hand over late.

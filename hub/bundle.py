@@ -120,9 +120,12 @@ def _heading(module: str, docstring: str | None) -> str:
 
 
 def _body(source: str, tree: ast.Module) -> str:
-    """The code of a module below its docstring and its imports."""
+    """The code of a module below its docstring and its imports. What it took from `sibling.name` is just `name`."""
     last = max(node.end_lineno for node in tree.body if _is_import_block(node) or isinstance(node, IMPORTS))
-    return "\n".join(source.splitlines()[last:]).strip("\n")
+    body = "\n".join(source.splitlines()[last:]).strip("\n")
+    siblings = [child for node in tree.body if _is_import_block(node) for child in node.body if child.module is None]
+    names = "|".join(alias.name for node in siblings for alias in node.names)
+    return re.sub(rf"\b(?:{names})\.(?=\w)", "", body) if names else body
 
 
 def _is_import_block(node: ast.stmt) -> bool:

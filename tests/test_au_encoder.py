@@ -3,7 +3,7 @@ import torch
 from tiny import make_adapter, make_components
 from torch import nn
 
-from au_encoder import ENCODER_TYPES, KV_INITS, AUAdapter, AUEncoder
+from au_encoder import ENCODER_TYPES, KV_INITS, AUAdapter, AUEncoder, copy_checked
 
 
 LAYERS = {"up_blocks.1.attn2": 4, "mid_block.attn2": 6, "down_blocks.0.attn2": 2}
@@ -219,7 +219,7 @@ def test_keys_and_values_can_start_without_the_text(tiny_components):
 def test_split_weights_join_again(tiny_components):
     ours = make_adapter(tiny_components["unet"], seed=1)
     theirs = make_adapter(tiny_components["unet"], seed=2)
-    theirs.load_attn_processors_state_dict(ours.attn_processors_state_dict())
+    copy_checked(ours.attn_processors_state_dict(), theirs.attn_processors_state_dict(), "ours")
     assert torch.equal(ours.to_k_au.weight, theirs.to_k_au.weight)
     assert torch.equal(ours.to_v_au.weight, theirs.to_v_au.weight)
 
@@ -236,7 +236,7 @@ def test_joining_refuses_what_does_not_fit(tiny_components):
         ({**state_dict, key: torch.full_like(state_dict[key], torch.nan)}, "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_adapter(tiny_components["unet"]).load_attn_processors_state_dict(wrong)
+            copy_checked(wrong, make_adapter(tiny_components["unet"]).attn_processors_state_dict(), "ours")
 
 
 def test_an_adapter_without_layers_is_an_error():
