@@ -14,7 +14,7 @@ import numpy as np
 
 from face_data.pictures import PICTURE_SUFFIXES
 from face_data.store import Part
-from face_data.tabled import PIXEL_BOX, Tabled
+from face_data.tabled import PIXEL_BOX, Tabled, find_picture
 
 
 MIN_SIDE = 512
@@ -55,8 +55,8 @@ class AffectNet(Tabled):
 
     file_lists: tuple[Path, ...] = ()
 
-    def read_about(self, say: Callable[[str], None]) -> Iterator[tuple[str, dict]] | None:
-        return _read_lists(self.file_lists) if self.file_lists else None
+    def read_about(self, say: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
+        return _read_lists(self.file_lists)
 
     def refuses(self, facts: dict, picture: Path, part: Part) -> bool:
         """Whether AffectNet marks a picture as no face, or does not know it."""
@@ -64,20 +64,19 @@ class AffectNet(Tabled):
         if self.file_lists and facts["about"] is None:
             part.problem("picture that is in no file list", picture)
             return True
-        expression = facts["about"]["expression"] if self.file_lists else part.read_label(_read_expression, path)
+        if self.file_lists:
+            expression = facts["about"]["expression"]
+        else:
+            expression = part.read_label(lambda path: int(np.load(path).item()), path)
         if expression == NON_FACE:
             part.drop("marked as no face", picture)
         return expression in (NON_FACE, None)
 
     def list_pictures(self) -> Iterator[Path]:
-        if self.file_lists:
-            yield from (Path(record["file_name"]) for _, record in _read_lists(self.file_lists))
+        for _, record in _read_lists(self.file_lists):
+            yield from find_picture(record["file_name"], self.bases)
         for folder in () if self.file_lists else self.bases[1:]:
             yield from (path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
-
-
-def _read_expression(path: Path) -> int:
-    return int(np.load(path).item())
 
 
 def _read_lists(paths: tuple[Path, ...]) -> Iterator[tuple[str, dict]]:

@@ -36,9 +36,8 @@ _logger = logging.getLogger(__name__)
 class _Form:
     """
     Columns of a tool. `column` is the name of an AU's column in lower case, which may end with l or r if it
-    `has_sides`; `factor` turns a value into an intensity, after `combine` has made one of the values of several
-    columns; `overshoot` is how far a value may lie below and above its range before it is clipped. A presence is 0 or
-    1.
+    `has_sides`; `combine` makes one value of those of several columns, and `factor` an intensity of it; `overshoot` is
+    how far a value may lie below and above its range before it is clipped. A presence is 0 or 1.
     """
 
     column: str
@@ -98,7 +97,7 @@ _FACE_COLUMNS = ("face_id", "faceid", "face_idx", "face", "person_id")
 _SIGNS_OF_A_FACE = ("success", "hasface", "confidence")
 # Columns that only py-feat writes. They decide if all AUs have two digits, which FineFace writes alike.
 _PYFEAT_SIGNS = ("facescore", "facerectx")
-# An AU is the mean of these blendshapes; a star stands for left and right.
+# An AU is the mean of these blendshapes, but for AU25, see `_parted_lips`; a star stands for left and right.
 _SHAPES_OF_AUS = {
     "AU1": ("browinnerup",),
     "AU2": ("browouterup*",),
@@ -118,6 +117,7 @@ _SHAPES_OF_AUS = {
     "AU20": ("mouthstretch*",),
     "AU22": ("mouthfunnel",),
     "AU24": ("mouthpress*",),
+    "AU25": ("jawopen", "mouthclose", "mouthlowerdown*", "mouthupperup*"),
     "AU26": ("jawopen",),
     "AU28": ("mouthrolllower", "mouthrollupper"),
     "AU29": ("jawforward",),
@@ -129,21 +129,16 @@ _SHAPES_OF_AUS = {
     "AU63": ("eyelookup*",),
     "AU64": ("eyelookdown*",),
 }
-_SHAPES_OF_PARTED_LIPS = (
-    *("jawopen", "mouthclose", "mouthlowerdownleft", "mouthlowerdownright", "mouthupperupleft", "mouthupperupright"),
-)
 
 
 def _shapes_of(name: str) -> tuple[str, ...]:
     """The blendshapes of an AU or of one side of it; () if there are none."""
-    if name == "AU25":
-        return _SHAPES_OF_PARTED_LIPS
     sides = {"L": ("left",), "R": ("right",)}.get(name[-1], ("left", "right"))
     patterns = _SHAPES_OF_AUS.get(whole_au(name), ())
     return tuple(dict.fromkeys(pattern.replace("*", side) for pattern in patterns for side in sides))
 
 
-_ALL_SHAPES = {shape for name in (*_SHAPES_OF_AUS, "AU25") for shape in _shapes_of(name)} | {
+_ALL_SHAPES = {shape for name in _SHAPES_OF_AUS for shape in _shapes_of(name)} | {
     *("jawleft", "jawright", "mouthleft", "mouthright", "mouthshrugupper", "neutral"),
 }
 
@@ -254,10 +249,12 @@ class _Reader:
         """Raises a ValueError if they have no AUs that are wanted."""
         self.tool = self.wanted_tool or detect_tool(columns)
         found = _find_sources(self.tool, columns)
-        self.sources = {name: found.get(name) for name in self.au_names}
-        sources = filter(None, self.sources.values())
-        self.forms = {column: form for form, columns in sources for column in columns if column is not None}
-        reads_expressions = self.tool == "fineface" and None in self.sources.values()
+        self.sources = [found.get(name) for name in self.au_names]
+        self.missing = [name for name in self.au_names if name not in found]
+        self.present = [(name, "presence") for name in self.au_names if name in found and found[name][0].is_presence]
+        known = filter(None, self.sources)
+        self.forms = {column: form for form, of_form in known for column in of_form if column is not None}
+        reads_expressions = self.tool == "fineface" and self.missing
         self.expression = _first_of(columns, ("aus",)) if reads_expressions else None
         if self.expression is None and not self.forms:
             shapes = [shape for name in self.au_names for shape in _shapes_of(name)]
@@ -298,13 +295,10 @@ class _Reader:
             (below, above), high = form.overshoot, form.high
             if not -below <= values[column] <= high + above:
                 raise ValueError(f"column {column!r} is {values[column]:g}. {self.tool} measures from 0 to {high:g}.")
-        aus = []
-        for name, source in self.sources.items():
-            if source is None or source[0].is_presence:
-                self.counts[name if source is None else (name, "presence")] += 1
-            form, columns = source or (None, ())
-            aus.append(form.intensity(values.get(c, 0.0) for c in columns) if form else self.unmeasured)
-        return np.float32(aus)
+        self.counts.update(self.missing + self.present)
+        return np.float32(
+            [s[0].intensity(values.get(c, 0.0) for c in s[1]) if s else self.unmeasured for s in self.sources]
+        )
 
     def _read_expression(self, value) -> np.ndarray:
         if value is None:
@@ -531,12 +525,7 @@ def _shape_key(name: str) -> str:
 
 
 def find_name_column(columns: Iterable[str], image_column: str | None) -> str | None:
-    """
-    The column of a picture's name: `image_column`, else the first usual one, if any.
-
-    Raises:
-        ValueError: if there is no `image_column`.
-    """
+    """The column of a picture's name: `image_column`, which has to be there, or else the first usual one, if any."""
     wanted = _NAME_COLUMNS if image_column is None else (image_column.strip().lower(),)
     found = _first_of(columns, wanted)
     if found is None and image_column is not None:

@@ -8,7 +8,7 @@ is no photograph is left out, and measured AUs are corrected (paper, supplement 
 import functools
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from action_units import AU_NAMES, au_columns, whole_au
 from face_data import store
 from face_data.captions import take_emotion_words
 from face_data.pictures import FACE_BOX, link_file
-from face_data.report import Histogram, Report, draw_histograms
+from face_data.report import SourceReport, count_intensities, draw_histograms, report_json, report_text
 from face_data.table_choice import sort_aus
 from program import option, replacing, write_atomically
 
@@ -33,8 +33,6 @@ MIN_INTENSITY = 1.0
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 WITHOUT_BOX = "no box of the face is known, so the whole picture is taken for it"
 ROW_GROUP = 64
-# The folder of a data set with the lines of its parts.
-PARTS = ".parts"
 
 
 @dataclass(frozen=True)
@@ -95,23 +93,23 @@ class Source:
     has_boxes: bool = False
 
 
-def build_dataset(build: Build, num_workers: int) -> Report:
+def build_dataset(build: Build, num_workers: int) -> str:
     """
-    Make the data set, and its report.
+    Make the data set. Return its report.
 
     Raises:
         ValueError: if a step before has not been done, or not to its end, or if nothing is left for the data set.
     """
     sources = read_sources(build)
     build = replace(build, au_names=choose_aus(build, sources))
-    before, digest = Histogram(build.au_names), hashlib.blake2b(digest_size=16)
+    before, digest = count_intensities([], len(build.au_names)), hashlib.blake2b(digest_size=16)
     sources = [_measure(source, build, before, digest) for source in sources]
     settings = {name: value for name, value in vars(build).items() if name not in ("folders", "output")}
     settings |= {"sources": [source.name for source in sources], "hash of rows": digest.hexdigest()}
     store.claim_folder(build.output, settings)
     parts = [f"{number}-{part}" for number, source in enumerate(sources) for part in store.list_parts(source.folder)]
     work = functools.partial(make_part, build, sources)
-    store.run_parts(work, parts, build.output / PARTS, num_workers, "data set")
+    store.run_parts(work, parts, build.output / store.PARTS, num_workers, "data set")
     return _finish(build, parts, sources, before)
 
 
@@ -187,10 +185,10 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
             raise ValueError(
                 f"{source.folder}: of {name}, a caption is not known yet. Run `prepare caption {source.folder}`."
             )
-        text, words = facts["text"], Counter(row.pop("removed_words", None))
+        text, words = facts["text"], row.pop("removed_words", [])
         if build.drop_emotion_words:
             text, found = take_emotion_words(text)
-            words.update(found)
+            words = [*Counter(words).elements(), *Counter(found).elements()]
         text = text or build.default_caption or ""
         row.pop("is_photo", None)
         reason = None if text else "empty caption"
@@ -203,7 +201,7 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
             yield row | {"text": text} | ({"removed_words": words} if words else {})
 
 
-def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
+def _measure(source: Source, build: Build, before: np.ndarray, digest) -> Source:
     """A first pass over a source: the range of its AUs, and whether it has boxes. `digest` gets its rows."""
     has_boxes, names = False, source.au_names
     lowest, highest = np.full(len(names), np.inf), np.full(len(names), -np.inf)
@@ -213,7 +211,7 @@ def _measure(source: Source, build: Build, before: Histogram, digest) -> Source:
         has_boxes = has_boxes or any(FACE_BOX[0] in row for row in rows)
         if rows:
             aus = np.float32([[row[name] for name in names] for row in rows])
-            before.add(select_aus(aus, names, build.au_names))
+            before += count_intensities(select_aus(aus, names, build.au_names), len(build.au_names))
             lowest, highest = np.minimum(lowest, aus.min(axis=0)), np.maximum(highest, aus.max(axis=0))
     return replace(source, extremes=(lowest, highest), has_boxes=has_boxes)
 
@@ -241,7 +239,7 @@ def make_part(build: Build, sources: list[Source], part: str) -> None:
     if build.format == "parquet" and kept:
         with replacing(build.output / "train" / f"{source.name}-{name}.parquet") as unfinished:
             _write_parquet(kept, pictures, build.au_names, unfinished)
-    store.write_lines(store.part_path(build.output / PARTS, part), lines)
+    store.write_lines(store.part_path(build.output / store.PARTS, part), lines)
 
 
 def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, ...], path: Path) -> None:
@@ -261,34 +259,36 @@ def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, 
             writer.write_table(pa.Table.from_pylist(group, features.arrow_schema), row_group_size=ROW_GROUP)
 
 
-def _finish(build: Build, parts: list[str], sources: list[Source], before: Histogram) -> Report:
-    report, after = Report(), Histogram(build.au_names)
+def _finish(build: Build, parts: list[str], sources: list[Source], before: np.ndarray) -> str:
+    report, after = defaultdict(SourceReport), np.zeros_like(before)
     for source in sources:
-        found = report.sources[source.name]
+        found = report[source.name]
         for line in store.read_parts(source.folder):
             # The lines of pictures stand in the parts of the data set.
             if "file_name" not in line:
                 found.add(line)
         found.notes.extend(_other_aus(source.au_names, build.au_names))
     for part in parts:
-        lines = list(store.read_parts(build.output / PARTS, [part]))
+        lines = list(store.read_parts(build.output / store.PARTS, [part]))
         for line in lines:
-            report.sources[line["source"]].add(line)
-        after.add([[line[au] for au in build.au_names] for line in lines if "dropped" not in line])
-    if not after.counts.any():
-        raise ValueError(f"Nothing is left for the data set:\n{report.to_text()}")
+            report[line["source"]].add(line)
+        aus = [[line[au] for au in build.au_names] for line in lines if "dropped" not in line]
+        after += count_intensities(aus, len(build.au_names))
+    text = report_text(report)
+    if not after.any():
+        raise ValueError(f"Nothing is left for the data set:\n{text}")
     store.remove_unfinished(build.output / "train")
     if build.format == "imagefolder":
-        rows = store.read_rows(build.output / PARTS, parts)
+        rows = store.read_rows(build.output / store.PARTS, parts)
         rows = ({name: row[name] for name in row if name not in ("changed", "removed_words")} for row in rows)
         store.write_lines(build.output / "train" / "metadata.jsonl", rows)
-    write_atomically(build.output / "report.txt", report.to_text() + "\n")
-    write_atomically(build.output / "report.json", json.dumps(report.to_json(), indent=2) + "\n")
+    write_atomically(build.output / "report.txt", text + "\n")
+    write_atomically(build.output / "report.json", json.dumps(report_json(report), indent=2) + "\n")
     names = ", ".join(source.name for source in sources)
     title = f"Faces by intensity of each AU, before (grey) and after (red), heights logarithmic ({names})"
     with replacing(build.output / "histogram.png") as unfinished:
-        draw_histograms(before, after, title).save(unfinished, "PNG")
-    return report
+        draw_histograms(build.au_names, before, after, title).save(unfinished, "PNG")
+    return text
 
 
 def _other_aus(names: tuple[str, ...], built_names: tuple[str, ...]) -> list[str]:

@@ -96,9 +96,9 @@ class Disfa:
             part.problem("subject without video or pictures", self.images or self.root, subject, len(intensities))
         if not intensities or subject not in self.media:
             return
-        source, chosen, seen = self.media[subject], self.choose_frames(intensities, subject, part), set()
+        source, chosen, seen = self.media[subject], self._choose_frames(intensities, subject, part), set()
         try:
-            for frame, picture in read_video(source) if self.images is None else self.read_pictures(source):
+            for frame, picture in read_video(source) if self.images is None else self._read_pictures(source):
                 seen.add(frame)
                 target = folder / "images" / subject / f"{frame:05d}"
                 path = place_frame(picture, target, self.jpeg_quality, part) if frame in chosen else None
@@ -112,20 +112,16 @@ class Disfa:
             part.drop("labels without a frame", source, len(chosen - seen))
         part.drop("frames without a label", source, len(seen - intensities.keys()))
 
-    def choose_frames(self, intensities: dict[int, np.ndarray], subject: str, part: Part) -> set[int]:
+    def _choose_frames(self, intensities: dict[int, np.ndarray], subject: str, part: Part) -> set[int]:
         """Choose all frames with an AU, and the same share of those without from each subject."""
         neutral = [frame for frame, aus in intensities.items() if not aus.any()]
         kept = random.Random(f"{self.seed} {subject}").sample(neutral, round(self.neutral_share * len(neutral)))
         part.drop("no AU, and not in the share that is kept", subject, len(neutral) - len(kept))
         return (intensities.keys() - set(neutral)) | set(kept)
 
-    def read_pictures(self, folder: Path) -> Iterator[tuple[int, Path]]:
-        """Yield the numbers of frames, from 1, with their pictures."""
+    def _read_pictures(self, folder: Path) -> Iterator[tuple[int, Path]]:
         for number, path in sorted(number_pictures(folder).items()):
             yield number - self.first_number + 1, path
-
-    def end(self, folder: Path, subjects: list[str]) -> None:
-        pass
 
 
 def find_videos(root: Path, camera: str) -> dict[str, Path]:

@@ -6,12 +6,13 @@ FOLDER/0000000/00012.jpg and so on, FOLDER/metadata.jsonl, and in FOLDER/.hub wh
 where the stream goes on.
 """
 
+import functools
 import importlib
 import json
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,7 @@ from tqdm.auto import tqdm
 from face_data import store
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
 from face_data.pictures import FACE_BOX, box_columns
-from face_data.report import Report, report_folders
+from face_data.report import report_folders
 from face_data.tabled import NO_FACE, SEVERAL_FACES
 from program import check_options, option, write_atomically
 
@@ -65,10 +66,18 @@ class HubPictures:
         store.check_source(self.source)
         check_options(self)
 
+    @functools.cached_property
+    def find_faces(self) -> FaceDetector | None:
+        module, _, function = (self.detector or "").partition(":")
+        try:
+            return getattr(importlib.import_module(module), function) if self.detector else None
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"`--detector` is {self.detector!r}, but has to be MODULE:FUNCTION: {error}.") from error
 
-def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report:
+
+def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> str:
     """
-    Fill `folder`, or go on with it. What is there is not fetched again.
+    Fill `folder`, or go on with it. What is there is not fetched again. Return a report.
 
     Raises:
         ValueError: if a column is missing, the folder was begun with other settings, or the Hub does not answer.
@@ -79,8 +88,10 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     work, most = folder / WORK, pictures.max_pictures or math.inf
     if not work.is_dir():
         store.check_folder(folder)
-    find_faces = load_detector(pictures.detector) if pictures.detector else None
-    store.claim_folder(work, {name: value for name, value in vars(pictures).items() if name != "max_pictures"})
+    settings = {name: value for name, value in asdict(pictures).items() if name != "max_pictures"}
+    # A detector that is not there is an error before anything is written.
+    _ = pictures.find_faces
+    store.claim_folder(work, settings)
     # How far the stream was read, and how many pictures were kept.
     path, state = work / STATE, {"part": 0, "kept": 0, "is_at_end": False, "stream": None}
     if path.is_file():
@@ -88,14 +99,14 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
     if state["is_at_end"] or state["kept"] >= most:
         return report_folders([work])
     try:
-        stream, columns = _open_stream(pictures)
+        stream, pictures = _open_stream(pictures)
         if state["stream"] is not None:
             stream.load_state_dict(state["stream"])
         rows = iter(tqdm(stream, pictures.dataset, unit="row"))
         while not state["is_at_end"] and state["kept"] < most:
             part, name, num_rows = store.Part(on_error), f"{state['part']:07d}", 0
             for num_rows, row in enumerate(islice(rows, pictures.rows_per_part), 1):
-                _keep(row, columns, f"{name}/{num_rows - 1:05d}", pictures, folder, find_faces, part)
+                _keep(row, f"{name}/{num_rows - 1:05d}", pictures, folder, part)
                 if state["kept"] + len(part.rows) >= most:
                     break
             if num_rows:
@@ -113,27 +124,14 @@ def fetch_pictures(pictures: HubPictures, folder: Path, on_error: str) -> Report
             f"{pictures.dataset}: {' '.join(str(error).split())}. When the Hub answers, the same command goes on from"
             " here."
         ) from error
-    store.write_lines(folder / METADATA, map(_metadata, store.read_rows(work)))
+    names = ("file_name", "text", *FACE_BOX, "removed_words")
+    rows = ({name: row[name] for name in names if name in row} for row in store.read_rows(work))
+    store.write_lines(folder / METADATA, rows)
     return report_folders([work])
 
 
-def _metadata(row: dict) -> dict:
-    known = {name: row[name] for name in ("file_name", "text", *FACE_BOX) if name in row}
-    # A list, because tables take the entries of an object for columns.
-    words = list(Counter(row.get("removed_words")).elements())
-    return known | ({"removed_words": words} if words else {})
-
-
-def load_detector(name: str) -> FaceDetector:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"`--detector` is {name!r}, but has to be MODULE:FUNCTION: {error}.") from error
-
-
 def _open_stream(pictures: HubPictures):
-    """The rows, and the columns of pictures and of captions."""
+    """The rows, and `pictures` with the columns of pictures and of captions that there are."""
     from datasets import Image as ImageFeature
     from datasets import load_dataset
 
@@ -147,45 +145,36 @@ def _open_stream(pictures: HubPictures):
     images = [name for name, feature in stream.features.items() if isinstance(feature, ImageFeature)]
     image = pictures.picture_column or next(iter(images), None)
     caption = pictures.caption_column or next((by_key[name] for name in CAPTION_COLUMNS if name in by_key), None)
-    wanted = {"picture_column": image, "caption_column": caption}
-    wanted |= {name: getattr(pictures, name) for name in ("face_count_column", "boxes_column")}
-    for option_name, name in wanted.items():
+    pictures = replace(pictures, picture_column=image, caption_column=caption)
+    for option_name in ("picture_column", "caption_column", "face_count_column", "boxes_column"):
+        name = getattr(pictures, option_name)
         if name not in names and (name is not None or option_name == "picture_column"):
             raise ValueError(
                 f"{pictures.dataset}: there is no column {name!r} for `--{option_name}`. The columns are"
                 f" {', '.join(names)}."
             )
     # The bytes as they are there: a JPEG stays that JPEG. Streams of remote files would come decoded by default.
-    return stream.decode(False).cast_column(image, ImageFeature(decode=False)), (image, caption)
+    return stream.decode(False).cast_column(image, ImageFeature(decode=False)), pictures
 
 
-def _keep(
-    row: dict,
-    columns: tuple[str, str | None],
-    stem: str,
-    pictures: HubPictures,
-    folder: Path,
-    find_faces: FaceDetector | None,
-    part: store.Part,
-) -> None:
+def _keep(row: dict, stem: str, pictures: HubPictures, folder: Path, part: store.Part) -> None:
     """Put the picture of a row into the folder and its line into the part, or say why not."""
-    label, image_column, caption_column = f"{pictures.dataset}, {stem}", *columns
-    num_faces, boxes, text, removed = 1, [], "", {}
+    label, num_faces, boxes, text, removed = f"{pictures.dataset}, {stem}", 1, [], "", {}
     if pictures.face_count_column is not None:
         num_faces = row[pictures.face_count_column] or 0
     if pictures.boxes_column is not None and num_faces == 1:
         boxes = _read_boxes(row[pictures.boxes_column], pictures.box_format)
         num_faces = len(boxes)
-    if caption_column is not None:
-        text = " ".join(str(row[caption_column] or "").split())
+    if pictures.caption_column is not None:
+        text = " ".join(str(row[pictures.caption_column] or "").split())
         text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
     if num_faces != 1:
         part.drop(SEVERAL_FACES if num_faces > 1 else NO_FACE, label)
         return
-    if caption_column is not None and not text:
+    if pictures.caption_column is not None and not text:
         part.drop("no caption, or nothing left of it", label)
         return
-    image = row[image_column] or {}
+    image = row[pictures.picture_column] or {}
     # In the path of a file of an archive, that of the archive follows behind "::".
     suffix = Path((image.get("path") or "").partition("::")[0]).suffix.lower() or ".png"
     fetched, placed = folder / f".{stem.replace('/', '-')}{suffix}", None
@@ -198,16 +187,17 @@ def _keep(
         fetched.unlink(missing_ok=True)
     if placed is None:
         return
-    if find_faces is not None:
+    if pictures.find_faces is not None:
         with Image.open(placed.path) as picture:
-            boxes = [list(map(float, box)) for box in find_faces(picture.convert("RGB"))]
+            boxes = [list(map(float, box)) for box in pictures.find_faces(picture.convert("RGB"))]
         if len(boxes) != 1:
             placed.path.unlink()
             part.drop(SEVERAL_FACES if boxes else NO_FACE, label)
             return
     box = (boxes[0], max(boxes[0][2:]) > 1) if boxes else None
-    known, note = box_columns(box, placed, is_upright=find_faces is not None)
-    part.keep(placed.path, folder, text=text, **known, removed_words=removed or None, changed=note)
+    known, note = box_columns(box, placed, is_upright=pictures.find_faces is not None)
+    words = list(Counter(removed).elements()) or None
+    part.keep(placed.path, folder, text=text, **known, removed_words=words, changed=note)
 
 
 def _read_picture(image: dict) -> bytes:

@@ -93,7 +93,7 @@ class Step:
 
     def fill(self, source: Disfa | Tabled, folder: Path) -> str:
         fill_folder(source, folder, self.num_workers, self.on_error)
-        return report_folders([folder]).to_text()
+        return report_folders([folder])
 
 
 WORK_OPTIONS = ("output", "num_workers", "on_error")
@@ -167,7 +167,7 @@ def run_hub(step: Step, args: argparse.Namespace) -> str:
         tabled = Tabled(source, (step.pictures,), step.tables(), **options)
     elif step.au_names:
         au_columns(step.au_names)
-    report = fetch_pictures(pictures, step.pictures, step.on_error).to_text()
+    report = fetch_pictures(pictures, step.pictures, step.on_error)
     if step.aus:
         return f"{report}\n{step.fill(replace(tabled, about=step.pictures / METADATA), step.output)}"
     given = {"au_tool": step.au_tool, "au_names": step.au_names} | take_options(Tabled, args, OF_AUS)
@@ -192,7 +192,7 @@ def run_photos(step: Step, args: argparse.Namespace) -> str:
 
 
 def run_build(step: Step, args: argparse.Namespace) -> str:
-    return build_dataset(Build(step.folders, step.output, **take_options(Build, args)), step.num_workers).to_text()
+    return build_dataset(Build(step.folders, step.output, **take_options(Build, args)), step.num_workers)
 
 
 def run_paper(step: Step, args: argparse.Namespace) -> str:
@@ -206,7 +206,7 @@ def run_paper(step: Step, args: argparse.Namespace) -> str:
 
 
 def run_report(step: Step, args: argparse.Namespace) -> str:
-    return report_folders(step.folders).to_text()
+    return report_folders(step.folders)
 
 
 def run(args: argparse.Namespace) -> str:

@@ -35,8 +35,8 @@ from program import check_settings, replacing, write_atomically, write_settings
 
 _logger = logging.getLogger(__name__)
 SETTINGS, FINISHED = "settings.json", "finished"
-# In a data set, the folder of its work folders.
-WORK = ".work"
+# In a data set, the folder of its work folders, and that of the parts of its rows.
+WORK, PARTS = ".work", ".parts"
 # Folders in a work folder.
 CAPTIONS, PHOTOS = "captions", "photos"
 # Why pictures of any source are left out.
@@ -211,8 +211,8 @@ def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
 
     Args:
         source (`Tabled` or `Disfa`):
-            What is read. Its `settings()` become those of the folder, `begin(folder, on_error)` names the parts,
-            `make_part(folder, part, name)` fills one of them, and `end(folder, names)` looks back at all.
+            What is read. Its `settings()` become those of the folder, `begin(folder, on_error)` names the parts, and
+            `make_part(folder, part, name)` fills one of them.
         on_error (`str`):
             As `Part` takes it.
     """
@@ -220,7 +220,6 @@ def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
     names = source.begin(folder, on_error)
     work = functools.partial(_make_part, source, folder, on_error)
     run_parts(work, names, folder, num_workers, source.source)
-    source.end(folder, names)
     remove_unfinished(folder)
     write_atomically(folder / FINISHED, "")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from action_units import ALL_AU_NAMES, AU_NAMES, au_columns, whole_au
 from face_data.au_tables import AU_TABLE_TOOLS, find_measured_aus
-from program import file_digest
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,6 @@ class AUTable:
                 f"`--aus` names {unknown[0]!r} in {text!r}, which is no AU of FACS. Write AU5, or AU12L and AU12R."
             )
         return cls(Path(match[1]), tool, aus)
-
-    def settings(self) -> list:
-        return [file_digest(self.path), self.tool, self.aus]
 
 
 def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = None) -> tuple[AUTable, ...]:
@@ -94,16 +90,12 @@ def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = N
             option = "--au_names" if au_names else "--aus"
             note += f" Left out, because `{option}` does not name them: {', '.join(others)}."
         chosen.append(replace(table, aus=taken, note=note))
-    au_columns(joined_aus(tuple(chosen)))
+    au_columns([name for table in chosen for name in table.aus])
     return tuple(chosen)
 
 
-def joined_aus(tables: tuple[AUTable, ...]) -> tuple[str, ...]:
-    """The AUs of the data: those of all tables by their numbers, left before right."""
-    return sort_aus(name for table in tables for name in table.aus)
-
-
 def sort_aus(names: Iterable[str]) -> tuple[str, ...]:
+    """AUs by their numbers, left before right."""
     return tuple(sorted(names, key=lambda name: (int(whole_au(name).removeprefix("AU")), name)))
 
 

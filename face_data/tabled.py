@@ -6,6 +6,7 @@ what is read; a part is a stretch of its pictures. A small database on disk join
 pictures of a part for processes that know nothing of each other.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -25,15 +26,15 @@ from action_units import AU_NAMES, action_units_of, au_columns, mirrored_columns
 from face_data.au_tables import NO, find_name_column, read_au_table, read_number
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
 from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns, size_and_end
-from face_data.store import SETTINGS, Part, check_source, part_path, read_parts, read_rows
-from face_data.table_choice import AUTable, joined_aus
+from face_data.store import PARTS, SETTINGS, Part, check_source, part_path
+from face_data.table_choice import AUTable, sort_aus
 from face_data.table_files import read_records
 from program import check_options, file_digest, option, replacing
 
 
 INDEX = "pictures.sqlite"
-# Parts beside those of the table's rows.
-TABLE_PART, UNTABLED_PART = "table", "untabled"
+# The part beside those of the table's rows.
+TABLE_PART = "table"
 NO_FACE = "no face"
 SEVERAL_FACES = "several faces"
 REPEATED = "row that says the same again"
@@ -90,21 +91,20 @@ class Tabled:
 
     @functools.cached_property
     def au_names(self) -> tuple[str, ...]:
-        return joined_aus(self.tables)
+        return sort_aus(name for table in self.tables for name in table.aus)
 
     def settings(self) -> dict:
         return {field.name: getattr(self, field.name) for field in fields(Tabled)} | {
             "bases": [str(base.resolve()) for base in self.bases],
-            "tables": [table.settings() for table in self.tables],
+            "tables": [[file_digest(table.path), table.tool, table.aus] for table in self.tables],
             "au_names": self.au_names,
             "about": None if self.about is None else file_digest(self.about),
         }
 
-    def read_about(self, say: Callable[[str], None]) -> Iterator[tuple[str, dict]] | None:
+    def read_about(self, say: Callable[[str], None]) -> Iterator[tuple[str, dict]]:
         """The rows of `about`, and where each stands."""
-        if self.about is None:
-            return None
-        return ((f"{self.about}, line {line}", record) for line, record in read_records(self.about, say))
+        for line, record in () if self.about is None else read_records(self.about, say):
+            yield f"{self.about}, line {line}", record
 
     def refuses(self, facts: dict, picture: Path, part: Part) -> bool:
         """Whether the source itself says that a picture is of no use. The part is told."""
@@ -135,7 +135,8 @@ class Tabled:
 
     def make_part(self, folder: Path, part: Part, name: str) -> None:
         """One stretch of the table."""
-        first = int(name) * self.rows_per_part
+        first, columns = int(name) * self.rows_per_part, au_columns(self.au_names)
+        columns_of_aus = [columns[unit.name] for unit in action_units_of(self.au_names)]
         rows = query_index(
             folder,
             "SELECT id, number, facts FROM pictures JOIN rows USING (key) WHERE id > ? AND id <= ?"
@@ -155,7 +156,7 @@ class Tabled:
                 part.problem(reason, found[0], label)
             elif reason:
                 part.drop(reason, found[0])
-            elif _total(facts["aus"], self.au_names) < self.min_total_intensity:
+            elif sum(fmean(facts["aus"][c] for c in of_au) for of_au in columns_of_aus) < self.min_total_intensity:
                 part.drop("sum of all intensities too small", found[0])
             elif not self.refuses(facts, found[0], part):
                 self._keep(facts, found[0], folder, part)
@@ -181,11 +182,13 @@ class Tabled:
             values = {name: au for table, rows in by_table for name, au in zip(table.aus, rows[0]["aus"], strict=True)}
             facts["aus"] = [values[name] for name in self.au_names]
         if about is not None:
-            facts |= {name: facts[name] or about[name] for name in ("text", "box")}
+            facts |= {name: facts[name] or about[name] for name in ("text", "box", "removed_words")}
         return facts | {"about": about}, reason, len(measured[0]) - 1 - len(others[0])
 
     def _keep(self, facts: dict, picture: Path, folder: Path, part: Part) -> None:
-        aus, origin = facts["aus"], origin_of(picture, self.bases)
+        # Below the outermost base, no other picture has its path.
+        aus, paths = facts["aus"], (picture.relative_to(base) for base in self.bases if picture.is_relative_to(base))
+        origin = max((path.as_posix() for path in paths), key=len)
         placed = part.place(picture, folder / "images" / origin, self.min_side)
         if placed is None:
             return
@@ -193,27 +196,14 @@ class Tabled:
             placed.path.unlink()
             part.drop(MIRRORED, picture)
             return
-        text, words = facts["text"], Counter((facts["about"] or {}).get("removed_words"))
+        text, words = facts["text"], facts["removed_words"]
         if self.drop_emotion_words:
-            text, removed = take_emotion_words(text)
-            words.update(removed)
+            text, taken = take_emotion_words(text)
+            words = [*Counter(words).elements(), *Counter(taken).elements()]
         box, note = box_columns(facts["box"], placed)
         row = {"text": text, **dict(zip(self.au_names, aus, strict=True)), "source": self.source}
         row |= {"subject": facts["subject"], "origin": origin, **box, "is_photo": facts["is_photo"]}
-        part.keep(placed.path, folder, **row, changed=note, removed_words=dict(words) or None)
-
-    def end(self, folder: Path, parts: list[str]) -> None:
-        """Count the pictures that the table lacks, and those that are there under another name too."""
-        if part_path(folder, UNTABLED_PART).is_file():
-            return
-        # Each picture of the table is one line of a part: the difference to those that are there is what it lacks.
-        not_found = (NO_PICTURE, AMBIGUOUS, REPEATED)
-        num_found = sum(line.get("dropped") not in not_found for line in read_parts(folder, parts))
-        part = Part("skip")
-        num_pictures = sum(1 for _ in self.list_pictures())
-        part.drop("picture that is not in the table", self.bases[0], max(0, num_pictures - num_found))
-        note_same_pictures(folder, parts, part)
-        part.write(folder, UNTABLED_PART)
+        part.keep(placed.path, folder, **row, changed=note, removed_words=words or None)
 
 
 def build_index(tabled: Tabled, path: Path, part: Part) -> None:
@@ -221,15 +211,14 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
     Read the tables once, from front to back, into the database `path`. The first one decides which pictures there are.
     `part` is told of rows that cannot be used, and of what was guessed.
     """
-    about, wanted = tabled.read_about(part.note), tabled.image_column
+    wanted, with_captions = tabled.image_column, 0 if tabled.about is None else len(tabled.tables)
 
     def on_error(error: ValueError) -> None:
         part.problem("row of the table that cannot be read", str(error).rstrip("."))
 
     def insert(number: int, label: str, name: str, record: dict, **measured) -> None:
         by_key = {column.lower(): value for column, value in record.items()}
-        # Captions come from the table about the pictures, or from the first one.
-        caption = tabled.caption_column if number == (0 if about is None else len(tabled.tables)) else None
+        caption = tabled.caption_column if number == with_captions else None
         if caption is not None and caption.lower() not in by_key:
             raise ValueError(f"{label}: there is no column {caption!r}. The columns are {', '.join(by_key)}.")
         try:
@@ -239,8 +228,10 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
         except ValueError as error:
             on_error(ValueError(f"{label}: {error}"))
         else:
-            values = (find_key(name, tabled.bases), number, json.dumps(facts))
-            database.execute("INSERT INTO rows VALUES (?, ?, ?)", values)
+            found = find_picture(name, tabled.bases)
+            # The same for all names of one picture; of a picture that is not here, its name.
+            key = str(found[0].resolve()) if len(found) == 1 else name
+            database.execute("INSERT INTO rows VALUES (?, ?, ?)", (key, number, json.dumps(facts)))
 
     with replacing(path) as unfinished:
         unfinished.unlink(missing_ok=True)
@@ -250,7 +241,7 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
                 for row in read_au_table(table.path, table.tool, wanted, on_error, part.note, table.aus):
                     aus, label = row.aus.tolist() if row.face_found else None, f"{table.path}, line {row.line}"
                     insert(number, label, row.name, row.record, aus=aus, face=row.face, line=row.line)
-            for label, record in about or ():
+            for label, record in tabled.read_about(part.note):
                 # `--image_column` may be meant for the AUs' tables alone.
                 is_here = wanted is not None and wanted.strip().lower() in map(str.lower, record)
                 column = find_name_column(record, wanted if is_here else None)
@@ -260,7 +251,34 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
             database.execute(
                 "INSERT INTO pictures (key) SELECT key FROM rows WHERE number = 0 GROUP BY key ORDER BY min(rowid)"
             )
+            compare_pictures(tabled, database, part)
             database.commit()
+
+
+def compare_pictures(tabled: Tabled, database: sqlite3.Connection, part: Part) -> None:
+    """Count the pictures that the first table lacks, and those of it that are there under another name too."""
+
+    def read_end(path: str) -> bytes | None:
+        # What cannot be read is found when it is placed.
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            return size_and_end(file)
+
+    # Names that are no Unicode are in no table, and no text of the database.
+    names = (os.fsencode(path.resolve()).decode(errors="replace") for path in tabled.list_pictures())
+    database.execute("CREATE TEMP TABLE files (key TEXT)")
+    database.executemany("INSERT INTO files VALUES (?)", ((name,) for name in names))
+    ((lacking,),) = database.execute("SELECT count(*) FROM files WHERE key NOT IN (SELECT key FROM pictures)")
+    part.drop("picture that is not in the table", tabled.bases[0], lacking)
+    # Only files of the same size and end are read whole.
+    database.create_function("read_end", 1, read_end)
+    database.create_function("digest", 1, lambda path: file_digest(Path(path)))
+    database.execute("CREATE TEMP TABLE ends AS SELECT key, read_end(key) AS end FROM pictures WHERE key IN files")
+    alike = "SELECT end FROM ends GROUP BY end HAVING count(*) > 1"
+    groups = f"SELECT count(*) - 1 AS times, min(key), max(key) FROM ends WHERE end IN ({alike})"
+    found = database.execute(f"{groups} GROUP BY digest(key) HAVING times > 0").fetchall()
+    if found:
+        count, (_, first, last) = sum(times for times, _, _ in found), found[0]
+        part.note(f"{count:,} pictures have the bytes of another one, such as {last} and {first}.")
 
 
 def query_index(folder: Path, question: str, values: tuple = ()) -> Iterator[tuple]:
@@ -276,7 +294,7 @@ def _read_facts(by_key: dict, caption_column: str | None) -> dict:
         "subject": _first_text(by_key, SUBJECT_COLUMNS),
         "is_photo": _is_photo(by_key),
         "box": _read_box(by_key),
-        "removed_words": Counter(map(str, words)) if isinstance(words, list) else None,
+        "removed_words": list(map(str, words)) if isinstance(words, list) else [],
         "expression": by_key.get("expression"),
     }
 
@@ -317,11 +335,6 @@ def _read_box(by_key: dict) -> tuple[list[float], bool] | None:
     return values, False
 
 
-def _total(aus: list[float], au_names: tuple[str, ...]) -> float:
-    columns = au_columns(au_names)
-    return sum(fmean(aus[column] for column in columns[unit.name]) for unit in action_units_of(au_names))
-
-
 def find_picture(name: str, bases: tuple[Path, ...]) -> list[Path]:
     """
     The pictures that a file name of the table can mean. Leading folders that are not here are left away, because
@@ -341,12 +354,6 @@ def find_picture(name: str, bases: tuple[Path, ...]) -> list[Path]:
     return []
 
 
-def find_key(name: str, bases: tuple[Path, ...]) -> str:
-    """The same for all names of one picture; of a picture that is not here, its name."""
-    found = find_picture(name, bases)
-    return str(found[0].resolve()) if len(found) == 1 else name
-
-
 def _below(base: Path, pieces: list[str]) -> Path:
     for piece in pieces:
         forms = (piece, *(unicodedata.normalize(form, piece) for form in ("NFC", "NFD")))
@@ -354,32 +361,5 @@ def _below(base: Path, pieces: list[str]) -> Path:
     return base
 
 
-def origin_of(picture: Path, bases: tuple[Path, ...]) -> str:
-    """The path below the outermost base, which no other picture has."""
-    origins = [picture.relative_to(base).as_posix() for base in bases if picture.is_relative_to(base)]
-    return max(origins, key=len)
-
-
 def _is_own(folder: Path) -> bool:
-    return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", ".parts"))
-
-
-def note_same_pictures(folder: Path, parts: list[str], part: Part) -> None:
-    """Say how many pictures have the bytes of another one. Only files of the same size and end are read whole."""
-
-    def end(name: str) -> bytes:
-        with (folder / name).open("rb") as file:
-            return size_and_end(file)
-
-    # Without a name the database is a temporary file, so memory does not grow with the pictures.
-    with closing(sqlite3.connect("")) as database:
-        database.create_function("digest", 1, lambda name: file_digest(folder / name))
-        database.execute("CREATE TABLE files (name TEXT, end BLOB)")
-        names = (row["file_name"] for row in read_rows(folder, parts))
-        database.executemany("INSERT INTO files VALUES (?, ?)", ((name, end(name)) for name in names))
-        alike = "SELECT end FROM files GROUP BY end HAVING count(*) > 1"
-        groups = f"SELECT count(*) - 1 AS times, min(name), max(name) FROM files WHERE end IN ({alike})"
-        found = database.execute(f"{groups} GROUP BY digest(name) HAVING times > 0").fetchall()
-    if found:
-        count, (_, first, last) = sum(times for times, _, _ in found), found[0]
-        part.note(f"{count:,} pictures have the bytes of another one, such as {last} and {first}.")
+    return (folder / SETTINGS).is_file() and any((folder / name).is_dir() for name in ("rows", PARTS))
