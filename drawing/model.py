@@ -181,19 +181,23 @@ def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
     return [group[i : i + batch_size] for group in group_jobs(jobs) for i in range(0, len(group), batch_size)]
 
 
-def generate_batch(pipeline, jobs: list[Job]) -> list[Image.Image]:
-    """Draw one batch of `make_batches`. Each picture has its own generator, so it does not depend on the others."""
+def generate_batch(pipeline, jobs: list[Job], **options) -> list[Image.Image]:
+    """
+    Draw one batch of `make_batches`. Each picture has its own generator, so it does not depend on the others.
+    `options` are more arguments of the pipeline, or replace some.
+    """
     has_aus, has_negative = jobs[0].aus is not None, jobs[0].negative_prompt is not None
-    return pipeline(
-        [job.prompt for job in jobs],
+    arguments = {
+        "prompt": [job.prompt for job in jobs],
         # To SDXL, no negative prompt is something else than an empty one: it was trained with zeros in its place.
-        negative_prompt=[job.negative_prompt for job in jobs] if has_negative else None,
-        aus=[job.aus for job in jobs] if has_aus else None,
-        negative_aus=[job.negative_aus for job in jobs] if has_aus else None,
+        "negative_prompt": [job.negative_prompt for job in jobs] if has_negative else None,
+        "aus": [job.aus for job in jobs] if has_aus else None,
+        "negative_aus": [job.negative_aus for job in jobs] if has_aus else None,
         # On the CPU, a seed gives the same numbers for every device.
-        generator=[torch.Generator().manual_seed(job.seed) for job in jobs],
+        "generator": [torch.Generator().manual_seed(job.seed) for job in jobs],
         **{name: getattr(jobs[0], name) for name in (*SAMPLING, "height", "width")},
-    ).images
+    }
+    return pipeline(**arguments | options).images
 
 
 def draw_jobs(

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from action_units import AU_NAMES, au_projection
-from face_data.au_tables import AU_TABLE_TOOLS, AURow, read_au_table
+from face_data.au_tables import AU_TABLE_TOOLS, read_au_table
 from program import TOY_MODEL, file_digest, folder_digest
 
 
@@ -123,21 +123,17 @@ class TableMeter:
     def __init__(self, tool: str, path: Path, au_names: Sequence[str]):
         if not path.is_file():
             raise FileNotFoundError(f"`--meter`: there is no table {str(path)!r}.")
-        self.name, self.path, self.au_names = tool, path, au_names
-        self.tool = None if tool == "table" else tool
-        # One row is read now, so that the columns of another tool are an error before anything is drawn. Notes on the
-        # table are logged when all of it is read.
-        if next(read_au_table(path, self.tool, say=lambda sentence: None, au_names=au_names), None) is None:
+        self.name, self.path, self.settings = tool, path, {"table": file_digest(path)}
+        self.no_aus, self.rows = np.full(len(au_names), np.nan, np.float32), {}
+        tool = None if tool == "table" else tool
+        for row in read_au_table(path, tool, au_names=au_names, unmeasured=float("nan")):
+            name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
+            # Some tools leave out the ending of a file name.
+            self.rows.setdefault(name if name.lower().endswith(".png") else f"{name}.png", []).append(row)
+        if not self.rows:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
-        self.settings = {"table": file_digest(path)}
-        self.rows: dict[str, list[AURow]] = {}
 
     def measure(self, paths: list[Path]) -> list[Reading]:
-        if not self.rows:
-            for row in read_au_table(self.path, self.tool, au_names=self.au_names, unmeasured=float("nan")):
-                name = row.name.replace("\\", "/").rsplit("/", 1)[-1]
-                # Some tools leave out the ending of a file name.
-                self.rows.setdefault(name if name.lower().endswith(".png") else f"{name}.png", []).append(row)
         missing = [path.name for path in paths if path.name not in self.rows]
         if missing:
             raise ValueError(
@@ -148,8 +144,7 @@ class TableMeter:
         for path in paths:
             faces = [row for row in self.rows[path.name] if row.face_found]
             surest = max(faces, key=lambda row: row.confidence, default=None)
-            aus = np.full(len(self.au_names), np.nan, np.float32) if surest is None else surest.aus
-            readings.append(Reading(aus, len(faces)))
+            readings.append(Reading(self.no_aus if surest is None else surest.aus, len(faces)))
         return readings
 
 

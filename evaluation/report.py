@@ -9,7 +9,7 @@ from dataclasses import astuple
 import numpy as np
 import pandas as pd
 
-from action_units import AU_NAMES, au_columns, whole_au
+from action_units import au_columns, whole_au
 from evaluation.metrics import (
     HARD_AUS,
     NO_FIGURE,
@@ -23,8 +23,6 @@ from evaluation.metrics import (
 )
 
 
-MEASURED = [f"measured_{name}" for name in AU_NAMES]
-"""The columns of measurements for the paper's twelve AUs."""
 SUMMARY_COLUMNS = ["meter", "part", "au", "metric", "value", "low", "high", "pictures", "prompts"]
 PICTURE_METRICS = ("clip_i", "agreement", "outside", "reference_similarity", "seconds")
 WITHOUT_HARD = " without " + ", ".join(HARD_AUS)

@@ -17,7 +17,7 @@ import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, asdict, astuple, dataclass, field
+from dataclasses import MISSING, astuple, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -31,13 +31,13 @@ from tqdm.auto import tqdm
 
 from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
-from drawing.jobs import make_job, read_model_defaults
-from drawing.model import Weights, check_weights, quiet, read_au_names
+from drawing.jobs import Job, make_job, read_model_defaults
+from drawing.model import SAMPLING, Weights, check_weights, quiet, read_au_names
 from evaluation import figures, report
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
-from evaluation.systems import SYSTEMS, Sampling, System, check_system, is_toy_model
+from evaluation.systems import SYSTEMS, System, check_system, is_toy_model
 from evaluation.testset import (
     COMBINATIONS,
     PARTS,
@@ -73,6 +73,8 @@ TOY_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
 PAPER_PARTS = ("single", "combination")
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EMBEDDED_AT_ONCE = 32
+SETTABLE = (*SAMPLING, "height", "width")
+"""The fields of `Job` that are the same in all pictures and can be set."""
 
 
 evaluated, tested, measured = (
@@ -88,7 +90,7 @@ class EvaluationConfig:
 
     Args:
         sampling (`dict`):
-            Arguments of `Sampling`. They replace those in the model's `fineface.json`.
+            Fields `SETTABLE` of `Job`. They replace those in the model's `fineface.json`.
         meters (`tuple` of `str`), image_encoder (`str`, *optional*):
             As `make_meter` and `make_image_encoder` take them. Models of the toy world default to its own.
     """
@@ -150,9 +152,9 @@ def parse_args(argv: list[str] | None) -> EvaluationConfig:
     parser = Parser("evaluation.run", __doc__)
     add_options(parser, EvaluationConfig, spell=spell_option)
     defaults = "Default: what the fineface.json of the model says, or that of Stable Diffusion."
-    add_options(parser.add_argument_group("sampling", defaults), Sampling, spell=spell_option)
+    add_options(parser.add_argument_group("sampling", defaults), Job, SETTABLE, spell=spell_option)
     args = parser.parse_args(argv)
-    return EvaluationConfig(**take_options(EvaluationConfig, args), sampling=take_options(Sampling, args))
+    return EvaluationConfig(**take_options(EvaluationConfig, args), sampling=take_options(Job, args, SETTABLE))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -160,17 +162,15 @@ def parse_args(argv: list[str] | None) -> EvaluationConfig:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def make_sampling(config: EvaluationConfig) -> Sampling:
+def make_template(config: EvaluationConfig) -> Job:
+    """A checked job with the sampling of all pictures."""
     defaults = read_model_defaults(config.model)
     if config.system != "fineface":
         defaults.pop("au_guidance_scale", None)
         for name in ("au_guidance_scale", "au_scale"):
             if config.sampling.get(name) is not None:
                 raise ValueError(f"`{spell_option(name)}` needs the AU adapter: it is for fineface only.")
-    values = defaults | dict(config.sampling)
-    # A job checks the ranges.
-    make_job({"prompt": "any", **values}, spell_option)
-    return Sampling(**values)
+    return make_job({"prompt": "any", **defaults, **config.sampling}, spell_option)
 
 
 def find_references(config: EvaluationConfig) -> list[Path]:
@@ -218,7 +218,7 @@ class Evaluation:
         check_weights(self.weights)
         check_system(config.system, self.weights)
         check_output(config.output, is_folder=True)
-        self.sampling, self.is_toy = make_sampling(config), is_toy_model(config.model)
+        self.template, self.is_toy = make_template(config), is_toy_model(config.model)
         prompts = read_prompts(config.prompts or (TOY_PROMPTS if self.is_toy else PROMPTS))
         self.au_names = read_au_names(self.weights) if config.system == "fineface" else AU_NAMES
         combinations = []
@@ -240,7 +240,7 @@ class Evaluation:
             "adapter_variant": config.adapter_variant,
             "ip_adapter_file": file_digest(config.ip_adapter) if config.ip_adapter else None,
             "reference_images": {path.name: file_digest(path) for path in self.references},
-            **asdict(self.sampling),
+            **{name: getattr(self.template, name) for name in SETTABLE},
             "dtype": self.dtype,
             "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
         }
@@ -284,7 +284,7 @@ class Evaluation:
         if batches:
             with quiet():
                 dtype = getattr(torch, self.dtype)
-                system = System(self.config.system, self.weights, state.device, dtype, self.sampling)
+                system = System(self.config.system, self.weights, state.device, dtype)
                 if self.config.ip_adapter is not None:
                     system.load_ip_adapter(self.config.ip_adapter)
                 total, finished = len(self.items), len(self.items) - len(missing)
@@ -297,16 +297,16 @@ class Evaluation:
         state.wait_for_everyone()
 
     def _draw_batch(self, system: System, batch: list[Item], is_first: bool) -> None:
-        references = None if self.config.ip_adapter is None else list(map(self.reference, batch))
-        prompts, aus, seeds = zip(*((item.prompt.text, item.aus, item.prompt.seed) for item in batch), strict=True)
+        references = [] if self.config.ip_adapter is None else list(map(self.reference, batch))
+        jobs = [replace(self.template, prompt=i.prompt.text, aus=i.aus, seed=i.prompt.seed) for i in batch]
         started = time.perf_counter()
-        images = system.draw(list(prompts), list(aus), list(seeds), references)
+        images = system.draw(jobs, references)
         seconds = (time.perf_counter() - started) / len(batch)
-        for item, image in zip(batch, images, strict=True):
+        for item, job, image in zip(batch, jobs, images, strict=True):
             metadata = {
-                "prompt": item.prompt.text,
-                "aus": item.aus,
-                "seed": item.prompt.seed,
+                "prompt": job.prompt,
+                "aus": job.aus,
+                "seed": job.seed,
                 "part": item.part,
                 "system": self.config.system,
                 "batch_size": len(batch),

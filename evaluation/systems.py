@@ -2,16 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systems of the paper's Table 1. Each of them draws prompts with AUs."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from action_units import AU_NAMES, action_units_of, parse_aus
+from action_units import action_units_of, parse_aus
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder
-from drawing.model import Weights, load_pipeline, pipeline_class_of
-from program import number_or_none, option
+from drawing.jobs import Job
+from drawing.model import Weights, generate_batch, load_pipeline, pipeline_class_of
 
 
 SYSTEMS = {
@@ -28,18 +29,6 @@ TRAINED_FILES = {
     "lora_au": [LORA_WEIGHTS_NAME, f"{ENCODER_FOLDER}/config.json"],
 }
 """What `paper.baselines` writes."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Arguments of `FineFacePipeline.__call__`. Only `"fineface"` uses `au_guidance_scale` and `au_scale`."""
-
-    num_inference_steps: int = option(50, None)
-    guidance_scale: float = option(7.5, None)
-    au_guidance_scale: float | None = option(None, "a number, or none for joint guidance", type=number_or_none)
-    au_scale: float = option(1.0, None)
-    height: int | None = option(None, None)
-    width: int | None = option(None, None)
 
 
 def is_toy_model(model: str) -> bool:
@@ -83,13 +72,11 @@ def check_system(system: str, weights: Weights) -> None:
 class System:
     """A loaded system. All systems start from the same noise for a seed, so their pictures can be compared."""
 
-    def __init__(self, system: str, weights: Weights, device: torch.device, dtype: torch.dtype, sampling: Sampling):
-        self.system, self.device, self.sampling = system, device, sampling
+    def __init__(self, system: str, weights: Weights, device: torch.device, dtype: torch.dtype):
+        self.system, self.device = system, device
         self.words = au_words(is_toy_model(weights.model))
-        self.au_names, self.has_image_prompt = AU_NAMES, False
         if system == "fineface":
             self.pipeline = load_pipeline(weights, device, dtype, needs_adapter=True)
-            self.au_names = self.pipeline.au_names
         else:
             self.pipeline = _load_baseline(system, weights, device, dtype)
         if system == "lora_au":
@@ -102,40 +89,33 @@ class System:
         encoder = "image_encoder" if self.pipeline.image_encoder is None else None
         options = {"subfolder": "", "weight_name": path.name, "image_encoder_folder": encoder}
         self.pipeline.load_ip_adapter(str(path.parent), **options)
-        self.has_image_prompt = True
 
     @torch.no_grad()
-    def draw(
-        self, prompts: list[str], aus: list[str], seeds: list[int], references: list[Image.Image] | None = None
-    ) -> list[Image.Image]:
-        """One picture for each prompt, with the AUs as `format_aus` writes them; "" is the neutral face."""
-        settings = asdict(self.sampling)
-        # Each picture has its own generator on the CPU, so it depends neither on its neighbours nor on the device.
-        settings["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if self.has_image_prompt:
-            settings["ip_adapter_image_embeds"] = self._embed_references(references)
-        intensities = parse_aus(aus, au_names=self.au_names)
+    def draw(self, jobs: list[Job], references: Sequence[Image.Image] = ()) -> list[Image.Image]:
+        """
+        Draw one picture for each of `jobs`, which have equal settings, and each `aus`. With an IP-Adapter, there is
+        one of `references` for each.
+        """
+        options, guided = {}, jobs[0].guidance_scale > 1
+        if references:
+            image_embeds, negative_embeds = self.pipeline.encode_image(list(references), self.device, 1)
+            rows = [negative_embeds, image_embeds] if guided else [image_embeds]
+            options["ip_adapter_image_embeds"] = [torch.cat(rows)[:, None]]
         if self.system == "fineface":
-            return self.pipeline(prompts, aus=intensities, **settings).images
-        del settings["au_scale"], settings["au_guidance_scale"]
-        if self.system != "lora_au":
-            rows = zip(prompts, intensities.tolist(), strict=True)
-            settings["prompt"] = [prompt + aus_in_words(row, self.words) for prompt, row in rows]
-            return self.pipeline(**settings).images
-        guided = self.sampling.guidance_scale > 1
-        embeds, negative_embeds = self.pipeline.encode_prompt(prompts, self.device, 1, guided)
-        intensities = intensities.to(self.device)
-        settings["prompt_embeds"] = append_tokens(embeds, self.token_encoder(intensities))
-        if guided:
-            neutral = self.token_encoder(torch.zeros_like(intensities))
-            settings["negative_prompt_embeds"] = append_tokens(negative_embeds, neutral)
-        return self.pipeline(**settings).images
-
-    def _embed_references(self, references: list[Image.Image]) -> list[torch.Tensor]:
-        """The image encoder's embeddings, unconditional rows first: one reference for each prompt of the batch."""
-        image_embeds, negative_embeds = self.pipeline.encode_image(references, self.device, 1)
-        rows = [negative_embeds, image_embeds] if self.sampling.guidance_scale > 1 else [image_embeds]
-        return [torch.cat(rows)[:, None]]
+            return generate_batch(self.pipeline, jobs, **options)
+        intensities = parse_aus([job.aus for job in jobs])
+        jobs = [replace(job, aus=None) for job in jobs]
+        if self.system == "lora_au":
+            prompts, intensities = [job.prompt for job in jobs], intensities.to(self.device)
+            embeds, negative_embeds = self.pipeline.encode_prompt(prompts, self.device, 1, guided)
+            options |= {"prompt": None, "prompt_embeds": append_tokens(embeds, self.token_encoder(intensities))}
+            if guided:
+                neutral = self.token_encoder(torch.zeros_like(intensities))
+                options["negative_prompt_embeds"] = append_tokens(negative_embeds, neutral)
+        else:
+            rows = zip(jobs, intensities.tolist(), strict=True)
+            jobs = [replace(job, prompt=job.prompt + aus_in_words(row, self.words)) for job, row in rows]
+        return generate_batch(self.pipeline, jobs, **options)
 
 
 def append_tokens(encoder_hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

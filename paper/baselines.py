@@ -42,10 +42,9 @@ from action_units import AU_NAMES
 from au_attention_processor import au_layers
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder, ip_adapter_numbers
 from drawing.files import write_png
-from drawing.jobs import read_model_defaults
+from drawing.jobs import Job, read_model_defaults
 from drawing.model import Weights
-from evaluation.run import keep_settings
-from evaluation.systems import UNET_FOLDER, Sampling, System, append_tokens, au_words, aus_in_words, is_toy_model
+from evaluation.systems import UNET_FOLDER, System, append_tokens, au_words, aus_in_words, is_toy_model
 from face_data.store import write_lines
 from pipeline_fineface import LORA_NAME
 from program import Parser, check_settings, only_run_in, run_program, write_settings
@@ -240,25 +239,25 @@ class EncodersWithPictures(StableDiffusionEncoders):
         return {"image_embeds": [batch["image_embeds"][:, None]]}
 
 
-def make_prior(config: TrainConfig, captions: list[str], device: torch.device, count: int, seed: int = 0) -> Path:
+def make_prior(config: TrainConfig, captions: list[str], device: torch.device) -> Path:
     """
-    Draw captions of the data with the untrained base, as a data set of `count` pictures with all AUs 0. Its metadata
-    appear when it is complete. Returns its folder.
+    Draw captions of the data with the untrained base, as a data set of pictures with all AUs 0. Its metadata appear
+    when it is complete. Returns its folder.
     """
     folder = config.output_dir / PRIOR_FOLDER
     if (folder / "metadata.jsonl").exists():
         return folder
-    model, size = config.pretrained_model_name_or_path, config.train_batch_size
+    model = config.pretrained_model_name_or_path
     sampling = read_model_defaults(model) | {"au_guidance_scale": None}
-    system = System("sd", Weights(model), device, torch.float32, Sampling(**sampling))
-    order = np.random.default_rng(seed).permutation(len(captions))
-    prompts, lines = [captions[order[number % len(order)]] for number in range(count)], []
-    for start in tqdm(range(0, count, size), desc="prior", unit="batch"):
-        numbers = range(start, min(start + size, count))
-        images = system.draw([prompts[n] for n in numbers], [""] * len(numbers), [seed + n for n in numbers])
-        for number, image in zip(numbers, images, strict=True):
-            write_png(image, folder / f"{number:05d}.png")
-            lines.append({"file_name": f"{number:05d}.png", "text": prompts[number], **dict.fromkeys(AU_NAMES, 0.0)})
+    order = np.random.default_rng(0).permutation(len(captions))[:PRIOR_PICTURES]
+    jobs = [Job(captions[row], "", seed, **sampling) for seed, row in enumerate(order)]
+    system, lines = System("sd", Weights(model), device, torch.float32), []
+    for start in tqdm(range(0, len(jobs), config.train_batch_size), desc="prior", unit="batch"):
+        batch = jobs[start : start + config.train_batch_size]
+        for job, image in zip(batch, system.draw(batch), strict=True):
+            name = f"{job.seed:05d}.png"
+            write_png(image, folder / name)
+            lines.append({"file_name": name, "text": job.prompt, **dict.fromkeys(AU_NAMES, 0.0)})
     write_lines(folder / "metadata.jsonl", lines)
     return folder
 
@@ -285,12 +284,6 @@ def embed_pictures(data, config: TrainConfig, device: torch.device) -> torch.Ten
 # --------------------------------------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def steps_trained(folder: Path) -> int:
-    """The number of steps that a finished baseline was trained for; 0 if it is not finished."""
-    done = folder / DONE_NAME
-    return json.loads(done.read_text(encoding="utf-8"))["steps"] if done.exists() else 0
 
 
 def encode_data(
@@ -337,17 +330,18 @@ def run(system: str, config: TrainConfig) -> None:
     config = replace(config, aus=AU_NAMES)
     config.check_machine()
     settings = {"system": system, **config.fixed_settings()}
-    check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
-    if steps_trained(config.output_dir) >= config.max_train_steps:
+    has_settings = check_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", default_settings())
+    done = config.output_dir / DONE_NAME
+    if done.exists() and json.loads(done.read_text(encoding="utf-8"))["steps"] >= config.max_train_steps:
         return
     accelerator = make_accelerator(config)
     with only_run_in(config.output_dir) if accelerator.is_main_process else nullcontext():
-        _train(system, config, accelerator, settings)
+        _train(system, config, accelerator, {} if has_settings else settings)
     accelerator.end_training()
 
 
-def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings: dict) -> None:
-    """Train a baseline, and write `settings` when the data have been checked."""
+def _train(system: str, config: TrainConfig, accelerator: Accelerator, new_settings: dict) -> None:
+    """Train a baseline, and write `new_settings`, if there are any, when the data have been checked."""
     checkpoint, device, dtype = find_checkpoint(config), accelerator.device, frozen_dtype(accelerator)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     check_same_work(checkpoint, samples_per_step=samples_per_step)
@@ -355,7 +349,8 @@ def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings:
         data = load_training_data(config)
         if accelerator.is_main_process:
             check_pictures(data)
-    keep_settings(config.output_dir / SETTINGS_NAME, settings, "a baseline", accelerator, default_settings())
+            if new_settings:
+                write_settings(config.output_dir / SETTINGS_NAME, new_settings)
     init_trackers(accelerator, config)
     noise_scheduler = load_noise_scheduler(config)
     plain_captions = data.captions.to_pylist()
@@ -374,7 +369,7 @@ def _train(system: str, config: TrainConfig, accelerator: Accelerator, settings:
     samples = make_samples(data, config)
     if system == "dreambooth":
         with accelerator.main_process_first():
-            prior_dir = make_prior(config, plain_captions, device, min(len(data), PRIOR_PICTURES))
+            prior_dir = make_prior(config, plain_captions, device)
         others = {"dataset_name": None, "max_train_samples": None, "face_loss_weight": 1.0}
         prior_config = replace(config, train_data_dir=prior_dir, **others)
         samples = WithPrior(samples, make_samples(load_training_data(prior_config), prior_config))

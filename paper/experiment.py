@@ -5,6 +5,7 @@ An experiment: a data set of the toy world, systems that are trained on it under
 One folder keeps all of it, and nothing is made twice. The paper's tables and the trials share one experiment.
 """
 
+import itertools
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from au_encoder import ATTN_PROCESSORS_NAME
 from drawing.jobs import read_model_defaults
 from evaluation import run
 from evaluation.metrics import Figure, au_mse, bootstrap
-from evaluation.report import MEASURED, PICTURE_METRICS, find_figure
+from evaluation.report import PICTURE_METRICS, find_figure
 from evaluation.run import TOY_FACE_BOX, EvaluationConfig
 from evaluation.systems import au_words
 from evaluation.testset import COMBINATIONS, Item, Prompt, read_combinations
@@ -37,6 +38,8 @@ from training.encoders import load_encoders
 
 SETTINGS_NAME = "experiment.json"
 METER = "toy"
+SAMPLED = ("num_inference_steps", "guidance_scale")
+"""The fields of `Job` that one experiment has everywhere."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,9 @@ class Budget:
     def __post_init__(self):
         check_options(self, spell_option)
 
-    @property
-    def training(self) -> dict:
-        """The settings on which the trained systems depend."""
-        names = ("name", "pictures", "steps", "batch_size", "rank", "mixed_precision")
-        return {name: value for name, value in asdict(self).items() if name in names}
 
-
+TRAINING = ("name", "pictures", "steps", "batch_size", "rank", "mixed_precision")
+"""The fields of `Budget` on which the trained systems depend."""
 BUDGETS = {
     "quick": Budget("quick", 4_000, 1_000, 8, 16, prompts=4, combinations=12),
     "full": Budget(
@@ -81,17 +80,8 @@ BUDGETS = {
         feedback_prompts=None,
         latent_meter_steps=10_000,
     ),
-    "tiny": Budget(
-        *("tiny", 12, 2, 2, 4),
-        prompts=1,
-        combinations=2,
-        bootstrap_draws=20,
-        feedback_seconds=0.001,
-        feedback_prompts=1,
-        latent_meter_steps=2,
-    ),
 }
-"""`quick` finishes on two cores within an hour, `full` is for a GPU, `tiny` shows that every line runs."""
+"""`quick` finishes on two cores within an hour, `full` is for a GPU."""
 
 
 class Experiment:
@@ -119,9 +109,9 @@ class Experiment:
         self.folder, self.budget, self.model = folder, budget, model
         self.data = folder / "data" / "pictures"
         defaults = read_model_defaults(model)
-        names = ("num_inference_steps", "guidance_scale")
-        self.sampling = {name: defaults[name] for name in names if name in defaults} | (sampling or {})
-        settings = {**budget.training, "model_files": run.digest_if_folder(model), **self.sampling}
+        self.sampling = {name: defaults[name] for name in SAMPLED if name in defaults} | (sampling or {})
+        settings = {name: getattr(budget, name) for name in TRAINING} | {"model_files": run.digest_if_folder(model)}
+        settings |= self.sampling
         run.keep_settings(folder / SETTINGS_NAME, settings, "systems", PartialState())
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -153,15 +143,13 @@ class Experiment:
         if metadata.exists():
             return
         self.data.mkdir(parents=True, exist_ok=True)
-        seeds = range(self.budget.pictures)
+        seeds, box, lines = range(self.budget.pictures), dict(zip(FACE_BOX, TOY_FACE_BOX, strict=True)), []
         shards = Pictures(self.data.parent / "pictures", self.budget.pictures, draw=render_seed).wait()
-        rendered = [picture for shard in shards for picture in shard]
-        face_box = dict(zip(FACE_BOX, TOY_FACE_BOX, strict=True))
-        lines = []
-        for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
-            Image.fromarray(rendered[seed]).save(self.data / f"{seed:06}.png", compress_level=1)
+        rows = zip(seeds, itertools.chain(*shards), captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True)
+        for seed, picture, text, aus in rows:
+            Image.fromarray(picture).save(self.data / f"{seed:06}.png", compress_level=1)
             named = dict(zip(AU_NAMES, (round(value, 4) for value in aus), strict=True))
-            lines.append({"file_name": f"{seed:06}.png", "text": text, **named, **face_box})
+            lines.append({"file_name": f"{seed:06}.png", "text": text, **named, **box})
         write_lines(metadata, lines)
 
     # ---- training --------------------------------------------------------------------------------------------------
@@ -276,7 +264,8 @@ class Experiment:
             rows = results[(results["part"] == part) & (results["meter"] == METER)].set_index(["name", "prompt_index"])
             if metric in rows:
                 return rows[metric]
-            return pd.Series(au_mse(rows[list(AU_NAMES)].to_numpy(), rows[MEASURED].to_numpy()), rows.index)
+            measured = rows[[f"measured_{name}" for name in AU_NAMES]]
+            return pd.Series(au_mse(rows[list(AU_NAMES)].to_numpy(), measured.to_numpy()), rows.index)
 
         difference = values_of(names[0]).sub(values_of(names[1])).dropna()
         prompts = difference.index.get_level_values("prompt_index").to_numpy()

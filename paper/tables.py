@@ -16,7 +16,7 @@ import itertools
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +25,16 @@ from accelerate import PartialState
 from PIL import Image
 
 from action_units import AU_NAMES
-from drawing.contact_sheet import Table, draw_sheet
+from drawing.contact_sheet import Table
 from drawing.files import write_png
 from evaluation import figures
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import ToolError, read_picture
 from evaluation.metrics import Figure, bootstrap
 from evaluation.report import markdown_table
+from evaluation.run import PAPER_PARTS
 from evaluation.testset import INTENSITIES, TOY_PROMPTS, Item, Prompt, read_prompts
-from paper.experiment import BUDGETS, METER, Experiment
+from paper.experiment import BUDGETS, METER, SAMPLED, Experiment
 from paper.workers import default_processes, run_jobs
 from program import TOY_MODEL, Parser, check_integer, check_output, run_program, write_atomically
 
@@ -44,46 +45,45 @@ TRIALS_HEADING = "\n## Trials\n"
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table: the paper's four numbers, and the settings by which our system is trained."""
+    """A row of a table: the paper's four numbers, and how our system is trained and evaluated."""
 
     label: str
     paper: tuple[float, float, float, float]
     """AU MSE and CLIP-I of single AUs, AU MSE and CLIP-I of combinations."""
     name: str
+    train: dict = field(default_factory=dict)
     system: str = "fineface"
-    changes: tuple[tuple[str, object], ...] = ()
+    parts: tuple[str, ...] = PAPER_PARTS
 
 
-def _encoder(label: str, paper: tuple[float, float, float, float], encoder_type: str) -> Method:
-    return Method(label, paper, f"encoder_{encoder_type}", changes=(("encoder_type", encoder_type),))
-
-
-OURS = Method("FineFace (Res + MLP64)", (4.71, 0.92, 7.54, 0.83), "fineface")
-"""The paper's design. All three tables have it."""
-LORA_T = Method("LoRA-T", (7.45, 0.91, 9.06, 0.86), "lora_t", "lora_t")
-NO_SMOOTHING = (("au_noise_variance", 0.0), ("au_rounding_prob", 0.0))
+OURS = Method("FineFace (Res + MLP64)", (4.71, 0.92, 7.54, 0.83), "fineface", parts=(*PAPER_PARTS, "extrapolation"))
+"""The paper's design. All three tables have it, and Fig. 8 shows it beyond [0, 5]."""
+LORA_T = Method("LoRA-T", (7.45, 0.91, 9.06, 0.86), "lora_t", system="lora_t")
+NO_SMOOTHING = {"au_noise_variance": 0.0, "au_rounding_prob": 0.0}
+TABLE1 = "Table 1: other systems"
 TABLES = {
-    "Table 1: other systems": (
-        Method("SD (AUs as text)", (6.98, 0.80, 8.90, 0.71), "sd", "sd"),
+    TABLE1: (
+        Method("SD (AUs as text)", (6.98, 0.80, 8.90, 0.71), "sd", system="sd"),
         # A whole UNet has to be moved more carefully than a LoRA.
-        Method("DB", (7.19, 0.87, 8.78, 0.80), "dreambooth", "dreambooth", (("learning_rate", 1e-4),)),
+        Method("DB", (7.19, 0.87, 8.78, 0.80), "dreambooth", {"learning_rate": 1e-4}, "dreambooth"),
         LORA_T,
-        Method("LoRA-AU", (6.82, 0.98, 8.74, 0.91), "lora_au", "lora_au"),
+        Method("LoRA-AU", (6.82, 0.98, 8.74, 0.91), "lora_au", system="lora_au"),
         OURS,
     ),
     "Table 2: AU encoders": (
-        _encoder("No encoding", (4.72, 0.94, 7.64, 0.86), "none"),
-        _encoder("MLP", (4.79, 0.86, 7.60, 0.76), "mlp"),
-        _encoder("Res + MLP", (4.77, 0.84, 7.61, 0.74), "res_mlp"),
+        Method("No encoding", (4.72, 0.94, 7.64, 0.86), "encoder_none", {"encoder_type": "none"}),
+        Method("MLP", (4.79, 0.86, 7.60, 0.76), "encoder_mlp", {"encoder_type": "mlp"}),
+        Method("Res + MLP", (4.77, 0.84, 7.61, 0.74), "encoder_res_mlp", {"encoder_type": "res_mlp"}),
         OURS,
-        _encoder("Res + 3MLP", (4.97, 0.91, 7.70, 0.83), "res_3mlp"),
-        _encoder("Individual + MLP", (5.48, 0.85, 7.97, 0.70), "individual"),
+        Method("Res + 3MLP", (4.97, 0.91, 7.70, 0.83), "encoder_res_3mlp", {"encoder_type": "res_3mlp"}),
+        Method("Individual + MLP", (5.48, 0.85, 7.97, 0.70), "encoder_individual", {"encoder_type": "individual"}),
     ),
     "Table 3: label smoothing": (
-        Method("without", (4.81, 0.81, 7.64, 0.72), "no_smoothing", changes=NO_SMOOTHING),
+        Method("without", (4.81, 0.81, 7.64, 0.72), "no_smoothing", NO_SMOOTHING),
         OURS,
     ),
 }
+METHODS = {method.name: method for methods in TABLES.values() for method in methods}
 COLUMNS = (
     ("AU MSE, single ↓", "au_mse", "single", False),
     ("CLIP-I, single", "clip_i", "single", True),
@@ -100,15 +100,12 @@ COLUMNS = (
 
 def make(experiment: Experiment, method: Method) -> None:
     """Train a method, if it is not trained yet, and evaluate it."""
-    changes = dict(method.changes)
     adapter = None
     if method.system == "fineface":
-        adapter = experiment.train_fineface(method.name, **changes)
+        adapter = experiment.train_fineface(method.name, **method.train)
     elif method.system != "sd":
-        adapter = experiment.train_baseline(method.name, method.system, **changes)
-    # The paper's design is also evaluated beyond [0, 5], for Fig. 8.
-    parts = {"parts": ("single", "combination", "extrapolation")} if method == OURS else {}
-    experiment.evaluate(method.name, adapter, method.system, **parts)
+        adapter = experiment.train_baseline(method.name, method.system, **method.train)
+    experiment.evaluate(method.name, adapter, method.system, parts=method.parts)
 
 
 FACES = 4
@@ -150,7 +147,7 @@ def make_all(experiment: Experiment, processes: int) -> None:
     """Make all that `write_results` needs and that is not there yet."""
     experiment.prepare()
     make_image_prompts(experiment)
-    methods = [functools.partial(make, experiment, method) for method in all_methods()]
+    methods = [functools.partial(make, experiment, method) for method in METHODS.values()]
     ip_adapter = functools.partial(experiment.train_baseline, "ip_adapter", "ip_adapter")
     run_jobs([*methods, ip_adapter], processes)
     run_jobs([functools.partial(make_figure7, experiment, name) for name in FIGURE7_RUNS], processes)
@@ -176,64 +173,58 @@ def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
 
 
 def compare_orders(
-    paper: Sequence[float], difference: Callable[[int, int], Figure], more_is_better: bool
-) -> dict[str, list[tuple[int, int]]]:
-    """
-    Compare the order of each pair of methods with the paper's. Returns the pairs by verdict: "agree", "turned", or
-    "open", where the interval of `difference(first, second)` has 0 in it. In each pair, the method that is better in
-    the paper comes first. Pairs that are equal in the paper are left out.
-    """
-    pairs = {"agree": [], "turned": [], "open": []}
-    for first, second in itertools.combinations(range(len(paper)), 2):
-        if paper[first] == paper[second]:
-            continue
-        if (paper[first] > paper[second]) != more_is_better:
-            first, second = second, first
-        figure = difference(first, second)
-        is_open = not (figure.low > 0 or figure.high < 0)
-        verdict = "open" if is_open else "agree" if (figure.value > 0) == more_is_better else "turned"
-        pairs[verdict].append((first, second))
-    return pairs
-
-
-def order_in_words(
-    heading: str, labels: Sequence[str], ours: Sequence[Figure], pairs: dict, more_is_better: bool
+    labels: Sequence[str],
+    paper: Sequence[float],
+    ours: Sequence[Figure],
+    difference: Callable[[int, int], Figure],
+    more_is_better: bool,
 ) -> str:
+    """
+    Say which order our figures give the methods, and of how many pairs it is the paper's. A pair is open where the
+    interval of `difference(first, second)` has 0 in it. Pairs that are equal in the paper are left out.
+    """
+    sign, agree, turned, num_open = 1 if more_is_better else -1, 0, [], 0
+    for pair in itertools.combinations(range(len(paper)), 2):
+        better, worse = sorted(pair, key=lambda number: -sign * paper[number])
+        if paper[better] == paper[worse]:
+            continue
+        figure = difference(better, worse)
+        if not (figure.low > 0 or figure.high < 0):
+            num_open += 1
+        elif sign * figure.value > 0:
+            agree += 1
+        else:
+            turned.append(f"{labels[better]} before {labels[worse]}")
     ranked = sorted(zip(labels, ours, strict=True), key=lambda pair: pair[1].value, reverse=more_is_better)
-    counts = {verdict: len(found) for verdict, found in pairs.items()}
-    words = [f"**{heading}** Ours, from best to worst: {', '.join(label for label, _ in ranked)}."]
-    words.append(
-        f"Pairs in the paper's order: {counts['agree']} of {sum(counts.values())}; in the opposite order:"
-        f" {counts['turned']}; open, because the interval of their difference has 0 in it: {counts['open']}."
+    words = (
+        f"Ours, from best to worst: {', '.join(label for label, _ in ranked)}. Pairs in the paper's order: {agree} of"
+        f" {agree + len(turned) + num_open}; in the opposite order: {len(turned)}; open, because the interval of their"
+        f" difference has 0 in it: {num_open}."
     )
-    if pairs["turned"]:
-        turned = "; ".join(f"{labels[first]} before {labels[second]}" for first, second in pairs["turned"])
-        words.append(f"In this order in the paper, and in the opposite order here: {turned}.")
-    return " ".join(words)
+    if turned:
+        words += f" In this order in the paper, and in the opposite order here: {'; '.join(turned)}."
+    return words
 
 
 def format_paper_table(experiment: Experiment, title: str, methods: Sequence[Method]) -> list[str]:
-    header = ["Method", *(cell for heading, *_ in COLUMNS for cell in (f"{heading}: paper", "ours"))]
-    header += ["agreement with the prompt ↑", "slope, single", "pictures"]
     names, labels = [method.name for method in methods], [method.label for method in methods]
-    ours = [[experiment.figure(name, metric, part) for name in names] for _, metric, part, _ in COLUMNS]
-    rows = []
-    for method, *figures_of_method in zip(methods, *ours, strict=True):
-        row = [method.label]
-        for paper, figure in zip(method.paper, figures_of_method, strict=True):
-            row += [f"{paper:.2f}", f"{figure:.3f}"]
-        row += [f"{experiment.figure(method.name, 'agreement', 'combination'):.3f}"]
-        row += [f"{experiment.figure(method.name, 'slope', 'single')}", str(experiment.num_pictures(method.name))]
-        rows.append(row)
-    lines = ["", f"## {title}", "", *markdown_table(header, rows), ""]
+    header, rows, orders = ["Method"], [[label] for label in labels], []
     for column, (heading, metric, part, more_is_better) in enumerate(COLUMNS):
+        header += [f"{heading}: paper", "ours"]
+        paper = [method.paper[column] for method in methods]
+        ours = [experiment.figure(name, metric, part) for name in names]
+        for row, number, figure in zip(rows, paper, ours, strict=True):
+            row += [f"{number:.2f}", f"{figure:.3f}"]
 
         def difference(first: int, second: int, metric: str = metric, part: str = part) -> Figure:
             return experiment.paired_difference((names[first], names[second]), metric, part)
 
-        pairs = compare_orders([method.paper[column] for method in methods], difference, more_is_better)
-        lines += [f"- {order_in_words(f'{heading}.', labels, ours[column], pairs, more_is_better)}"]
-    return lines
+        orders += [f"- **{heading}.** {compare_orders(labels, paper, ours, difference, more_is_better)}"]
+    header += ["agreement with the prompt ↑", "slope, single", "pictures"]
+    for row, name in zip(rows, names, strict=True):
+        row += [f"{experiment.figure(name, 'agreement', 'combination'):.3f}"]
+        row += [f"{experiment.figure(name, 'slope', 'single')}", str(experiment.num_pictures(name))]
+    return ["", f"## {title}", "", *markdown_table(header, rows), "", *orders]
 
 
 def format_figure7(experiment: Experiment) -> list[str]:
@@ -263,39 +254,40 @@ def draw_figures(experiment: Experiment) -> dict[str, Image.Image]:
     Draw the paper's Figs. 4 to 8, with a row for each system of Table 1 where the paper compares systems, and the
     charts of the paper's design. Returns the sheets by name.
     """
-    table1, prompt = TABLES["Table 1: other systems"], read_prompts(TOY_PROMPTS)[0]
-    folders = {_row_label(method): experiment.pictures(method.name) for method in table1}
+
+    def row_label(method: Method) -> str:
+        return method.label.replace(" (", "\n").removesuffix(")")
+
+    def row(run: str, prompt: Prompt, commands: Sequence[str]) -> list[Path]:
+        items = [Item("neutral", prompt, ""), *(Item("single", prompt, aus) for aus in commands)]
+        return [experiment.pictures(run) / item.name for item in items]
+
+    prompt = read_prompts(TOY_PROMPTS)[0]
     title, neutral = f"{prompt.text} · seed {prompt.seed}", {"neutral": Item("neutral", prompt, "").name}
+    folders = {row_label(method): experiment.pictures(method.name) for method in TABLES[TABLE1]}
     singles = {au: Item("single", prompt, f"{au}=5").name for au in AU_NAMES}
+    pairs = list(itertools.product(("AU12", "AU4", "AU26"), (LORA_T, OURS)))
+    intensities = Table(
+        [row(method.name, prompt, [f"{au}={value}" for value in INTENSITIES]) for au, method in pairs],
+        [f"{au}\n{row_label(method).splitlines()[0]}" for au, method in pairs],
+        ["0", *map(str, INTENSITIES)],
+    )
+    references, prompts, _ = make_image_prompts(experiment)
+    shown, commands = read_prompts(prompts)[: experiment.budget.prompts], ["AU12=5", "AU4=5", "AU26=5"]
+    faces = Table(
+        [[references / f"{p.index}.png", *row("image_prompt", p, commands)] for p in shown],
+        [p.text.removeprefix("a portrait of ") for p in shown],
+        ["image prompt", "neutral", *commands],
+    )
     sheets = {
         "results_figure4": figures.draw_comparison(folders, neutral | singles, title),
         "results_figure5": figures.draw_comparison(folders, neutral | experiment.combinations(prompt, 10), title),
+        "results_figure6": figures.draw_bands([intensities], title),
+        "results_figure7": figures.draw_bands([faces], "text, image and AUs together"),
     }
-
-    def row(run: str, prompt: Prompt, commands: Sequence[str]) -> list[Image.Image]:
-        items = [Item("neutral", prompt, ""), *(Item("single", prompt, aus) for aus in commands)]
-        return [read_picture(experiment.pictures(run) / item.name) for item in items]
-
-    rows, labels = [], []
-    for au in ("AU12", "AU4", "AU26"):
-        for method in (LORA_T, OURS):
-            rows.append(row(method.name, prompt, [f"{au}={value}" for value in INTENSITIES]))
-            labels.append(f"{au}\n{_row_label(method).splitlines()[0]}")
-    sheets["results_figure6"] = draw_sheet([[Table(rows, labels, ["0", *map(str, INTENSITIES)])]], title)
-
-    references, prompts, _ = make_image_prompts(experiment)
-    shown, commands = read_prompts(prompts)[: experiment.budget.prompts], ["AU12=5", "AU4=5", "AU26=5"]
-    rows = [[read_picture(references / f"{p.index}.png"), *row("image_prompt", p, commands)] for p in shown]
-    labels = [p.text.removeprefix("a portrait of ") for p in shown]
-    table = Table(rows, labels, ["image prompt", "neutral", *commands])
-    sheets["results_figure7"] = draw_sheet([[table]], "text, image and AUs together")
     for name in (f"heat_map_{METER}", f"dose_response_{METER}", "figure8_extrapolation"):
         sheets[f"results_{name}"] = read_picture(experiment.folder / "runs" / OURS.name / "figures" / f"{name}.png")
     return sheets
-
-
-def _row_label(method: Method) -> str:
-    return method.label.replace(" (", "\n").removesuffix(")")
 
 
 INTRODUCTION = """\
@@ -343,16 +335,11 @@ def write_results(experiment: Experiment, output: Path) -> None:
     write_atomically(output, wrap("\n".join(lines).rstrip()) + "\n" + read_trials(output))
 
 
-def all_methods() -> list[Method]:
-    return list(dict.fromkeys(method for methods in TABLES.values() for method in methods))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group(required=True)
     for name in ("quick", "full"):
         words = "two cores, an hour" if name == "quick" else "a GPU"
         size.add_argument(f"--{name}", dest="size", action="store_const", const=name, help=words)
-    size.add_argument("--size", choices=BUDGETS, help=argparse.SUPPRESS)
     parser.add_argument(
         "--processes", type=int, default=default_processes(), help="systems at once (default: %(default)s, here)"
     )
@@ -367,8 +354,7 @@ def make_experiment(arguments: argparse.Namespace, **budget) -> Experiment:
     """The experiment of the command line; `budget` replaces fields of its budget."""
     check_integer("--processes", arguments.processes, 1)
     check_output(arguments.output, suffixes=(arguments.output.suffix.lower(),))
-    names = ("num_inference_steps", "guidance_scale")
-    sampling = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    sampling = {name: getattr(arguments, name) for name in SAMPLED if getattr(arguments, name) is not None}
     work = arguments.work or Path("runs") / f"experiment-{arguments.size}"
     return Experiment(work, replace(BUDGETS[arguments.size], **budget), arguments.model, sampling)
 

@@ -48,28 +48,22 @@ class Trials:
     def __init__(self, experiment: Experiment):
         self.experiment, self.budget = experiment, experiment.budget
 
-    @classmethod
-    def check(cls, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in cls.trials:
-                raise ValueError(f"There is no trial {name!r}. There are {', '.join(cls.trials)}.")
-
     def run(self, names: Iterable[str], processes: int) -> str | None:
         """Make the trials. On the main process, returns what `report` says of them."""
         self.experiment.prepare()
         self.prepare(names)
-        groups = self.group_by_system(dict.fromkeys([self.reference, *names]))
+        groups = self.group_by_system([self.reference, *names])
         run_jobs([functools.partial(self.make, group) for group in groups], processes)
         return self.report() if PartialState().is_main_process else None
 
-    def prepare(self, names: Iterable[str]) -> None:
-        """Make what several of the trials share, beside the data."""
-
     def group_by_system(self, names: Iterable[str]) -> list[list[str]]:
         groups: dict[str, list[str]] = {}
-        for name in names:
+        for name in dict.fromkeys(names):
             groups.setdefault(self.system_name(name), []).append(name)
         return list(groups.values())
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Make what several of the trials share, beside the data."""
 
     def make(self, names: Sequence[str]) -> None:
         """

@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 
 from evaluation.metrics import Figure
+from evaluation.run import PAPER_PARTS
 from paper.experiment import Budget
 from paper.feedback_trials import FeedbackTrials
-from paper.tables import OURS, add_arguments, all_methods, make, make_experiment, report
+from paper.tables import METHODS, OURS, add_arguments, make_experiment, report
 from paper.trial_series import Trial, Trials
 from program import Parser, add_options, spell_option, take_options
 from training.config import TRAINING_PRESETS
@@ -72,19 +73,16 @@ class DesignTrials(Trials):
     def system_name(self, name: str) -> str:
         """The name of a trial's adapter. Equal trainings have one name, that of `paper.tables` if it has the same."""
         train = TRIALS[name].train
-        for method in all_methods():
-            if method.system == "fineface" and dict(method.changes) == train:
-                return method.name
-        return "trial_" + "_".join(f"{flag}-{value}" for flag, value in sorted(train.items()))
+        own_name = "trial_" + "_".join(f"{flag}-{value}" for flag, value in sorted(train.items()))
+        shared = (m.name for m in METHODS.values() if m.system == "fineface" and m.train == train)
+        return next(shared, own_name)
 
     def train(self, name: str) -> Path:
         return self.experiment.train_fineface(self.system_name(name), **TRIALS[name].train)
 
     def evaluate(self, name: str, adapter: Path) -> None:
-        if name == "paper":
-            make(self.experiment, OURS)
-        else:
-            self.experiment.evaluate(self.run_name(name), adapter, sampling=TRIALS[name].sampling)
+        parts = OURS.parts if name == "paper" else PAPER_PARTS
+        self.experiment.evaluate(self.run_name(name), adapter, sampling=TRIALS[name].sampling, parts=parts)
 
     def figure(self, name: str, metric: str, part: str = "combination") -> Figure:
         return self.experiment.figure(self.run_name(name), metric, part)
@@ -102,11 +100,10 @@ class DesignTrials(Trials):
             "pictures": str(self.experiment.num_pictures(self.run_name(name))),
         }
 
-    def best(self) -> str | None:
+    def describe_best(self) -> str:
         """
-        Of the trials whose CLIP-I and agreement with the prompt are not clearly below the paper's design, the one with
-        the lowest AU MSE of combinations, or None. Clearly below means that the whole interval is below the paper's
-        value.
+        Say which trial has the lowest AU MSE of combinations, of those whose CLIP-I and agreement with the prompt are
+        not clearly below the paper's design. Clearly below means that the whole interval is below the paper's value.
         """
         kept = [
             name
@@ -115,12 +112,9 @@ class DesignTrials(Trials):
             and not self.diverged(name).exists()
             and all(self.figure(name, m).high >= self.figure("paper", m).value for m in ("clip_i", "agreement"))
         ]
-        return min(kept, key=lambda name: self.figure(name, "au_mse").value, default=None)
-
-    def describe_best(self) -> str:
-        name = self.best()
-        if name is None:
+        if not kept:
             return "No trial keeps the CLIP-I and the agreement with the prompt of the paper's design."
+        name = min(kept, key=lambda name: self.figure(name, "au_mse").value)
         change = self.figure(name, "au_mse").value / self.figure("paper", "au_mse").value - 1
         single = self.figure(name, "slope", "single").value
         return (
@@ -154,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
         kind = FeedbackTrials if arguments.feedback else DesignTrials
         names = arguments.only or list(kind.trials)
-        kind.check(names)
+        if unknown := [name for name in names if name not in kind.trials]:
+            raise ValueError(f"There is no trial {unknown[0]!r}. There are {', '.join(kind.trials)}.")
         budget = take_options(Budget, arguments)
         if budget and not arguments.feedback:
             raise ValueError(f"`{spell_option(next(iter(budget)))}` is for trials of AU feedback. Add `--feedback`.")

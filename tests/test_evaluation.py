@@ -27,11 +27,12 @@ from tiny import make_tokenizer
 
 from action_units import AU_NAMES, read_aus
 from au_encoder import find_adapter_files, read_au_adapter
+from drawing.jobs import Job
 from drawing.model import Weights
 from evaluation import figures, metrics, report, run, training_picture
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import TOOL_SCRIPTS, ToolError, make_meter
-from evaluation.systems import Sampling, System, au_words, aus_in_words
+from evaluation.systems import System, au_words, aus_in_words
 from evaluation.testset import (
     COMBINATIONS,
     PROMPTS,
@@ -44,7 +45,7 @@ from evaluation.testset import (
 )
 from paper import baselines, feedback_trials, trials
 from paper import tables as paper_tables
-from paper.experiment import BUDGETS, Experiment
+from paper.experiment import BUDGETS, Budget, Experiment
 from paper.trial_series import Trial
 from paper.workers import run_jobs
 from program import only_run_in, write_atomically
@@ -671,7 +672,8 @@ def test_the_summary_of_a_perfect_model():
 
 
 def test_sampling_defaults_are_those_of_the_pipeline():
-    assert Sampling().guidance_scale == 7.5 and Sampling().num_inference_steps == 50
+    template = run.make_template(run.EvaluationConfig(output=Path("out"), model="user/model"))
+    assert template.guidance_scale == 7.5 and template.num_inference_steps == 50
     assert os.path.exists(COMBINATIONS)
 
 
@@ -704,7 +706,14 @@ def world(tmp_path_factory) -> str:
     return str(folder)
 
 
-TINY = BUDGETS["tiny"]
+SMALLEST = {"prompts": 1, "combinations": 2, "bootstrap_draws": 20, "feedback_seconds": 0.001, "latent_meter_steps": 2}
+TINY = Budget("tiny", 12, 2, 2, 4, **SMALLEST)
+"""It shows that every line runs."""
+
+
+@pytest.fixture(autouse=True)
+def quick_is_tiny(monkeypatch):
+    monkeypatch.setitem(BUDGETS, "quick", TINY)
 
 
 @pytest.fixture(scope="session")
@@ -729,8 +738,8 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def draw(world: str, system: str, adapter: Path | None, aus: list[str]) -> np.ndarray:
     weights = Weights(world, None if adapter is None else str(adapter))
-    drawer = System(system, weights, CPU, torch.float32, Sampling(num_inference_steps=2, guidance_scale=2))
-    images = drawer.draw(["a woman"] * len(aus), aus, [3] * len(aus))
+    jobs = [Job("a woman", text, 3, guidance_scale=2, num_inference_steps=2) for text in aus]
+    images = System(system, weights, CPU, torch.float32).draw(jobs)
     return np.stack([np.asarray(image, np.int16) for image in images])
 
 
@@ -809,7 +818,7 @@ def test_a_baseline_trains_in_bfloat16_from_a_cache_in_half_precision(prepared, 
         folder = train_baseline(prepared, system, f"{system}_bf16", 1, mixed_precision="bf16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert baselines.steps_trained(folder) == 1
+    assert json.loads((folder / baselines.DONE_NAME).read_text()) == {"steps": 1}
 
 
 @pytest.mark.parametrize(
@@ -860,7 +869,8 @@ def write_run(experiment: Experiment, name: str, error: float, clip_i: float = 0
     results[list(AU_NAMES)] = np.array(read_aus([item.aus for item in items]))
     # Some pictures are harder than others, for all systems.
     hardness = np.linspace(0, 2, len(items))[:, None]
-    results[report.MEASURED] = results[list(AU_NAMES)].to_numpy() + error + hardness
+    measured = [f"measured_{name}" for name in AU_NAMES]
+    results[measured] = results[list(AU_NAMES)].to_numpy() + error + hardness
     folder = experiment.folder / "runs" / name
     folder.mkdir(parents=True, exist_ok=True)
     results.assign(meter="toy", num_faces=1, clip_i=clip_i).to_csv(folder / "results.csv", index=False)
@@ -894,11 +904,14 @@ def test_the_order_of_methods_is_compared_pair_by_pair():
     def difference(first: int, second: int) -> metrics.Figure:
         return metrics.Figure(*ours[first, second], 10, 2)
 
-    pairs = paper_tables.compare_orders([3.0, 1.0, 2.0], difference, more_is_better=True)
-    assert pairs == {"agree": [(0, 1)], "turned": [(2, 1)], "open": [(0, 2)]}
     figures_of_ours = [metrics.Figure(value, value, value, 10, 2) for value in (3, 2, 1)]
-    words = paper_tables.order_in_words("CLIP-I.", ["a", "b", "c"], figures_of_ours, pairs, True)
+    words = paper_tables.compare_orders(["a", "b", "c"], [3.0, 1.0, 2.0], figures_of_ours, difference, True)
     assert "from best to worst: a, b, c" in words and "order: 1 of 3" in words and "here: c before b" in words
+    assert "in the opposite order: 1; open" in words and words.count("in it: 1.") == 1
+    falling = paper_tables.compare_orders(["a", "b"], [1.0, 3.0], figures_of_ours[:2], difference, False)
+    assert "from best to worst: b, a" in falling and "here: a before b." in falling
+    equal = paper_tables.compare_orders(["a", "b"], [1.0, 1.0], figures_of_ours[:2], difference, True)
+    assert "order: 0 of 0" in equal
 
 
 def test_the_paragraphs_of_the_results_are_wrapped_and_tables_and_lists_are_not():
@@ -914,7 +927,6 @@ def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
     assert "No trial keeps" in design.describe_best()
     write_run(experiment, design.run_name("stratified"), 0.3, slope=0.9)
     write_run(experiment, design.run_name("au_guidance_3"), 0.1, clip_i=0.5)
-    assert design.best() == "stratified"
     words = design.describe_best()
     assert "`stratified`" in words and "-49 % against" in words and "goal of -65 % is not reached" in words
     assert "0.90 (0.85 to 1.15 is the goal, reached)" in words
@@ -925,16 +937,15 @@ def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
     assert table.iloc[2, 4] == "diverged" and table.iloc[3, 5].startswith("-49 %")
 
 
-def test_trials_are_flags_of_the_trainer_and_share_adapters(experiment, tmp_path):
-    trials.DesignTrials.check(trials.TRIALS)
+def test_trials_are_flags_of_the_trainer_and_share_adapters(experiment, tmp_path, capsys):
     for name, trial in trials.TRIALS.items():
         base = TrainConfig(pretrained_model_name_or_path="base", train_data_dir=tmp_path, output_dir=tmp_path)
         assert replace(base, **trial.train), name
     names = ["paper", "best", "au_guidance_3", "best_guided"]
     groups = trials.DesignTrials(experiment).group_by_system(names)
     assert groups == [["paper", "au_guidance_3"], ["best", "best_guided"]]
-    with pytest.raises(ValueError, match="no trial 'magic'"):
-        trials.DesignTrials.check(["magic"])
+    assert trials.main(["--quick", "--only", "paper", "magic"]) == 2
+    assert "There is no trial 'magic'. There are paper," in capsys.readouterr().err
 
 
 def test_a_trial_that_diverges_is_recorded_once_but_the_one_all_are_compared_with_has_to_work(prepared, monkeypatch):
@@ -955,7 +966,7 @@ def test_a_trial_that_diverges_is_recorded_once_but_the_one_all_are_compared_wit
 
 def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, tmp_path, monkeypatch):
     monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
-    arguments = ["--size=tiny", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--feedback", "--only"]
+    arguments = ["--quick", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--feedback", "--only"]
     assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
     table = pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
     assert table.index.tolist() == ["start", "ordinary", "latents", "interactions"]
@@ -980,7 +991,7 @@ def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, t
 
 def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, capsys):
     feedback_trials.FeedbackTrials(experiment)
-    arguments = ["--size=tiny", f"--model={world}", f"--work={experiment.folder}"]
+    arguments = ["--quick", f"--model={world}", f"--work={experiment.folder}"]
     for options, message in (
         (["--feedback", "--feedback-seconds=4"], "`feedback_seconds` was 0.001 and is now 4.0"),
         (["--feedback", "--feedback-seconds=-1"], "at least 0, but is -1.0"),
@@ -994,7 +1005,7 @@ def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, c
 
 def test_the_command_line_sets_the_time_and_the_prompts_of_trials_of_feedback(world, tmp_path, monkeypatch):
     monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
-    arguments = ["--size=tiny", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--only", "ordinary"]
+    arguments = ["--quick", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--only", "ordinary"]
 
     def make_table(*options: str) -> pd.DataFrame:
         assert trials.main([*arguments, "--feedback", "--feedback-seconds=2", *options]) == 0
@@ -1037,10 +1048,10 @@ def test_jobs_end_with_the_process_that_was_killed(tmp_path):
 
 @pytest.mark.slow
 def test_one_command_trains_evaluates_and_writes_the_papers_tables(world, tmp_path, capsys):
-    arguments = ["--size=tiny", f"--model={world}", f"--work={tmp_path / 'work'}", f"--output={tmp_path / 'r.md'}"]
+    arguments = ["--quick", f"--model={world}", f"--work={tmp_path / 'work'}", f"--output={tmp_path / 'r.md'}"]
     assert paper_tables.main([*arguments, "--processes=2"]) == 0
     text = (tmp_path / "r.md").read_text()
-    for method in paper_tables.all_methods():
+    for method in paper_tables.METHODS.values():
         assert f"| {method.label} | {method.paper[0]:.2f} |" in text
     assert all((tmp_path / name).exists() for name in re.findall(r"\]\((.*?\.png)\)", text)) and "figure7" in text
     before = read_files_in(tmp_path / "work" / "systems") | read_files_in(tmp_path / "work" / "runs")
