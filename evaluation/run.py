@@ -33,21 +33,12 @@ from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
 from drawing.jobs import Job, make_job, read_model_defaults
 from drawing.model import SAMPLING, Weights, check_weights, quiet, read_au_names
-from evaluation import figures, report
+from evaluation import figures, report, testset
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
 from evaluation.systems import SYSTEMS, System, check_system, is_toy_model
-from evaluation.testset import (
-    COMBINATIONS,
-    PARTS,
-    PROMPTS,
-    TOY_PROMPTS,
-    Item,
-    make_items,
-    read_combinations,
-    read_prompts,
-)
+from evaluation.testset import Item
 from program import (
     TOY_MODEL,
     Parser,
@@ -111,8 +102,8 @@ class EvaluationConfig:
     reference_images: Path | None = evaluated(None, "its pictures, one for each prompt in turn", metavar="DIR")
 
     prompts: Path | None = tested(None, "CSV, or text with a prompt a line (default: 15 that suit the model)")
-    combinations: Path = tested(COMBINATIONS, "CSV (default: the 50 of this repository)")
-    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=PARTS[1:])
+    combinations: Path = tested(testset.COMBINATIONS, "CSV (default: the 50 of this repository)")
+    parts: tuple[str, ...] = tested(PAPER_PARTS, "(default: the paper's two)", choices=testset.PARTS[1:])
     limit: int | None = tested(None, "only so many prompts, the first ones", low=1)
     limit_combinations: int | None = tested(None, "only so many combinations, the first ones", low=1)
 
@@ -219,12 +210,13 @@ class Evaluation:
         check_system(config.system, self.weights)
         check_output(config.output, is_folder=True)
         self.template, self.is_toy = make_template(config), is_toy_model(config.model)
-        prompts = read_prompts(config.prompts or (TOY_PROMPTS if self.is_toy else PROMPTS))
+        default_prompts = testset.TOY_PROMPTS if self.is_toy else testset.PROMPTS
+        prompts = testset.read_prompts(config.prompts or default_prompts)
         self.au_names = read_au_names(self.weights) if config.system == "fineface" else AU_NAMES
         combinations = []
         if "combination" in config.parts:
-            combinations = read_combinations(config.combinations, self.au_names)[: config.limit_combinations]
-        self.items = make_items(prompts[: config.limit], combinations, config.parts, self.au_names)
+            combinations = testset.read_combinations(config.combinations, self.au_names)[: config.limit_combinations]
+        self.items = testset.make_items(prompts[: config.limit], combinations, config.parts, self.au_names)
         # The pictures of one prompt and part are measured together, and have a table of their own.
         self.groups: dict[str, list[Item]] = {}
         for item in self.items:

@@ -172,34 +172,29 @@ def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def compare_orders(
-    labels: Sequence[str],
-    paper: Sequence[float],
-    ours: Sequence[Figure],
-    difference: Callable[[int, int], Figure],
-    more_is_better: bool,
-) -> str:
+def compare_orders(experiment: Experiment, methods: Sequence[Method], column: int) -> str:
     """
-    Say which order our figures give the methods, and of how many pairs it is the paper's. A pair is open where the
-    interval of `difference(first, second)` has 0 in it. Pairs that are equal in the paper are left out.
+    Say which order a column gives our methods, and of how many pairs it is the paper's. A pair is open where the
+    interval of its difference has 0 in it. Pairs that are equal in the paper are left out.
     """
+    heading, metric, part, more_is_better = COLUMNS[column]
     sign, agree, turned, num_open = 1 if more_is_better else -1, 0, [], 0
-    for pair in itertools.combinations(range(len(paper)), 2):
-        better, worse = sorted(pair, key=lambda number: -sign * paper[number])
-        if paper[better] == paper[worse]:
+    for pair in itertools.combinations(methods, 2):
+        better, worse = sorted(pair, key=lambda method: -sign * method.paper[column])
+        if better.paper[column] == worse.paper[column]:
             continue
-        figure = difference(better, worse)
+        figure = experiment.paired_difference((better.name, worse.name), metric, part)
         if not (figure.low > 0 or figure.high < 0):
             num_open += 1
         elif sign * figure.value > 0:
             agree += 1
         else:
-            turned.append(f"{labels[better]} before {labels[worse]}")
-    ranked = sorted(zip(labels, ours, strict=True), key=lambda pair: pair[1].value, reverse=more_is_better)
+            turned.append(f"{better.label} before {worse.label}")
+    ranked = sorted(methods, key=lambda method: -sign * experiment.figure(method.name, metric, part).value)
     words = (
-        f"Ours, from best to worst: {', '.join(label for label, _ in ranked)}. Pairs in the paper's order: {agree} of"
-        f" {agree + len(turned) + num_open}; in the opposite order: {len(turned)}; open, because the interval of their"
-        f" difference has 0 in it: {num_open}."
+        f"**{heading}.** Ours, from best to worst: {', '.join(method.label for method in ranked)}. Pairs in the"
+        f" paper's order: {agree} of {agree + len(turned) + num_open}; in the opposite order: {len(turned)}; open,"
+        f" because the interval of their difference has 0 in it: {num_open}."
     )
     if turned:
         words += f" In this order in the paper, and in the opposite order here: {'; '.join(turned)}."
@@ -207,23 +202,16 @@ def compare_orders(
 
 
 def format_paper_table(experiment: Experiment, title: str, methods: Sequence[Method]) -> list[str]:
-    names, labels = [method.name for method in methods], [method.label for method in methods]
-    header, rows, orders = ["Method"], [[label] for label in labels], []
-    for column, (heading, metric, part, more_is_better) in enumerate(COLUMNS):
-        header += [f"{heading}: paper", "ours"]
-        paper = [method.paper[column] for method in methods]
-        ours = [experiment.figure(name, metric, part) for name in names]
-        for row, number, figure in zip(rows, paper, ours, strict=True):
-            row += [f"{number:.2f}", f"{figure:.3f}"]
-
-        def difference(first: int, second: int, metric: str = metric, part: str = part) -> Figure:
-            return experiment.paired_difference((names[first], names[second]), metric, part)
-
-        orders += [f"- **{heading}.** {compare_orders(labels, paper, ours, difference, more_is_better)}"]
+    header = ["Method", *(cell for heading, *_ in COLUMNS for cell in (f"{heading}: paper", "ours"))]
     header += ["agreement with the prompt ↑", "slope, single", "pictures"]
-    for row, name in zip(rows, names, strict=True):
-        row += [f"{experiment.figure(name, 'agreement', 'combination'):.3f}"]
-        row += [f"{experiment.figure(name, 'slope', 'single')}", str(experiment.num_pictures(name))]
+    rows = []
+    for method in methods:
+        figure, row = functools.partial(experiment.figure, method.name), [method.label]
+        for paper, (_, metric, part, _) in zip(method.paper, COLUMNS, strict=True):
+            row += [f"{paper:.2f}", f"{figure(metric, part):.3f}"]
+        row += [f"{figure('agreement', 'combination'):.3f}", f"{figure('slope', 'single')}"]
+        rows.append([*row, str(experiment.num_pictures(method.name))])
+    orders = [f"- {compare_orders(experiment, methods, column)}" for column in range(len(COLUMNS))]
     return ["", f"## {title}", "", *markdown_table(header, rows), "", *orders]
 
 

@@ -898,20 +898,22 @@ def test_a_difference_of_two_systems_is_that_of_the_same_pictures(experiment):
     assert figure.value == pytest.approx(0.24 + 0.4 * hardness.mean()) and figure.low > 0
 
 
-def test_the_order_of_methods_is_compared_pair_by_pair():
-    ours = {(0, 1): (1, 0.5, 1.5), (0, 2): (0.1, -0.2, 0.4), (2, 1): (-1, -2, -0.5)}
-
-    def difference(first: int, second: int) -> metrics.Figure:
-        return metrics.Figure(*ours[first, second], 10, 2)
-
-    figures_of_ours = [metrics.Figure(value, value, value, 10, 2) for value in (3, 2, 1)]
-    words = paper_tables.compare_orders(["a", "b", "c"], [3.0, 1.0, 2.0], figures_of_ours, difference, True)
-    assert "from best to worst: a, b, c" in words and "order: 1 of 3" in words and "here: c before b" in words
-    assert "in the opposite order: 1; open" in words and words.count("in it: 1.") == 1
-    falling = paper_tables.compare_orders(["a", "b"], [1.0, 3.0], figures_of_ours[:2], difference, False)
-    assert "from best to worst: b, a" in falling and "here: a before b." in falling
-    equal = paper_tables.compare_orders(["a", "b"], [1.0, 1.0], figures_of_ours[:2], difference, True)
-    assert "order: 0 of 0" in equal
+def test_the_order_of_methods_is_compared_pair_by_pair(experiment):
+    # AU MSE and CLIP-I of combinations in the paper, and the error and the CLIP-I of our runs.
+    numbers = {"a": (4, 0.3, 0.9, 0.5), "b": (3, 0.2, 0.3, 0.8), "c": (2, 0.1, 0.5, 0.8), "d": (2, 0.3, 0.2, 0.6)}
+    methods = []
+    for name, (mse, clip_i, error, our_clip_i) in numbers.items():
+        write_run(experiment, name, error, our_clip_i)
+        methods.append(paper_tables.Method(name, (0, 0, mse, clip_i), name))
+    # Less is better. The paper has d and c before b, and b before a; c and d are equal there.
+    words = paper_tables.compare_orders(experiment, methods, 2)
+    assert words.startswith("**AU MSE, combinations ↓.** Ours, from best to worst: d, b, c, a. ")
+    assert "order: 4 of 5; in the opposite order: 1; open" in words and "in it: 0. In" in words
+    assert words.endswith("here: c before b.")
+    # More is better. Our b and c are equal.
+    words = paper_tables.compare_orders(experiment, methods, 3)
+    assert "from best to worst: b, c, d, a. " in words and "order: 0 of 5; in the opposite order: 4; open" in words
+    assert "in it: 1. In" in words and words.endswith("here: a before b; a before c; d before b; d before c.")
 
 
 def test_the_paragraphs_of_the_results_are_wrapped_and_tables_and_lists_are_not():
