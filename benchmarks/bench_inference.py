@@ -2,10 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """
 Measures the cost of AU control as a multiple of plain Stable Diffusion: `python -m benchmarks.bench_inference`.
-
-Each row of a table is a whole call, from the prompt to the pictures. The calls of all rows are interleaved, a ratio is
-taken within one round of calls, and the table has the median of the rounds. `--count` runs on no device: it counts the
-multiplications and additions of matrix products and convolutions. docs/performance.md has the commands for each table.
+docs/performance.md says how, and has the command for each table.
 """
 
 import argparse
@@ -16,10 +13,10 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-import pandas as pd
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from benchmarks.pipelines import ARCHITECTURES, AUS, ROWS, Variant, is_xl, make_row, resolution_of
 from benchmarks.tables import DTYPES, count, in_units, markdown_table, run_benchmark, synchronize
@@ -32,49 +29,42 @@ COMPILE_MODES = ("no", "default", "reduce-overhead", "max-autotune")
 
 def time_call(variant: Variant, batch_size: int, steps: int) -> tuple[float, float]:
     """Returns the seconds of a call, and of a denoising step in it, without the first; NaN if there is only one."""
-    device, marks = variant.pipeline.unet.device, []
+    marks = []
 
-    def mark() -> None:
-        synchronize(device)
-        marks.append(time.perf_counter())
-
-    def on_step_end(pipeline, step, timestep, tensors):
-        if step in (0, steps - 1):
-            mark()
+    def mark(pipeline=None, step=None, timestep=None, tensors=None):
+        if step in (None, 0, steps - 1):
+            synchronize(variant.pipeline.unet.device)
+            marks.append(time.perf_counter())
         return tensors
 
     mark()
-    variant(batch_size, steps, on_step_end)
+    variant(batch_size, steps, mark)
     mark()
-    started, first, last, ended = marks[0], marks[1], marks[-2], marks[-1]
-    return ended - started, (last - first) / (steps - 1) if steps > 1 else math.nan
+    return marks[-1] - marks[0], (marks[-2] - marks[1]) / (steps - 1) if steps > 1 else math.nan
 
 
 def measure(variants: dict[str, Variant], batch_size: int, steps: int, repeats: int, mode: str) -> str:
     """Measure `variants` in `repeats` rounds of one call each. Returns a table."""
-    names, peaks = list(variants), dict.fromkeys(variants)
-    calls, step_times = (pd.DataFrame(index=range(repeats), columns=names, dtype=float) for _ in range(2))
-    with tqdm(total=len(names) * (1 + repeats), desc="calls", leave=False) as bar:
-        for name, variant in variants.items():
-            device = variant.pipeline.unet.device
-            if mode != "no":
-                variant.pipeline.unet.compile(mode=mode, fullgraph=True, dynamic=False)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            variant(batch_size, WARM_UP_STEPS if mode != "no" or device.type != "cpu" else 1)
-            # The statistics leave out the memory of recorded CUDA graphs, so there is no figure with them.
-            if device.type == "cuda" and mode == "no":
-                peaks[name] = torch.cuda.max_memory_allocated(device)
-            bar.update()
-        for number in range(repeats):
-            # No row is always the first, or always after the same one.
-            for name in names[number % len(names) :] + names[: number % len(names)]:
-                calls.loc[number, name], step_times.loc[number, name] = time_call(variants[name], batch_size, steps)
-                bar.update()
-    rows = []
+    names, peaks, rows = list(variants), {}, []
+    times = {name: np.empty((repeats, 2)) for name in names}
+    for name, variant in tqdm(variants.items(), desc="warm-up", leave=False):
+        device = variant.pipeline.unet.device
+        # The statistics leave out the memory of recorded CUDA graphs, so there is no figure with them.
+        has_peak = device.type == "cuda" and mode == "no"
+        if mode != "no":
+            variant.pipeline.unet.compile(mode=mode, fullgraph=True, dynamic=False)
+        if has_peak:
+            torch.cuda.reset_peak_memory_stats(device)
+        variant(batch_size, WARM_UP_STEPS if mode != "no" or device.type != "cpu" else 1)
+        peaks[name] = torch.cuda.max_memory_allocated(device) if has_peak else None
+    for number in trange(repeats, desc="rounds", leave=False):
+        # No row is always the first, or always after the same one.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            times[name][number] = time_call(variants[name], batch_size, steps)
     for name, variant in variants.items():
-        ratios, step = calls[name] / calls[variant.row.baseline], step_times[name].median()
-        cells = [f"{calls[name].median():.3f}", "–" if pd.isna(step) else f"{step:.4f}", f"{ratios.median():.3f}"]
+        call, step = np.median(times[name], axis=0)
+        ratios = times[name][:, 0] / times[variant.row.baseline][:, 0]
+        cells = [f"{call:.3f}", "–" if math.isnan(step) else f"{step:.4f}", f"{np.median(ratios):.3f}"]
         cells += [f"{ratios.min():.3f} – {ratios.max():.3f}", in_units(peaks[name], 2**20)]
         rows.append([variant.row.label, *cells])
     return markdown_table(["", "s / call", "s / step", "ratio", "lowest – highest", "peak MiB"], rows)
@@ -105,19 +95,16 @@ def step_flops(variant: Variant, batch_size: int) -> int:
 def count_steps(variants: dict[str, Variant], batch_size: int) -> str:
     """Count what a step of each variant computes. Returns a table."""
     counts = {name: step_flops(variant, batch_size) for name, variant in variants.items()}
-    rows = []
-    for name, variant in variants.items():
-        ratio = counts[name] / counts[variant.row.baseline]
-        rows.append([variant.row.label, f"{counts[name] / 1e9:,.2f}", f"{ratio:.5f}"])
+    ratios = {name: counts[name] / counts[ROWS[name].baseline] for name in counts}
+    rows = [[ROWS[name].label, f"{counts[name] / 1e9:,.2f}", f"{ratios[name]:.5f}"] for name in counts]
     return markdown_table(["", "GFLOP / step", "ratio"], rows)
 
 
 def make_table(components: dict, batch_size: int, mode: str, args: argparse.Namespace) -> str:
     # The baseline of each row is measured too.
     needed = {"plain", *args.rows, *(ROWS[row].baseline for row in args.rows)}
-    if is_xl(components):
-        # The textbook's pipeline is one for Stable Diffusion 1.x and 2.x.
-        needed.discard("textbook")
+    # The textbook's pipeline is one for Stable Diffusion 1.x and 2.x.
+    needed -= {"textbook"} if is_xl(components) else set()
     variants = {row: make_row(row, components) for row in ROWS if row in needed}
     if args.count:
         return count_steps(variants, batch_size)
@@ -145,21 +132,25 @@ def make_tables(args: argparse.Namespace) -> Iterator[str]:
 
 
 OPTIONS = {
-    "--models": {"nargs": "+", "choices": ARCHITECTURES, "help": "(default: toy on cpu, else all)"},
+    "--models": {
+        **{"nargs": "+", "choices": ARCHITECTURES, "default": (["toy"], list(ARCHITECTURES))},
+        "help": "(default: toy on cpu, else all)",
+    },
     "--batch-sizes": {"nargs": "+", "type": count, "default": [1, 4, 8], "metavar": "N"},
-    "--dtypes": {"nargs": "+", "choices": DTYPES, "help": "(default: float32 on cpu, else float16)"},
+    "--dtypes": {
+        **{"nargs": "+", "choices": DTYPES, "default": (["float32"], ["float16"])},
+        "help": "(default: float32 on cpu, else float16)",
+    },
     "--compile": {"nargs": "+", "choices": COMPILE_MODES, "default": ["no"], "help": "modes of torch.compile"},
     "--rows": {"nargs": "+", "choices": ROWS, "default": list(ROWS), "help": "what to measure (default: all)"},
-    "--steps": {"type": count, "help": "(default: 10 on cpu, else 50)"},
+    "--steps": {"type": count, "default": (10, 50), "help": "(default: 10 on cpu, else 50)"},
     "--repeats": {"type": count, "default": 5, "help": "rounds of interleaved calls (default: 5)"},
     "--count": {"action": "store_true", "help": "count what is computed instead, on no device"},
 }
-ON_CPU = {"models": ["toy"], "dtypes": ["float32"], "steps": 10}
-ELSEWHERE = {"models": list(ARCHITECTURES), "dtypes": ["float16"], "steps": 50}
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_benchmark("benchmarks.bench_inference", __doc__, OPTIONS, (ON_CPU, ELSEWHERE), make_tables, argv)
+    return run_benchmark("benchmarks.bench_inference", __doc__, OPTIONS, make_tables, argv)
 
 
 if __name__ == "__main__":

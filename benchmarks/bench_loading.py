@@ -1,26 +1,19 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
-Measures the cost of loading an adapter: `python -m benchmarks.bench_loading`.
-
-An adapter of full size (Stable Diffusion 2.1, one token, LoRA of rank 32) with random weights is written to a
-temporary folder and loaded from there, first into a pipeline without an adapter, then in place of itself. It has three
-forms: as trained, folded into a few vectors for each layer, and as an IP-Adapter for plain diffusers. The table has
-the size of the files without the LoRA, the time, the memory that the adapter keeps, and the peak while it is loaded.
+Measures the cost of loading an adapter for Stable Diffusion 2.1, of random weights, in three forms: `python -m
+benchmarks.bench_loading`. docs/performance.md says what each column is.
 """
 
 import argparse
 import gc
-import itertools
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,16 +22,17 @@ from peft import LoraConfig
 from torch import nn
 
 from au_attention_processor import au_layers
-from au_encoder import ATTN_PROCESSORS_NAME, ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUAdapter, write_au_adapter
+from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, write_au_adapter
 from benchmarks.pipelines import LORA_RANK, SD21
 from benchmarks.tables import DTYPES, count, in_units, markdown_table, run_benchmark, synchronize
 from drawing.model import quiet
-from hub.ip_adapter import write_ip_adapter
+from hub import export
 from pipeline_fineface import LORA_NAME, FineFacePipeline
 from train_fineface import LORA_TARGETS
 
 
-FORMS = ("as trained", "folded", "as an IP-Adapter")
+FORMS = {"as trained": None, "folded": "folded", "as an IP-Adapter": "ip-adapter"}
+"""The forms of an adapter, and the `--format` of `hub.export` that makes each."""
 STATM, SAMPLING_INTERVAL = Path("/proc/self/statm"), 0.001
 
 
@@ -52,18 +46,22 @@ def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -
     return FineFacePipeline(unet=unet, scheduler=scheduler, **absent, requires_safety_checker=False)
 
 
-def write_adapter(folder: Path, unet_config: dict, form: str = FORMS[0]) -> int:
-    """Write a random adapter with a LoRA, in float32. Returns the bytes of its files without the LoRA."""
+def write_adapter(folder: Path, unet_config: dict) -> None:
+    """Write a random adapter with a LoRA, in float32."""
     unet = make_pipeline(unet_config, torch.device("cpu"), torch.float32).unet
     adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim)
     unet.add_adapter(LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS), LORA_NAME)
-    write_au_adapter(folder, adapter if form == FORMS[0] else adapter.fold(), unet, LORA_NAME)
-    if form == FORMS[2]:
-        (folder / ATTN_PROCESSORS_NAME).unlink()
-        shutil.rmtree(folder / ENCODER_FOLDER)
-        write_ip_adapter(folder, adapter)
+    write_au_adapter(folder, adapter, unet, LORA_NAME)
+
+
+def export_as(form: str, trained: Path) -> tuple[Path, int]:
+    """Returns the folder of the adapter `trained` in a form, and the bytes of its files without the LoRA."""
+    folder = trained
+    if FORMS[form] is not None:
+        folder = trained.with_name(FORMS[form])
+        export.run(export.ExportConfig(source=str(trained), folder=folder, format=FORMS[form]))
     files = [path for path in folder.rglob("*.safetensors") if path.name != LORA_WEIGHTS_NAME]
-    return sum(path.stat().st_size for path in files)
+    return folder, sum(path.stat().st_size for path in files)
 
 
 def adapter_bytes(pipeline: FineFacePipeline) -> int:
@@ -87,7 +85,6 @@ def peak_growth(device: torch.device, work: Callable[[], object]) -> int | None:
     if device.type != "cpu" or not STATM.is_file():
         work()
         return None
-    finished = threading.Event()
 
     def own_bytes() -> int:
         _, resident, shared, *_ = map(int, STATM.read_text().split())
@@ -97,8 +94,9 @@ def peak_growth(device: torch.device, work: Callable[[], object]) -> int | None:
         while not finished.wait(SAMPLING_INTERVAL):
             sizes.append(own_bytes())
 
-    sizes = [own_bytes()]
+    sizes, finished = [own_bytes()], threading.Event()
     thread = threading.Thread(target=watch, daemon=True)
+    # The work stays in this thread, because another one would not use memory that this one has freed.
     thread.start()
     try:
         work()
@@ -126,24 +124,26 @@ def time_loading(pipeline: FineFacePipeline, folder: Path, repeats: int) -> tupl
     return seconds[0], statistics.median(seconds[1:]), peak
 
 
-def make_tables(args: argparse.Namespace, unet_config: dict) -> Iterator[str]:
+def make_tables(args: argparse.Namespace) -> Iterator[str]:
     rows = []
-    for form, dtype in itertools.product(FORMS, ("float32", "float16")):
-        with tempfile.TemporaryDirectory() as folder:
-            size = write_adapter(Path(folder), unet_config, form)
-            pipeline = make_pipeline(unet_config, args.device, DTYPES[dtype])
-            first, later, peak = time_loading(pipeline, Path(folder), args.repeats)
-        file, stays, most = (in_units(number, 2**20) for number in (size, adapter_bytes(pipeline), peak))
-        rows.append([f"{form}, {dtype} UNet", file, f"{first:.2f}", f"{later:.2f}", stays, most])
-        del pipeline
+    with tempfile.TemporaryDirectory() as folder:
+        trained = Path(folder, "trained")
+        write_adapter(trained, SD21["unet"])
+        for form in FORMS:
+            exported, size = export_as(form, trained)
+            for dtype in ("float32", "float16"):
+                pipeline = make_pipeline(SD21["unet"], args.device, DTYPES[dtype])
+                first, later, peak = time_loading(pipeline, exported, args.repeats)
+                file, stays, most = (in_units(number, 2**20) for number in (size, adapter_bytes(pipeline), peak))
+                rows.append([f"{form}, {dtype} UNet", file, f"{first:.2f}", f"{later:.2f}", stays, most])
+                del pipeline
     header = ["", "files, MiB", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"]
     yield markdown_table(header, rows)
 
 
-def main(argv: list[str] | None = None, unet_config: dict = SD21["unet"]) -> int:
+def main(argv: list[str] | None = None) -> int:
     options = {"--repeats": {"type": count, "default": 5, "help": "(default: 5)"}}
-    tables = partial(make_tables, unet_config=unet_config)
-    return run_benchmark("benchmarks.bench_loading", __doc__, options, ({}, {}), tables, argv)
+    return run_benchmark("benchmarks.bench_loading", __doc__, options, make_tables, argv)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,9 @@
 """
 Measures how much each optimization of `train_fineface.py` saves: `python -m benchmarks.bench_training`.
 
-The first row trains a textbook implementation of the paper's recipe: two attentions with matrices of scores in each
-layer, gradient checkpointing, and pictures and captions that are encoded at every step. The next rows train ours, each
-with one optimization more. All rows run the loop of `train_fineface.py` on pictures from files, with everything that
-belongs to a step: data, forward and backward pass, clipping, optimizer. On a CPU, the toy model is trained in float32;
-else one of the size of Stable Diffusion 2.1 with random weights, in bfloat16.
+The first row trains a textbook implementation of the paper's recipe, and each row below has one optimization more. All
+run the whole loop of `train_fineface.py` on pictures from files: on a CPU with the toy model in float32, else with one
+of the size of Stable Diffusion 2.1 with random weights, in bfloat16.
 """
 
 import argparse
@@ -29,7 +27,7 @@ from benchmarks.pipelines import ARCHITECTURES, LORA_RANK, resolution_of, set_te
 from benchmarks.tables import DTYPES, count, in_units, markdown_table, run_benchmark
 from face_data.store import write_lines
 from paper.baselines import BaselineModel, encode_data
-from toy_faces.renderer import caption, render, sample_aus, sample_portrait
+from toy_faces.pictures import aus_of, captions_of, render_seed
 from train_fineface import attention_for_training, make_accelerator, make_model, train
 from training.checkpoints import TrainingState
 from training.config import TrainConfig
@@ -48,23 +46,26 @@ ROWS = {
 """The label and the settings of each row, by its name on the command line."""
 
 
+def setup_on(device: torch.device) -> tuple[str, str, int]:
+    """The model that is trained there, its dtype, and the number of workers that read pictures."""
+    return ("toy", "float32", 0) if device.type == "cpu" else ("sd21", "bfloat16", 8)
+
+
 def write_pictures(folder: Path, resolution: int) -> None:
     """Write portraits in the size of training, as an image folder that the trainer reads."""
     folder.mkdir()
-    lines = []
-    for seed in range(PICTURES):
-        portrait, aus = sample_portrait(seed), sample_aus(seed)
-        picture = render(portrait, aus).resize((resolution, resolution), Image.Resampling.BICUBIC)
+    seeds, lines = range(PICTURES), []
+    for seed, text, aus in zip(seeds, captions_of(seeds, 0), aus_of(seeds).tolist(), strict=True):
+        picture = Image.fromarray(render_seed(seed)).resize((resolution, resolution), Image.Resampling.BICUBIC)
         picture.save(folder / f"{seed}.jpg", quality=95)
-        named = dict(zip(AU_NAMES, aus.tolist(), strict=True))
-        lines.append({"file_name": f"{seed}.jpg", "text": caption(portrait), **named})
+        lines.append({"file_name": f"{seed}.jpg", "text": text, **dict(zip(AU_NAMES, aus, strict=True))})
     write_lines(folder / "metadata.jsonl", lines)
 
 
 def measure(name: str, folder: Path, args: argparse.Namespace) -> tuple[float, int | None]:
     """Returns the median seconds of a step of the row `name`, and the peak memory of a GPU in bytes."""
-    pictures, dtype = folder / "pictures", DTYPES[args.dtype]
-    components = ARCHITECTURES[args.model][1](args.device, dtype)
+    pictures, (model_name, dtype_name, workers) = folder / "pictures", setup_on(args.device)
+    dtype, components = DTYPES[dtype_name], ARCHITECTURES[model_name][1](args.device, DTYPES[dtype_name])
     resolution = resolution_of(components)
     if not pictures.exists():
         write_pictures(pictures, resolution)
@@ -76,8 +77,8 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> tuple[float, i
         rank=LORA_RANK,
         max_train_steps=args.warm_up + args.steps + 1,
         checkpointing_steps=1_000_000,
-        mixed_precision="no" if args.dtype == "float32" else "bf16",
-        dataloader_num_workers=args.workers,
+        mixed_precision="no" if dtype == torch.float32 else "bf16",
+        dataloader_num_workers=workers,
         resolution=resolution,
         report_to="none",
         **ROWS[name][1],
@@ -90,7 +91,6 @@ def measure(name: str, folder: Path, args: argparse.Namespace) -> tuple[float, i
         encoders.unload()
     gc.collect()
     if args.device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(args.device)
     model = make_model(unet, config, dtype)
     if name == "textbook":
@@ -119,36 +119,31 @@ def make_tables(args: argparse.Namespace) -> Iterator[str]:
             torch._dynamo.reset()
             measured[name] = measure(name, Path(folder), args)
             gc.collect()
-    first, before = args.rows[0], args.rows[0]
-    rows = []
+    first, before, rows = args.rows[0], args.rows[0], []
     for name, (seconds, peak) in measured.items():
         ratios = (f"{measured[other][0] / seconds:.2f}×" for other in (first, before))
         cells = [f"{args.batch_size / seconds:.2f}", *ratios, f"{1000 * seconds:.0f}", in_units(peak, 2**30)]
         rows.append([ROWS[name][0], *cells])
         before = name
     header = ["training", "images/s", f"to {ROWS[first][0]}", "to the row before", "ms a step", "peak GiB"]
-    what = f"{args.dtype}, batch {args.batch_size}, median of {args.steps} steps"
-    yield f"{ARCHITECTURES[args.model][0]}, {what}\n\n{markdown_table(header, rows)}"
+    model_name, dtype, _ = setup_on(args.device)
+    what = f"{dtype}, batch {args.batch_size}, median of {args.steps} steps"
+    yield f"{ARCHITECTURES[model_name][0]}, {what}\n\n{markdown_table(header, rows)}"
 
 
 OPTIONS = {
-    "--batch-size": {"type": count, "help": "(default: 8 on cpu, else 16)"},
-    "--rows": {"nargs": "+", "choices": ROWS, "help": "(default: all, on cpu without compiled)"},
-    "--steps": {"type": count, "help": "steps of which the median counts (default: 6 on cpu, else 30)"},
-    "--warm-up": {"type": count, "help": "steps before them (default: 2 on cpu, else 10)"},
-}
-ON_CPU = {
-    **{"model": "toy", "dtype": "float32", "batch_size": 8, "steps": 6, "warm_up": 2, "workers": 0},
-    "rows": [name for name in ROWS if name != "compiled"],
-}
-ELSEWHERE = {
-    **{"model": "sd21", "dtype": "bfloat16", "batch_size": 16, "steps": 30, "warm_up": 10, "workers": 8},
-    "rows": list(ROWS),
+    "--batch-size": {"type": count, "default": (8, 16), "help": "(default: 8 on cpu, else 16)"},
+    "--rows": {
+        **{"nargs": "+", "choices": ROWS, "default": (list(ROWS)[:-1], list(ROWS))},
+        "help": "(default: all, on cpu without compiled)",
+    },
+    "--steps": {"type": count, "default": (6, 30), "help": "that are measured (default: 6 on cpu, else 30)"},
+    "--warm-up": {"type": count, "default": (2, 10), "help": "steps before them (default: 2 on cpu, else 10)"},
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_benchmark("benchmarks.bench_training", __doc__, OPTIONS, (ON_CPU, ELSEWHERE), make_tables, argv)
+    return run_benchmark("benchmarks.bench_training", __doc__, OPTIONS, make_tables, argv)
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor
 from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from action_units import au_image_embeds, parse_aus
 from au_attention_processor import au_layers
-from au_encoder import AUAdapter, base_unet
+from au_encoder import AUAdapter, AUEncoder, base_unet
 from drawing.model import quiet
-from evaluation.systems import append_tokens
+from evaluation.systems import embed_with_tokens
 from hub.ip_adapter import ip_adapter_state_dict
 from paper.baselines import add_ip_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
@@ -128,24 +128,13 @@ def resolution_of(components: dict) -> int:
     return components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
 
 
-class TextbookAUAttnProcessor(nn.Module):
+class TextbookAUAttnProcessor(IPAdapterAttnProcessor):
     """Eq. 2 as it stands: at every step both keys and values, both matrices of scores, both attentions."""
 
-    def __init__(self, to_k_au: torch.Tensor, to_v_au: torch.Tensor):
-        super().__init__()
-        self.to_k_au, self.to_v_au = (nn.Parameter(weight.detach().clone()) for weight in (to_k_au, to_v_au))
-
-    def __call__(self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        text, aus = encoder_hidden_states[:, :-1], encoder_hidden_states[:, -1:]
-        query = attn.head_to_batch_dim(attn.to_q(hidden_states))
-        text_attended = self._attend(attn, query, attn.to_k(text), attn.to_v(text))
-        au_attended = self._attend(attn, query, aus @ self.to_k_au.T, aus @ self.to_v_au.T)
-        return attn.to_out[1](attn.to_out[0](text_attended + au_attended)) / attn.rescale_output_factor
-
-    @staticmethod
-    def _attend(attn: Attention, query, key, value):
-        scores = attn.get_attention_scores(query, attn.head_to_batch_dim(key))
-        return attn.batch_to_head_dim(torch.bmm(scores, attn.head_to_batch_dim(value)))
+    def __call__(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs):
+        """The last one of `encoder_hidden_states` is the AU token."""
+        text_and_aus = encoder_hidden_states[:, :-1], [encoder_hidden_states[:, -1:]]
+        return super().__call__(attn, hidden_states, text_and_aus, *args, **kwargs)
 
 
 def set_textbook_processors(unet: nn.Module, adapter: AUAdapter) -> None:
@@ -153,20 +142,11 @@ def set_textbook_processors(unet: nn.Module, adapter: AUAdapter) -> None:
     weights = adapter.attn_processors_state_dict()
     processors = {name: AttnProcessor() for name in unet.attn_processors}
     for layer in adapter.layers:
-        keys_and_values = (weights[f"{layer}.processor.{name}.weight"] for name in ("to_k_au", "to_v_au"))
-        processors[f"{layer}.processor"] = TextbookAUAttnProcessor(*keys_and_values)
+        to_k, to_v = (weights[f"{layer}.processor.{name}.weight"].detach() for name in ("to_k_au", "to_v_au"))
+        processor = TextbookAUAttnProcessor(*to_k.shape, num_tokens=(1,)).to(to_k)
+        processor.load_state_dict({"to_k_ip.0.weight": to_k, "to_v_ip.0.weight": to_v})
+        processors[f"{layer}.processor"] = processor
     unet.set_attn_processor(processors)
-
-
-class TextbookPipeline(StableDiffusionPipeline):
-    """Passes the AU token behind the tokens of the text, by the arguments of plain Stable Diffusion."""
-
-    def __call__(self, prompt: list[str], aus: str, **kwargs):
-        text, empty_text = self.encode_prompt(prompt, self._execution_device, 1, do_classifier_free_guidance=True)
-        intensities = parse_aus(aus).expand(len(prompt), -1).to(self._execution_device)
-        embeds = append_tokens(text, self.au_encoder(intensities))
-        negative_embeds = append_tokens(empty_text, self.au_encoder(torch.zeros_like(intensities)))
-        return super().__call__(prompt_embeds=embeds, negative_prompt_embeds=negative_embeds, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -205,20 +185,26 @@ ROWS = {
 
 @dataclass
 class Variant:
-    """The pipeline of a row, and how it is called."""
+    """The pipeline of a row, and how it is called. The textbook's plain pipeline gets tokens from `token_encoder`."""
 
     row: Row
     pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     kwargs: dict
+    token_encoder: AUEncoder | None = None
 
     @torch.no_grad()
     def __call__(self, batch_size: int, steps: int, on_step_end=None, **kwargs):
+        prompts = [PROMPT] * batch_size
+        called = {"prompt": prompts}
+        if self.token_encoder is not None:
+            aus = parse_aus(AUS).expand(batch_size, -1)
+            called = embed_with_tokens(self.pipeline, self.token_encoder, prompts, aus, guided=True)
         return self.pipeline(
-            [PROMPT] * batch_size,
             num_inference_steps=steps,
             guidance_scale=GUIDANCE_SCALE,
             generator=torch.Generator().manual_seed(0),
             callback_on_step_end=on_step_end,
+            **called,
             **self.kwargs,
             **kwargs,
         ).images
@@ -230,11 +216,10 @@ def make_row(name: str, components: dict, lora_rank: int = LORA_RANK) -> Variant
     is_fused = row.lora in ("fused", "baked in")
     if is_fused:
         unet = copy.deepcopy(unet)  # fusing writes into the weights
-    plain, ours = StableDiffusionPipeline, TextbookPipeline if row.textbook else FineFacePipeline
-    options = {"requires_safety_checker": False}
+    plain, ours, options = StableDiffusionPipeline, FineFacePipeline, {"requires_safety_checker": False}
     if is_xl(components):
         plain, ours, options = StableDiffusionXLPipeline, FineFaceXLPipeline, {"add_watermarker": False}
-    kwargs = dict(row.kwargs)
+    kwargs, token_encoder = dict(row.kwargs), None
     torch.manual_seed(1)
     if row.ip_adapter:
         add_ip_adapter(unet, IP_IMAGE_DIM)
@@ -242,22 +227,22 @@ def make_row(name: str, components: dict, lora_rank: int = LORA_RANK) -> Variant
         kwargs["ip_adapter_image_embeds"] = [embeds]
     if row.tokens or row.plain_aus:
         adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim, num_tokens=row.tokens or 1)
-    if row.tokens:
-        adapter = nn.Module.to(adapter, unet.device, unet.dtype).eval()
-        options |= {} if row.textbook else {"au_adapter": adapter}
-        kwargs["aus"] = AUS
-    pipeline = (ours if row.tokens else plain)(**components | {"unet": unet}, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    if row.textbook:
-        pipeline.au_encoder = adapter.encoder
-        set_textbook_processors(unet, adapter)
     if row.plain_aus:
         tensors = {"image_proj": {}, "ip_adapter": {}}
         for key, tensor in ip_adapter_state_dict(adapter).items():
             part, _, tensor_name = key.partition(".")
             tensors[part][tensor_name] = tensor
-        pipeline.load_ip_adapter(tensors, subfolder="", weight_name="", image_encoder_folder=None)
+        unet._load_ip_adapter_weights([tensors])
         kwargs["ip_adapter_image_embeds"] = [t.to(unet.device) for t in au_image_embeds(AUS, dtype=unet.dtype)]
+    if row.tokens:
+        adapter = nn.Module.to(adapter, unet.device, unet.dtype).eval()
+    if row.textbook:
+        token_encoder, ours = adapter.encoder, plain
+        set_textbook_processors(unet, adapter)
+    elif row.tokens:
+        options["au_adapter"], kwargs["aus"] = adapter, AUS
+    pipeline = (ours if row.tokens else plain)(**components | {"unet": unet}, **options)
+    pipeline.set_progress_bar_config(disable=True)
     if row.lora:
         torch.manual_seed(2)
         config = LoraConfig(r=lora_rank, target_modules=LORA_TARGETS, init_lora_weights=False)
@@ -266,4 +251,4 @@ def make_row(name: str, components: dict, lora_rank: int = LORA_RANK) -> Variant
         pipeline.fuse_lora(components=["unet"])
     if row.lora == "baked in":
         pipeline.unload_lora_weights()
-    return Variant(row, pipeline, kwargs)
+    return Variant(row, pipeline, kwargs, token_encoder)

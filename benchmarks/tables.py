@@ -22,7 +22,6 @@ def run_benchmark(
     module: str,
     description: str | None,
     options: dict[str, dict],
-    defaults: tuple[dict, dict],
     tables: Callable[[argparse.Namespace], Iterable[str]],
     argv: list[str] | None,
 ) -> int:
@@ -32,9 +31,8 @@ def run_benchmark(
 
     Args:
         options (`dict`):
-            The arguments of `add_argument` by flag, beside `--device` and `--output`. `--count` takes no device.
-        defaults (pair of `dict`):
-            Values that are not given: on a CPU, and elsewhere.
+            The arguments of `add_argument` by flag, beside `--device` and `--output`. A default that is a tuple has
+            two values: on a CPU, and elsewhere. `--count` takes no device.
     """
     parser = Parser(module, description)
     parser.add_argument("--device", help="(default: the accelerator, if there is one)")
@@ -45,9 +43,9 @@ def run_benchmark(
     def work() -> None:
         args, parts = parser.parse_args(argv), []
         args.device = torch.device("meta") if getattr(args, "count", False) else pick_device(args.device)
-        for name, value in defaults[args.device.type != "cpu"].items():
-            if getattr(args, name, None) is None:
-                setattr(args, name, value)
+        for name, value in vars(args).items():
+            if isinstance(value, tuple):
+                setattr(args, name, value[args.device.type != "cpu"])
         for part in itertools.chain([_machine(args.device)], tables(args)):
             print(part, end="\n\n", flush=True)
             parts.append(part)
@@ -59,14 +57,13 @@ def run_benchmark(
 
 def _machine(device: torch.device) -> str:
     """The device and the versions in words."""
+    name = "no device" if device.type == "meta" else f"{device.type} on {platform.platform()}"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
     elif device.type == "cpu":
         cpuinfo = Path("/proc/cpuinfo")
         found = re.search(r"^model name\s*: (.+)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.is_file() else None
         name = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
-    else:
-        name = "no device" if device.type == "meta" else f"{device.type} on {platform.platform()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "peft"))
     return f"{name}; Python {platform.python_version()}, {versions}."
 

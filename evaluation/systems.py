@@ -106,16 +106,26 @@ class System:
         intensities = parse_aus([job.aus for job in jobs])
         jobs = [replace(job, aus=None) for job in jobs]
         if self.system == "lora_au":
-            prompts, intensities = [job.prompt for job in jobs], intensities.to(self.device)
-            embeds, negative_embeds = self.pipeline.encode_prompt(prompts, self.device, 1, guided)
-            options |= {"prompt": None, "prompt_embeds": append_tokens(embeds, self.token_encoder(intensities))}
-            if guided:
-                neutral = self.token_encoder(torch.zeros_like(intensities))
-                options["negative_prompt_embeds"] = append_tokens(negative_embeds, neutral)
+            prompts = [job.prompt for job in jobs]
+            embeds = embed_with_tokens(self.pipeline, self.token_encoder, prompts, intensities, guided)
+            options |= {"prompt": None, **embeds}
         else:
             rows = zip(jobs, intensities.tolist(), strict=True)
             jobs = [replace(job, prompt=job.prompt + aus_in_words(row, self.words)) for job, row in rows]
         return generate_batch(self.pipeline, jobs, **options)
+
+
+def embed_with_tokens(
+    pipeline, token_encoder: AUEncoder, prompts: list[str], intensities: torch.Tensor, guided: bool
+) -> dict[str, torch.Tensor]:
+    """Arguments of `pipeline`: prompts with their AUs as tokens and, with guidance, no words with a neutral face."""
+    embeds, negative_embeds = pipeline.encode_prompt(prompts, pipeline.device, 1, guided)
+    intensities = intensities.to(pipeline.device)
+    embedded = {"prompt_embeds": append_tokens(embeds, token_encoder(intensities))}
+    if guided:
+        neutral = token_encoder(torch.zeros_like(intensities))
+        embedded["negative_prompt_embeds"] = append_tokens(negative_embeds, neutral)
+    return embedded
 
 
 def append_tokens(encoder_hidden_states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from au_attention_processor import au_layers
 from benchmarks import bench_inference, bench_loading, bench_training
-from benchmarks.pipelines import ARCHITECTURES, ROWS, Variant, make_row
+from benchmarks.pipelines import ARCHITECTURES, ROWS, SD21, Variant, make_row
 from benchmarks.tables import markdown_table, run_benchmark
 
 
@@ -273,17 +273,14 @@ def test_the_count_runs_on_no_device(monkeypatch, capsys):
 
 
 def test_a_folded_adapter_is_small(tmp_path):
-    unet_config = dict(make_components(cross_attention_dim=WIDTH)["unet"].config)
-    sizes = [
-        bench_loading.write_adapter(tmp_path / str(number), unet_config, form)
-        for number, form in enumerate(bench_loading.FORMS)
-    ]
+    bench_loading.write_adapter(tmp_path / "trained", dict(make_components(cross_attention_dim=WIDTH)["unet"].config))
+    sizes = [bench_loading.export_as(form, tmp_path / "trained")[1] for form in bench_loading.FORMS]
     assert sizes[1] < sizes[0] / 2 and sizes[2] > sizes[1]
 
 
-def test_the_table_of_loading(capsys):
-    unet_config = dict(make_components(cross_attention_dim=WIDTH)["unet"].config)
-    bench_loading.main(["--device", "cpu", "--repeats", "1"], unet_config)
+def test_the_table_of_loading(monkeypatch, capsys):
+    monkeypatch.setitem(SD21, "unet", dict(make_components(cross_attention_dim=WIDTH)["unet"].config))
+    bench_loading.main(["--device", "cpu", "--repeats", "1"])
     ((_, *rows),) = read_tables(capsys.readouterr().out)
     expected = [f"{form}, {dtype} UNet" for form in bench_loading.FORMS for dtype in ("float32", "float16")]
     assert [row[0] for row in rows] == expected
@@ -307,9 +304,9 @@ def test_a_benchmark_that_stops_leaves_its_tables(tmp_path, capsys):
         yield markdown_table(["a", "b"], [["c", "1"]])
         raise ValueError("stopped")
 
-    options = {"--steps": {"type": int}, "--rounds": {"type": int}}
+    options = {"--steps": {"type": int, "default": (3, 5)}, "--rounds": {"type": int, "default": (4, 5)}}
     argv = ["--device", "cpu", "--output", str(tmp_path / "report.md"), "--rounds", "2"]
-    assert run_benchmark("benchmarks.none", "", options, ({"steps": 3, "rounds": 4}, {}), tables, argv) == 2
+    assert run_benchmark("benchmarks.none", "", options, tables, argv) == 2
     assert (tmp_path / "report.md").read_text().endswith("\n\n| a | b |\n| --- | ---: |\n| c | 1 |\n")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"] and "stopped" in capsys.readouterr().err
 
