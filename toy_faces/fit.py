@@ -33,23 +33,6 @@ def learning_rate(progress: float, step: int, peak: float, warmup: int = 100) ->
     return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def save_half(modules: dict[str, nn.Module], parameters: list[torch.Tensor], path: Path) -> None:
-    """Write the weights in half precision, `parameters` in the place of the modules' own."""
-    replaced = {id(own): given for own, given in zip(own_parameters(modules), parameters, strict=True)}
-    tensors = {
-        f"{key}.{name}": replaced.get(id(tensor), tensor).detach().half().cpu().contiguous()
-        for key, module in modules.items()
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if tensor.is_floating_point()
-    }
-    with replacing(path) as unfinished:
-        save_file(tensors, unfinished)
-
-
-def own_parameters(modules: dict[str, nn.Module]) -> list[nn.Parameter]:
-    return [parameter for module in modules.values() for parameter in module.parameters() if parameter.requires_grad]
-
-
 def fit(
     name: str,
     modules: dict[str, nn.Module],
@@ -60,7 +43,8 @@ def fit(
     ema_decay: float = 0.0,
 ) -> None:
     """
-    Train `modules` in place, or continue where the checkpoint in `folder` stopped.
+    Train `modules` in place, or continue where the checkpoint in `folder` stopped. Parameters without gradients are
+    neither trained nor saved.
 
     Args:
         loss_function: takes a random generator and returns a scalar loss. The generator is seeded with the number of
@@ -69,7 +53,9 @@ def fit(
         ema_decay: above 0, the modules end with the exponential moving average of their weights.
     """
     checkpoint = folder / f"{name}.pt"
-    parameters = own_parameters(modules)
+    named = nn.ModuleDict(modules).named_parameters()
+    trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+    parameters = list(trained.values())
     optimizer = torch.optim.AdamW(parameters, peak_learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     average = [parameter.detach().clone() for parameter in parameters] if ema_decay else []
     step, seconds = 0, 0.0
@@ -89,7 +75,9 @@ def fit(
         state |= {"optimizer": {}, "average": []} if finished else {}
         with replacing(checkpoint) as unfinished:
             torch.save({"optimizer": optimizer.state_dict(), "average": average} | state, unfinished)
-        save_half(modules, average or parameters, folder / f"{name}.half.safetensors")
+        halves = [tensor.detach().half().cpu().contiguous() for tensor in average or parameters]
+        with replacing(folder / f"{name}.half.safetensors") as unfinished:
+            save_file(dict(zip(trained, halves, strict=True)), unfinished)
 
     running, started, saved_at = None, time.monotonic() - seconds, time.monotonic()
     with (

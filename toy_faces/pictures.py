@@ -51,11 +51,15 @@ def render_expression(seed: int) -> np.ndarray:
     return np.asarray(render(sample_portrait(seed), expression_of(seed)))
 
 
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an `.npy`, which appears whole."""
+    with replacing(path) as unfinished, open(unfinished, "wb") as file:
+        np.save(file, array)
+
+
 def render_shard(path: Path, seeds: range, draw: Callable[[int], np.ndarray]) -> None:
     """Render the pictures of `seeds` into `path`, an `.npy` of `(len(seeds), SIZE, SIZE, 3)` uint8."""
-    pictures = np.stack([draw(seed) for seed in seeds])
-    with replacing(path) as unfinished, open(unfinished, "wb") as file:
-        np.save(file, pictures)
+    save_array(path, np.stack([draw(seed) for seed in seeds]))
 
 
 class Pictures:
@@ -83,13 +87,10 @@ class Pictures:
         shard: int = SHARD,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.first, self.count, self.loaded = first, count, {}
-        self.seeds = {
-            folder / f"{start:08}-{min(start + shard, first + count):08}.npy": range(
-                start, min(start + shard, first + count)
-            )
-            for start in range(first, first + count, shard)
-        }
+        self.first, self.shards = first, []
+        starts = range(first, first + count, shard)
+        parts = [range(start, min(start + shard, first + count)) for start in starts]
+        self.seeds = {folder / f"{part.start:08}-{part.stop:08}.npy": part for part in parts}
         missing = [(path, seeds) for path, seeds in self.seeds.items() if not path.exists()]
         processes = processes or max(1, (os.cpu_count() or 1) - 4)
         self.pool = ProcessPoolExecutor(processes, get_context("spawn")) if missing else None
@@ -101,25 +102,39 @@ class Pictures:
             for render_of_shard in self.renders:
                 if render_of_shard.done():
                     render_of_shard.result()  # raises what went wrong there
-            shards = []
-            for path in self.seeds:
-                if path not in self.loaded and not path.exists():
+            for path in list(self.seeds)[len(self.shards) :]:
+                if not path.exists():
                     break
-                if path not in self.loaded:
-                    self.loaded[path] = np.load(path, mmap_mode="r")
-                shards.append(self.loaded[path])
-            if len(shards) >= min(at_least, len(self.seeds)):
-                return shards
+                self.shards.append(np.load(path, mmap_mode="r"))
+            if len(self.shards) >= min(at_least, len(self.seeds)):
+                return self.shards
             time.sleep(0.1)
 
     def wait(self) -> list[np.ndarray]:
         """All shards, once they are rendered."""
-        with tqdm(total=len(self.seeds), desc="render", unit="shard", mininterval=5) as progress:
-            for count in range(1, len(self.seeds) + 1):
-                progress.update(len(self.finished(count)) - progress.n)
-        if self.pool:
-            self.pool.shutdown()
-        return self.finished(len(self.seeds))
+        if len(self.shards) < len(self.seeds):
+            with tqdm(total=len(self.seeds), desc="render", unit="shard", mininterval=5) as progress:
+                for count in range(1, len(self.seeds) + 1):
+                    progress.update(len(self.finished(count)) - progress.n)
+            if self.pool:
+                self.pool.shutdown()
+        return self.shards
+
+    def draw(
+        self, rng: np.random.Generator, batch: int, device: "torch.device", finished_only: bool = False
+    ) -> "tuple[np.ndarray, torch.Tensor]":
+        """
+        Numbers of random pictures, counted from the first one, and their pixel values; with `finished_only`, of those
+        that are rendered by now.
+        """
+        shards = self.finished() if finished_only else self.wait()
+        numbers = rng.integers(0, sum(map(len, shards)), batch)
+        return numbers, self.pixel_values(numbers, device)
+
+    def pixel_values(self, numbers: Iterable[int], device: "torch.device") -> "torch.Tensor":
+        """`(batch, 3, 128, 128)` pixel values of the pictures of these numbers. They have to be rendered."""
+        size = len(self.shards[0])
+        return to_pixel_values(np.stack([self.shards[number // size][number % size] for number in numbers])).to(device)
 
 
 def to_pixel_values(pictures: "np.ndarray | torch.Tensor") -> "torch.Tensor":
@@ -130,11 +145,11 @@ def to_pixel_values(pictures: "np.ndarray | torch.Tensor") -> "torch.Tensor":
     return (pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
-def aus_of(seeds: Iterable[int]) -> "torch.Tensor":
-    """Intensities of the paper's twelve AUs in the pictures of `render_seed`, `(batch, 12)` float32."""
+def aus_of(seeds: Iterable[int], expression: Callable[[int], np.ndarray] = sample_aus) -> "torch.Tensor":
+    """The intensities of seeds, `(batch, AUs)` float32; by default the twelve in the pictures of `render_seed`."""
     import torch
 
-    return torch.from_numpy(np.stack([sample_aus(int(seed)) for seed in seeds]))
+    return torch.from_numpy(np.stack([expression(int(seed)) for seed in seeds]))
 
 
 def captions_of(

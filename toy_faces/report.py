@@ -14,13 +14,13 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from action_units import AU_NAMES, au_projection, mirrored_columns
@@ -78,6 +78,18 @@ GOALS = {
 }
 
 
+@dataclass(frozen=True)
+class Commanded:
+    """
+    Pictures that were drawn of commands: the number of each prompt, AUs `(pictures, AUs)` or None, and pixel values in
+    [-1, 1], `(pictures, 3, 128, 128)`.
+    """
+
+    prompts: Sequence[int]
+    commands: torch.Tensor | None
+    pictures: torch.Tensor
+
+
 class Bench:
     """The model under test and what measures it. Pictures of one prompt share one seed."""
 
@@ -95,7 +107,7 @@ class Bench:
         self.device, self.batch_size, self.call_kwargs = device, batch_size, call_kwargs
 
     @torch.no_grad()
-    def read(self, network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    def read(self, network: Callable[[torch.Tensor], torch.Tensor], pixel_values: torch.Tensor) -> torch.Tensor:
         return torch.cat([network(part.to(self.device)).cpu() for part in pixel_values.split(64)])
 
     def measure(self, meter: str, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -103,8 +115,8 @@ class Bench:
         network = self.meters[meter]
         return self.read(network, pixel_values) @ au_projection(network.au_names, self.au_names)
 
-    def generate(self, prompts: list[int], aus: torch.Tensor | None, desc: str) -> torch.Tensor:
-        """Pixel values in [-1, 1] of `PROMPTS[prompts[i]]` with `aus[i]`, `(len(prompts), 3, 128, 128)`."""
+    def draw(self, prompts: Sequence[int], aus: torch.Tensor | None, desc: str) -> Commanded:
+        """Pictures of `PROMPTS[prompts[i]]` with `aus[i]`."""
         pictures = []
         for start in tqdm(range(0, len(prompts), self.batch_size), desc=desc, mininterval=5):
             part = slice(start, start + self.batch_size)
@@ -116,15 +128,22 @@ class Bench:
                 **self.call_kwargs,
             )
             pictures.append(output.images.cpu() * 2 - 1)
-        return torch.cat(pictures)
+        return Commanded(prompts, aus, torch.cat(pictures))
 
-    @torch.no_grad()
     def vae_round_trip(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        vae, outputs = self.pipeline.vae, []
-        for part in pixel_values.split(16):
-            latents = vae.encode(part.to(self.device)).latent_dist.mode()
-            outputs.append(vae.decode(latents).sample.clamp(-1, 1).cpu())
-        return torch.cat(outputs)
+        vae = self.pipeline.vae
+        decoded = self.read(lambda part: vae.decode(vae.encode(part).latent_dist.mode()).sample, pixel_values)
+        return decoded.clamp(-1, 1)
+
+    def attribute_agreement(self, pixel_values: torch.Tensor, named: list[dict[str, str]]) -> dict[str, float]:
+        """The share of pictures that show what `named` says of each, per attribute that is named at all."""
+        logits = attribute_logits(self.read(self.reader, pixel_values))
+        agreement = {}
+        for name in SCORED_ATTRIBUTES:
+            seen = [ATTRIBUTES[name][number] for number in logits[name].argmax(1).tolist()]
+            right = [value == says[name] for value, says in zip(seen, named, strict=True) if name in says]
+            agreement |= {name: float(np.mean(right))} if right else {}
+        return agreement
 
 
 def measure_instruments(bench: Bench, count: int) -> dict[str, dict[str, float]]:
@@ -134,19 +153,13 @@ def measure_instruments(bench: Bench, count: int) -> dict[str, dict[str, float]]
     reconstructed = bench.vae_round_trip(pixel_values)
     truth = aus_of(seeds) @ au_projection(AU_NAMES, bench.au_names)
     error = (reconstructed - pixel_values).square().mean((1, 2, 3))
-    logits = attribute_logits(bench.read(bench.reader, reconstructed))
-    portraits = [sample_portrait(seed).attributes for seed in seeds]
-    right = [
-        ATTRIBUTES[name][int(row)] == portrait[name]
-        for name in SCORED_ATTRIBUTES
-        for row, portrait in zip(logits[name].argmax(1), portraits, strict=True)
-    ]
+    agreement = bench.attribute_agreement(reconstructed, [sample_portrait(seed).attributes for seed in seeds])
     figures = {"VAE PSNR, dB": {"": (10 * torch.log10(4 / error)).mean().item()}}
     for what, pictures in (("renders", pixel_values), ("through the VAE", reconstructed)):
         figures[f"meter MSE, {what}"] = {
-            meter: mean_squared_error(bench.measure(meter, pictures), truth) for meter in bench.meters
+            meter: F.mse_loss(bench.measure(meter, pictures), truth).item() for meter in bench.meters
         }
-    return figures | {"attribute reader, through the VAE": {"": float(np.mean(right))}}
+    return figures | {"attribute reader, through the VAE": {"": float(np.mean(list(agreement.values())))}}
 
 
 def single_commands(prompts: range, au_names: Sequence[str] = AU_NAMES) -> tuple[list[int], torch.Tensor]:
@@ -185,7 +198,7 @@ def dose_response(
         row = {
             "r": torch.corrcoef(torch.stack([x, y]))[0, 1].item(),
             "slope": slope.item(),
-            "mse": (measured[chosen] - commands[chosen]).square().mean().item(),
+            "mse": F.mse_loss(measured[chosen], commands[chosen]).item(),
             "others": moved[:, others].mean().item(),
         }
         if mirrored[au] != au:
@@ -194,16 +207,6 @@ def dose_response(
     return rows
 
 
-@dataclass(frozen=True)
-class Commanded:
-    """Pictures that were drawn of commands: the number of each prompt, AUs `(pictures, AUs)`, and pixel values."""
-
-    prompts: list[int]
-    commands: torch.Tensor
-    pictures: torch.Tensor
-
-
-@torch.no_grad()
 def wholeness(bench: Bench, drawn: Commanded) -> dict[str, float]:
     """
     How whole drawn faces are, by the second meter. *Asymmetry*: the mean difference between the two sides of AUs that
@@ -220,32 +223,18 @@ def wholeness(bench: Bench, drawn: Commanded) -> dict[str, float]:
     toy_aus = (drawn.commands @ au_projection(bench.au_names, TOY_AU_NAMES)).numpy()
 
     def rendered(first_seed: int) -> torch.Tensor:
-        people = [
-            sample_portrait(first_seed + row, **attributes_in(PROMPTS[prompt]))
-            for row, prompt in enumerate(drawn.prompts)
-        ]
-        pixels = np.stack([np.asarray(render(person, aus)) for person, aus in zip(people, toy_aus, strict=True)])
-        return torch.cat([meter.embed(part.to(bench.device)).cpu() for part in to_pixel_values(pixels).split(64)])
+        named = enumerate(map(attributes_in, (PROMPTS[prompt] for prompt in drawn.prompts)))
+        people = (sample_portrait(first_seed + row, **attributes) for row, attributes in named)
+        pictures = [np.asarray(render(person, aus)) for person, aus in zip(people, toy_aus, strict=True)]
+        return bench.read(meter.embed, to_pixel_values(np.stack(pictures)))
 
     one, another = rendered(UNSEEN), rendered(UNSEEN + 10_000)
-    features = torch.cat([meter.embed(part.to(bench.device)).cpu() for part in drawn.pictures.split(64)])
+    features = bench.read(meter.embed, drawn.pictures)
     distance = (features - one).norm(dim=1).mean() / (another - one).norm(dim=1).mean()
     return {
         "asymmetry of what was commanded alike": torch.cat(differences).mean().item(),
         "distance from renders": distance.item(),
     }
-
-
-def attribute_agreement(bench: Bench, prompts: list[int], pixel_values: torch.Tensor) -> dict[str, float]:
-    """Share of pictures that show what the prompt names, per attribute that any prompt names."""
-    logits = attribute_logits(bench.read(bench.reader, pixel_values))
-    right: dict[str, list[bool]] = {name: [] for name in SCORED_ATTRIBUTES}
-    for row, prompt in enumerate(prompts):
-        named = attributes_in(PROMPTS[prompt])
-        for name in SCORED_ATTRIBUTES:
-            if name in named:
-                right[name].append(ATTRIBUTES[name][int(logits[name][row].argmax())] == named[name])
-    return {name: float(np.mean(values)) for name, values in right.items() if values}
 
 
 def seconds_per_picture(bench: Bench) -> float:
@@ -256,10 +245,6 @@ def seconds_per_picture(bench: Bench) -> float:
         bench.pipeline(PROMPTS[0], aus="6C+12D", generator=torch.Generator().manual_seed(seed), **bench.call_kwargs)
         times.append(time.perf_counter() - started)
     return float(np.median(times[1:]))
-
-
-def mean_squared_error(measured: torch.Tensor, commands: torch.Tensor) -> float:
-    return (measured - commands).square().mean().item()
 
 
 def measure_obedience(
@@ -279,8 +264,8 @@ def measure_obedience(
         **({"other side moves at full command": max(leaks)} if leaks else {}),
     }
     for kind, drawn in (("single AUs", single), ("combinations", combined)):
-        error = mean_squared_error(bench.measure(meter, drawn.pictures), drawn.commands)
-        without = mean_squared_error(plain[drawn.prompts], drawn.commands)
+        error = F.mse_loss(bench.measure(meter, drawn.pictures), drawn.commands).item()
+        without = F.mse_loss(plain[drawn.prompts], drawn.commands).item()
         figures |= {f"{kind}, MSE": error, f"{kind}, MSE without AUs": without}
         figures[f"{kind}, MSE / without AUs"] = error / without
     return figures, doses
@@ -290,22 +275,19 @@ def evaluate(bench: Bench, quick: bool) -> tuple[dict[str, dict[str, float]], di
     """Figures by name and meter, where `""` stands for none; the dose response by meter; agreement with prompts."""
     prompts = range(3) if quick else range(len(PROMPTS))
     figures = measure_instruments(bench, 128 if quick else 512)
-    all_prompts = list(prompts)
-    plain = bench.generate(all_prompts, None, "without AUs")
-    neutral = bench.generate(all_prompts, torch.zeros(len(all_prompts), len(bench.au_names)), "neutral")
-    commands = single_commands(prompts, bench.au_names)
-    single = Commanded(*commands, bench.generate(*commands, "single AUs"))
-    commands = combination_commands(prompts, 50, bench.au_names)
-    combined = Commanded(*commands, bench.generate(*commands, "combinations"))
-
+    plain = bench.draw(prompts, None, "without AUs").pictures
+    neutral = bench.draw(prompts, torch.zeros(len(prompts), len(bench.au_names)), "neutral").pictures
+    single = bench.draw(*single_commands(prompts, bench.au_names), "single AUs")
+    combined = bench.draw(*combination_commands(prompts, 50, bench.au_names), "combinations")
     doses = {}
     for meter in bench.meters:
         found, doses[meter] = measure_obedience(bench, meter, plain, neutral, single, combined)
         for name, value in found.items():
             figures.setdefault(name, {})[meter] = value
     figures |= {name: {"second_meter": value} for name, value in wholeness(bench, combined).items()}
-    agreement = attribute_agreement(bench, combined.prompts, combined.pictures)
-    unmoved = attribute_agreement(bench, all_prompts, plain)
+    named = [attributes_in(prompt) for prompt in PROMPTS]
+    agreement = bench.attribute_agreement(combined.pictures, [named[prompt] for prompt in combined.prompts])
+    unmoved = bench.attribute_agreement(plain, [named[prompt] for prompt in prompts])
     figures["attributes as prompted"] = {"": float(np.mean(list(agreement.values())))}
     figures["attributes as prompted, without AUs"] = {"": float(np.mean(list(unmoved.values())))}
     figures["seconds per picture"] = {"": seconds_per_picture(bench)}
@@ -321,39 +303,39 @@ def format_figure(name: str, value: float) -> str:
 METER_TITLES = {"second_meter": "second meter, which judges", "meter": "meter that teaches"}
 
 
+def table_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def format_report(
     figures: dict, doses: dict[str, list[dict]], au_names: Sequence[str], agreement: dict, settings: str
-):
-    meters = list(doses)
-    titles = [METER_TITLES[meter] for meter in meters]
+) -> str:
+    titles = [METER_TITLES[meter] for meter in doses]
     lines = ["# What the toy weights are worth", "", settings, ""]
-    if "second_meter" not in meters:
-        lines += [
-            "There is no second meter in this folder: the meter that may have taught the adapter judges it too.",
-            "",
-        ]
-    lines += [f"| | {' | '.join(titles)} | goal |", "|---" * (2 + len(meters)) + "|"]
+    if "second_meter" not in doses:
+        lines += ["There is no second meter in this folder: the meter that may have taught the adapter judges it too."]
+        lines += [""]
+    lines += [f"| {table_row([*titles, 'goal'])}", "|---" * (2 + len(titles)) + "|"]
     for name, values in figures.items():
-        cells = [format_figure(name, values[meter]) if meter in values else "" for meter in meters]
-        if "" in values:
-            cells[0] = format_figure(name, values[""])
-        lines.append(f"| {name} | {' | '.join(cells)} | {GOALS.get(name, '')} |")
+        # What no meter has read stands in the first column.
+        columns = ["" if "" in values else next(iter(doses)), *list(doses)[1:]]
+        cells = [format_figure(name, values[column]) if column in values else "" for column in columns]
+        lines.append(table_row([name, *cells, GOALS.get(name, "")]))
     lines += [
         "",
         f"Each AU alone, 1 … 5, by the {titles[0]}. *Slope*: measured against commanded intensity; *others",
+        "move* is the mean absolute change of all other AUs from the neutral face of the same seed; *other side*",
+        "is that of the same AU on the other side, at full command.",
+        "",
+        "| AU | r | slope | MSE | others move | other side |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += [
-        "move* is the mean absolute change of all other AUs from the neutral face of the same seed; *other side*"
-    ]
-    lines += ["is that of the same AU on the other side, at full command.", ""]
-    lines += ["| AU | r | slope | MSE | others move | other side |", "|---|---|---|---|---|---|"]
-    for name, row in zip(au_names, doses[meters[0]], strict=True):
-        leak = f"{row['leak']:.2f}" if "leak" in row else ""
-        numbers = (f"{row[key]:.2f}" for key in ("r", "slope", "mse", "others"))
-        lines.append(f"| {name} | {' | '.join(numbers)} | {leak} |")
+    for name, row in zip(au_names, next(iter(doses.values())), strict=True):
+        numbers = (f"{row[key]:.2f}" if key in row else "" for key in ("r", "slope", "mse", "others", "leak"))
+        lines.append(table_row([name, *numbers]))
     lines += ["", "Pictures of combinations that show what the prompt names:", ""]
-    lines += ["| " + " | ".join(name.replace("_", " ") for name in agreement) + " |", "|---" * len(agreement) + "|"]
-    lines += ["| " + " | ".join(f"{100 * value:.0f} %" for value in agreement.values()) + " |"]
+    lines += [table_row(name.replace("_", " ") for name in agreement), "|---" * len(agreement) + "|"]
+    lines += [table_row(f"{100 * value:.0f} %" for value in agreement.values())]
     return "\n".join(lines) + "\n"
 
 
