@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ADDRESS = "FINEFACE_TEST_PROCESSES"
+# Long ones begin first, and then those with the most tests: so no worker is alone with a long one at the end.
+LONG_FILES = ("app", "train_your_own", "recipes", "train_xl", "from_hub", "training_checkpoints", "toy_faces")
 
 
 def pytest_configure(config):
@@ -30,10 +33,18 @@ def pytest_configure(config):
         with ExitStack() as stack:
             os.environ[ADDRESS] = stack.enter_context(served_processes())
             config.add_cleanup(stack.pop_all().close)
+        # Files keep the order that they have below.
+        config.option.loadscopereorder = False
     else:
         # Imports make half a million objects, none of them garbage. Python would look through them again and again.
         gc.disable()
         config.pluginmanager.import_plugin("tiny")
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        counts = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.stem.removeprefix("test_") not in LONG_FILES, -counts[item.path]))
 
 
 def pytest_collection_finish():
