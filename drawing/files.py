@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes pictures as PNG files that record how they were made, and finds out which of them are finished."""
 
-import functools
 import json
 import os
 from collections import deque
@@ -86,7 +85,8 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 def describe(weights: Weights, dtype: str) -> dict:
     """The metadata that all pictures of a run share: `weights`, `dtype` and the versions of the libraries."""
-    return _names(weights) | {"dtype": dtype, "versions": _library_versions()}
+    versions = {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
+    return _names(weights) | {"dtype": dtype, "versions": versions}
 
 
 def sheet_metadata(job: Job, rows: list[list[Job]]) -> dict:
@@ -94,12 +94,6 @@ def sheet_metadata(job: Job, rows: list[list[Job]]) -> dict:
     values = asdict(job) | {"rows": [[job.aus for job in row] for row in rows]}
     del values["aus"]
     return values
-
-
-@functools.cache
-def _library_versions() -> dict[str, str]:
-    # They are cached, because looking them up takes a twentieth of the time in which the toy model draws a picture.
-    return {name: version(name) for name in ("torch", "diffusers", "transformers", "peft")}
 
 
 def _names(weights: Weights) -> dict[str, str | None]:
@@ -114,7 +108,7 @@ def _names(weights: Weights) -> dict[str, str | None]:
     return names
 
 
-def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
+def is_finished(path: Path, wanted: dict, overwrite: bool) -> bool:
     """
     Whether `path` is a complete picture whose metadata contain `wanted`. Versions, dtype and device may differ,
     because they change a picture only by rounding.
@@ -127,7 +121,7 @@ def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
     try:
         found = read_metadata(path)
         with path.open("rb") as file:
-            file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
+            file.seek(-len(PNG_END), os.SEEK_END)
             # A picture that was cut off has its metadata nevertheless, at its beginning.
             if file.read() != PNG_END:
                 return False
@@ -142,15 +136,11 @@ def is_finished(path: Path, wanted: dict, overwrite: bool = False) -> bool:
     return name is None
 
 
-def find_unfinished(
-    jobs: Mapping[str, Job], folder: Path, weights: Weights, overwrite: bool
-) -> tuple[dict[Job, list[Path]], int]:
-    """Returns the paths of the pictures that are not finished, by their jobs, and the number of finished pictures."""
-    paths_by_job, num_finished, names = {}, 0, _names(weights)
+def find_unfinished(jobs: Mapping[str, Job], folder: Path, weights: Weights, overwrite: bool) -> dict[Job, list[Path]]:
+    """Returns the paths of the pictures that are not finished, by their jobs."""
+    paths_by_job, names = {}, _names(weights)
     for path, job in ((folder / name, job) for name, job in jobs.items()):
         check_output(path)
-        if is_finished(path, asdict(job) | names, overwrite):
-            num_finished += 1
-        else:
+        if not is_finished(path, asdict(job) | names, overwrite):
             paths_by_job.setdefault(job, []).append(path)
-    return paths_by_job, num_finished
+    return paths_by_job

@@ -42,6 +42,7 @@ DEMO_SEED = 5
 """Of six seeds that were looked at, this one shows the named expressions best."""
 MAX_SWEEP_COUNT = 50
 GRID_INTENSITIES = (0, 1, 2, 3, 4, 5)
+SHEET_COLUMNS = 8
 DEMO_PRESETS = (
     ("happy", "sad", "surprised", "fearful", "angry", "disgusted"),
     ("laughing", "doubtful", "pained", "pleading", "pouting", "skeptical"),
@@ -347,6 +348,19 @@ def demo_tables(job: Job, au_names: Sequence[str] = AU_NAMES) -> list[list[Table
     rows = [row for row in ([name for name in names if name in known] for names in DEMO_PRESETS) if row]
     presets = [preset_table(job, row, au_names) for row in rows]
     return [grids, [replace(table, row_labels=["" if n else "Presets"]) for n, table in enumerate(presets)]]
+
+
+def sheet_of(job: Job, args, au_names: Sequence[str]) -> list[list[Table[Job]]] | None:
+    """The tables of the sheet that the arguments of `generate.py` ask for, or None."""
+    if args.sweep is not None:
+        return [[sweep_table(job, args.sweep, au_names)]]
+    if args.grid:
+        return [[grid_table(job, au_names)]]
+    if args.presets is not None:
+        expressions = args.presets or list(available_presets(au_names))
+        rows = (expressions[i : i + SHEET_COLUMNS] for i in range(0, len(expressions), SHEET_COLUMNS))
+        return [[preset_table(job, row, au_names)] for row in rows]
+    return demo_tables(job, au_names) if args.demo else None
 
 
 def with_au(job: Job, name: str, value: float, au_names: Sequence[str] = AU_NAMES) -> Job:

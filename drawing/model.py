@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a pipeline, and draws jobs with it in batches."""
 
+import argparse
 import json
 import logging
 import re
@@ -53,14 +54,13 @@ def read_au_names(weights: Weights) -> tuple[str, ...]:
     Raises:
         ValueError: if they are not names of AUs, see `au_columns`.
     """
-    source = Path(weights.adapter or weights.model)
-    path = source / ENCODER_CONFIG_NAME
+    source = weights.adapter or weights.model
+    path = Path(source) / ENCODER_CONFIG_NAME
     try:
-        if not source.is_dir():
-            path = Path(hf_hub_download(weights.adapter or weights.model, ENCODER_CONFIG_NAME))
+        path = path if Path(source).is_dir() else Path(hf_hub_download(source, ENCODER_CONFIG_NAME))
         au_names = json.loads(path.read_text(encoding="utf-8")).get("au_names")
     except (OSError, ValueError, AttributeError):
-        path = source / IP_ADAPTER_NAME
+        path = Path(source) / IP_ADAPTER_NAME
         au_names = read_ip_adapter_au_names(path) if path.is_file() else None
     if au_names is None or weights.adapter_variant is not None:
         return AU_NAMES
@@ -165,20 +165,15 @@ def fuse_lora(pipeline) -> None:
     pipeline.unload_lora_weights()
 
 
-def group_jobs(jobs: list[Job]) -> list[list[Job]]:
-    """Group jobs by their settings. One call of the pipeline can draw several jobs of a group."""
+def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
+    """Bring jobs of equal settings together, in batches of at most `batch_size`. One call draws one batch."""
     by_settings = {}
     for job in jobs:
         settings = replace(
             job, prompt="", seed=0, aus=job.aus and "", negative_prompt=job.negative_prompt and "", negative_aus=None
         )
         by_settings.setdefault(settings, []).append(job)
-    return list(by_settings.values())
-
-
-def make_batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
-    """Divide jobs into batches of at most `batch_size`, each of which one call of the pipeline can draw."""
-    return [group[i : i + batch_size] for group in group_jobs(jobs) for i in range(0, len(group), batch_size)]
+    return [group[i : i + batch_size] for group in by_settings.values() for i in range(0, len(group), batch_size)]
 
 
 def generate_batch(pipeline, jobs: list[Job], **options) -> list[Image.Image]:
@@ -201,23 +196,20 @@ def generate_batch(pipeline, jobs: list[Job], **options) -> list[Image.Image]:
 
 
 def draw_jobs(
-    jobs: list[Job],
-    weights: Weights,
-    device: torch.device,
-    dtype: str,
-    batch_size: int = 4,
-    num_finished: int = 0,
-    silent: bool = False,
+    jobs: list[Job], weights: Weights, args: argparse.Namespace, num_finished: int = 0, silent: bool = False
 ) -> Iterator[tuple[Job, Image.Image]]:
-    """Load the model and yield each job with its picture, under one progress bar."""
+    """
+    Load the model and yield each job with its picture, under one progress bar. `args` are those of `generate.py`:
+    `device`, `dtype` and `batch_size`.
+    """
     with quiet():
         has_aus = any(job.aus is not None for job in jobs)
-        pipeline = load_pipeline(weights, device, getattr(torch, dtype), needs_adapter=has_aus)
+        pipeline = load_pipeline(weights, args.device, getattr(torch, args.dtype), needs_adapter=has_aus)
         fuse_lora(pipeline)
         # A single picture shows its denoising steps instead of a bar of pictures.
         is_single = num_finished + len(jobs) == 1
         pipeline.set_progress_bar_config(disable=silent or not is_single)
-        yield from draw_batches(pipeline, jobs, batch_size, num_finished, silent or is_single)
+        yield from draw_batches(pipeline, jobs, args.batch_size, num_finished, silent or is_single)
 
 
 def draw_batches(

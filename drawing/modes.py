@@ -4,9 +4,10 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,6 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from action_units import available_presets
 from drawing import labelled_set
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, draw_sheet, write_animation
 from drawing.files import background_writer, describe, find_unfinished, sheet_metadata, write_picture
@@ -24,18 +24,15 @@ from drawing.jobs import (
     DEMO_SEED,
     JOB_FIELDS,
     Job,
-    demo_tables,
-    grid_table,
     interpolate_jobs,
     is_animation,
     make_job,
-    preset_table,
     read_jobs,
     read_model_defaults,
     read_table_jobs,
-    sweep_table,
+    sheet_of,
 )
-from drawing.model import Weights, check_weights, draw_jobs, group_jobs, read_au_names
+from drawing.model import Weights, check_weights, draw_jobs, make_batches, read_au_names
 from face_data.store import write_lines
 from program import (
     check_output,
@@ -51,85 +48,79 @@ from program import (
 
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
 """Suffixes that mean `--output` was meant as a file."""
-SHEET_COLUMNS = 8
 
 
-def _draw(jobs: list[Job], weights: Weights, args: argparse.Namespace, **options) -> Iterator[tuple[Job, Image.Image]]:
-    return draw_jobs(jobs, weights, args.device, args.dtype, args.batch_size, **options)
-
-
-def run_single(job: Job, weights: Weights, args: argparse.Namespace) -> str:
-    for _, image in _draw([job], weights, args):
-        write_picture(image, args.output, asdict(job) | describe(weights, args.dtype))
-    return str(args.output)
-
-
-def run_sheet(job: Job, bands: list[list[Table[Job]]], weights: Weights, args: argparse.Namespace) -> str:
-    rows = [row for band in bands for table in band for row in table.rows]
+def draw_picture(job: Job, bands: list[list[Table[Job]]] | None, weights: Weights, args: argparse.Namespace) -> str:
+    """Draw one picture, or the sheet of `bands`, which are tables of jobs."""
+    rows = [[job]] if bands is None else [row for band in bands for table in band for row in table.rows]
     # Each picture is drawn once: in a grid, the rows of all AUs begin with the same face.
-    pictures = dict(_draw(list(dict.fromkeys(job for row in rows for job in row)), weights, args))
-    drawn = [[table.map(pictures.__getitem__) for table in band] for band in bands]
-    sheet = draw_sheet(drawn, f"{job.prompt} · seed {job.seed}")
-    write_picture(sheet, args.output, sheet_metadata(job, rows) | describe(weights, args.dtype))
+    pictures = dict(draw_jobs(list(dict.fromkeys(itertools.chain(*rows))), weights, args))
+    if bands is None:
+        image, values = pictures[job], asdict(job)
+    else:
+        drawn = [[table.map(pictures.__getitem__) for table in band] for band in bands]
+        image, values = draw_sheet(drawn, f"{job.prompt} · seed {job.seed}"), sheet_metadata(job, rows)
+    write_picture(image, args.output, values | describe(weights, args.dtype))
     return str(args.output)
 
 
-def run_folder(
+def draw_folder(
     jobs: Mapping[str, Job],
-    folder: Path,
     weights: Weights,
     args: argparse.Namespace,
     processes: PartialState,
-    overwrite: bool = False,
+    frames_folder: Path | None = None,
     finish: Callable[[], object] = lambda: None,
 ) -> str:
     """
     Draw the pictures that are not finished, and write each as soon as it is drawn. Then call `finish` on the main
-    process. Returns in words how many pictures are new.
+    process. Old pictures in a `frames_folder` belong to another animation of the same name, so they are overwritten.
+    Returns in words how many pictures are new.
     """
+    folder, overwrite = frames_folder or args.output, args.overwrite or frames_folder is not None
     with contextlib.ExitStack() as stack:
 
-        def begin() -> tuple[dict[Job, list[Path]], int]:
+        def begin() -> dict[Job, list[Path]]:
             stack.enter_context(only_run_in(folder))
             return find_unfinished(jobs, folder, weights, overwrite)
 
-        paths_by_job, num_finished = on_main_process(processes, begin)
+        paths_by_job = on_main_process(processes, begin)
         # Jobs of equal settings are side by side, so every process gets an equal share of them.
-        share = share_of(processes, [job for group in group_jobs(list(paths_by_job)) for job in group])
+        share = share_of(processes, list(itertools.chain(*make_batches(list(paths_by_job), 1))))
         if share:
             num_before = len(jobs) - len(paths_by_job) if processes.num_processes == 1 else 0
             about, silent = describe(weights, args.dtype), not processes.is_main_process
             with background_writer() as write:
-                for job, image in _draw(share, weights, args, num_finished=num_before, silent=silent):
+                for job, image in draw_jobs(share, weights, args, num_before, silent):
                     for path in paths_by_job[job]:
                         write(image, path, asdict(job) | about)
         processes.wait_for_everyone()
         if processes.is_main_process:
             finish()
-    return f"{len(jobs) - num_finished} new pictures, {num_finished} from before"
+    num_new = sum(map(len, paths_by_job.values()))
+    return f"{folder}: {num_new} new pictures, {len(jobs) - num_new} from before"
 
 
-def run_batch(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
-    jobs = on_main_process(processes, lambda: read_jobs(args.batch, values, read_au_names(weights)))
-    return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}"
+def run_batch(values: Mapping, au_names: Sequence[str], weights: Weights, args, processes: PartialState) -> str:
+    jobs = on_main_process(processes, lambda: read_jobs(args.batch, values, au_names))
+    return draw_folder(jobs, weights, args, processes)
 
 
-def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
+def run_table(values: Mapping, au_names: Sequence[str], weights: Weights, args, processes: PartialState) -> str:
     """Draw each row of the table, or an animation, whose frames are kept in a hidden folder until it is written."""
 
-    def read() -> tuple[tuple[str, ...], dict[str, Job], int]:
-        au_names = read_au_names(weights)
+    def read() -> tuple[dict[str, Job], int]:
         job = make_job(values, spell_option, au_names)
         if job.aus is not None:
             raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
         if args.output.suffix.lower() == ".mp4":
             import_av()
-        return au_names, *read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face, au_names=au_names)
+        return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face, au_names=au_names)
 
-    au_names, jobs, num_skipped = on_main_process(processes, read)
+    jobs, num_skipped = on_main_process(processes, read)
     skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""
     if not is_animation(args):
-        return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite)}{skipped}"
+        return draw_folder(jobs, weights, args, processes) + skipped
     frames_folder = args.output.with_name(f".{args.output.name}.frames")
     key_jobs = list(jobs.values())
     jobs = interpolate_jobs(key_jobs, args.frames_between, au_names)
@@ -140,24 +131,22 @@ def run_table(values: Mapping, weights: Weights, args: argparse.Namespace, proce
         write_animation(tqdm(frames, "encoding", len(jobs), unit="frame"), args.output, args.fps, json.dumps(about))
         shutil.rmtree(frames_folder)
 
-    # Old frames in this folder belong to another animation of the same name, so they are overwritten.
-    run_folder(jobs, frames_folder, weights, args, processes, overwrite=True, finish=encode)
+    draw_folder(jobs, weights, args, processes, frames_folder, encode)
     return f"{args.output}: {len(jobs)} frames from {len(key_jobs)} rows{skipped}"
 
 
-def run_dataset(values: Mapping, weights: Weights, args: argparse.Namespace, processes: PartialState) -> str:
+def run_dataset(values: Mapping, au_names: Sequence[str], weights: Weights, args, processes: PartialState) -> str:
     def read() -> tuple[dict[str, Job], dict[str, dict]]:
         given = [name for name in ("prompt", "aus") if name in values]
         if given:
             raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
         labelled_set.check_dataset_folder(args.output, args.dataset)
-        au_names = read_au_names(weights)
         distribution = labelled_set.read_distribution(args.distribution or labelled_set.DEFAULT_DISTRIBUTION, au_names)
         return labelled_set.draw_dataset(distribution, args.dataset, values, au_names)
 
     jobs, rows = on_main_process(processes, read)
     label = partial(write_lines, args.output / labelled_set.DATASET_METADATA_NAME, rows.values())
-    return f"{args.output}: {run_folder(jobs, args.output, weights, args, processes, args.overwrite, label)}"
+    return draw_folder(jobs, weights, args, processes, finish=label)
 
 
 def run(args: argparse.Namespace) -> str | None:
@@ -168,7 +157,7 @@ def run(args: argparse.Namespace) -> str | None:
     run_shared = next((run_mode for mode, run_mode in in_folder.items() if getattr(args, mode) is not None), None)
     processes = start_processes(args.device)
 
-    def check() -> dict:
+    def check() -> tuple[dict, tuple[str, ...]]:
         check_weights(weights)
         if args.aus_from is not None and args.output.suffix.lower() in FILE_SUFFIXES:
             raise ValueError(
@@ -178,30 +167,15 @@ def run(args: argparse.Namespace) -> str | None:
         suffixes = ANIMATION_SUFFIXES if is_animation(args) else (".png",)
         check_output(args.output, run_shared is not None and not is_animation(args), suffixes)
         given = {name: value for name, value in vars(args).items() if name in JOB_FIELDS}
-        return read_model_defaults(args.model) | given
+        return read_model_defaults(args.model) | given, read_au_names(weights)
 
-    values = on_main_process(processes, check)
+    values, au_names = on_main_process(processes, check)
     if run_shared is not None:
-        return run_shared(values, weights, args, processes)
+        return run_shared(values, au_names, weights, args, processes)
     if not processes.is_main_process:
         return None
-    au_names = read_au_names(weights)
     values = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED} | values if args.demo else values
     job = make_job(values, spell_option, au_names)
     if job.aus is not None and (args.demo or args.presets is not None):
         raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
-    bands = _sheet_of(job, args, au_names)
-    return run_single(job, weights, args) if bands is None else run_sheet(job, bands, weights, args)
-
-
-def _sheet_of(job: Job, args: argparse.Namespace, au_names: Sequence[str]) -> list[list[Table[Job]]] | None:
-    """The tables of the sheet that is asked for, or None."""
-    if args.sweep is not None:
-        return [[sweep_table(job, args.sweep, au_names)]]
-    if args.grid:
-        return [[grid_table(job, au_names)]]
-    if args.presets is not None:
-        expressions = args.presets or list(available_presets(au_names))
-        rows = (expressions[i : i + SHEET_COLUMNS] for i in range(0, len(expressions), SHEET_COLUMNS))
-        return [[preset_table(job, row, au_names)] for row in rows]
-    return demo_tables(job, au_names) if args.demo else None
+    return draw_picture(job, sheet_of(job, args, au_names), weights, args)

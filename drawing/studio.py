@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from action_units import AU_NAMES
+from action_units import AU_NAMES, available_presets, format_aus
 from drawing.contact_sheet import Table, draw_sheet, write_animation
 from drawing.files import describe, sheet_metadata, write_picture
 from drawing.jobs import (
@@ -35,7 +35,7 @@ from drawing.jobs import (
     with_au,
 )
 from drawing.model import SAMPLING, Weights, fuse_lora, generate_batch, load_pipeline, quiet
-from drawing.photo import Box, edit_photo, face_mask
+from drawing.photo import edit_photo
 from program import TOY_MODEL, replacing, spell_option
 
 
@@ -49,32 +49,12 @@ GIF_FPS = 7.0
 
 @dataclass(frozen=True)
 class Sweep:
-    """Pictures of one person that lead from face to face: a row of jobs, and `options` for `generate.py`."""
+    """Pictures of one person that lead from face to face: a row of jobs, and the command that draws them again."""
 
     job: Job
     title: str
     table: Table[Job]
-    options: dict[str, str]
-
-    @property
-    def count(self) -> int:
-        return len(self.table.rows[0])
-
-
-def sweep_au(job: Job, au: str, first: float, last: float, count: int, au_names: Sequence[str] = AU_NAMES) -> Sweep:
-    """One AU of `job` going from `first` to `last` in `count` pictures; the other AUs stay."""
-    job, option = with_au(job, au, 0.0, au_names), f"{au}={first:g}:{last:g}:{count}"
-    # One by one, as here, so that the pictures are the same to the last bit.
-    options = {"sweep": option, "batch_size": "1"}
-    return Sweep(job, f"{au} from {first:g} to {last:g}", sweep_table(job, option, au_names), options)
-
-
-def change(job: Job, last: str, count: int, au_names: Sequence[str] = AU_NAMES) -> Sweep:
-    """The expression of `job` changing evenly into the expression `last`, in `count` pictures."""
-    jobs = list(interpolate_jobs([job, replace(job, aus=last)], count - 2, au_names).values())
-    table = Table([jobs], [], [f"{100 * i / (count - 1):.0f} %" for i in range(count)])
-    options = {"aus_from": "change.csv", "frames_between": str(count - 2), "fps": f"{GIF_FPS:g}"}
-    return Sweep(job, f"from {job.aus} to {last}", table, options)
+    command: str
 
 
 class Stopped(Exception):
@@ -97,7 +77,7 @@ class Studio:
     """
 
     def __init__(self, weights: Weights, device: torch.device, dtype: str):
-        self.weights, self.device, self.dtype = weights, device, dtype
+        self.weights, self.device, self.dtype, self.about = weights, device, dtype, describe(weights, dtype)
         self.is_toy = Path(weights.model).resolve() == TOY_MODEL
         self.defaults = Job(prompt=DEMO_PROMPT, **read_model_defaults(weights.model))
         with quiet():
@@ -105,6 +85,8 @@ class Studio:
         self.pipeline.set_progress_bar_config(disable=True)
         fuse_lora(self.pipeline)
         self.au_names = self.pipeline.au_names
+        presets = available_presets(self.au_names)
+        self.presets = {name: format_aus(preset, self.au_names) for name, preset in presets.items()}
         # A scheduler counts its steps, so two drawings at a time would spoil each other.
         self._turns = threading.Lock()
 
@@ -128,20 +110,18 @@ class Studio:
             on_step(0)
             return generate_batch(partial(self.pipeline, callback_on_step_end=callback), [job])[0]
 
-    def edit(
-        self,
-        picture: Image.Image,
-        box: Box,
-        job: Job,
-        strength: float,
-        on_step: Callable[[int], None] = lambda step: None,
-    ) -> Image.Image:
-        """`picture` with the expression of `job` on the face in `box`."""
+    def draw_into(self, path: Path, job: Job, on_step: Callable[[int], None] = lambda step: None) -> str:
+        """Draw `job` into a file, and return its path."""
+        self.write(self.draw(job, on_step), path, asdict(job))
+        return str(path)
+
+    def edit(self, picture: Image.Image, mask: Image.Image, job: Job, strength: float, on_step=lambda step: None):
+        """`picture` with the expression of `job` where `mask` is white; `on_step` as in `draw`."""
         options = {name: getattr(job, name) for name in (*SAMPLING, "negative_prompt", "seed")}
         options |= {"side": job.height, "strength": strength, "on_step": on_step}
         with self._turns:
             on_step(0)
-            return edit_photo(self.pipeline, picture, face_mask(picture.size, box), job.prompt, job.aus, **options)
+            return edit_photo(self.pipeline, picture, mask, job.prompt, job.aus, **options)
 
     def remarks(self, job: Job) -> list[str]:
         """Remarks on words of `job` that the model does not know, or that are beyond its limit."""
@@ -161,6 +141,28 @@ class Studio:
                 remarks.append(f"The {name} is too long for the model, which does not see: {rest[:200]}")
         return remarks
 
+    def sweep_au(self, job: Job, au: str, first: float, last: float, count: int) -> Sweep:
+        """
+        One AU of `job` going from `first` to `last` in `count` pictures; the other AUs stay. The command draws the
+        strip again, to the last bit.
+        """
+        job, option = with_au(job, au, 0.0, self.au_names), f"{au}={first:g}:{last:g}:{count}"
+        # One by one, as here, so that the pictures are the same to the last bit.
+        command = self.command(job, "sweep.png", sweep=option, batch_size="1")
+        return Sweep(job, f"{au} from {first:g} to {last:g}", sweep_table(job, option, self.au_names), command)
+
+    def change(self, job: Job, last: str, count: int) -> Sweep:
+        """
+        The expression of `job` changing evenly into the expression `last`, in `count` pictures. The command makes the
+        animation from a table that its first line writes.
+        """
+        jobs = list(interpolate_jobs([job, replace(job, aus=last)], count - 2, self.au_names).values())
+        table = Table([jobs], [], [f"{100 * i / (count - 1):.0f} %" for i in range(count)])
+        options = {"aus_from": "change.csv", "frames_between": str(count - 2), "fps": f"{GIF_FPS:g}"}
+        command = self.command(replace(job, aus=None), "change.gif", **options)
+        rows = shlex.quote(f"aus\n{job.aus}\n{jobs[-1].aus}\n")
+        return Sweep(job, f"from {job.aus} to {last}", table, f"printf {rows} > change.csv\n{command}")
+
     def sweep(
         self, sweep: Sweep, on_picture: Callable[[int], None] = lambda count: None
     ) -> tuple[list[Image.Image], Image.Image, dict]:
@@ -175,13 +177,9 @@ class Studio:
         strip = draw_sheet([[replace(sweep.table, rows=[pictures])]], f"{job.prompt} · seed {job.seed}")
         return pictures, strip, sheet_metadata(job, [row])
 
-    def metadata(self, values: dict) -> dict:
-        """`values` with the model and the libraries, as in the files of `generate.py`."""
-        return values | describe(self.weights, self.dtype)
-
     def write(self, image: Image.Image, path: Path, values: dict) -> None:
-        """Write a PNG that says how it was made."""
-        write_picture(image, path, self.metadata(values))
+        """Write a PNG with `values`, and with the model and the libraries, as in the files of `generate.py`."""
+        write_picture(image, path, values | self.about)
 
     def python(self, job: Job) -> str:
         """A program that draws `job` again."""
@@ -223,17 +221,6 @@ image.save("face.png")
         # With "=", as a value may begin like an option.
         words = [f"{spell_option(name)}={shlex.quote(value)}" for name, value in given.items()]
         return " \\\n    ".join(["python generate.py", *words]) + "\n"
-
-    def sweep_command(self, sweep: Sweep) -> str:
-        """
-        A `generate.py` command that draws the strip of `sweep_au` again, to the last bit; or the animation of
-        `change`, from a table that the first line writes.
-        """
-        if "sweep" in sweep.options:
-            return self.command(sweep.job, "sweep.png", **sweep.options)
-        rows = shlex.quote(f"aus\n{sweep.job.aus}\n{sweep.table.rows[0][-1].aus}\n")
-        command = self.command(replace(sweep.job, aus=None), "change.gif", **sweep.options)
-        return f"printf {rows} > change.csv\n{command}"
 
     def table_command(self, table_name: str, job: Job) -> str:
         """A `generate.py` command that draws the pictures of a table again, but for rounding."""

@@ -16,21 +16,26 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from PIL import Image
 
-from drawing.files import write_picture
-from drawing.jobs import make_job, read_model_defaults
-from drawing.model import SAMPLING, Weights, check_weights, load_pipeline, quiet, read_au_names
-from drawing.photo import Box, check_box, edit_photo, face_mask, find_faces, open_photo
-from program import Parser, add_model_options, check_output, run_program, settle_device, spell_option
+from drawing.jobs import Job, make_job, read_model_defaults
+from drawing.model import SAMPLING, Weights, check_weights, read_au_names
+from drawing.photo import check_box, face_mask, find_faces, open_photo
+from drawing.studio import Studio
+from program import (
+    Parser,
+    add_model_options,
+    add_options,
+    check_output,
+    run_program,
+    settle_device,
+    spell_option,
+    take_options,
+)
 
 
 def read_box(text: str) -> tuple[int, ...]:
-    box = tuple(int(number) for number in text.split(","))
-    if len(box) != 4 or not (0 <= box[0] < box[2] and 0 <= box[1] < box[3]):
-        raise ValueError
-    return box
+    return tuple(int(number) for number in text.split(","))
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -43,28 +48,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     region.add_argument("--mask", type=Path, help="a picture of the same size, white where the face is")
     parser.add_argument("--output", required=True, type=Path, help="PNG file")
     parser.add_argument("--strength", type=float, default=0.8, help="how much may change, up to 1 (default: 0.8)")
-    parser.add_argument("--au-scale", type=float, help="how strongly the AUs are added (default: 1)")
-    parser.add_argument("--guidance-scale", type=float, help="of the prompt (default: the model's, else 7.5)")
-    parser.add_argument("--au-guidance-scale", type=float, help="of the AUs (default: the model's, else the prompt's)")
-    parser.add_argument("--num-inference-steps", type=int, help="denoising steps (default: the model's, else 50)")
-    parser.add_argument("--seed", type=int, default=0)
+    add_options(parser, Job, ("seed", *SAMPLING), spell_option)
     add_model_options(parser)
     return parser.parse_args(argv)
-
-
-def find_face(picture: Image.Image, path: Path) -> Box:
-    faces = find_faces(picture)
-    if len(faces) != 1:
-        found = "; ".join(",".join(map(str, box)) for box in faces)
-        raise ValueError(f"{path} shows {f'several faces: {found}' if faces else 'no face'}. Say where with `--box`.")
-    return faces[0]
 
 
 def read_picture_and_mask(args: argparse.Namespace) -> tuple[Image.Image, Image.Image]:
     picture = open_photo(args.picture)
     if args.mask is None:
-        box = find_face(picture, args.picture) if args.box is None else check_box(args.box, picture.size, "--box")
-        return picture, face_mask(picture.size, box)
+        faces = find_faces(picture) if args.box is None else [check_box(args.box, picture.size, "--box")]
+        if len(faces) != 1:
+            found = "; ".join(",".join(map(str, box)) for box in faces)
+            what = f"several faces: {found}" if faces else "no face"
+            raise ValueError(f"{args.picture} shows {what}. Say where with `--box`.")
+        return picture, face_mask(picture.size, faces[0])
     with Image.open(args.mask) as file:
         mask = file.convert("L")
     if mask.size != picture.size:
@@ -82,16 +79,12 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(f"`--strength` has to be above 0 and up to 1, but is {args.strength}.")
     settle_device(args)
     picture, mask = read_picture_and_mask(args)
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    given |= {"prompt": args.prompt, "aus": args.aus, "seed": args.seed}
-    job = make_job(read_model_defaults(args.model) | given, spell_option, read_au_names(weights))
-    options = {name: getattr(job, name) for name in SAMPLING}
-    with quiet():
-        pipe = load_pipeline(weights, args.device, getattr(torch, args.dtype))
-    edited = edit_photo(
-        pipe, picture, mask, job.prompt, job.aus, job.height, strength=args.strength, seed=args.seed, **options
-    )
-    write_picture(edited, args.output, asdict(job) | {"picture": args.picture.name, "strength": args.strength})
+    values = read_model_defaults(args.model) | take_options(Job, args)
+    job = make_job(values, spell_option, read_au_names(weights))
+    studio = Studio(weights, args.device, args.dtype)
+    studio.pipeline.set_progress_bar_config(disable=False)
+    edited = studio.edit(picture, mask, job, args.strength)
+    studio.write(edited, args.output, asdict(job) | {"picture": args.picture.name, "strength": args.strength})
     return args.output
 
 

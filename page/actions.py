@@ -19,11 +19,11 @@ from types import SimpleNamespace
 import gradio as gr
 import torch
 
-from action_units import available_presets, extract_au_tags, format_aus, read_aus
+from action_units import extract_au_tags, read_aus
 from drawing.files import read_metadata
 from drawing.jobs import Job, canonical_aus, make_job
-from drawing.photo import NO_DETECTOR, check_box, find_faces, has_detector, open_photo
-from drawing.studio import Stopped, Studio, Sweep, change, file_name, read_expressions, sweep_au, write_gif, write_zip
+from drawing.photo import NO_DETECTOR, check_box, face_mask, find_faces, has_detector, open_photo
+from drawing.studio import Stopped, Studio, Sweep, file_name, read_expressions, write_gif, write_zip
 from page.layout import BACK, BOX_SIDES, COMPARE, LABELS, ONE_MUSCLE, TABS, lay_out
 
 
@@ -83,11 +83,10 @@ def answered(action: Callable) -> Callable:
 def make_screen_job(studio: Studio, **values) -> Job:
     """A checked `Job` from the values of the controls, which errors call by their labels."""
     values["negative_prompt"] = values["negative_prompt"] or None
-    values["prompt"] = values["prompt"] or ""
     for name, most in (("seed", MAX_SCREEN_SEED), ("num_inference_steps", MAX_STEPS)):
         if isinstance(values[name], int) and values[name] > most:
             raise ValueError(f"`{LABELS[name]}` goes up to {most} on this page, but is {values[name]}.")
-    _, tag = extract_au_tags(values["prompt"], LABELS["prompt"], studio.au_names)
+    _, tag = extract_au_tags(values["prompt"] or "", LABELS["prompt"], studio.au_names)
     # A new page shows a face at rest. AUs in the prompt count more than that.
     if tag is not None and canonical(values["aus"], studio) == "neutral":
         values["aus"] = None
@@ -108,8 +107,7 @@ def control_values(studio: Studio, job: Job) -> list:
 
 
 def first_job(studio: Studio) -> Job:
-    known = available_presets(studio.au_names)
-    return replace(studio.defaults, aus=format_aus(known.get(FIRST_EXPRESSION, "neutral"), studio.au_names))
+    return replace(studio.defaults, aus=studio.presets.get(FIRST_EXPRESSION, "neutral"))
 
 
 def read_link(query: Mapping[str, str], studio: Studio) -> Job:
@@ -146,14 +144,14 @@ def read_sweep(job: Job, studio: Studio, kind: str, au: str, first, last, start:
         start, end = canonical(start, studio, "From"), canonical(end, studio, "To") if (end or "").strip() else job.aus
         if start == end:
             raise ValueError(f"`From` and `To` are both {start}, so nothing would move.")
-        return change(replace(job, aus=start), end, int(count), studio.au_names)
+        return studio.change(replace(job, aus=start), end, int(count))
     for label, value in (("From", first), ("To", last)):
         if value is None:
             raise ValueError(f"`{label}` is empty. Give a number.")
         read_aus(f"{au}={value}", label, studio.au_names)
     if first == last:
         raise ValueError(f"`From` and `To` are both {first:g}, so nothing would move.")
-    return sweep_au(job, au, float(first), float(last), int(count), studio.au_names)
+    return studio.sweep_au(job, au, float(first), float(last), int(count))
 
 
 # ---- The actions --------------------------------------------------------------------------------------------------
@@ -186,14 +184,18 @@ class Page:
         """End all that is drawn for a window that was closed."""
         self.want(request, *[float("inf")] * len(TABS))
 
-    def checker(self, tab: str, request: gr.Request, ask: float) -> Callable[[], None]:
-        """A function that raises `Stopped` as soon as request `ask` is out of date."""
+    def progress(self, tab: str, request: gr.Request | None, ask: float, total: int, unit: str = "steps") -> Callable:
+        """
+        A function that shows how many of `total` are done, and raises `Stopped` as soon as request `ask` is out of
+        date. Without a request, as programs send none, it never is.
+        """
 
-        def check() -> None:
-            if self.wanted.get(request.session_hash, {}).get(tab, 0) > ask:
+        def say(done: int) -> None:
+            if request is not None and self.wanted.get(request.session_hash, {}).get(tab, 0) > ask:
                 raise Stopped
+            PROGRESS((done, total), desc="Drawing", unit=unit)
 
-        return check
+        return say
 
     # Pictures
 
@@ -229,28 +231,24 @@ class Page:
         cards = [*self.show(shown), gr.skip(), gr.skip()] if shown in history else self.show_new(shown, history)
         return [*shown.values, shown.job.aus or "neutral", *cards]
 
-    def draw_file(self, job: Job, check: Callable[[], None] = lambda: None) -> str:
-        """Draw `job` into a file, saying how far it is, until `check` raises an error."""
+    def draw_file(self, job: Job, request: gr.Request | None = None, ask: float = 0) -> str:
+        """Draw `job` into a file, saying how far it is."""
         PROGRESS(0, desc="Waiting for the model")
-        path = self.new_folder() / file_name(job)
-        picture = self.studio.draw(job, _progress(check, job.num_inference_steps))
-        self.studio.write(picture, path, asdict(job))
-        return str(path)
+        on_step = self.progress("face", request, ask, job.num_inference_steps)
+        return self.studio.draw_into(self.new_folder() / file_name(job), job, on_step)
 
     @answered
     def draw(self, request: gr.Request, ask: float, history: list, *values):
         job = self.read_job(*values)
-        path = self.draw_file(job, self.checker("face", request, ask))
-        return self.show_new(Shown(path, job, values), history)
+        return self.show_new(Shown(self.draw_file(job, request, ask), job, values), history)
 
     @answered
     def draw_four(self, request: gr.Request, ask: float, *values):
         """The same words with four seeds, to choose from."""
-        check, job, choices = self.checker("face", request, ask), self.read_job(*values), []
-        index = list(LABELS).index("seed")
+        job, index, choices = self.read_job(*values), list(LABELS).index("seed"), []
         for seed in [job.seed, *random.sample(range(100_000), NUM_CHOICES - 1)]:
-            one = replace(job, seed=seed)
-            choices.append(Shown(self.draw_file(one, check), one, (*values[:index], seed, *values[index + 1 :])))
+            path = self.draw_file(one := replace(job, seed=seed), request, ask)
+            choices.append(Shown(path, one, (*values[:index], seed, *values[index + 1 :])))
         pictures = [(choice.path, f"seed {choice.job.seed}") for choice in choices]
         return [gr.Image(visible=False), gr.ImageSlider(visible=False), gr.Gallery(pictures, visible=True), choices]
 
@@ -261,7 +259,7 @@ class Page:
             return [gr.Image(visible=True), gr.ImageSlider(visible=False), COMPARE]
         if shown is None:
             raise ValueError("There is no picture to compare. Draw one first.")
-        neutral = self.draw_file(replace(shown.job, aus="neutral"), self.checker("face", request, ask))
+        neutral = self.draw_file(replace(shown.job, aus="neutral"), request, ask)
         return [gr.Image(visible=False), gr.ImageSlider((neutral, shown.path), visible=True), BACK]
 
     def look_back(self, entries: list[Shown], history: list[Shown], event: gr.SelectData) -> list:
@@ -299,12 +297,11 @@ class Page:
         """Small pictures of the presets, which are drawn once and kept."""
         if not self.studio.is_quick:
             return
-        names = self.studio.au_names
-        for count, (name, preset) in enumerate(available_presets(names).items()):
+        for count, (name, aus) in enumerate(self.studio.presets.items()):
             if count % 7 == 0:
                 yield gr.HTML(pictures=json.dumps(self.thumbnails))
             if name not in self.thumbnails:
-                picture = self.studio.draw(replace(self.studio.defaults, aus=format_aus(preset, names)))
+                picture = self.studio.draw(replace(self.studio.defaults, aus=aus))
                 picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
                 data = io.BytesIO()
                 picture.save(data, "WEBP", quality=80)
@@ -321,9 +318,8 @@ class Page:
 
     @answered
     def other_expression(self, text: str) -> list[str]:
-        now, names = canonical(text, self.studio), self.studio.au_names
-        expressions = [format_aus(preset, names) for preset in available_presets(names).values()]
-        return [random.choice([aus for aus in expressions if aus != now])] * 2
+        now = canonical(text, self.studio)
+        return [random.choice([aus for aus in self.studio.presets.values() if aus != now])] * 2
 
     def other_person(self, prompt: str) -> list:
         """Another seed; for the toy model other words too, as its words say all but details of a person."""
@@ -358,8 +354,8 @@ class Page:
             raise ValueError(f"`Change` has to be above 0 and up to 1, but is {strength}.")
         job, photo = self.read_job(*values), open_photo(upload)
         box = check_box(box, photo.size, "Left, Top, Right, Bottom")
-        on_step = _progress(self.checker("photo", request, ask), job.num_inference_steps)
-        edited, folder = self.studio.edit(photo, box, job, strength, on_step), self.new_folder()
+        on_step = self.progress("photo", request, ask, job.num_inference_steps)
+        edited, folder = self.studio.edit(photo, face_mask(photo.size, box), job, strength, on_step), self.new_folder()
         before, after = folder / "before.png", folder / f"{Path(upload).stem[:60]}-edited.png"
         photo.save(before, compress_level=1)
         about = asdict(job) | {"picture": Path(upload).name, "strength": strength, "box": list(box)}
@@ -369,12 +365,13 @@ class Page:
 
     # Sweeps and tables
 
-    def write_sweep(self, sweep: Sweep, on_picture: Callable[[int], None] = lambda count: None) -> tuple[str, str]:
+    def write_sweep(self, sweep: Sweep, request: gr.Request | None = None, ask: float = 0) -> tuple[str, str]:
         """Draw a sweep, and write its animation and its labelled strip."""
+        on_picture = self.progress("sweep", request, ask, len(sweep.table.rows[0]), "pictures")
         pictures, sheet, shown = self.studio.sweep(sweep, on_picture)
         folder, stem = self.new_folder(), f"sweep-{sweep.job.seed}"
         gif, strip = folder / f"{stem}.gif", folder / f"{stem}.png"
-        write_gif(pictures, gif, self.studio.metadata(shown))
+        write_gif(pictures, gif, shown | self.studio.about)
         self.studio.write(sheet, strip, shown)
         return str(gif), str(strip)
 
@@ -382,11 +379,10 @@ class Page:
     def draw_sweep(self, request: gr.Request, ask: float, *values):
         job = self.read_job(*values[7:])
         sweep = read_sweep(job, self.studio, *values[:7])
-        paths = self.write_sweep(sweep, _progress(self.checker("sweep", request, ask), sweep.count, "pictures"))
-        alt_text = f"{job.prompt}, {sweep.title}"
-        images = [gr.Image(path, alt_text=alt_text, visible=True) for path in paths]
+        paths = self.write_sweep(sweep, request, ask)
+        images = [gr.Image(path, alt_text=f"{job.prompt}, {sweep.title}", visible=True) for path in paths]
         downloads = [gr.DownloadButton(value=path, interactive=True) for path in paths]
-        return [*images, *downloads, gr.Code(self.studio.sweep_command(sweep), visible=True)]
+        return [*images, *downloads, gr.Code(sweep.command, visible=True)]
 
     def read_table(self, upload: str | None) -> list:
         """The expressions of a table, as soon as it is there, and what was found."""
@@ -407,15 +403,14 @@ class Page:
                 raise ValueError("Choose a table first: CSV, TSV, JSON or JSON Lines.")
             base, (table_name, expressions) = self.read_job(*values), table
             folder, drawn = self.new_folder(), {}
-            on_picture = _progress(self.checker("table", request, ask), len(expressions), "pictures")
+            on_picture = self.progress("table", request, ask, len(expressions), "pictures")
             for name, aus in expressions.items():
                 job = replace(base, aus=aus)
                 try:
-                    picture = self.studio.draw(job, lambda step: on_picture(len(drawn)))
+                    self.studio.draw_into(folder / name, job, lambda step: on_picture(len(drawn)))
                 except Stopped:
                     gr.Info(f"Stopped after {len(drawn)} of {len(expressions)} pictures.")
                     break
-                self.studio.write(picture, folder / name, asdict(job))
                 drawn[name] = job
                 yield [[(str(folder / name), job.aus) for name, job in drawn.items()], gr.skip(), gr.skip()]
             if not drawn:
@@ -441,23 +436,13 @@ class Page:
         jobs, _ = read_expressions(Path(table), self.read_job(*values), self.studio.au_names)
         folder = self.new_folder()
         for name, job in jobs.items():
-            self.studio.write(self.studio.draw(job), folder / name, asdict(job))
+            self.studio.draw_into(folder / name, job)
         write_zip(folder / "faces.zip", folder, jobs, self.studio.au_names)
         return str(folder / "faces.zip")
 
 
 # The number of values that `Page.show_new` returns.
 NUM_SHOWN = 14
-
-
-def _progress(check: Callable[[], None], total: int, unit: str = "steps") -> Callable[[int], None]:
-    """A function that shows how many of `total` are done, unless `check` raises an error."""
-
-    def say(done: int) -> None:
-        check()
-        PROGRESS((done, total), desc="Drawing", unit=unit)
-
-    return say
 
 
 # ---- Which control does what --------------------------------------------------------------------------------------

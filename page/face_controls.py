@@ -59,11 +59,13 @@ def face_controls(aus: str, au_names: Sequence[str]) -> gr.HTML:
     name, may follow as `pictures`, in JSON: of an object, the browser does not see that it has grown.
     """
     units = action_units_of(au_names)
-    parts = {title: [unit for unit in units if unit.region in regions] for title, regions in FACE_PARTS.items()}
-    rows = "".join(_part(title, members, au_names) for title, members in parts.items())
+    parts = ""
+    for title, regions in FACE_PARTS.items():
+        rows = "".join(_row(unit, sides_of(unit, au_names)) for unit in units if unit.region in regions)
+        parts += f'<section class="part"><h3>{title}</h3><div class="rows">{rows}</div></section>' if rows else ""
     return gr.HTML(
         aus,
-        html_template=f'<div class="face">{_presets(au_names)}{_MIXER}{rows}</div>',
+        html_template=f'<div class="face">{_presets(au_names)}{_MIXER}{parts}</div>',
         js_on_load=JS,
         apply_default_css=False,
         aus=[sides_of(unit, au_names) for unit in units],
@@ -95,11 +97,6 @@ _MIXER = (
     " beyond 0 and 5</label>"
     '<button type="button" class="reset-all">Reset all</button></div>'
 )
-
-
-def _part(title: str, units: list[ActionUnit], au_names: Sequence[str]) -> str:
-    rows = "".join(_row(unit, sides_of(unit, au_names)) for unit in units)
-    return f'<section class="part"><h3>{title}</h3><div class="rows">{rows}</div></section>' if rows else ""
 
 
 def face_map(region: str, side: str = "") -> str:

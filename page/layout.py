@@ -3,6 +3,7 @@
 """Lays out the components of the page from top to bottom. Their actions are in `actions.py`."""
 
 import html
+from functools import partial
 from types import SimpleNamespace
 
 import gradio as gr
@@ -75,31 +76,13 @@ def lay_out(studio: Studio, first: Job) -> SimpleNamespace:
     return ui
 
 
-def small_button(label: str, elem_id: str, min_width: int = 110) -> gr.Button:
-    return gr.Button(label, size="sm", elem_id=elem_id, min_width=min_width)
-
-
-def download_button(label: str, elem_id: str, interactive: bool = False) -> gr.DownloadButton:
-    return gr.DownloadButton(label, size="sm", interactive=interactive, elem_id=elem_id, min_width=110)
-
-
-def shown_image(label: str, elem_id: str, **options) -> gr.Image:
-    fixed = {"type": "filepath", "interactive": False, "show_label": False, "buttons": ["fullscreen"]}
-    return gr.Image(label=label, elem_id=elem_id, **fixed, **options)
-
-
-def before_and_after(label: str, elem_id: str, **options) -> gr.ImageSlider:
-    fixed = {"type": "filepath", "interactive": False, "visible": False}
-    return gr.ImageSlider(label=label, elem_id=elem_id, **fixed, **options)
-
-
-def gallery(label: str, **options) -> gr.Gallery:
-    return gr.Gallery(label=label, height="auto", interactive=False, buttons=[], **options)
-
-
-def code_box(label: str, language: str, visible: bool = True) -> gr.Code:
-    options = {"interactive": False, "show_line_numbers": False, "wrap_lines": True}
-    return gr.Code(label=label, language=language, visible=visible, **options)
+small_button = partial(gr.Button, size="sm", min_width=110)
+stop_button = partial(gr.Button, "Stop", size="sm", min_width=70)
+download_button = partial(gr.DownloadButton, size="sm", min_width=110, interactive=False)
+shown_image = partial(gr.Image, type="filepath", interactive=False, show_label=False, buttons=["fullscreen"])
+before_and_after = partial(gr.ImageSlider, type="filepath", interactive=False, visible=False)
+gallery = partial(gr.Gallery, height="auto", interactive=False, buttons=[])
+code_box = partial(gr.Code, interactive=False, show_line_numbers=False, wrap_lines=True)
 
 
 def add_words(ui: SimpleNamespace, studio: Studio, first: Job) -> None:
@@ -112,7 +95,8 @@ def add_words(ui: SimpleNamespace, studio: Studio, first: Job) -> None:
         with gr.Column(scale=1, min_width=170):
             ui.draw = gr.Button("Draw", variant="primary", elem_id="draw")
             # Only of the toy model it is known which words make another person.
-            ui.other_person = small_button("Another person" if studio.is_toy else "Another seed", "other-person")
+            another = "Another person" if studio.is_toy else "Another seed"
+            ui.other_person = small_button(another, elem_id="other-person")
     ui.remarks = gr.HTML(elem_id="remarks")
     ui.examples = gr.Dataset(
         components=["textbox"],
@@ -131,27 +115,29 @@ def add_words(ui: SimpleNamespace, studio: Studio, first: Job) -> None:
 
 
 def add_pictures(ui: SimpleNamespace) -> None:
-    ui.picture = shown_image("Picture", "picture")
-    ui.compared = before_and_after("Neutral and now", "compare", show_label=False, buttons=[])
-    ui.choice = gallery("Choose one of four seeds", columns=2, visible=False, elem_id="choice", allow_preview=False)
+    ui.picture = shown_image(label="Picture", elem_id="picture")
+    ui.compared = before_and_after(label="Neutral and now", elem_id="compare", show_label=False, buttons=[])
+    ui.choice = gallery(
+        label="Choose one of four seeds", columns=2, visible=False, elem_id="choice", allow_preview=False
+    )
     ui.said = gr.HTML(elem_id="said", html_template='<div role="status" aria-live="polite">${value}</div>')
 
 
 def add_tools(ui: SimpleNamespace) -> None:
     """Buttons for the picture, and the pictures before it."""
     with gr.Row():
-        ui.other_expression = small_button("Other expression", "other-expression", 140)
-        ui.compare = small_button(COMPARE, "compare-button", 150)
-        ui.four = small_button("Four seeds", "four", 100)
+        ui.other_expression = small_button("Other expression", elem_id="other-expression", min_width=140)
+        ui.compare = small_button(COMPARE, elem_id="compare-button", min_width=150)
+        ui.four = small_button("Four seeds", elem_id="four", min_width=100)
     with gr.Row():
-        ui.download = download_button("Download PNG", "download", interactive=True)
+        ui.download = download_button("Download PNG", elem_id="download", interactive=True)
         ui.open = gr.UploadButton("Open a PNG", size="sm", file_types=[".png"], elem_id="open", min_width=130)
-        ui.stops["face"] = small_button("Stop", "stop", 70)
+        ui.stops["face"] = stop_button(elem_id="stop")
     look = {"columns": 6, "fit_columns": False, "object_fit": "cover", "elem_id": "strip", "elem_classes": "strip"}
-    ui.strip = gallery("Last pictures: choose one to go back to it", allow_preview=False, **look)
+    ui.strip = gallery(label="Last pictures: choose one to go back to it", allow_preview=False, **look)
     with gr.Accordion("The same picture from code", open=False):
-        ui.python = code_box("Python", "python")
-        ui.command = code_box("Command line", "shell")
+        ui.python = code_box(label="Python", language="python")
+        ui.command = code_box(label="Command line", language="shell")
 
 
 def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
@@ -160,7 +146,7 @@ def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
         "Another expression on a face: only what is inside the oval changes. Say in the prompt who is in the photo."
         + (" The model of this page draws cartoons; photographs need other weights." if studio.is_toy else "")
     )
-    ui.edited = before_and_after("Before and after", "edited", buttons=["fullscreen"])
+    ui.edited = before_and_after(label="Before and after", elem_id="edited", buttons=["fullscreen"])
     sources = ["upload", "clipboard"]
     ui.photo = gr.Image(label="Photo", type="filepath", sources=sources, elem_id="photo", buttons=[], height=None)
     how = "The face is found; or drag over it." if has_detector() else f"Drag over the face. {NO_DETECTOR}"
@@ -171,18 +157,16 @@ def add_photo(ui: SimpleNamespace, studio: Studio) -> None:
         ]
         ui.strength = gr.Number(0.8, label="Change", step=0.05, min_width=80, elem_id="strength")
     with gr.Row():
-        ui.download_photo = download_button("Download the photo", "download-photo")
-        ui.stops["photo"] = small_button("Stop", "stop-photo", 70)
+        ui.download_photo = download_button("Download the photo", elem_id="download-photo")
+        ui.stops["photo"] = stop_button(elem_id="stop-photo")
 
 
 def add_sweep(ui: SimpleNamespace, studio: Studio) -> None:
     gr.Markdown("The face moves; the person stays.")
     kind = gr.Radio([ONE_MUSCLE, "Into another expression"], value=ONE_MUSCLE, show_label=False)
-    aus = {
-        name: f"{plain_name(unit)} · {name}"
-        for unit in action_units_of(studio.au_names)
-        for name in (unit.name, *sides_of(unit, studio.au_names))
-    }
+    aus = {}
+    for unit in action_units_of(studio.au_names):
+        aus |= {name: f"{plain_name(unit)} · {name}" for name in (unit.name, *sides_of(unit, studio.au_names))}
     with gr.Row() as ui.of_muscle:
         choices = [(label, name) for name, label in aus.items()]
         au = gr.Dropdown(choices, value="AU12" if "AU12" in aus else next(iter(aus)), label="Muscle")
@@ -194,14 +178,17 @@ def add_sweep(ui: SimpleNamespace, studio: Studio) -> None:
     count = gr.Number(6, label="Pictures", precision=0, elem_id="sweep-count")
     # As `read_sweep` takes them.
     ui.sweep = [kind, au, first, last, start, end, count]
-    images = [shown_image("Animation", "sweep-gif"), shown_image("Strip", "sweep-strip", visible="hidden")]
+    images = [
+        shown_image(label="Animation", elem_id="sweep-gif"),
+        shown_image(label="Strip", elem_id="sweep-strip", visible="hidden"),
+    ]
     with gr.Row():
         downloads = [
-            download_button("Download GIF", "download-gif"),
-            download_button("Download strip", "download-strip"),
+            download_button("Download GIF", elem_id="download-gif"),
+            download_button("Download strip", elem_id="download-strip"),
         ]
-        ui.stops["sweep"] = small_button("Stop", "stop-sweep", 70)
-    ui.swept = [*images, *downloads, code_box("Command line", "shell", visible=False)]
+        ui.stops["sweep"] = stop_button(elem_id="stop-sweep")
+    ui.swept = [*images, *downloads, code_box(label="Command line", language="shell", visible=False)]
 
 
 def add_table(ui: SimpleNamespace) -> None:
@@ -214,11 +201,11 @@ def add_table(ui: SimpleNamespace) -> None:
     ui.upload = gr.File(label="CSV, TSV, JSON or JSON Lines", file_types=types, height=150)
     ui.table_note = gr.HTML(elem_id="table-note", html_template='<div role="status">${value}</div>')
     ui.expressions = gr.State(None)
-    pictures = gallery("Pictures", elem_classes="strip")
+    pictures = gallery(label="Pictures", elem_classes="strip")
     with gr.Row():
-        download = download_button("Download zip", "download-zip")
-        ui.stops["table"] = small_button("Stop", "stop-table", 70)
-    ui.tabled = [pictures, download, code_box("Command line", "shell", visible=False)]
+        download = download_button("Download zip", elem_id="download-zip")
+        ui.stops["table"] = stop_button(elem_id="stop-table")
+    ui.tabled = [pictures, download, code_box(label="Command line", language="shell", visible=False)]
 
 
 def add_settings(ui: SimpleNamespace, first: Job) -> None:

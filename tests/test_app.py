@@ -25,7 +25,7 @@ from au_encoder import AUAdapter, write_au_adapter
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
-from drawing.studio import Stopped, Studio, change, sweep_au
+from drawing.studio import Stopped, Studio
 from hub import export
 from pipeline_fineface_xl import FineFaceXLPipeline
 from program import TOY_MODEL, settle_device
@@ -131,7 +131,7 @@ def test_a_wrong_sweep_is_a_message(studio, changes, part):
 
 def test_a_face_changes_into_another(studio, tmp_path):
     sweep = actions.read_sweep(JOB, studio, "Into another expression", "AU12", 0, 5, "angry", "", 3)
-    assert sweep == change(replace(JOB, aus=format_aus("angry")), JOB.aus, 3)
+    assert sweep == studio.change(replace(JOB, aus=format_aus("angry")), JOB.aus, 3)
     pictures, _, shown = studio.sweep(sweep)
     assert shown["rows"] == [["AU4=5 AU5=3 AU17=3", "AU4=2.5 AU5=1.5 AU6=1.5 AU12=2 AU17=1.5", "AU6=3 AU12=4"]]
     assert np.array_equal(np.asarray(pictures[-1]), np.asarray(studio.draw(JOB)))
@@ -174,7 +174,7 @@ def test_a_picture_brings_its_controls_back(studio, tmp_path):
     (tmp_path / "notes.png").write_text("none")
     with pytest.raises(ValueError, match="^notes.png does not say"):
         actions.read_picture(tmp_path / "notes.png", studio)
-    _, strip, shown = studio.sweep(sweep_au(JOB, "AU12", 0, 5, 2))
+    _, strip, shown = studio.sweep(studio.sweep_au(JOB, "AU12", 0, 5, 2))
     studio.write(strip, tmp_path / "strip.png", shown)
     with pytest.raises(ValueError, match="strip.png is a sheet"):
         actions.read_picture(tmp_path / "strip.png", studio)

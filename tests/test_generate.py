@@ -24,10 +24,9 @@ from au_encoder import AUAdapter, write_au_adapter
 from drawing import files, model
 from drawing.contact_sheet import Table, draw_sheet, draw_table, write_animation
 from drawing.files import read_metadata
-from drawing.jobs import Job, make_job
+from drawing.jobs import Job, make_job, sheet_of
 from drawing.labelled_set import DEFAULT_DISTRIBUTION
 from drawing.model import Weights, make_batches, read_au_names
-from drawing.modes import _sheet_of
 from generate import main
 
 
@@ -844,7 +843,7 @@ def test_the_commands_of_the_docs_for_the_sided_adapter_are_read():
     for command in commands:
         args, au_names = generate.parse_args(shlex.split(command)), read_au_names(SIDED)
         job = make_job({"prompt": args.prompt, "aus": getattr(args, "aus", None)}, au_names=au_names)
-        sheet = _sheet_of(job, args, au_names)
+        sheet = sheet_of(job, args, au_names)
         jobs = [job] if sheet is None else sheet[0][0].rows[0]
         with pytest.raises(ValueError, match="know"):
             # The default adapter has no sides.

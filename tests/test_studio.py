@@ -19,14 +19,13 @@ from action_units import AU_NAMES
 from drawing.files import read_metadata
 from drawing.jobs import Job
 from drawing.model import Weights
-from drawing.photo import encode
+from drawing.photo import encode, face_mask
 from drawing.studio import (
     MAX_COLUMNS,
     MAX_ROWS,
     MAX_TABLE_BYTES,
     Studio,
     read_expressions,
-    sweep_au,
     write_gif,
     write_zip,
 )
@@ -90,14 +89,14 @@ def test_the_code_for_the_toy_model_draws_the_same_picture_to_the_bit(tmp_path, 
 
 def test_the_command_of_a_sweep_draws_the_same_strip_to_the_bit(tiny_studio, tmp_path):
     # Where the face already has the AU, the sweep takes its place.
-    sweep = sweep_au(JOBS[0], "AU12", -1.0, 5.0, 3)
+    sweep = tiny_studio.sweep_au(JOBS[0], "AU12", -1.0, 5.0, 3)
     counts = []
     pictures, strip, values = tiny_studio.sweep(sweep, counts.append)
     assert list(dict.fromkeys(counts)) == [0, 1, 2, 3]
     assert values["rows"] == [["AU6=3 AU12=-1", "AU6=3 AU12=2", "AU6=3 AU12=5"]]
     assert np.array_equal(pixels(pictures[1]), pixels(tiny_studio.draw(replace(JOBS[0], aus="AU6=3 AU12=2"))))
     tiny_studio.write(strip, tmp_path / "screen.png", values)
-    again = run_command(tiny_studio.sweep_command(sweep), "sweep.png", tmp_path / "sweep.png")
+    again = run_command(sweep.command, "sweep.png", tmp_path / "sweep.png")
     assert np.array_equal(again, pixels(strip))
     assert read_metadata(tmp_path / "sweep.png") == read_metadata(tmp_path / "screen.png")
 
@@ -108,7 +107,7 @@ def test_a_photo_and_the_code_on_the_screen_on_sdxl(tiny_xl_dir, tiny_xl_adapter
     assert "import FineFaceXLPipeline" in studio.python(job)
     assert np.array_equal(run_snippet(studio.python(job), tmp_path / "python.png"), pixels(studio.draw(job)))
     photo = Image.effect_noise((64, 64), 60).convert("RGB")
-    edited = pixels(studio.edit(photo, (8, 8, 56, 56), job, 1.0)) != pixels(photo)
+    edited = pixels(studio.edit(photo, face_mask(photo.size, (8, 8, 56, 56)), job, 1.0)) != pixels(photo)
     assert edited[16:48, 16:48].mean() > 0.5 and not edited[:8].any()
     # In half precision, the VAE of SDXL would overflow; it is in half precision again afterwards.
     vae, dtypes = studio.pipeline.vae.half(), []
