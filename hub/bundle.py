@@ -13,6 +13,7 @@ are merged, and their code follows in the order in which they need each other.
 import argparse
 import ast
 import re
+import symtable
 import sys
 import textwrap
 from pathlib import Path
@@ -57,11 +58,13 @@ def bundle(source_dir: Path = SOURCE_DIR, pipeline: str = PIPELINE) -> str:
         source = (source_dir / f"{module}.py").read_text(encoding="utf-8")
         tree = ast.parse(source)
         imports += [node for node in tree.body if isinstance(node, IMPORTS)]
-        for name in _defined_names(tree):
-            other = owners.setdefault(name, module)
+        body = _body(source, tree)
+        for symbol in symtable.symtable(body, module, "exec").get_symbols():
+            name = symbol.get_name()
+            other = owners.setdefault(name, module) if symbol.is_assigned() else module
             if other != module:
                 raise ValueError(f"{other}.py and {module}.py both define {name}. One file can hold only one of them.")
-        bodies.append(_heading(module, ast.get_docstring(tree)) + "\n\n\n" + _body(source, tree))
+        bodies.append(_heading(module, ast.get_docstring(tree)) + "\n\n\n" + body)
     clashes = owners.keys() & {alias.asname or alias.name for node in imports for alias in node.names}
     if clashes:
         raise ValueError(f"{', '.join(sorted(clashes))}: one module imports what another one defines.")
@@ -75,20 +78,19 @@ def bundle(source_dir: Path = SOURCE_DIR, pipeline: str = PIPELINE) -> str:
 
 def merge_imports(nodes: list[ast.Import | ast.ImportFrom]) -> str:
     """Write every import once, in isort's order: standard library first, `import x` before `from x import y`."""
-    whole = {alias.name: alias for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    members: dict[str, set[str]] = {}
+    members: dict[tuple[str, str], set[str]] = {}
     for node in nodes:
-        if isinstance(node, ast.ImportFrom):
-            members.setdefault(node.module, set()).update(ast.unparse(alias) for alias in node.names)
-    lines = [(name, f"import {ast.unparse(whole[name])}") for name in sorted(whole, key=str.lower)]
-    for module in sorted(members, key=str.lower):
-        names = sorted(members[module], key=_member_order)
-        line = f"from {module} import {', '.join(names)}"
+        for alias in node.names:
+            start = f"from {node.module} import " if isinstance(node, ast.ImportFrom) else "import "
+            module = getattr(node, "module", alias.name)
+            members.setdefault((start, module), set()).add(ast.unparse(alias))
+    sections = [], []
+    for start, module in sorted(members, key=lambda key: (key[0] != "import ", key[1].lower())):
+        names = sorted(members[start, module], key=_member_order)
+        line = start + ", ".join(names)
         if len(line) > LINE_LENGTH:
-            line = f"from {module} import (\n" + "".join(f"    {name},\n" for name in names) + ")"
-        lines.append((module, line))
-    is_standard = {module: module.partition(".")[0] in sys.stdlib_module_names for module, _ in lines}
-    sections = ([line for module, line in lines if is_standard[module] == wanted] for wanted in (True, False))
+            line = f"{start}(\n" + "".join(f"    {name},\n" for name in names) + ")"
+        sections[module.partition(".")[0] not in sys.stdlib_module_names].append(line)
     return "\n\n".join("\n".join(section) for section in sections)
 
 
@@ -96,17 +98,6 @@ def _member_order(name: str) -> tuple[int, str]:
     """Constants, then classes, then functions."""
     kind = 0 if len(name) > 1 and name.isupper() else 1 if name[0].isupper() else 2
     return kind, name.lower()
-
-
-def _defined_names(tree: ast.Module) -> list[str]:
-    names = []
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.append(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names += [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-    return names
 
 
 def _heading(module: str, docstring: str | None) -> str:

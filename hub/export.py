@@ -113,18 +113,6 @@ NOT_RECORDED = "Nothing about the training was recorded beside these weights."
 NOT_MEASURED = "No measurements of these weights were given when they were exported."
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """The facts of the model card that do not follow from the weights."""
-
-    license: str
-    base_model: str | None
-    datasets: list[str] | None
-    """None leaves those of the template, which is about the published weights."""
-    training: str
-    evaluation: str
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The request. All of it is checked before anything is loaded or written.
 # --------------------------------------------------------------------------------------------------------------------
@@ -196,14 +184,8 @@ def parse_args(argv: list[str] | None) -> ExportConfig:
 
 
 def find_weights(config: ExportConfig) -> Weights | None:
-    """
-    Find the model and the adapter that make the repository or draw its pictures. None for an adapter without a model.
-
-    Raises:
-        OSError: if a folder is not there, or holds something else.
-        ValueError: if the options do not fit together.
-    """
-    named = [config.source, *([] if config.base is None else [config.base])]
+    """The model and the adapter that make the repository or draw its pictures; None for an adapter without a model."""
+    named = [name for name in (config.source, config.base) if name is not None]
     for name in named:
         check_folder_or_hub_id(name, "The model or adapter")
     if config.folder.resolve() in [Path(name).resolve() for name in named]:
@@ -258,34 +240,31 @@ def check_push(repo_id: str, repo_type: str = "model", marker: str = MARKERS["pi
     return api
 
 
-def gather_facts(config: ExportConfig, weights: Weights | None, is_original: bool) -> CardFacts:
+def gather_facts(config: ExportConfig, weights: Weights | None, is_original: bool) -> dict:
     """
+    The facts of the model card that do not follow from the weights: `license`, `base_model` (a Hub id or None),
+    `datasets` (Hub ids; None leaves those of the template), and the texts `training` and `evaluation`.
+
     Raises:
         OSError: if a text that is named cannot be read.
     """
-    folder = Path(config.source)
-    config_file = folder / TRAIN_CONFIG_NAME
-    trained = read_json_file(config_file) if config_file.is_file() else {}
-    bases = (config.base_model, weights and weights.model, trained.get("pretrained_model_name_or_path"))
+    settings, report, notes = (Path(config.source) / name for name in (TRAIN_CONFIG_NAME, REPORT_NAME, "README.md"))
+    trained = read_json_file(settings) if settings.is_file() else {}
     if config.base_model is not None and not is_hub_id(config.base_model):
         raise ValueError(f"`--base-model` is {config.base_model!r}, which is no id of a Hub repository.")
     # A folder on this disk is no base for anybody else.
-    base_model = next((name for name in bases if name is not None and is_hub_id(name)), None)
-    datasets = None if config.datasets is None else list(config.datasets)
-    if datasets is None and is_hub_id(trained.get("dataset_name") or ""):
-        datasets = [trained["dataset_name"]]
+    bases = (config.base_model, weights and weights.model, trained.get("pretrained_model_name_or_path"))
+    recorded = [trained["dataset_name"]] if is_hub_id(trained.get("dataset_name") or "") else []
     # Only the paper's authors use the original layout, and the template names the data that they trained on.
-    datasets = [] if datasets is None and not is_original else datasets
-    evaluation = config.evaluation
-    if evaluation is None and (folder / REPORT_NAME).is_file():
-        evaluation = folder / REPORT_NAME
-    return CardFacts(
-        license=config.license,
-        base_model=base_model,
-        datasets=datasets,
-        training=_training_text(config.training, trained, folder / "README.md"),
-        evaluation=NOT_MEASURED if evaluation is None else _section(evaluation),
-    )
+    datasets = list(config.datasets or recorded) or (None if is_original else [])
+    evaluation = config.evaluation or (report if report.is_file() else None)
+    return {
+        "license": config.license,
+        "base_model": next((name for name in bases if name is not None and is_hub_id(name)), None),
+        "datasets": datasets,
+        "training": _training_text(config.training, trained, notes),
+        "evaluation": NOT_MEASURED if evaluation is None else _section(evaluation),
+    }
 
 
 def _training_text(path: Path | None, config: dict, notes: Path) -> str:
@@ -422,7 +401,7 @@ def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def fill_card(
-    facts: CardFacts,
+    facts: dict,
     repo_id: str,
     defaults: dict,
     has_pictures: bool,
@@ -453,17 +432,17 @@ def fill_card(
         data.widget = None
         section = re.compile(r"^## Use\n.*?(?=^## )", flags=re.MULTILINE | re.DOTALL)
         text = section.sub(lambda _: f"{plain}\n", text)
-    data.license, data.base_model = facts.license, facts.base_model
-    data.base_model_relation = "adapter" if facts.base_model else None
-    if facts.datasets is not None:
-        data.datasets = facts.datasets or None
+    data.license, data.base_model = facts["license"], facts["base_model"]
+    data.base_model_relation = "adapter" if facts["base_model"] else None
+    if facts["datasets"] is not None:
+        data.datasets = facts["datasets"] or None
     known, first = au_columns(au_names), whole_au(au_names[0])
     example_aus = {au: value for au, value in {"AU6": 2.5, "AU12": 5.0}.items() if au in known} or {first: 5.0}
     filled = string.Template(text).substitute(
-        asdict(facts),
+        facts,
         repo_id=repo_id,
-        base=facts.base_model or "BASE_MODEL",
-        base_note="" if facts.base_model else " `BASE_MODEL` stands for the base that this adapter was trained on.",
+        base=facts["base_model"] or "BASE_MODEL",
+        base_note="" if facts["base_model"] else " `BASE_MODEL` stands for the base that this adapter was trained on.",
         load_lora=f'pipe.load_lora_weights("{repo_id}")' if has_lora else "# there is no LoRA with this adapter",
         au_names=" ".join(au_names),
         num_aus=_count_aus(au_names),
@@ -517,7 +496,7 @@ def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def write_space(weights: Weights, folder: Path, title: str, facts: CardFacts, dtype: torch.dtype) -> None:
+def write_space(weights: Weights, folder: Path, title: str, facts: dict, dtype: torch.dtype) -> None:
     """Write `app.py`, the files that it needs, and the weights, in the place where it looks for the toy model."""
     styles_and_scripts = [path for path in (SOURCE_DIR / "page").iterdir() if path.suffix in (".css", ".js")]
     for path in [*imported_files(APP), *styles_and_scripts]:
@@ -542,9 +521,9 @@ def write_space(weights: Weights, folder: Path, title: str, facts: CardFacts, dt
         colorTo="blue",
         sdk="gradio",
         app_file=APP.name,
-        license=facts.license,
+        license=facts["license"],
         short_description=f"Faces from text and {num_aus} facial muscles",
-        models=[facts.base_model] if facts.base_model else None,
+        models=[facts["base_model"]] if facts["base_model"] else None,
         **gradio,
     )
     text = f"A prompt, sliders for {num_aus} muscles of the face, and a picture. The code is in this Space."
@@ -590,12 +569,7 @@ def push(api: HfApi, config: ExportConfig) -> str:
 
 
 def read_alone(files: AdapterFiles, config: ExportConfig) -> AUAdapter:
-    """
-    Read the whole adapter, which checks it, and fold it into the dtype of the export.
-
-    Raises:
-        ValueError: if a file of it is broken, it is not affine, or the dtype cannot hold it.
-    """
+    """Read the whole adapter, which checks it, and fold it into the dtype of the export."""
     adapter = nn.Module.to(read_au_adapter(files), torch.float32)
     try:
         adapter = nn.Module.to(adapter.fold(), getattr(torch, config.dtype))

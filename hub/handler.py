@@ -11,7 +11,6 @@ write AUs into the prompt: "a boy <AU6=3 AU12=5> in a park".
 
 import json
 import re
-import threading
 from pathlib import Path
 
 import torch
@@ -48,9 +47,11 @@ class EndpointHandler:
             path, dtype=torch.float16 if has_accelerator else torch.float32, trust_remote_code=True
         ).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
-        self.defaults = _read_defaults(Path(path) / MODEL_DEFAULTS_NAME)
-        # A pipeline stores the settings of a call in itself, so it can serve only one call at a time.
-        self.lock = threading.Lock()
+        # The settings that suit the model best, if its repository names them.
+        defaults = Path(path) / MODEL_DEFAULTS_NAME
+        self.defaults = json.loads(defaults.read_text(encoding="utf-8")) if defaults.is_file() else {}
+        if "size" in self.defaults:
+            self.defaults["width"] = self.defaults["height"] = self.defaults.pop("size")
 
     def __call__(self, data: dict) -> Image.Image | dict[str, str]:
         r"""
@@ -68,8 +69,7 @@ class EndpointHandler:
             arguments = self.check(data)
             seed = arguments.pop("seed", None)
             generator = None if seed is None else torch.Generator().manual_seed(seed)
-            with self.lock:
-                return self.pipeline(**arguments, generator=generator).images[0]
+            return self.pipeline(**arguments, generator=generator).images[0]
         except ValueError as error:
             return {"error": str(error)[:1000], "error_type": "invalid_request"}
         except torch.OutOfMemoryError:
@@ -106,15 +106,6 @@ class EndpointHandler:
         if ("width" in given or "height" in given) and width * height > self.max_pixels:
             raise ValueError(f"{width} x {height} pixels are more than the {self.max_pixels} that are allowed.")
         return arguments
-
-
-def _read_defaults(path: Path) -> dict:
-    """The settings that suit the model best; none if its repository has no such file."""
-    if not path.is_file():
-        return {}
-    defaults = json.loads(path.read_text(encoding="utf-8"))
-    size = defaults.pop("size", None)
-    return defaults | ({} if size is None else {"width": size, "height": size})
 
 
 def _check_number(name: str, value, lowest: int, highest: int, step: int) -> None:

@@ -66,22 +66,19 @@ def image_projection(num_aus: int, width: int) -> dict[str, torch.Tensor]:
     num_offsets = next((number for number in exact if number <= room), room)
     scale = math.sqrt(num_offsets / width)
     offset = 2.0 ** round(14 - math.log2(num_offsets) / 2)
-    identity = torch.eye(num_aus)
-    both_signs = torch.cat([identity, -identity], dim=1)
-    weights = {
-        "proj.0.weight": GELU_SCALE * torch.cat([identity, -identity]),
+    signs = torch.cat([torch.eye(num_aus), -torch.eye(num_aus)])
+    to_token, token_bias, norm = torch.zeros(width, 2 * num_aus), torch.zeros(width), torch.zeros(width)
+    to_token[: 2 * num_aus] = signs @ signs.T / GELU_SCALE
+    token_bias[2 * num_aus :][:num_offsets] = torch.tensor([offset, -offset]).repeat(num_offsets // 2)
+    norm[:num_aus], norm[2 * num_aus] = offset * scale, scale
+    return {
+        "proj.0.weight": GELU_SCALE * signs,
         "proj.0.bias": torch.zeros(2 * num_aus),
-        "proj.2.weight": torch.zeros(width, 2 * num_aus),
-        "proj.2.bias": torch.zeros(width),
-        "norm.weight": torch.zeros(width),
+        "proj.2.weight": to_token,
+        "proj.2.bias": token_bias,
+        "norm.weight": norm,
         "norm.bias": torch.zeros(width),
     }
-    weights["proj.2.weight"][: 2 * num_aus] = torch.cat([both_signs, -both_signs]) / GELU_SCALE
-    weights["proj.2.bias"][2 * num_aus : 2 * num_aus + num_offsets : 2] = offset
-    weights["proj.2.bias"][2 * num_aus + 1 : 2 * num_aus + num_offsets : 2] = -offset
-    weights["norm.weight"][:num_aus] = offset * scale
-    weights["norm.weight"][2 * num_aus] = scale
-    return weights
 
 
 def ip_adapter_state_dict(adapter: AUAdapter) -> dict[str, torch.Tensor]:

@@ -268,6 +268,9 @@ def test_the_card_shows_every_au(exported):
         assert read_metadata(exported / re.search('src="([^"]+)"', row)[1])["aus"] == f"{unit.name}=5"
 
 
+FACTS = {"license": "mit", "base_model": None, "datasets": None, "training": "a", "evaluation": "b"}
+
+
 def test_the_card_has_the_aus_of_the_adapter():
     au_names = ["AU4", "AU6", "AU12L", "AU12R"]
     jobs = export.picture_jobs({"num_inference_steps": 1}, au_names)
@@ -278,12 +281,12 @@ def test_the_card_has_the_aus_of_the_adapter():
         "images/AU12.png": "AU12=5",
         "images/example_1.png": "AU6=3 AU12=4",
     }
-    text = export.fill_card(export.CardFacts("mit", None, None, "a", "b"), "me/mine", {}, True, au_names)
+    text = export.fill_card(FACTS, "me/mine", {}, True, au_names)
     assert "# FineFace: a prompt and 3 facial muscles" in text and "| AU1 |" not in text
     assert 'a smile; AU12L and AU12R move one side | <img src="images/AU12.png"' in text
     assert 'aus={"AU6": 2.5, "AU12": 5.0}' in text and "Left and right are the person's own" in text
     for names, aus in ((["AU4", "AU12"], '{"AU12": 5.0}'), (["AU43L", "AU43R"], '{"AU43": 5.0}')):
-        text = export.fill_card(export.CardFacts("mit", None, None, "a", "b"), "me/mine", {}, True, names)
+        text = export.fill_card(FACTS, "me/mine", {}, True, names)
         assert f'in a park", aus={aus}' in text and f"smile = {aus}" in text
 
 
