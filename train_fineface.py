@@ -502,7 +502,7 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     if accelerator.is_main_process and not config.streaming:
         count_cut_captions(data, encoders)
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
-    feedback = make_feedback(config, meter, inputs, data.au_names)
+    feedback = make_feedback(config, meter, model, inputs, data.au_names)
     if accelerator.is_main_process:
         with disk_errors_explained(CONFIG_NAME, config.output_dir):
             write_atomically(config.output_dir / CONFIG_NAME, config.to_json())

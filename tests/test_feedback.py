@@ -20,7 +20,7 @@ from training.checkpoints import PARAMETERS_NAME
 from training.config import FEEDBACK_MODES, parse_args
 from training.data import PixelInputs, TrainingSamples, load_training_data
 from training.encoders import StableDiffusionEncoders, load_encoders
-from training.feedback import AUFeedback, appearance_change, check_meter, load_meter, shake
+from training.feedback import AUFeedback, appearance_change, check_meter, first_weights_of, load_meter, shake
 
 
 pytest_plugins = ["training_runs"]
@@ -56,6 +56,7 @@ def make_model_and_feedback(config, meters=None, **options):
     model = train_fineface.make_model(components["unet"], config)
     scheduler = DDIMScheduler.from_config(components["scheduler"].config)
     meters = [TinyMeter().eval().requires_grad_(False)] if meters is None else meters
+    options.setdefault("first_weights", first_weights_of(model))
     batch = encoders.encode_captions(torch.stack([encoders.tokenize(text) for text in ("a boy", "a girl")]))
     return model, AUFeedback(meters, encoders, scheduler, AU_NAMES, **options), batch
 
@@ -229,6 +230,20 @@ def test_what_a_meter_does_not_see_stays_as_it_is_on_the_neutral_face(config):
             drawn, neutral = (feedback.draw(model, batch, draw_noise(), aus) for aus in (commands, 0 * commands))
         changes.append(appearance_change(drawn - neutral, 4).mean().item())
     assert changes[1] < changes[0] / 4
+
+
+def test_the_neutral_face_cannot_drift_together_with_the_others(config):
+    """Pictures are compared with the neutral face of the first weights, so a tint of all faces counts."""
+    model, feedback, batch = make_model_and_feedback(config, steps=1, guidance_scale=1.0, appearance_weight=1e6)
+    neutral, losses = torch.zeros(2, 12), []
+    for drift in (0.0, 1.0):
+        with torch.no_grad():
+            for parameter in model.trained_parameters().values():
+                parameter += drift
+        losses.append(feedback.loss(model, batch, draw_noise(), neutral).item())
+    assert losses[1] > 2 * losses[0] > 0
+    with pytest.raises(ValueError, match="needs `first_weights`"):
+        make_model_and_feedback(config, appearance_weight=1.0, first_weights=None)
 
 
 def test_the_appearance_needs_drawn_pictures(config, arguments, capsys):

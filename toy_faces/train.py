@@ -46,7 +46,7 @@ from train_fineface import FineFaceModel, diffusion_loss, make_model
 from training.config import TrainConfig
 from training.data import face_sides
 from training.encoders import StableDiffusionEncoders
-from training.feedback import AUFeedback, appearance_change, load_meter, shake
+from training.feedback import AUFeedback, appearance_change, first_weights_of, load_meter, shake
 from training.sides import SideAttention
 
 
@@ -420,9 +420,15 @@ class Recipe:
         feedback = AUFeedback([meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, **options)
         reader = self.load(PictureReader, "attribute_reader")
 
-        def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, **kwargs) -> torch.Tensor:
-            """The model, commanded by the intensities of `TOY_AU_NAMES`."""
-            return model(noisy_latents, timesteps, prompt_embeds, au_intensities @ projection, **kwargs)
+        def commanded_by_all(network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+            """The network, commanded by the intensities of `TOY_AU_NAMES`."""
+
+            def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, **kwargs) -> torch.Tensor:
+                return network(noisy_latents, timesteps, prompt_embeds, au_intensities @ projection, **kwargs)
+
+            return predict
+
+        predict = commanded_by_all(model)
 
         def draw(rng: np.random.Generator, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
             """Numbers of pictures, and embeddings of captions that name no AUs."""
@@ -466,7 +472,7 @@ class Recipe:
                 loss = loss + feedback.error(pictures, commanded, au_weights=command_weights(commanded))
                 attributes = networks.attribute_loss(reader(shake(pictures)), self.attributes[indices])
                 with torch.no_grad():
-                    neutral = feedback.draw(predict, batch, noise, torch.zeros_like(commanded))
+                    neutral = feedback.draw(predict_first, batch, noise, torch.zeros_like(commanded))
                 change = pictures - neutral
                 place = (surroundings * change**2).mean()
                 face = appearance_change(change[..., UPPER_FACE[0], UPPER_FACE[1]], SIZE // 8).mean()
@@ -475,6 +481,7 @@ class Recipe:
         modules = {name: model}
         if is_new:
             self.fit(f"{name}_start", modules, diffusion, self.size.adapter, 1e-3, ema_decay=0.998)
+        predict_first = commanded_by_all(first_weights_of(model))
         self.fit(name, modules, with_feedback, self.size.feedback, 5e-4, ema_decay=0.985)
         with new_folder(self.folder / name) as unfinished:
             write_au_adapter(unfinished, model.au_adapter.half(), model.unet.half(), LORA_NAME)

@@ -136,8 +136,8 @@ class TrainConfig:
     au_feedback_guidance_scale: float = fixed(7.5, "Guidance scale of a drawn picture.", low=0)
     au_feedback_appearance_weight: float = fixed(
         0.0,
-        "Weight of the change of a drawn picture's tones and colours from the neutral face of the same noise, which is"
-        " added to the meter's error.",
+        "Weight of the change of a drawn picture's tones and colours from the neutral face that the first weights draw"
+        " from the same noise. It is added to the meter's error.",
         low=0,
     )
     au_feedback_batch_size: int | None = fixed(

@@ -12,7 +12,7 @@ stays in the sum, and a different meter has to judge the result.
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
+from torch.func import functional_call
 
 from action_units import AU_NAMES, au_projection
 from training.config import FEEDBACK_MODES, TrainConfig
@@ -115,7 +116,7 @@ def appearance_change(change: torch.Tensor, cell: int) -> torch.Tensor:
 
     Args:
         change (`torch.Tensor` of shape `(batch, 3, height, width)`):
-            Pictures in [-1, 1], minus the neutral pictures from the same noise.
+            Pictures in [-1, 1], minus the neutral pictures of the first weights from the same noise.
         cell (`int`):
             An eighth of the height of a whole picture, pixels.
 
@@ -127,6 +128,20 @@ def appearance_change(change: torch.Tensor, cell: int) -> torch.Tensor:
     colour = change - (luma * change).sum(1, keepdim=True)
     tone, colour = F.avg_pool2d(change, cell), F.avg_pool2d(colour, max(1, cell // 4))
     return tone.square().mean((1, 2, 3)) + 4 * colour.square().mean((1, 2, 3))
+
+
+def first_weights_of(model: nn.Module) -> Callable[..., torch.Tensor]:
+    """
+    Return the forward pass of `model`, without gradient, with copies of its trained parameters as they are now. It
+    stays the same while the model is trained, loaded from a checkpoint or wrapped.
+    """
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def forward(*args, **kwargs) -> torch.Tensor:
+        return functional_call(model, weights, args, kwargs)
+
+    return forward
 
 
 class AUFeedback:
@@ -161,10 +176,13 @@ class AUFeedback:
         appearance_weight (`float`):
             Weight of the `appearance_change` of drawn pictures, which is added to the meters' error. It costs two
             passes of the UNet without gradient for each denoising step.
+        first_weights (`Callable`, *optional*):
+            From `first_weights_of`, before the training begins: draws the neutral faces that pictures are compared
+            with. Those of the weights in training would not do, because both could drift to one colour together.
 
     Raises:
-        ValueError: if `mode` is unknown, `backprop` is larger than `steps`, a meter reads none of the AUs, or no
-            picture is there whose appearance can be compared.
+        ValueError: if `mode` is unknown, `backprop` is larger than `steps`, a meter reads none of the AUs, or nothing
+            is there that the appearance can be compared with.
     """
 
     def __init__(
@@ -178,10 +196,11 @@ class AUFeedback:
         guidance_scale: float = 7.5,
         mode: str = "draw",
         appearance_weight: float = 0.0,
+        first_weights: Callable[..., torch.Tensor] | None = None,
     ):
         self.meters, self.encoders, self.vae, self.steps = meters, encoders, encoders.vae, steps
         self.backprop, self.guidance_scale = steps if backprop is None else backprop, guidance_scale
-        self.mode, self.appearance_weight = mode, appearance_weight
+        self.mode, self.appearance_weight, self.first_weights = mode, appearance_weight, first_weights
         reads_latents = {bool(getattr(meter, "reads_latents", False)) for meter in meters}
         if len(reads_latents) > 1:
             raise ValueError("Some meters read latents and others pictures: use meters of one kind.")
@@ -200,6 +219,8 @@ class AUFeedback:
                 "`--au_feedback_appearance_weight` compares drawn pictures, but"
                 f" {'the meter reads latents' if self.reads_latents else 'the mode one_step draws none'}: set it to 0."
             )
+        if appearance_weight and first_weights is None:
+            raise ValueError("`appearance_weight` needs `first_weights`, which draw the neutral faces.")
         for meter, projection in zip(meters, self.projections, strict=True):
             if not projection.any():
                 raise ValueError(
@@ -264,7 +285,7 @@ class AUFeedback:
         if not self.appearance_weight:
             return error
         with torch.no_grad():
-            neutral = self.draw(model, batch, noise, torch.zeros_like(au_intensities), generator)
+            neutral = self.draw(self.first_weights, batch, noise, torch.zeros_like(au_intensities), generator)
         change = appearance_change(pictures - neutral, max(1, pictures.shape[-2] // 8))
         return error + self.appearance_weight * change.mean()
 
@@ -293,7 +314,7 @@ class AUFeedback:
 
     def draw(
         self,
-        model: nn.Module,
+        model: Callable[..., torch.Tensor],
         batch: dict[str, torch.Tensor],
         noise: torch.Tensor,
         au_intensities: torch.Tensor,
@@ -386,11 +407,12 @@ def check_meter(meter: nn.Module, picture: torch.Tensor) -> None:
 
 
 def make_feedback(
-    config: TrainConfig, meter: nn.Module | None, inputs: PixelInputs, au_names: Sequence[str]
+    config: TrainConfig, meter: nn.Module | None, model: nn.Module, inputs: PixelInputs, au_names: Sequence[str]
 ) -> AUFeedback | None:
     """
     Make the feedback of the flags `--au_feedback_…` for pictures in the size of `inputs`, or return None without a
-    meter. Raises the errors of `check_meter` and `AUFeedback`.
+    meter. `model` is as the training begins with it, before a checkpoint is loaded. Raises the errors of `check_meter`
+    and `AUFeedback`.
     """
     if meter is None:
         return None
@@ -412,4 +434,5 @@ def make_feedback(
         config.au_feedback_guidance_scale,
         config.au_feedback_mode,
         config.au_feedback_appearance_weight,
+        first_weights_of(model) if config.au_feedback_appearance_weight else None,
     )
