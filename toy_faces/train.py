@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -420,15 +420,9 @@ class Recipe:
         feedback = AUFeedback([meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, **options)
         reader = self.load(PictureReader, "attribute_reader")
 
-        def commanded_by_all(network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-            """The network, commanded by the intensities of `TOY_AU_NAMES`."""
-
-            def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, **kwargs) -> torch.Tensor:
-                return network(noisy_latents, timesteps, prompt_embeds, au_intensities @ projection, **kwargs)
-
-            return predict
-
-        predict = commanded_by_all(model)
+        def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, network=model, **kwargs) -> torch.Tensor:
+            """The model, commanded by the intensities of `TOY_AU_NAMES`."""
+            return network(noisy_latents, timesteps, prompt_embeds, au_intensities @ projection, **kwargs)
 
         def draw(rng: np.random.Generator, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
             """Numbers of pictures, and embeddings of captions that name no AUs."""
@@ -481,7 +475,7 @@ class Recipe:
         modules = {name: model}
         if is_new:
             self.fit(f"{name}_start", modules, diffusion, self.size.adapter, 1e-3, ema_decay=0.998)
-        predict_first = commanded_by_all(first_weights_of(model))
+        predict_first = partial(predict, network=first_weights_of(model))
         self.fit(name, modules, with_feedback, self.size.feedback, 5e-4, ema_decay=0.985)
         with new_folder(self.folder / name) as unfinished:
             write_au_adapter(unfinished, model.au_adapter.half(), model.unet.half(), LORA_NAME)
