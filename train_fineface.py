@@ -54,6 +54,7 @@ from training.checkpoints import (
 from training.config import TrainConfig, parse_args
 from training.data import (
     PixelInputs,
+    Rows,
     TrainingSamples,
     cache_inputs,
     check_pictures,
@@ -104,11 +105,8 @@ class FineFaceModel(nn.Module):
 
 def load_adapter(unet: UNet2DConditionModel, config: TrainConfig, au_names: Sequence[str]) -> AUAdapter:
     """
-    Load the adapter of `--adapter_name_or_path`, and its LoRA, if it has one, into `unet`.
-
-    Raises:
-        OSError: if there is no adapter.
-        ValueError: if it does not fit the base, or has other AUs than the data.
+    Load the adapter of `--adapter_name_or_path`, and its LoRA, if it has one, into `unet`. Raises an OSError if there
+    is none, and a ValueError if it does not fit the base, or has other AUs than the data.
     """
     files = find_adapter_files(config.adapter_name_or_path)
     au_adapter = read_au_adapter(files, unet, au_layers(unet))
@@ -301,7 +299,7 @@ def train(
         load_checkpoint(accelerator, checkpoint)
     parameters = list(state.model.trained_parameters().values())
     dataloader = make_dataloader(samples, state.step, config, accelerator)
-    announce(accelerator, config, state, samples, feedback)
+    announce(accelerator, config, state, samples.inputs.data, feedback)
 
     # Sums over the batches of a step: the loss, and the parts of it that are feedback and side attention.
     step_losses, rows = torch.zeros(3, device=accelerator.device), []
@@ -321,13 +319,8 @@ def train(
                 # `TrainingSamples` draws both from the seed and the number of the sample.
                 noise, timesteps = batch["noise"], batch["timesteps"]
                 noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-                prediction = model(
-                    noisy_latents,
-                    timesteps,
-                    batch["prompt_embeds"],
-                    batch["au_intensities"],
-                    encoders.added_cond_kwargs(batch),
-                )
+                conditions = (batch["prompt_embeds"], batch["au_intensities"], encoders.added_cond_kwargs(batch))
+                prediction = model(noisy_latents, timesteps, *conditions)
                 weights, gamma = batch.get("loss_weights"), config.snr_gamma
                 loss = diffusion_loss(prediction, noise_scheduler, latents, noise, timesteps, weights, gamma)
                 side_loss = feedback_loss = torch.zeros_like(loss)
@@ -340,9 +333,8 @@ def train(
                     loss = loss + config.au_feedback_weight * feedback_loss
 
                 accelerator.backward(loss)
-                step_losses += (
-                    torch.stack([loss, feedback_loss, side_loss]).detach() / config.gradient_accumulation_steps
-                )
+                losses = torch.stack([loss, feedback_loss, side_loss]).detach()
+                step_losses += losses / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     mean_loss, *mean_parts = accelerator.reduce(step_losses, "mean").tolist()
                     gradient_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -350,7 +342,7 @@ def train(
                     # DeepSpeed may return no norm.
                     overflows = accelerator.scaler is None and not math.isfinite(gradient_norm or 0)
                     if overflows or not math.isfinite(mean_loss):
-                        stop_before_step(accelerator, state, samples, config, mean_loss, rows)
+                        stop_before_step(accelerator, config, state, samples.inputs.data, mean_loss, rows)
                 optimizer.step()
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
@@ -382,17 +374,12 @@ def train(
 
 
 def announce(
-    accelerator: Accelerator,
-    config: TrainConfig,
-    state: TrainingState,
-    samples: TrainingSamples,
-    feedback: AUFeedback | None,
+    accelerator: Accelerator, config: TrainConfig, state: TrainingState, data: Rows, feedback: AUFeedback | None
 ) -> None:
     """Print the AUs, the sizes of data, batch and model, the number of steps, and notes about data and flags."""
     counts = {"unet": 0, "au_adapter": 0}
     for name, parameter in state.model.trained_parameters().items():
         counts[name.partition(".")[0]] += parameter.numel()
-    data = samples.inputs.data
     epochs = config.max_train_steps * state.samples_per_step / len(data)
     unread = [] if feedback is None else [name for name in data.au_names if name not in feedback.read_aus]
     accelerator.print(
@@ -415,16 +402,10 @@ def announce(
 
 
 def stop_before_step(
-    accelerator: Accelerator,
-    state: TrainingState,
-    samples: TrainingSamples,
-    config: TrainConfig,
-    mean_loss: float,
-    rows: list[int],
+    accelerator: Accelerator, config: TrainConfig, state: TrainingState, data: Rows, mean_loss: float, rows: list[int]
 ) -> None:
     """Save the weights, which are still finite, and raise an error that names the pictures of all processes."""
-    found = [samples.inputs.data.locate(row) for row in gather_object(rows)]
-    names = [data.name(index) for data, index in found]
+    names = [table.name(index) for table, index in map(data.locate, gather_object(rows))]
     if state.step and not (config.output_dir / f"checkpoint-{state.step}").exists():
         save_checkpoint(accelerator, state, config)
     kept = f"checkpoint-{state.step} holds them" if state.step else "no step was done yet"

@@ -132,7 +132,7 @@ def test_a_short_run_lowers_the_loss_and_moves_the_picture(arguments, tmp_path, 
 def test_pictures_of_au_feedback_are_those_of_the_pipeline(config, encoders):
     model = make_model(FAMILIES["sdxl"].make_components()["unet"], config)
     scheduler = DDIMScheduler.from_pretrained(config.pretrained_model_name_or_path, subfolder="scheduler")
-    feedback = AUFeedback([TinyMeter()], encoders, scheduler, AU_NAMES, steps=3, guidance_scale=2.5)
+    feedback = AUFeedback(TinyMeter(), encoders, scheduler, AU_NAMES, steps=3, guidance_scale=2.5)
     prompts, noise = ["a boy", "a girl"], torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     batch = encoders.encode_captions(torch.stack([encoders.tokenize(prompt) for prompt in prompts]))
     batch |= {"original_size": torch.tensor([[32, 32]] * 2), "noise": noise}

@@ -417,7 +417,7 @@ class Recipe:
         meter = load_meter(str(self.folder / "meter"), self.device)
         encoders = StableDiffusionEncoders([tokenizer], [text_encoder], self.load_vae())
         options = {"steps": self.size.feedback_steps, "guidance_scale": GUIDANCE_SCALE}
-        feedback = AUFeedback([meter], encoders, networks.make_scheduler(), TOY_AU_NAMES, **options)
+        feedback = AUFeedback(meter, encoders, networks.make_scheduler(), TOY_AU_NAMES, **options)
         reader = self.load(PictureReader, "attribute_reader")
 
         def predict(noisy_latents, timesteps, prompt_embeds, au_intensities, network=model, **kwargs) -> torch.Tensor:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from action_units import AU_NAMES
-from au_encoder import ENCODER_CONFIG_NAME, check_tensors, read_tensors, write_au_adapter
+from au_encoder import ENCODER_CONFIG_NAME, copy_checked, read_tensors, write_au_adapter
 from pipeline_fineface import LORA_NAME
 from program import is_integer, show_value
 from training.config import TrainConfig, default_settings
@@ -35,19 +35,10 @@ EMA_PARAMETERS_NAME = "ema_parameters.safetensors"
 @dataclass
 class TrainingState:
     """
-    The state that changes during training. A checkpoint holds it, and the state of optimizer and schedule.
-
-    Args:
-        model (`FineFaceModel`):
-            The model without the wrappers of accelerate.
-        ema (`EMAModel`, *optional*):
-            The moving average of the trained parameters.
-        samples_per_step (`int`):
-            Samples of an optimizer step, over all processes and accumulated batches.
-        num_samples (`int`):
-            Number of rows of the data set.
-        step (`int`):
-            Number of optimizer steps done.
+    The state that changes during training: the `FineFaceModel` without the wrappers of accelerate, the moving average
+    of its trained parameters, and the number of optimizer steps done. A step has `samples_per_step` over all processes
+    and accumulated batches; the data set has `num_samples` rows. A checkpoint holds all this, and the state of
+    optimizer and schedule.
     """
 
     model: nn.Module
@@ -91,10 +82,7 @@ class TrainingState:
 
     def load(self, folder: Path) -> None:
         for file, tensors in self._files().items():
-            saved = read_tensors(folder / file)
-            check_tensors(saved, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder / file)
-            for name, tensor in tensors.items():
-                tensor.copy_(saved[name])
+            copy_checked(read_tensors(folder / file), tensors, folder / file)
         self.step = _read_json(folder, STATE_NAME)["step"]
         if self.ema is not None:
             self.ema.optimization_step = self.step
@@ -157,10 +145,8 @@ def save_checkpoint(accelerator: Accelerator, state: TrainingState, config: Trai
 
 def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     """
-    Load weights, optimizer, schedule and random state. Call `register_state` first.
-
-    Raises:
-        ValueError: if a file of the checkpoint is missing or broken.
+    Load weights, optimizer, schedule and random state. Call `register_state` first. Raises a ValueError if a file of
+    the checkpoint is missing or broken.
     """
     # A checkpoint of DeepSpeed does not contain the base.
     options = {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
@@ -168,16 +154,13 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
         accelerator.load_state(checkpoint, **options)
     # torch, pickle and accelerate raise errors of many types for a truncated file.
     except Exception as error:
-        broken = [f"{path.name} is broken" for path in sorted(checkpoint.glob("*.bin")) if not _is_loadable(path)]
+        broken = []
+        for path in sorted(checkpoint.glob("*.bin")):
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except Exception:
+                broken.append(f"{path.name} is broken")
         raise _broken(checkpoint, ", ".join(broken) or str(error) or type(error).__name__) from error
-
-
-def _is_loadable(path: Path) -> bool:
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
-        return False
-    return True
 
 
 def _broken(checkpoint: Path, reason: str) -> ValueError:

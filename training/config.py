@@ -245,12 +245,7 @@ class TrainConfig:
             raise ValueError(f"`--{name}` has to be {allowed}, but is {getattr(self, name)!r}.")
 
     def check_machine(self) -> None:
-        """
-        Check settings that depend on this machine, before a run begins.
-
-        Raises:
-            ValueError: if a folder does not exist, or a package that an option needs is not installed.
-        """
+        """Raise a ValueError if a folder does not exist, or a package that an option needs is not installed."""
         if self.train_data_dir is not None and not self.train_data_dir.is_dir():
             raise ValueError(f"`--train_data_dir` has to be a folder, but {str(self.train_data_dir)!r} is none.")
         if self.output_dir.exists() and not self.output_dir.is_dir():
@@ -264,23 +259,18 @@ class TrainConfig:
 
     def flags_without_effect(self) -> list[str]:
         """Sentences that name flags which were changed, but have no effect because of another flag."""
-        cases = (
+        changed = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
+        draws_nothing, sentences = "with `--au_feedback_mode one_step`, which draws nothing", []
+        for holds, names, reason in (
             (self.au_feedback_meter is None, "au_feedback_", "without `--au_feedback_meter`"),
-            (
-                self.au_feedback_mode == "one_step",
-                "au_feedback_(steps|guidance_scale)",
-                "with `--au_feedback_mode one_step`, which draws nothing",
-            ),
+            (self.au_feedback_mode == "one_step", "au_feedback_(steps|guidance_scale)", draws_nothing),
             (self.timestep_bias_strategy == "none", "timestep_bias_", "without `--timestep_bias_strategy`"),
             (not self.use_ema, "ema_decay", "without `--use_ema`"),
-        )
-        changed = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
-        found = [
-            ([f"`--{name}`" for name in changed if re.match(names, name)], reason)
-            for holds, names, reason in cases
-            if holds
-        ]
-        return [f"{', '.join(flags)}: no effect {reason}." for flags, reason in found if flags]
+        ):
+            flags = [f"`--{name}`" for name in changed if holds and re.match(names, name)]
+            if flags:
+                sentences.append(f"{', '.join(flags)}: no effect {reason}.")
+        return sentences
 
     def fixed_settings(self) -> dict:
         """The settings that a run has to keep when it is resumed, as `to_json` writes them."""

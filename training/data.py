@@ -56,27 +56,16 @@ CACHE_FORMAT = 2
 """Part of the name of a cache. A change of the format needs a new number, so that older caches are not read."""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Rows
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Rows -----------------------------------------------------------------------------------------------------------
 
 
 class TrainingData:
     """
     Checked rows of a table. Pictures are opened when they are needed.
 
-    Args:
-        table (`pyarrow.Table`):
-            Has the columns of pictures, captions and AUs; with `--face_loss_weight` or
-            `--au_side_attention_weight`, also those of the face's box.
-        config (`TrainConfig`):
-            Names the columns.
-        first_row (`int`, defaults to 0):
-            Number of the first row, for messages.
-
-    Attributes:
-        notes (`list[str]`):
-            Sentences about rows that are left out or doubtful. The run prints them once.
+    The table has the columns of pictures, captions and AUs that `config` names, and those of the face's box if
+    `--face_loss_weight` or `--au_side_attention_weight` needs them. Messages count rows from `first_row` on. The run
+    prints `notes` once, sentences about rows that are left out or doubtful.
 
     Raises:
         ValueError: if a column is missing, or a value has a wrong type or range. The message names the row.
@@ -91,8 +80,7 @@ class TrainingData:
         self.first_row, self.folder = first_row, config.train_data_dir
         self.notes: list[str] = []
         self.paths, self.contents = _split_pictures(table.column(config.image_column))
-        self.captions = table.column(config.caption_column)
-        self._check_captions(config.caption_column)
+        self.captions = self._read_captions(table, config.caption_column)
         allowed = "FACS intensities go from 0 (absent) to 5 (grade E)."
         aus = {name: self._read_numbers(table, name, 5, allowed) for name in measured}
         self.au_intensities = np.stack([np.mean([aus[name] for name in names], axis=0) for names in sources], axis=1)
@@ -148,13 +136,14 @@ class TrainingData:
             path = Path(path).relative_to(self.folder)
         return f"Row {self.first_row + row}" + (f" ({str(path)!r})" if path else "")
 
-    def _check_captions(self, column: str) -> None:
-        is_text = pa.types.is_string(self.captions.type) or pa.types.is_large_string(self.captions.type)
-        wrong = pc.is_null(self.captions).to_numpy() if is_text else np.ones(len(self.captions), bool)
+    def _read_captions(self, table: pa.Table, name: str) -> pa.ChunkedArray:
+        captions = table.column(name)
+        is_text = pa.types.is_string(captions.type) or pa.types.is_large_string(captions.type)
+        wrong = pc.is_null(captions).to_numpy() if is_text else np.ones(len(captions), bool)
         if wrong.any():
             row = int(wrong.argmax())
-            caption = self.captions[row].as_py()
-            raise ValueError(f"{self.name(row)}: `{column}` has to be a caption, but is {caption!r}.")
+            raise ValueError(f"{self.name(row)}: `{name}` has to be a caption, but is {captions[row].as_py()!r}.")
+        return captions
 
     def _read_numbers(self, table: pa.Table, name: str, highest: float, allowed: str) -> np.ndarray:
         column, numbers = table.column(name), np.full(len(table), np.nan, np.float32)
@@ -229,12 +218,13 @@ class StreamedData:
         return np.concatenate([rng.permutation(np.concatenate(window)) for window in windows])
 
 
-def load_training_data(config: TrainConfig) -> TrainingData | StreamedData:
-    """
-    Load and check all labels and captions. With `--streaming`, they are checked when they are read.
+Rows = TrainingData | StreamedData
 
-    Raises:
-        ValueError: if the data cannot be read, or a label is wrong. The message names the file or the row.
+
+def load_training_data(config: TrainConfig) -> Rows:
+    """
+    Load and check all labels and captions. With `--streaming`, they are checked when they are read. Raises a
+    ValueError that names the file or the row if the data cannot be read, or a label is wrong.
     """
     folder, notes = config.train_data_dir or Path(config.dataset_name), []
     # Hidden files and folders are not found.
@@ -353,10 +343,8 @@ def _read_footer(url: str) -> pq.FileMetaData:
 
 def check_pictures(data: TrainingData) -> None:
     """
-    Open every picture, and add a note to `data.notes` if rows repeat a picture.
-
-    Raises:
-        ValueError: if a picture is missing, truncated or no picture. The message names the row and the file.
+    Open every picture, and add a note to `data.notes` if rows repeat a picture. Raises a ValueError that names the row
+    and the file if a picture is missing, truncated or no picture.
     """
     rows = range(len(data))
     parts = [rows[start : start + ROWS_PER_SHARD] for start in range(0, len(rows), ROWS_PER_SHARD)]
@@ -414,31 +402,24 @@ def count_cut_captions(data: TrainingData, encoders: StableDiffusionEncoders) ->
 def choose_aus(columns: Iterable[str], config: TrainConfig) -> tuple[str, ...]:
     """
     The AUs to train: those of `--aus`, or all that have a column, in the order of their numbers, left before right.
-
-    Raises:
-        ValueError: if there is no AU, FACS does not have the AU of a column, one side of an AU is missing, or no AU
-            has sides and `--au_side_tokens` needs them.
+    Raises a ValueError if there is no AU, FACS does not have the AU of a column, one side of an AU is missing, or no
+    AU has sides and `--au_side_tokens` needs them.
     """
-    au_names = config.aus or _au_columns_of(columns)
-    if config.au_side_tokens and not any(name.endswith("L") for name in au_names):
-        raise ValueError(
-            "`--au_side_tokens` needs AUs with sides such as AU12L and AU12R, but the run trains"
-            f" {', '.join(au_names)}. Choose them with `--aus`, or leave the flag out."
-        )
-    return au_names
-
-
-def _au_columns_of(columns: Iterable[str]) -> tuple[str, ...]:
     named = [name for name in columns if re.fullmatch(r"AU[ _]?\d+[LR]?", name, flags=re.IGNORECASE)]
-    if not named:
+    au_names = config.aus or tuple(sorted(named, key=lambda name: (int(re.sub(r"\D", "", name)), name)))
+    if not au_names:
         raise ValueError(f"The data set has no column of an AU, such as AU12. It has {', '.join(columns)}.")
-    au_names = tuple(sorted(named, key=lambda name: (int(re.sub(r"\D", "", name)), name)))
     try:
         au_columns(au_names)
     except ValueError as error:
         raise ValueError(
             f"The AU columns of the data set are {', '.join(au_names)}: {error} Choose AUs with `--aus`."
         ) from error
+    if config.au_side_tokens and not any(name.endswith("L") for name in au_names):
+        raise ValueError(
+            "`--au_side_tokens` needs AUs with sides such as AU12L and AU12R, but the run trains"
+            f" {', '.join(au_names)}. Choose them with `--aus`, or leave the flag out."
+        )
     return au_names
 
 
@@ -463,15 +444,13 @@ def _check_columns(table: pa.Table, needed: list[str]) -> None:
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Pictures and captions: as pixels and token ids, or as latents and embeddings from a cache
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Pictures and captions: as pixels and token ids, or as latents and embeddings from a cache ----------------------
 
 
 class PixelInputs:
     """Pictures and captions as `pixel_values` and `input_ids`, which the frozen encoders encode in each step."""
 
-    def __init__(self, data: TrainingData | StreamedData, encoders: StableDiffusionEncoders, resolution: int):
+    def __init__(self, data: Rows, encoders: StableDiffusionEncoders, resolution: int):
         side = resolution // encoders.vae_scale_factor
         self.data, self.encoders, self.resolution = data, encoders, resolution
         self.takes_sizes = encoders.takes_sizes
@@ -502,17 +481,9 @@ class PixelInputs:
 class LatentInputs(PixelInputs):
     """
     The same pictures and captions as `latents_mean`, `latents_std` and `prompt_embeds` from a cache, which
-    `cache_inputs` makes.
-
-    Args:
-        inputs (`PixelInputs`):
-            What was encoded.
-        pictures (`list[CachedRows]`):
-            The latents of all rows, and with `--random_flip` the latents of all mirrored pictures.
-        captions (`CachedRows`):
-            Each different caption once, the empty caption first.
-        caption_indices (`numpy.ndarray`):
-            Index in `captions` of each row's caption.
+    `cache_inputs` makes. `pictures` are the latents of all rows, and with `--random_flip` those of all mirrored
+    pictures; `captions` has each different caption once, the empty caption first, and `caption_indices` the index of
+    each row's caption.
     """
 
     def __init__(
@@ -625,9 +596,7 @@ def _digest_pictures(data: TrainingData) -> str:
     return digest.hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Samples --------------------------------------------------------------------------------------------------------
 
 
 def smooth_au_intensities(
@@ -656,12 +625,8 @@ def timestep_probabilities(num_train_timesteps: int, config: TrainConfig) -> np.
 def face_weights(box: np.ndarray, picture_size: np.ndarray, side: int, weight: float) -> np.ndarray:
     """
     Weights of the loss at each of `side` × `side` latents, `weight` inside the face against 1 outside, with mean 1.
-
-    Args:
-        box (`numpy.ndarray` of shape `(4,)`):
-            Left, top, right and bottom, as fractions of the whole picture from 0 to 1.
-        picture_size (`numpy.ndarray` of shape `(2,)`):
-            Width and height of the picture. Training uses the square in its middle.
+    `box` is left, top, right and bottom, as fractions from 0 to 1 of the whole picture, whose width and height are
+    `picture_size`. Training uses the square in its middle.
     """
     weights = 1 + (weight - 1) * _covered(box, picture_size, side)
     return (weights / weights.mean()).astype(np.float32)
@@ -689,23 +654,20 @@ def _covered(box: np.ndarray, picture_size: np.ndarray, side: int) -> np.ndarray
     return np.outer(rows, columns)
 
 
+@dataclasses.dataclass(eq=False)
 class TrainingSamples(torch.utils.data.Dataset):
     """
     The endless sequence of training samples. Sample n is a function of only the seed and n, and with stratified
     timesteps also of `samples_per_step`.
     """
 
-    def __init__(
-        self,
-        inputs: PixelInputs | LatentInputs,
-        num_train_timesteps: int,
-        config: TrainConfig,
-        samples_per_step: int = 1,
-    ):
-        self.inputs = inputs
-        self.config = config
-        self.samples_per_step = samples_per_step
-        self.timestep_ends = np.cumsum(timestep_probabilities(num_train_timesteps, config))
+    inputs: PixelInputs | LatentInputs
+    num_train_timesteps: int
+    config: TrainConfig
+    samples_per_step: int = 1
+
+    def __post_init__(self):
+        self.timestep_ends = np.cumsum(timestep_probabilities(self.num_train_timesteps, self.config))
         self.orders: dict[int, np.ndarray] = {}
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:

@@ -23,13 +23,7 @@ from training.config import TrainConfig
 
 
 class StableDiffusionEncoders:
-    """
-    The tokenizer, text encoder and VAE of Stable Diffusion 1 and 2.
-
-    Args:
-        tokenizers (`list[CLIPTokenizer]`), text_encoders (`list[nn.Module]`), vae (`AutoencoderKL`):
-            The models, on the device of training. This object freezes them.
-    """
+    """The tokenizer, text encoder and VAE of Stable Diffusion 1 and 2, which this object freezes."""
 
     text_encoder_classes: dict[str, type] = {"text_encoder": CLIPTextModel}
     pipeline_class: type = FineFacePipeline

@@ -13,26 +13,27 @@ stays in the sum, and a different meter has to judge the result.
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from action_units import AU_NAMES, au_projection
-from training.config import FEEDBACK_MODES, TrainConfig
+from training.config import TrainConfig
 from training.data import PixelInputs
 from training.encoders import StableDiffusionEncoders
 
 
-METER_CLASSES = {
-    "PictureReader": "toy_faces.networks:PictureReader",
-    "SecondMeter": "toy_faces.networks:SecondMeter",
-}
+METER_CLASSES = {name: f"toy_faces.networks:{name}" for name in ("PictureReader", "SecondMeter")}
 """Import path of each class of meter that `ModelMixin.save_pretrained` can write, by the name of the class."""
+
+Batch = dict[str, Tensor]
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 def load_meter(name: str, device: torch.device | str = "cpu") -> nn.Module:
@@ -81,7 +82,7 @@ def _import(path: str):
         raise ValueError(f"{path!r} cannot be imported: {error}.") from error
 
 
-def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def shake(pixel_values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """
     Perturb pictures of shape `(batch, 3, height, width)` in [-1, 1]: shift them by up to 1/64 of their height, change
     brightness and contrast, and add noise. A true expression survives this, but a pattern that only deceives the meter
@@ -91,7 +92,7 @@ def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) 
     # A seed gives the same numbers on every device; without one, the device of the pictures draws faster.
     device = pixel_values.device if generator is None else generator.device
 
-    def random(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=device).to(pixel_values)
 
     batch, _, height, width = pixel_values.shape
@@ -103,22 +104,17 @@ def shake(pixel_values: torch.Tensor, generator: torch.Generator | None = None) 
     return shifted + 0.04 * random(*shifted.shape)
 
 
-def shake_latents(latents: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+def shake_latents(latents: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Add noise of a fifth of their standard deviation, which is 1, to scaled latents, as `shake` does to pictures."""
     return latents + 0.2 * torch.randn(latents.shape, generator=generator).to(latents)
 
 
-def appearance_change(change: torch.Tensor, cell: int) -> torch.Tensor:
+def appearance_change(change: Tensor, cell: int) -> Tensor:
     """
     How much an expression changes what it should leave alone. A meter does not see that: in the toy world, feedback
     alone turned brown eyes blue and darkened the skin of a strong smile. Brows, lids, lips and wrinkles are too small
-    to count much here.
-
-    Args:
-        change (`torch.Tensor` of shape `(batch, 3, height, width)`):
-            Pictures in [-1, 1], minus the neutral pictures of the first weights from the same noise.
-        cell (`int`):
-            An eighth of the height of a whole picture, pixels.
+    to count much here. `change`, of shape `(batch, 3, height, width)`, is pictures in [-1, 1] minus the neutral
+    pictures of the first weights from the same noise, and `cell` an eighth of the height of a whole picture in pixels.
 
     Returns:
         `torch.Tensor` of shape `(batch,)`: the mean squared change of tone, in means of cells, plus four times that of
@@ -130,7 +126,7 @@ def appearance_change(change: torch.Tensor, cell: int) -> torch.Tensor:
     return tone.square().mean((1, 2, 3)) + 4 * colour.square().mean((1, 2, 3))
 
 
-def first_weights_of(model: nn.Module) -> Callable[..., torch.Tensor]:
+def first_weights_of(model: nn.Module) -> Callable[..., Tensor]:
     """
     Return the forward pass of `model`, without gradient, with copies of its trained parameters as they are now. It
     stays the same while the model is trained, loaded from a checkpoint or wrapped.
@@ -138,106 +134,74 @@ def first_weights_of(model: nn.Module) -> Callable[..., torch.Tensor]:
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def forward(*args, **kwargs) -> torch.Tensor:
+    def forward(*args, **kwargs) -> Tensor:
         return functional_call(model, weights, args, kwargs)
 
     return forward
 
 
+@dataclass(eq=False)
 class AUFeedback:
-    r"""
+    """
     Read the AUs of pictures that the model in training makes, and compare them with the commanded AUs.
 
-    Args:
-        meters (`list[nn.Module]`):
-            From `load_meter`, on the device of the model. The errors of several meters are averaged, because several
-            are harder to deceive than one. Meters whose attribute `reads_latents` is true get scaled latents of shape
-            `(batch, channels, height, width)`, so nothing is decoded; then all meters have to read latents.
-        encoders (`StableDiffusionEncoders`):
-            The frozen part of the base. This object keeps the decoder even if `encoders.unload` is called later.
-        scheduler (`DDIMScheduler`):
-            The scheduler of the base. It takes `steps` deterministic steps.
-        au_names (`tuple[str, ...]`):
-            The AUs of the adapter. If the meter reads sides and the adapter does not know them, both sides should
-            show the commanded AU. AUs that only the meter or only the adapter has are left out; `read_aus` lists the
-            others.
-        steps (`int`):
-            Denoising steps of a picture.
-        backprop (`int`, *optional*):
-            Number of last denoising steps that carry gradient in the mode `"draw"`. The default is all.
-        guidance_scale (`float`):
-            As in sampling. It guides prompt and AUs together, away from the empty prompt and the neutral face. The
-            unconditional predictions carry no gradient.
-        mode (`str`):
-            Where the pictures come from. `"draw"` draws them from noise, and the last steps carry gradient.
-            `"random_step"` draws the same pictures, but only one step, drawn at random, carries gradient; it passes
-            the later steps as if their predictions were constants. `"one_step"` draws nothing: the prediction of the
-            diffusion loss gives an estimate of the clean picture.
-        appearance_weight (`float`):
-            Weight of the `appearance_change` of drawn pictures, which is added to the meters' error. It costs two
-            passes of the UNet without gradient for each denoising step.
-        first_weights (`Callable`, *optional*):
-            From `first_weights_of`, before the training begins: draws the neutral faces that pictures are compared
-            with. Those of the weights in training would not do, because both could drift to one colour together.
-
     Raises:
-        ValueError: if `mode` is unknown, `backprop` is larger than `steps`, a meter reads none of the AUs, or nothing
-            is there that the appearance can be compared with.
+        ValueError: if the meter reads none of the AUs, or an `appearance_weight` comes without `first_weights`, or
+            with a meter that reads latents.
     """
 
-    def __init__(
-        self,
-        meters: list[nn.Module],
-        encoders: StableDiffusionEncoders,
-        scheduler: DDIMScheduler,
-        au_names: Sequence[str],
-        steps: int = 4,
-        backprop: int | None = None,
-        guidance_scale: float = 7.5,
-        mode: str = "draw",
-        appearance_weight: float = 0.0,
-        first_weights: Callable[..., torch.Tensor] | None = None,
-    ):
-        self.meters, self.encoders, self.vae, self.steps = meters, encoders, encoders.vae, steps
-        self.backprop, self.guidance_scale = steps if backprop is None else backprop, guidance_scale
-        self.mode, self.appearance_weight, self.first_weights = mode, appearance_weight, first_weights
-        reads_latents = {bool(getattr(meter, "reads_latents", False)) for meter in meters}
-        if len(reads_latents) > 1:
-            raise ValueError("Some meters read latents and others pictures: use meters of one kind.")
-        self.reads_latents = reads_latents == {True}
-        self.scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
-        self.empty = encoders.encode_captions(encoders.tokenize("")[None])
-        self.projections = [au_projection(au_names, meter.au_names) for meter in meters]
-        if mode not in FEEDBACK_MODES:
-            raise ValueError(f"`--au_feedback_mode` has to be one of {', '.join(FEEDBACK_MODES)}, but is {mode!r}.")
-        if self.backprop > steps:
+    meter: nn.Module
+    """From `load_meter`, on the device of the model. With `reads_latents = True`, it gets scaled latents of shape
+    `(batch, channels, height, width)`, and nothing is decoded."""
+    encoders: StableDiffusionEncoders
+    """The frozen part of the base. The decoder is kept even if `encoders.unload` is called later."""
+    scheduler: DDIMScheduler
+    """The scheduler of the base. It takes `steps` deterministic steps."""
+    au_names: Sequence[str]
+    """The AUs of the adapter. If the meter reads sides and the adapter does not know them, both sides should show the
+    commanded AU. AUs that only one of the two has are left out; `read_aus` lists the others."""
+    steps: int = 4
+    """Denoising steps of a picture."""
+    backprop: int | None = None
+    """Number of last denoising steps that carry gradient in the mode `"draw"`; None means all."""
+    guidance_scale: float = 7.5
+    """Guides prompt and AUs together, as in sampling, away from the empty prompt and the neutral face. The
+    unconditional predictions carry no gradient."""
+    mode: str = "draw"
+    """Where the pictures come from: `"draw"`, `"random_step"` or `"one_step"`, as docs/training.md explains."""
+    appearance_weight: float = 0.0
+    """Weight of the `appearance_change` of drawn pictures, which is added to the meter's error. It costs two passes of
+    the UNet without gradient for each denoising step."""
+    first_weights: Callable[..., Tensor] | None = None
+    """From `first_weights_of`, before the training begins: draws the neutral faces that pictures are compared with.
+    Those of the weights in training would not do, because both could drift to one colour together."""
+
+    def __post_init__(self):
+        self.vae = self.encoders.vae
+        self.backprop = self.steps if self.backprop is None else self.backprop
+        self.reads_latents = bool(getattr(self.meter, "reads_latents", False))
+        self.scheduler = DDIMScheduler.from_config(self.scheduler.config, clip_sample=False, thresholding=False)
+        self.empty = self.encoders.encode_captions(self.encoders.tokenize("")[None])
+        self.projection = au_projection(self.au_names, self.meter.au_names)
+        if self.appearance_weight and self.reads_latents:
             raise ValueError(
-                f"`--au_feedback_backprop` has to be at most `--au_feedback_steps`, {steps}, but is {backprop}."
+                "`--au_feedback_appearance_weight` compares drawn pictures, but the meter reads latents: set it to 0."
             )
-        if appearance_weight and (self.reads_latents or mode == "one_step"):
-            raise ValueError(
-                "`--au_feedback_appearance_weight` compares drawn pictures, but"
-                f" {'the meter reads latents' if self.reads_latents else 'the mode one_step draws none'}: set it to 0."
-            )
-        if appearance_weight and first_weights is None:
+        if self.appearance_weight and self.first_weights is None:
             raise ValueError("`appearance_weight` needs `first_weights`, which draw the neutral faces.")
-        for meter, projection in zip(meters, self.projections, strict=True):
-            if not projection.any():
-                raise ValueError(
-                    f"The meter reads {', '.join(meter.au_names)}, none of which the adapter has:"
-                    f" {', '.join(au_names)}."
-                )
-        reads = torch.cat(self.projections, dim=1).any(dim=1).tolist()
-        self.read_aus = [name for name, is_read in zip(au_names, reads, strict=True) if is_read]
+        self.read_aus = [name for name, row in zip(self.au_names, self.projection, strict=True) if row.any()]
+        if not self.read_aus:
+            known, read = ", ".join(self.au_names), ", ".join(self.meter.au_names)
+            raise ValueError(f"The meter reads {read}, none of which the adapter has: {known}.")
 
     def batch_loss(
         self,
         model: nn.Module,
-        batch: dict[str, torch.Tensor],
-        noisy_latents: torch.Tensor,
-        prediction: torch.Tensor,
+        batch: Batch,
+        noisy_latents: Tensor,
+        prediction: Tensor,
         num_pictures: int | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """
         The loss of the first `num_pictures` of a batch of `TrainingSamples`, by the mode. Drawn pictures are commanded
         the AUs of other rows, because an expression must not depend on the person. `noisy_latents` and `prediction`
@@ -256,29 +220,15 @@ class AUFeedback:
         return self.loss(model, batch, noise, batch["commanded_aus"], generators)
 
     def loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, torch.Tensor],
-        noise: torch.Tensor,
-        au_intensities: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
+        self, model: nn.Module, batch: Batch, noise: Tensor, au_intensities: Tensor, generator: Generators = None
+    ) -> Tensor:
         """
-        Mean squared error between the intensities that the meters read from drawn pictures and the commanded ones, in
-        squared FACS units, plus `appearance_weight` times the change of appearance.
-
-        Args:
-            model (`FineFaceModel`):
-                The model in training.
-            batch (`dict[str, torch.Tensor]`):
-                Has `prompt_embeds`, and the entries that `encoders.added_cond_kwargs` needs.
-            noise (`torch.Tensor` of shape `(batch, channels, height, width)`):
-                Standard normal noise in the shape of the latents.
-            au_intensities (`torch.Tensor` of shape `(batch, num_aus)`):
-                The commanded intensities.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                Draws the perturbations of the pictures and the random step, on the CPU. With a generator for each
-                picture, a picture does not depend on the others of its batch.
+        Mean squared error between the intensities that the meter reads from drawn pictures and the commanded
+        `au_intensities` of shape `(batch, num_aus)`, in squared FACS units, plus `appearance_weight` times the change
+        of appearance. `batch` has `prompt_embeds` and what `encoders.added_cond_kwargs` needs; `noise` is standard
+        normal, in the shape of the latents, `(batch, channels, height, width)`. `generator` draws the perturbations of
+        the pictures and the random step, on the CPU. With a generator for each picture, a picture does not depend on
+        the others of its batch.
         """
         pictures = self.draw(model, batch, noise, au_intensities, generator)
         error = self.error(pictures, au_intensities, generator)
@@ -291,13 +241,13 @@ class AUFeedback:
 
     def one_step_loss(
         self,
-        prediction: torch.Tensor,
-        noisy_latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        au_intensities: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        weights: torch.Tensor | float = 1.0,
-    ) -> torch.Tensor:
+        prediction: Tensor,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        au_intensities: Tensor,
+        generator: Generators = None,
+        weights: Tensor | float = 1.0,
+    ) -> Tensor:
         """
         The error of `loss` for the clean pictures that a `prediction` of noise or velocity implies. The error of a
         picture has the weight `SNR / (1 + SNR)`, because an estimate from much noise is blurred, times `weights` of
@@ -313,15 +263,10 @@ class AUFeedback:
         return self.error(self._decode(latents), au_intensities, generator, weights * signal)
 
     def draw(
-        self,
-        model: Callable[..., torch.Tensor],
-        batch: dict[str, torch.Tensor],
-        noise: torch.Tensor,
-        au_intensities: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
+        self, model: Callable, batch: Batch, noise: Tensor, au_intensities: Tensor, generator: Generators = None
+    ) -> Tensor:
         """
-        Draw pictures of shape `(batch, 3, height, width)`, about in [-1, 1], or scaled latents for meters that read
+        Draw pictures of shape `(batch, 3, height, width)`, about in [-1, 1], or scaled latents for a meter that reads
         these. The arguments are those of `loss`.
         """
         # The timesteps stay on the CPU, so that no step waits for the device.
@@ -345,26 +290,23 @@ class AUFeedback:
             latents = self.scheduler.step(prediction, timestep, latents).prev_sample
         return self._decode(latents)
 
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+    def _decode(self, latents: Tensor) -> Tensor:
         if self.reads_latents:
             return latents
         latents = (latents / self.encoders.scaling_factor).to(self.vae.dtype)
         return self.vae.decode(latents, return_dict=False)[0].float()
 
-    def _conditions(self, batch: dict[str, torch.Tensor]) -> dict:
-        return {
-            "prompt_embeds": batch["prompt_embeds"],
-            "added_cond_kwargs": self.encoders.added_cond_kwargs(batch),
-        }
+    def _conditions(self, batch: Batch) -> dict:
+        return {"prompt_embeds": batch["prompt_embeds"], "added_cond_kwargs": self.encoders.added_cond_kwargs(batch)}
 
     def error(
         self,
-        pictures: torch.Tensor,
-        au_intensities: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        weights: torch.Tensor | None = None,
-        au_weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        pictures: Tensor,
+        au_intensities: Tensor,
+        generator: Generators = None,
+        weights: Tensor | None = None,
+        au_weights: Tensor | None = None,
+    ) -> Tensor:
         """
         The error of `loss` for pictures that are there. `weights` of shape `(batch,)`, and `au_weights` in the shape
         of `au_intensities`, are 1 by default.
@@ -373,24 +315,19 @@ class AUFeedback:
         parts = zip(pictures.chunk(len(generators)), generators, strict=True)
         perturb = shake_latents if self.reads_latents else shake
         shaken = torch.cat([perturb(part, generator) for part, generator in parts])
-        errors = []
-        for meter, projection in zip(self.meters, self.projections, strict=True):
-            projection = projection.to(au_intensities)
-            # Only the AUs that both the meter and the adapter have count.
-            commanded = projection.any(0)
-            squares = (meter(shaken) - au_intensities @ projection).square()
-            squares = squares if au_weights is None else squares * (au_weights @ projection)
-            errors.append(squares[:, commanded].mean(1))
-        errors = torch.stack(errors).mean(0)
+        projection = self.projection.to(au_intensities)
+        squares = (self.meter(shaken) - au_intensities @ projection).square()
+        if au_weights is not None:
+            squares = squares * (au_weights @ projection)
+        # Only the AUs that both the meter and the adapter have count.
+        errors = squares[:, projection.any(0)].mean(1)
         return (errors if weights is None else weights * errors).mean()
 
 
-def check_meter(meter: nn.Module, picture: torch.Tensor) -> None:
+def check_meter(meter: nn.Module, picture: Tensor) -> None:
     """
-    Let a meter read one picture, or latents, of shape `(1, channels, height, width)`.
-
-    Raises:
-        ValueError: if it does not return an intensity for each of its AUs, or no gradient passes through it.
+    Let a meter read one picture, or latents, of shape `(1, channels, height, width)`. Raises a ValueError if it does
+    not return an intensity for each of its AUs, or no gradient passes through it.
     """
     read = meter(picture.requires_grad_())
     if getattr(read, "shape", None) != (1, len(meter.au_names)):
@@ -424,15 +361,7 @@ def make_feedback(
     scheduler = DDIMScheduler.from_pretrained(
         config.pretrained_model_name_or_path, subfolder="scheduler", revision=config.revision
     )
-    return AUFeedback(
-        [meter],
-        encoders,
-        scheduler,
-        au_names,
-        config.au_feedback_steps,
-        config.au_feedback_backprop,
-        config.au_feedback_guidance_scale,
-        config.au_feedback_mode,
-        config.au_feedback_appearance_weight,
-        first_weights_of(model) if config.au_feedback_appearance_weight else None,
-    )
+    options = ("steps", "backprop", "guidance_scale", "mode", "appearance_weight")
+    options = {name: getattr(config, f"au_feedback_{name}") for name in options}
+    first_weights = first_weights_of(model) if config.au_feedback_appearance_weight else None
+    return AUFeedback(meter, encoders, scheduler, au_names, **options, first_weights=first_weights)

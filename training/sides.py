@@ -14,13 +14,10 @@ class SideAttention:
     The softmax over both sides is a sigmoid of the difference of their scores, so at a position inside the face the
     loss is the binary cross-entropy against the side that the position is on. By the diffusion loss alone, queries and
     keys learn nothing of sides for long: as long as both sides are attended to alike, hardly anything depends on them.
-
-    Args:
-        model (`FineFaceModel`):
-            The model in training. Its adapter has `side_tokens`. The loss is of its last forward pass.
+    The loss is that of the last forward pass of `model`, a `FineFaceModel`.
 
     Raises:
-        ValueError: if the adapter has no `side_tokens`.
+        ValueError: if its adapter has no `side_tokens`.
     """
 
     def __init__(self, model: nn.Module):
@@ -38,14 +35,9 @@ class SideAttention:
             layer.to_q.register_forward_hook(lambda module, inputs, query, name=name: self.kept.update({name: query}))
 
     def loss(self, face_sides: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            face_sides (`torch.Tensor` of shape `(batch, height, width)`):
-                From `training.data.face_sides`, in the size of the latents: how much of each latent is on the
-                person's left side of the face, minus how much is on the right.
-
-        Returns:
-            The mean over all layers, positions inside the face and heads, a scalar.
+        """
+        The mean over all layers, positions inside the face and heads, a scalar. `face_sides` of shape `(batch, height,
+        width)` says how much of each latent is on the person's left side of the face, minus how much is on the right.
         """
         losses, keys = [], self.kept.pop("keys").float().unflatten(1, (2, -1))  # (batch, sides, tokens, width)
         for (name, layer), key in zip(self.layers.items(), keys.split(list(self.widths.values()), -1), strict=True):

@@ -21,11 +21,8 @@ from training.encoders import StableDiffusionEncoders, load_encoders
 
 def choose_validation_aus(config: TrainConfig, au_names: Sequence[str], notes: list[str]) -> tuple[str, ...]:
     """
-    The expressions of `--validation_aus` that an adapter with `au_names` can draw. `notes` gets a sentence about
-    defaults that it cannot draw.
-
-    Raises:
-        ValueError: if the user asked for an expression that it cannot draw.
+    The expressions of `--validation_aus` that an adapter with `au_names` can draw. For a default that it cannot draw,
+    `notes` gets a sentence; one that the user asked for is a ValueError.
     """
     is_default = config.validation_aus == TrainConfig.__dataclass_fields__["validation_aus"].default
     chosen, left_out = [], []
