@@ -32,9 +32,7 @@ LOCK_NAME = ".fineface.lock"
 MAX_NAME_BYTES = 249
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The command line: what is asked for, and how a program ends
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The command line: what is asked for, and how a program ends ----------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,18 +56,10 @@ def run_program(
     refusals: tuple[type[Exception], ...] = (ValueError, OSError),
 ) -> int:
     """
-    Print what `work` returns, unless it is None, or one line about its error.
-
-    Args:
-        interrupted (`str`, *optional*):
-            How to go on after Ctrl-C.
-        out_of_memory (`str`):
-            What to try if the memory does not suffice.
-        failures, refusals (`tuple` of exception types):
-            Errors with the exit status 1 and 2. All others keep their traceback, because they are bugs.
-
-    Returns:
-        `int`: the exit status. 0: done. 1: out of memory, or a failure. 2: a refusal. 130: Ctrl-C.
+    Print what `work` returns, unless it is None, or one line about its error. `interrupted` says how to go on after
+    Ctrl-C, and `out_of_memory` what to try if the memory does not suffice. Returns the exit status: 0 done, 1 out of
+    memory or one of the `failures`, 2 one of the `refusals`, 130 Ctrl-C. Other errors are bugs and keep their
+    traceback.
     """
     try:
         done = work()
@@ -109,22 +99,12 @@ def number_or_none(text: str) -> float | None:
 
 def option(default, description: str | None, low=None, high=None, *, flag: str = "", group: str = "", **argument):
     """
-    A field of a dataclass which is an option of a program. The field's type says what the option takes: a bool makes a
-    flag that sets the opposite of the default, a Literal has choices, and a tuple several values.
+    A field of a dataclass which is an option of a program; a required one has the default `dataclasses.MISSING`.
 
-    Args:
-        default:
-            The field's default; `dataclasses.MISSING` for an option that is required.
-        description (`str`, *optional*):
-            The text of `--help`.
-        low, high (*optional*):
-            The range of a number, both ends included.
-        flag (`str`):
-            The option as it is written, or several ways to write it; by default the field's name.
-        group (`str`):
-            The heading of `--help` below which it stands.
-        argument:
-            More arguments of `ArgumentParser.add_argument`, which replace those of the type.
+    The field's type says what the option takes: a bool makes a flag that sets the opposite of the default, a Literal
+    has choices, and a tuple several values. A number is from `low` to `high`, both included. `flag` is the option as
+    it is written, or several ways to write it, by default the field's name. `group` is its heading in `--help`. More
+    arguments of `ArgumentParser.add_argument` replace those of the type.
     """
     argument["help"] = description
     metadata = {"flag": flag, "group": group, "low": low, "high": high, "argument": argument}
@@ -203,9 +183,7 @@ def check_options(config, spell: Callable[[str], str] = "--{}".format) -> None:
             raise ValueError(f"`{_flags_of(field, spell)[0]}` has to be {allowed}, but is {value!r}.")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Checks of values
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Checks of values -----------------------------------------------------------------------------------------------
 
 
 def is_integer(value) -> bool:
@@ -248,9 +226,7 @@ def check_folder_or_hub_id(name: str, what: str) -> None:
         raise FileNotFoundError(f"{what} is {name!r}, which is neither a folder nor the id of a Hub repository.")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files and folders that appear whole or not at all
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Files and folders that appear whole or not at all --------------------------------------------------------------
 
 
 @contextmanager
@@ -387,10 +363,8 @@ def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """
-    Keep other runs out of `folder`, which is created if needed, until the block ends with or without an error.
-
-    Raises:
-        ValueError: if another run is at work in it.
+    Keep other runs out of `folder`, which is created if needed, until the block ends with or without an error. Raises
+    a ValueError if another run is at work in it.
     """
     from filelock import FileLock, Timeout
 
@@ -419,10 +393,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 def check_settings(path: Path, settings: dict, what: str, defaults: Mapping = MappingProxyType({})) -> bool:
     """
     Whether the file `path` holds `settings`; False if there is no file. Settings that a file of an older version does
-    not have count as `defaults`.
-
-    Raises:
-        ValueError: if the file holds other settings. The message names those that differ.
+    not have count as `defaults`. Raises a ValueError that names those that differ.
     """
     if not path.exists():
         return False
@@ -465,9 +436,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, functools.partial(hashlib.blake2b, digest_size=8)).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The model, the device, and processes
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The model, the device, and processes ---------------------------------------------------------------------------
 
 
 def add_model_options(parser) -> None:
