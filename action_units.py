@@ -371,7 +371,7 @@ def parse_aus(
     au_names: Sequence[str] = AU_NAMES,
 ) -> "torch.Tensor":
     r"""
-    Read AUs in any of their forms.
+    Read AUs in any of their forms. Error messages call the input `argument`.
 
     Args:
         aus (`dict`, `str`, `Preset`, `torch.Tensor`, `numpy.ndarray`, `list` or `tuple`):
@@ -388,8 +388,6 @@ def parse_aus(
             - numbers: `(n,)` or `(batch, n)` in the order of `au_names`. A flat list of numbers is one expression.
 
             `AU12` means both sides where `au_names` has `AU12L` and `AU12R`.
-        argument (`str`, defaults to `"aus"`):
-            Name of the input in error messages.
         au_names (`Sequence[str]`, defaults to `AU_NAMES`):
             The AUs of the adapter, see `au_columns`.
 
@@ -429,12 +427,7 @@ def format_aus(
     """
     Write one expression as the shortest string that `parse_aus` reads back to the same `float32` numbers. AUs at 0 are
     left out; when all are 0, the string is `"neutral"`. Two sides with the same intensity are written as one AU.
-
-    Args:
-        vector (`torch.Tensor` or `list`):
-            Intensities in the order of `au_names`, or any other form of one expression that `parse_aus` reads.
-        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
-            The AUs of the adapter.
+    `vector` is intensities in the order of `au_names`, or any other form of one expression that `parse_aus` reads.
 
     Raises:
         ValueError: if `parse_aus` cannot read `vector`, or if it holds more than one expression.

@@ -118,8 +118,6 @@ class FineFacePipeline(AUPipelineMixin, StableDiffusionPipeline):
         Args:
             prompt (`str` or `list[str]`, *optional*):
                 Description of the image. It may contain AUs: `"a boy <AU6=3 AU12=5>"`.
-            num_inference_steps (`int`, defaults to 50):
-                Number of denoising steps, at least 1.
             guidance_scale (`float`, defaults to 7.5):
                 Factor on the difference between the prediction with prompt and AUs and the unconditional prediction.
                 Guidance is on above 1.
