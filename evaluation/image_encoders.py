@@ -28,10 +28,8 @@ class ImageEncoder:
             from transformers import CLIPConfig, CLIPImageProcessor
 
         check_folder_or_hub_id(name, "`--image-encoder`")
-        self.name, self.device = name, device
-        self.settings = {"name": name}
-        if Path(name).is_dir():
-            self.settings = {"name": Path(name).name, "files": folder_digest(Path(name))}
+        self.name, self.device, path = name, device, Path(name)
+        self.settings = {"name": path.name, "files": folder_digest(path)} if path.is_dir() else {"name": name}
         config, _ = CLIPConfig.get_config_dict(name)
         kind = config.get("model_type")
         if kind not in ("clip", "clip_vision_model"):

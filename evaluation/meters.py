@@ -5,7 +5,6 @@ Meters read AU intensities from pictures. The toy world's meter runs here; Libre
 environments of their own and write tables.
 """
 
-import functools
 import os
 import shlex
 import shutil
@@ -82,16 +81,12 @@ class ToyMeter:
     name = "toy"
 
     def __init__(self, folder: Path, device: torch.device, au_names: Sequence[str]):
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the toy world.")
-        self.folder, self.device, self.au_names = folder, device, au_names
-        self.settings = {"folder": folder_digest(folder)}
-
-    @functools.cached_property
-    def network(self):
         from training.feedback import load_meter
 
-        return load_meter(str(self.folder), self.device)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"`--meter`: {str(folder)!r} holds no meter of the toy world.")
+        self.network, self.device, self.au_names = load_meter(str(folder), device), device, au_names
+        self.settings = {"folder": folder_digest(folder)}
 
     @torch.no_grad()
     def measure(self, paths: list[Path]) -> list[Reading]:
@@ -121,9 +116,7 @@ class TableMeter:
     """A table that a tool has written in its own environment, one row for each face."""
 
     def __init__(self, tool: str, path: Path, au_names: Sequence[str]):
-        if not path.is_file():
-            raise FileNotFoundError(f"`--meter`: there is no table {str(path)!r}.")
-        self.name, self.path, self.settings = tool, path, {"table": file_digest(path)}
+        self.name, self.path = tool, path
         self.no_aus, self.rows = np.full(len(au_names), np.nan, np.float32), {}
         tool = None if tool == "table" else tool
         for row in read_au_table(path, tool, au_names=au_names, unmeasured=float("nan")):
@@ -132,6 +125,7 @@ class TableMeter:
             self.rows.setdefault(name if name.lower().endswith(".png") else f"{name}.png", []).append(row)
         if not self.rows:
             raise ValueError(f"`--meter`: the table {str(path)!r} has no row.")
+        self.settings = {"table": file_digest(path)}
 
     def measure(self, paths: list[Path]) -> list[Reading]:
         missing = [path.name for path in paths if path.name not in self.rows]

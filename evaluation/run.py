@@ -198,7 +198,7 @@ def is_measured(path: Path, items: list[Item]) -> bool:
 
 class Evaluation:
     """
-    A checked request. Creating one loads no model and writes nothing.
+    A checked request. Creating one writes nothing, and loads no more than the toy world's meter.
 
     `items` are the pictures, `au_names` the AUs that the system draws, and `settings` all that the pictures depend on.
     """
@@ -237,14 +237,14 @@ class Evaluation:
             "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
         }
         self.missing = [item for item in self.items if not self.path(item).exists()]
-        if config.only != "generate":
-            self._make_instruments()
         if config.only == "measure" and self.missing:
             folder = str(config.output / "pictures")
             raise FileNotFoundError(
                 f"{len(self.missing)} of {len(self.items)} pictures are missing in {folder!r}, the first of them"
                 f" {self.missing[0].name!r}. Run without `--only measure`, which makes them."
             )
+        if config.only != "generate":
+            self._make_instruments()
 
     def _make_instruments(self) -> None:
         """Models of the toy world default to their own."""

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from action_units import AU_NAMES, format_aus, read_aus
+from action_units import AU_NAMES
+from drawing.jobs import canonical_aus
 from face_data.table_files import read_records
 
 
@@ -86,11 +87,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def read_combinations(path: Path, au_names: Sequence[str] = AU_NAMES) -> list[str]:
     """Read the AU combinations of a `.csv` with the column `aus`, as `format_aus` writes them."""
-    if not path.is_file():
-        raise FileNotFoundError(f"`--combinations` is {str(path)!r}, which is no file.")
     combinations = []
     for line, row in _read_csv(path, "aus"):
-        aus = format_aus(read_aus(row["aus"], f"{path}, line {line}: aus", au_names), au_names)
+        aus = canonical_aus(row["aus"], f"{path}, line {line}: aus", au_names)
         if not aus:
             raise ValueError(f"{path}, line {line}: `aus` is {row['aus']!r}, which is a neutral face.")
         combinations.append(aus)

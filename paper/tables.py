@@ -153,17 +153,17 @@ def make_all(experiment: Experiment, processes: int) -> None:
     run_jobs([functools.partial(make_figure7, experiment, name) for name in FIGURE7_RUNS], processes)
 
 
-def identity_kept(experiment: Experiment, run: str, draws: int) -> Figure:
+def identity_kept(experiment: Experiment, run: str) -> Figure:
     """The share of the image prompt's attributes that the pictures of a run show."""
     _, prompts, captions = make_image_prompts(experiment)
     encoder = make_image_encoder(f"toy:{experiment.model}", torch.device("cpu"))
     shares, owners = [], []
     for prompt in read_prompts(prompts)[: experiment.budget.prompts]:
-        paths = sorted(experiment.pictures(run).glob(f"p{prompt.index:02d}_*.png"))
-        for start in range(0, len(paths), 32):
-            images = [read_picture(path) for path in paths[start : start + 32]]
-            shares.append(encoder.agreement(images, [captions[prompt.index]] * len(images)))
-            owners += [prompt.index] * len(images)
+        # A prompt has about a hundred pictures, each of 128 pixels.
+        images = [read_picture(path) for path in sorted(experiment.pictures(run).glob(f"p{prompt.index:02d}_*.png"))]
+        shares.append(encoder.agreement(images, [captions[prompt.index]] * len(images)))
+        owners += [prompt.index] * len(images)
+    draws = experiment.budget.bootstrap_draws
     return bootstrap(np.mean, np.concatenate(shares), prompts=np.array(owners), draws=draws)
 
 
@@ -218,7 +218,7 @@ def format_paper_table(experiment: Experiment, title: str, methods: Sequence[Met
 def format_figure7(experiment: Experiment) -> list[str]:
     rows, parts = [], ("combination", "single", "combination", "single")
     for run, label in FIGURE7_RUNS.items():
-        kept = identity_kept(experiment, run, experiment.budget.bootstrap_draws)
+        kept = identity_kept(experiment, run)
         metrics = zip(("reference_similarity", "au_mse", "au_mse", "slope"), parts, strict=True)
         cells = [f"{experiment.figure(run, metric, part):.3f}" for metric, part in metrics]
         rows.append([label, f"{kept:.3f}", *cells, str(kept.pictures)])
