@@ -31,14 +31,6 @@ from pipeline_fineface_xl import FineFaceXLPipeline
 from program import TOY_MODEL, settle_device
 
 
-gr = pytest.importorskip("gradio", minversion="6", reason="needs Gradio 6 or newer: pip install gradio")
-gradio_client = pytest.importorskip("gradio_client")
-
-import app  # noqa: E402
-from page import actions  # noqa: E402  (it needs Gradio)
-from page.face_controls import FACE_PARTS, PLAIN_NAMES, REGION_SHAPES, face_controls, face_map  # noqa: E402
-
-
 ROOT = Path(__file__).resolve().parent.parent
 ON_SCREEN = {
     "prompt": "a boy",
@@ -54,13 +46,24 @@ AUS, PROMPT, SEED = "#aus textarea, #aus input", "#prompt textarea, #prompt inpu
 JOB = Job("a boy", aus="AU6=3 AU12=4", seed=3, num_inference_steps=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imported():
+    """Gradio takes seconds to import, so only the worker that runs these tests does it."""
+    global gr, gradio_client, app, actions, FACE_PARTS, PLAIN_NAMES, REGION_SHAPES, face_controls, face_map
+    gr = pytest.importorskip("gradio", minversion="6", reason="needs Gradio 6 or newer: pip install gradio")
+    gradio_client = pytest.importorskip("gradio_client")
+    import app
+    from page import actions
+    from page.face_controls import FACE_PARTS, PLAIN_NAMES, REGION_SHAPES, face_controls, face_map
+
+
 @pytest.fixture(scope="module")
 def studio(tiny_sd_dir, tiny_adapter_dir) -> Studio:
     return Studio(Weights(tiny_sd_dir, tiny_adapter_dir), torch.device("cpu"), "float32")
 
 
 @pytest.fixture
-def page(studio, tmp_path) -> actions.Page:
+def page(studio, tmp_path) -> "actions.Page":
     return actions.Page(studio, tmp_path)
 
 

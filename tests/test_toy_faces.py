@@ -238,9 +238,10 @@ def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_p
     pipe.load_au_adapter(weights / "sided")
     assert pipe.au_names == TOY_AU_NAMES and pipe("a girl", aus="wink", num_inference_steps=1).images
     assert StableDiffusionPipeline.from_pretrained(weights).unet.config.sample_size == 16
-    # A second run goes on from these weights: it takes the VAE, and the base moves on from where it was.
+    # A second run goes on from these weights: it takes the VAE, and base and adapter move on from where they were.
     later = tmp_path / "later"
-    assert train.main(["--preset=tiny", f"--start={weights}", f"--output_dir={later}", "--device=cpu"]) == 0
+    train.Recipe(recipe.size, later, recipe.device, weights).run(("captions", *train.FIRST_TRACK))
+    assert (later / "sided").is_dir() and not (later / "sided_start.pt").exists()
     moves = []
     for before, after in ((weights / "vae", later / "vae"), (weights / "unet", later / "base" / "unet")):
         one, other = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (before, after))
@@ -335,9 +336,9 @@ def test_the_meters_read_renders_that_they_never_saw(name):
 
 
 def read_drawn(pipe: FineFacePipeline, aus: str) -> dict[str, float]:
-    """The mean intensities that the judge reads from three people with these AUs."""
-    meter, prompts = load_meter(str(WEIGHTS / "second_meter")), [report.PROMPTS[index] for index in (0, 1, 8)]
-    generators = [torch.Generator().manual_seed(seed) for seed in range(3)]
+    """The mean intensities that the judge reads from two people with these AUs."""
+    meter, prompts = load_meter(str(WEIGHTS / "second_meter")), [report.PROMPTS[index] for index in (1, 8)]
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     images = pipe(prompts, aus=aus, generator=generators, output_type="pt", **read_model_defaults(str(WEIGHTS))).images
     with torch.no_grad():
         return dict(zip(meter.au_names, meter(images * 2 - 1).mean(0).tolist(), strict=True))
