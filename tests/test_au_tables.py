@@ -186,6 +186,8 @@ def test_wrong_tables_are_refused(tmp_path):
         detect_tool(["frame", "AU12_c"])
     with pytest.raises(ValueError, match="openface and fineface"):
         detect_tool([*row, *openface_row()])
+    with pytest.raises(ValueError, match="openface and fineface"):
+        detect_tool(["AU12", *openface_row()])  # complete or not makes no difference
     path = write_csv(tmp_path / "t.csv", [row])
     with pytest.raises(ValueError, match="There is no column picture"):
         list(read_au_table(path, image_column="picture"))
