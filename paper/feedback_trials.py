@@ -34,6 +34,7 @@ from paper.experiment import METER, Experiment
 from paper.tables import OURS
 from paper.trial_series import Trial, Trials
 from program import new_folder, write_atomically
+from training.config import TRAINING_PRESETS
 
 
 FEEDBACK = {
@@ -65,8 +66,8 @@ FEEDBACK_TRIALS = {
     "direct": Trial("all steps, a few vectors for each layer in place of the encoder", encoder_type="direct"),
     "interactions": Trial("all steps, an encoder that can hold interactions of AUs", encoder_type="res_3mlp"),
     "whole": Trial(
-        "… and tones and colours stay those of the neutral face",
-        {"au_feedback_appearance_weight": 50.0},
+        "… in as many steps as are sampled, tones and colours stay, and the ordinary loss is that of the best design",
+        {**TRAINING_PRESETS["best_feedback"], "au_learning_rate": 5e-4, "ema_decay": 0.99},
         encoder_type="res_3mlp",
     ),
 }

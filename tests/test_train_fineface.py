@@ -207,13 +207,14 @@ def test_defaults_are_those_of_the_paper(faces_dir, tmp_path):
     assert (config.au_drop_prob, config.caption_drop_prob, config.snr_gamma) == (0, 0, None)
 
 
-def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments):
-    changed = dict(TRAINING_PRESETS["best"])
+@pytest.mark.parametrize("preset", ["best", "best_feedback"])
+def test_a_preset_changes_defaults_and_gives_way_to_flags(arguments, preset):
+    changed = dict(TRAINING_PRESETS[preset])
     name, _ = changed.popitem()
-    paper, best = parse_args(arguments("run")), parse_args(arguments("run", "--preset best"))
+    paper, best = parse_args(arguments("run")), parse_args(arguments("run", f"--preset {preset}"))
     assert parse_args(arguments("run", "--preset paper")) == paper
-    assert best == dataclasses.replace(paper, **TRAINING_PRESETS["best"]) != paper
-    given = parse_args(arguments("run", f"--preset best --{name} {getattr(paper, name)}"))
+    assert best == dataclasses.replace(paper, **TRAINING_PRESETS[preset]) != paper
+    given = parse_args(arguments("run", f"--preset {preset} --{name} {getattr(paper, name)}"))
     assert given == dataclasses.replace(paper, **changed)
 
 
@@ -228,6 +229,8 @@ def test_flags_without_effect_are_named(arguments):
     [said] = parse_args(arguments("run", flags)).flags_without_effect()
     assert said == "`--au_feedback_steps`: no effect with `--au_feedback_mode one_step`, which draws nothing."
     assert not parse_args(arguments("run", "--preset best")).flags_without_effect()
+    [said] = parse_args(arguments("run", "--preset best_feedback")).flags_without_effect()
+    assert "`--au_feedback_appearance_weight`: no effect without `--au_feedback_meter`" in said
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -20,21 +20,28 @@ from au_encoder import ENCODER_TYPES, KV_INITS
 from program import add_options, check_options, option, take_options
 
 
+_MORE_OF_THE_FACE = {
+    "face_loss_weight": 8.0,
+    "timestep_bias_strategy": "range",
+    "timestep_bias_begin": 400,
+    "timestep_bias_multiplier": 4.0,
+    "timestep_sampling": "stratified",
+}
 TRAINING_PRESETS = {
     "paper": {},
     "best": {
-        "face_loss_weight": 8.0,
-        "timestep_bias_strategy": "range",
-        "timestep_bias_begin": 400,
-        "timestep_bias_multiplier": 4.0,
-        "timestep_sampling": "stratified",
+        **_MORE_OF_THE_FACE,
         # Ten times the default learning rate of the LoRA.
         "au_learning_rate": 1e-3,
         "au_drop_prob": 0.1,
         "au_noise_variance": 0.05,
     },
+    "best_feedback": {**_MORE_OF_THE_FACE, "au_feedback_steps": 8, "au_feedback_appearance_weight": 20.0},
 }
-"""Flags for each `--preset`: "paper" keeps the defaults; "best" has the flags that did best in docs/results.md."""
+"""
+Flags for each `--preset`: "paper" keeps the defaults; "best" has the flags that did best in docs/results.md, and
+"best_feedback" those that did best with `--au_feedback_meter`.
+"""
 
 FEEDBACK_MODES = ("draw", "random_step", "one_step")
 
@@ -313,7 +320,8 @@ def parse_args(argv: list[str] | None = None) -> TrainConfig:
         "--preset",
         choices=TRAINING_PRESETS,
         default="paper",
-        help='Set of defaults: "best" did best in docs/results.md. Flags on the command line override it.',
+        help='Set of defaults: "best" did best in docs/results.md, and "best_feedback" with `--au_feedback_meter`.'
+        " Flags on the command line override it.",
     )
     add_options(parser, TrainConfig)
     args = parser.parse_args(argv)
