@@ -108,7 +108,7 @@ def _draw_panel(draw: ImageDraw.ImageDraw, panel: tuple, au: str, rows: pd.DataF
         draw.text((x, top + side + 5), str(tick), GREY, font, anchor="mt")
         draw.text((left - 5, y), str(tick), GREY, font, anchor="rm")
     steps = np.linspace(low, high, 41)
-    for start, end in zip(steps[::2], steps[1::2], strict=False):
+    for start, end in zip(steps[:-1:2], steps[1::2], strict=True):
         draw.line((*place(start, start), *place(end, end)), "#999")
     for _, group in rows.groupby("prompt_index"):
         points = [place(x, y) for x, y in group.sort_values(au)[[au, f"measured_{au}"]].to_numpy()]

@@ -252,9 +252,10 @@ def _write_parquet(rows: list[dict], pictures: list[Path], au_names: tuple[str, 
     features = Features(columns | {name: Value("float32") for name in FACE_BOX if name in rows[0]})
     with pq.ParquetWriter(path, features.arrow_schema) as writer:
         for start in range(0, len(rows), ROW_GROUP):
+            part = slice(start, start + ROW_GROUP)
             group = [
                 row | {"image": {"bytes": picture.read_bytes(), "path": Path(row["file_name"]).name}}
-                for row, picture in zip(rows[start : start + ROW_GROUP], pictures[start:], strict=False)
+                for row, picture in zip(rows[part], pictures[part], strict=True)
             ]
             writer.write_table(pa.Table.from_pylist(group, features.arrow_schema), row_group_size=ROW_GROUP)
 

@@ -130,7 +130,8 @@ def _read_separated(path: Path, say: Callable[[str], None], usual: str) -> Itera
                     f"{len(cells)} cells, but the header has {len(header)}, with {separators} between them."
                 )
             else:
-                record = {name: cell for name, cell in zip(header, cells, strict=False) if name}
+                cells = cells[: len(header)]
+                record = {name: cell for name, cell in zip(header, cells, strict=True) if name}
                 yield first_line + reader.line_num, record
     except csv.Error as error:
         raise ValueError(f"{path}, line {first_line + reader.line_num}: {error}") from error
