@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from accelerate import Accelerator
 from training_runs import (  # noqa: F401
     arguments_fixture,
     datasets_cache_fixture,
@@ -16,7 +17,7 @@ from training_runs import (  # noqa: F401
 
 from program import only_run_in
 from train_fineface import main
-from training.checkpoints import find_checkpoint
+from training.checkpoints import find_checkpoint, load_checkpoint
 from training.config import parse_args, published_settings
 
 
@@ -88,6 +89,15 @@ def test_a_broken_checkpoint_is_named(resume, tmp_path, name, content, message):
         ValueError, match=f"checkpoint '.*checkpoint-4' cannot be read: .*{message}.*Delete it to resume"
     ):
         resume()
+
+
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_broken(tmp_path, monkeypatch):
+    def load_state(self, folder):
+        raise MemoryError("cannot allocate")
+
+    monkeypatch.setattr(Accelerator, "load_state", load_state)
+    with pytest.raises(MemoryError, match="cannot allocate"):
+        load_checkpoint(Accelerator(cpu=True), tmp_path)
 
 
 def test_a_second_run_in_one_folder_is_refused_and_a_killed_one_locks_nothing(resume, run_processes, tmp_path):

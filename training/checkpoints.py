@@ -152,15 +152,21 @@ def load_checkpoint(accelerator: Accelerator, checkpoint: Path) -> None:
     options = {"load_module_strict": False} if accelerator.distributed_type == DistributedType.DEEPSPEED else {}
     try:
         accelerator.load_state(checkpoint, **options)
+    except (MemoryError, torch.OutOfMemoryError):
+        # The checkpoint may be whole, and nobody should be told to delete it.
+        raise
     # torch, pickle and accelerate raise errors of many types for a truncated file.
     except Exception as error:
-        broken = []
-        for path in sorted(checkpoint.glob("*.bin")):
-            try:
-                torch.load(path, map_location="cpu", weights_only=True)
-            except Exception:
-                broken.append(f"{path.name} is broken")
+        broken = [f"{path.name} is broken" for path in sorted(checkpoint.glob("*.bin")) if not _is_loadable(path)]
         raise _broken(checkpoint, ", ".join(broken) or str(error) or type(error).__name__) from error
+
+
+def _is_loadable(path: Path) -> bool:
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return False
+    return True
 
 
 def _broken(checkpoint: Path, reason: str) -> ValueError:
