@@ -47,7 +47,7 @@ class Budget:
     """
     How much is spent on a system. It is trained on `pictures` for `steps` optimizer steps of `batch_size` samples, and
     evaluated with so many `prompts` and `combinations`; None means all. A trial of feedback is trained for
-    `feedback_seconds` and evaluated with `feedback_prompts`.
+    `feedback_seconds` in steps of `feedback_batch_size` samples, and evaluated with `feedback_prompts`.
     """
 
     name: str
@@ -62,6 +62,7 @@ class Budget:
     evaluation_batch: int = 16
     bootstrap_draws: int = 1000
     feedback_seconds: float = option(40, "processor time of each trial of feedback (default: 40; full: 3600)", low=0)
+    feedback_batch_size: int | None = option(None, "samples of their steps (default: 8; full: 128)", low=2)
     feedback_prompts: int | None = option(1, "prompts that judge each (default: 1; full: all)", low=1)
     latent_meter_steps: int = 1000
 

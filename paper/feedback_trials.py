@@ -122,8 +122,12 @@ class FeedbackTrials(Trials):
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
-        settings = {"feedback_seconds": self.budget.feedback_seconds}
-        keep_settings(experiment.folder / "feedback.json", settings, "trials of AU feedback", PartialState())
+        self.batch_size = self.budget.feedback_batch_size or self.budget.batch_size
+        settings = {"feedback_seconds": self.budget.feedback_seconds, "feedback_batch_size": self.batch_size}
+        # Experiments of earlier versions have no size of their own for trials of feedback.
+        defaults = {"feedback_batch_size": self.budget.batch_size}
+        path = experiment.folder / "feedback.json"
+        keep_settings(path, settings, "trials of AU feedback", PartialState(), defaults)
 
     def prepare(self, names: Iterable[str]) -> None:
         """Make the common adapter, and the meter on latents."""
@@ -178,10 +182,10 @@ class FeedbackTrials(Trials):
         trial = FEEDBACK_TRIALS[name]
         flags = FEEDBACK | {
             "au_feedback_meter": str(Path(self.experiment.model) / "meter"),
-            "au_feedback_batch_size": self.budget.batch_size // 2,
+            "train_batch_size": self.batch_size,
+            "au_feedback_batch_size": self.batch_size // 2,
             "au_feedback_guidance_scale": self.experiment.sampling["guidance_scale"],
             "adapter_name_or_path": str(self.start_adapter(trial.encoder_type)),
-            "checkpointing_steps": PROBE_STEPS,
         }
         if trial.reads_latents:
             flags["au_feedback_meter"] = str(self.make_latent_meter())
@@ -190,7 +194,9 @@ class FeedbackTrials(Trials):
 
         def train_until(step: int) -> float:
             with timed_steps() as seconds:
-                train_fineface.run(replace(config, max_train_steps=step))
+                # Not after each few steps: writing a checkpoint takes time that belongs to the training.
+                checkpoints = max(PROBE_STEPS, step // 10)
+                train_fineface.run(replace(config, max_train_steps=step, checkpointing_steps=checkpoints))
             # A run that was stopped near its end has too few steps left to time.
             return float(np.diff(seconds).mean()) if len(seconds) > 2 else pace["seconds"]
 

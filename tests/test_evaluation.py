@@ -996,6 +996,7 @@ def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, c
     arguments = ["--quick", f"--model={world}", f"--work={experiment.folder}"]
     for options, message in (
         (["--feedback", "--feedback-seconds=4"], "`feedback_seconds` was 0.001 and is now 4.0"),
+        (["--feedback", "--feedback-batch-size=16"], "`feedback_batch_size` was 2 and is now 16"),
         (["--feedback", "--feedback-seconds=-1"], "at least 0, but is -1.0"),
         (["--feedback", "--feedback-prompts=0"], "at least 1, but is 0"),
         (["--feedback-prompts=2"], "Add `--feedback`."),
@@ -1005,17 +1006,20 @@ def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, c
     assert sorted(path.name for path in experiment.folder.iterdir()) == ["experiment.json", "feedback.json"]
 
 
-def test_the_command_line_sets_the_time_and_the_prompts_of_trials_of_feedback(world, tmp_path, monkeypatch):
+def test_the_command_line_sets_time_batch_and_prompts_of_trials_of_feedback(world, tmp_path, monkeypatch):
     monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
     arguments = ["--quick", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--only", "ordinary"]
 
     def make_table(*options: str) -> pd.DataFrame:
-        assert trials.main([*arguments, "--feedback", "--feedback-seconds=2", *options]) == 0
+        settings = ("--feedback", "--feedback-seconds=2", "--feedback-batch-size=4")
+        assert trials.main([*arguments, *settings, *options]) == 0
         return pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
 
     first = make_table()
     # More than the steps that are timed to find out how many the time pays for.
     assert int(first.loc["ordinary", "steps"]) > 3
+    config = json.loads((tmp_path / "systems" / "feedback_ordinary" / "train_config.json").read_text())
+    assert (config["train_batch_size"], config["au_feedback_batch_size"]) == (4, 2)
     trained = read_files_in(tmp_path / "systems")
     second = make_table("--feedback-prompts=2")
     assert second["pictures"].tolist() == (2 * first["pictures"]).tolist()

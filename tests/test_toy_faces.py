@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from torch import nn
 
-from action_units import AU_NAMES, au_projection
+from action_units import AU_NAMES, au_projection, available_presets, parse_aus
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from toy_faces import networks, report, train
@@ -267,6 +267,21 @@ def test_half_of_the_commands_are_one_au_alone(symmetric):
     columns = {tuple(name for name, value in zip(TOY_AU_NAMES, row, strict=True) if value) for row in alone.tolist()}
     assert ("AU5",) in columns and ("AU12L", "AU12R") in columns and (("AU10",) in columns) is not symmetric
     assert len(columns) == (12 if symmetric else 16)
+
+
+@pytest.mark.parametrize("au_names", [AU_NAMES, TOY_AU_NAMES])
+def test_a_quarter_of_the_commands_are_named_expressions(au_names):
+    commanded = train.name_expressions(torch.full((400, 24), 9.0), au_names, np.random.default_rng(0))
+    named = commanded[(commanded != 9).any(1)]
+    assert 70 < len(named) < 130
+    presets = parse_aus(list(available_presets(au_names)), au_names=au_names) @ au_projection(au_names, TOY_AU_NAMES)
+    # Each row is a preset times a strength. One of the presets is the neutral face.
+    presets, named = presets[presets.any(1)], named[named.any(1)]
+    strengths = named.norm(dim=1, keepdim=True) / presets.norm(dim=1)
+    errors = (named[:, None] - strengths[..., None] * presets).abs().amax(2)
+    best = errors.argmin(1, keepdim=True)
+    assert errors.gather(1, best).max() < 1e-4 and len(best.unique()) > len(presets) / 2
+    assert strengths.gather(1, best).min() >= 0.5 and strengths.gather(1, best).max() <= 1
 
 
 def test_errors_of_recipe_and_report_are_one_line(tmp_path, capsys):
