@@ -5,6 +5,7 @@ Draws for `app.py`: pictures, sweeps and tables of faces from a model that stays
 line that make the same pictures again. Nothing in here knows of a browser.
 """
 
+import copy
 import csv
 import io
 import json
@@ -89,6 +90,9 @@ class Studio:
         self.presets = {name: format_aus(preset, self.au_names) for name, preset in presets.items()}
         # A scheduler counts its steps, so two drawings at a time would spoil each other.
         self._turns = threading.Lock()
+        # Remarks do not wait for pictures. A tokenizer pads as its last caller wanted, so one that a drawing shared
+        # with another thread would spoil the drawing.
+        self._tokenizer, self._tokenizer_turns = copy.deepcopy(self.pipeline.tokenizer), threading.Lock()
 
     @property
     def is_quick(self) -> bool:
@@ -125,20 +129,22 @@ class Studio:
 
     def remarks(self, job: Job) -> list[str]:
         """Remarks on words of `job` that the model does not know, or that are beyond its limit."""
-        tokenizer, remarks = self.pipeline.tokenizer, []
-        if self.is_toy:
-            # Its tokenizer was made from the captions of its pictures: each of their words is one token.
-            words = dict.fromkeys(re.findall("[^\\W_]+", job.prompt.lower()))
-            unknown = [word for word in words if len(tokenizer.tokenize(word)) > 1]
-            if unknown:
-                remarks.append(f"This small model does not know: {', '.join(unknown)}.")
-        for name, text in (("prompt", job.prompt), ("text of what is not in the picture", job.negative_prompt or "")):
-            tokens = tokenizer(text, add_special_tokens=False).input_ids
-            # Two are the marks of beginning and end.
-            limit = tokenizer.model_max_length - 2
-            if len(tokens) > limit:
-                rest = tokenizer.decode(tokens[limit:]).strip()
-                remarks.append(f"The {name} is too long for the model, which does not see: {rest[:200]}")
+        tokenizer, remarks = self._tokenizer, []
+        with self._tokenizer_turns:
+            if self.is_toy:
+                # Its tokenizer was made from the captions of its pictures: each of their words is one token.
+                words = dict.fromkeys(re.findall("[^\\W_]+", job.prompt.lower()))
+                unknown = [word for word in words if len(tokenizer.tokenize(word)) > 1]
+                if unknown:
+                    remarks.append(f"This small model does not know: {', '.join(unknown)}.")
+            texts = {"prompt": job.prompt, "text of what is not in the picture": job.negative_prompt or ""}
+            for name, text in texts.items():
+                tokens = tokenizer(text, add_special_tokens=False).input_ids
+                # Two are the marks of beginning and end.
+                limit = tokenizer.model_max_length - 2
+                if len(tokens) > limit:
+                    rest = tokenizer.decode(tokens[limit:]).strip()
+                    remarks.append(f"The {name} is too long for the model, which does not see: {rest[:200]}")
         return remarks
 
     def sweep_au(self, job: Job, au: str, first: float, last: float, count: int) -> Sweep:

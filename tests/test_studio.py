@@ -122,6 +122,15 @@ def test_progress_counts_the_steps(tiny_studio):
     assert steps == [0, 1, 2, 3]
 
 
+def test_remarks_do_not_reach_into_a_drawing(tiny_studio):
+    """They come from other threads, without waiting for it, and a tokenizer pads as its last caller wanted."""
+    tiny_studio.draw(JOBS[0])
+    tokenizer = tiny_studio.pipeline.tokenizer.backend_tokenizer
+    before = tokenizer.padding, tokenizer.truncation
+    assert tiny_studio.remarks(Job("a boy " * 100))[0].startswith("The prompt is too long for the model")
+    assert (tokenizer.padding, tokenizer.truncation) == before and None not in before
+
+
 def test_a_model_without_an_adapter_is_an_error(tiny_sd_dir):
     with pytest.raises(ValueError, match="--adapter"):
         Studio(Weights(tiny_sd_dir), CPU, "float32")
