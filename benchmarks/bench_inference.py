@@ -6,10 +6,10 @@ docs/performance.md says how, and has the command for each table.
 """
 
 import argparse
+import contextlib
 import itertools
 import math
 import sys
-import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -18,13 +18,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm, trange
 
-from benchmarks.pipelines import ARCHITECTURES, AUS, ROWS, Variant, is_xl, make_row, resolution_of
-from benchmarks.tables import DTYPES, count, in_units, markdown_table, run_benchmark, synchronize
+from benchmarks.pipelines import ARCHITECTURES, ROWS, Variant, make_row
+from benchmarks.tables import choices, count, markdown_table, now, run_benchmark, take_peak
 
 
 # Enough for compilation, for recording CUDA graphs after it, and for a first replay.
 WARM_UP_STEPS = 4
-COMPILE_MODES = ("no", "default", "reduce-overhead", "max-autotune")
 
 
 def time_call(variant: Variant, batch_size: int, steps: int) -> tuple[float, float]:
@@ -33,8 +32,7 @@ def time_call(variant: Variant, batch_size: int, steps: int) -> tuple[float, flo
 
     def mark(pipeline=None, step=None, timestep=None, tensors=None):
         if step in (None, 0, steps - 1):
-            synchronize(variant.pipeline.unet.device)
-            marks.append(time.perf_counter())
+            marks.append(now(variant.pipeline.unet.device))
         return tensors
 
     mark()
@@ -46,68 +44,50 @@ def time_call(variant: Variant, batch_size: int, steps: int) -> tuple[float, flo
 def measure(variants: dict[str, Variant], batch_size: int, steps: int, repeats: int, mode: str) -> str:
     """Measure `variants` in `repeats` rounds of one call each. Returns a table."""
     names, peaks, rows = list(variants), {}, []
-    times = {name: np.empty((repeats, 2)) for name in names}
+    times = {name: np.empty((2, repeats)) for name in names}
     for name, variant in tqdm(variants.items(), desc="warm-up", leave=False):
         device = variant.pipeline.unet.device
-        # The statistics leave out the memory of recorded CUDA graphs, so there is no figure with them.
-        has_peak = device.type == "cuda" and mode == "no"
         if mode != "no":
             variant.pipeline.unet.compile(mode=mode, fullgraph=True, dynamic=False)
-        if has_peak:
-            torch.cuda.reset_peak_memory_stats(device)
+        take_peak(device)
         variant(batch_size, WARM_UP_STEPS if mode != "no" or device.type != "cpu" else 1)
-        peaks[name] = torch.cuda.max_memory_allocated(device) if has_peak else None
+        # The statistics leave out the memory of recorded CUDA graphs, so there is no figure with them.
+        peaks[name] = take_peak(device) if mode == "no" else math.nan
     for number in trange(repeats, desc="rounds", leave=False):
         # No row is always the first, or always after the same one.
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            times[name][number] = time_call(variants[name], batch_size, steps)
-    for name, variant in variants.items():
-        call, step = np.median(times[name], axis=0)
-        ratios = times[name][:, 0] / times[variant.row.baseline][:, 0]
-        cells = [f"{call:.3f}", "–" if math.isnan(step) else f"{step:.4f}", f"{np.median(ratios):.3f}"]
-        cells += [f"{ratios.min():.3f} – {ratios.max():.3f}", in_units(peaks[name], 2**20)]
-        rows.append([variant.row.label, *cells])
-    return markdown_table(["", "s / call", "s / step", "ratio", "lowest – highest", "peak MiB"], rows)
+            times[name][:, number] = time_call(variants[name], batch_size, steps)
+    for name, (call, step) in times.items():
+        ratios = call / times[ROWS[name].baseline][0]
+        spread = f"{ratios.min():.3f} – {ratios.max():.3f}"
+        medians = map(np.median, (call, step, ratios))
+        rows.append((ROWS[name].label, *medians, spread, peaks[name] / 2**20))
+    columns = {"": "{}", "s / call": "{:.3f}", "s / step": "{:.4f}", "ratio": "{:.3f}", "lowest – highest": "{}"}
+    return markdown_table(columns | {"peak MiB": "{:,.1f}"}, rows)
 
 
-@torch.no_grad()
 def step_flops(variant: Variant, batch_size: int) -> int:
-    """Floating-point operations of the UNet in one denoising step with guidance."""
-    pipeline, unet, is_textbook = variant.pipeline, variant.pipeline.unet, variant.row.textbook
-    rows = batch_size * (3 if "au_guidance_scale" in variant.kwargs else 2)
-    empty = partial(torch.empty, device=unet.device, dtype=unet.dtype)
-    added, kwargs = {}, {}
-    if variant.row.tokens and not is_textbook:
-        kwargs["cross_attention_kwargs"] = pipeline.encode_aus(AUS, unet.device, batch_size=rows)[0]
-    if "ip_adapter_image_embeds" in variant.kwargs:
-        embeds = variant.kwargs["ip_adapter_image_embeds"]
-        added["image_embeds"] = [empty(rows, *tensor.shape[1:]) for tensor in embeds]
-    if unet.config.addition_embed_type == "text_time":
-        added["text_embeds"] = empty(rows, pipeline.text_encoder_2.config.projection_dim)
-        added["time_ids"] = empty(rows, 6)
-    sample = empty(rows, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    text = empty(rows, pipeline.tokenizer.model_max_length + is_textbook, unet.config.cross_attention_dim)
-    with FlopCounterMode(display=False) as counter:
-        unet(sample, torch.zeros((), device=unet.device), text, added_cond_kwargs=added, **kwargs)
-    return counter.get_total_flops()
+    """Floating-point operations of the UNet in the first step of a call, which ends after them."""
 
+    def end_call(*_):
+        raise StopIteration
 
-def count_steps(variants: dict[str, Variant], batch_size: int) -> str:
-    """Count what a step of each variant computes. Returns a table."""
-    counts = {name: step_flops(variant, batch_size) for name, variant in variants.items()}
-    ratios = {name: counts[name] / counts[ROWS[name].baseline] for name in counts}
-    rows = [[ROWS[name].label, f"{counts[name] / 1e9:,.2f}", f"{ratios[name]:.5f}"] for name in counts]
-    return markdown_table(["", "GFLOP / step", "ratio"], rows)
+    unet = variant.pipeline.unet
+    with FlopCounterMode(display=False) as counter, contextlib.suppress(StopIteration):
+        handle = unet.register_forward_hook(end_call)
+        variant(batch_size, 1)
+    handle.remove()
+    return sum(counter.get_flop_counts()[type(unet).__name__].values())
 
 
 def make_table(components: dict, batch_size: int, mode: str, args: argparse.Namespace) -> str:
     # The baseline of each row is measured too.
     needed = {"plain", *args.rows, *(ROWS[row].baseline for row in args.rows)}
-    # The textbook's pipeline is one for Stable Diffusion 1.x and 2.x.
-    needed -= {"textbook"} if is_xl(components) else set()
     variants = {row: make_row(row, components) for row in ROWS if row in needed}
     if args.count:
-        return count_steps(variants, batch_size)
+        flops = {row: step_flops(variant, batch_size) for row, variant in variants.items()}
+        rows = [(ROWS[row].label, flops[row] / 1e9, flops[row] / flops[ROWS[row].baseline]) for row in flops]
+        return markdown_table({"": "{}", "GFLOP / step": "{:,.2f}", "ratio": "{:.5f}"}, rows)
     torch._dynamo.reset()
     # All variants run the code of one class, but each is compiled by itself, which would exceed the usual limit.
     with torch._dynamo.config.patch(recompile_limit=16 * len(ROWS)):
@@ -117,8 +97,8 @@ def make_table(components: dict, batch_size: int, mode: str, args: argparse.Name
 def make_tables(args: argparse.Namespace) -> Iterator[str]:
     for model, dtype in itertools.product(args.models, args.dtypes):
         model_title, make_components = ARCHITECTURES[model]
-        components = make_components(args.device, DTYPES[dtype])
-        side = resolution_of(components)
+        components = make_components(args.device, getattr(torch, dtype))
+        side = components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
         for batch_size, mode in itertools.product(args.batch_sizes, ["no"] if args.count else args.compile):
             title, what = f"{model_title}, batch {batch_size}", "one step"
             if not args.count:
@@ -132,26 +112,19 @@ def make_tables(args: argparse.Namespace) -> Iterator[str]:
 
 
 OPTIONS = {
-    "--models": {
-        **{"nargs": "+", "choices": ARCHITECTURES, "default": (["toy"], list(ARCHITECTURES))},
-        "help": "(default: toy on cpu, else all)",
-    },
+    "--models": choices(ARCHITECTURES, (["toy"], list(ARCHITECTURES)), "(default: toy on cpu, else all)"),
     "--batch-sizes": {"nargs": "+", "type": count, "default": [1, 4, 8], "metavar": "N"},
-    "--dtypes": {
-        **{"nargs": "+", "choices": DTYPES, "default": (["float32"], ["float16"])},
-        "help": "(default: float32 on cpu, else float16)",
-    },
-    "--compile": {"nargs": "+", "choices": COMPILE_MODES, "default": ["no"], "help": "modes of torch.compile"},
-    "--rows": {"nargs": "+", "choices": ROWS, "default": list(ROWS), "help": "what to measure (default: all)"},
+    "--dtypes": choices(
+        ("float32", "float16", "bfloat16"), (["float32"], ["float16"]), "(default: float32 on cpu, else float16)"
+    ),
+    "--compile": choices(("no", "default", "reduce-overhead", "max-autotune"), ["no"], "modes of torch.compile"),
+    "--rows": choices(ROWS, list(ROWS), "what to measure (default: all)"),
     "--steps": {"type": count, "default": (10, 50), "help": "(default: 10 on cpu, else 50)"},
     "--repeats": {"type": count, "default": 5, "help": "rounds of interleaved calls (default: 5)"},
     "--count": {"action": "store_true", "help": "count what is computed instead, on no device"},
 }
 
-
-def main(argv: list[str] | None = None) -> int:
-    return run_benchmark("benchmarks.bench_inference", __doc__, OPTIONS, make_tables, argv)
-
+main = partial(run_benchmark, "benchmarks.bench_inference", __doc__, OPTIONS, make_tables)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,29 +6,26 @@ benchmarks.bench_loading`. docs/performance.md says what each column is.
 """
 
 import argparse
+import ctypes
 import gc
 import os
 import statistics
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
-from peft import LoraConfig
 from torch import nn
 
-from au_attention_processor import au_layers
-from au_encoder import LORA_WEIGHTS_NAME, AUAdapter, write_au_adapter
-from benchmarks.pipelines import LORA_RANK, SD21
-from benchmarks.tables import DTYPES, count, in_units, markdown_table, run_benchmark, synchronize
+from au_encoder import LORA_WEIGHTS_NAME
+from benchmarks.pipelines import SD21, empty_model, make_row
+from benchmarks.tables import count, markdown_table, now, run_benchmark, take_peak
 from drawing.model import quiet
 from hub import export
-from pipeline_fineface import LORA_NAME, FineFacePipeline
-from train_fineface import LORA_TARGETS
+from pipeline_fineface import FineFacePipeline
 
 
 FORMS = {"as trained": None, "folded": "folded", "as an IP-Adapter": "ip-adapter"}
@@ -36,22 +33,16 @@ FORMS = {"as trained": None, "folded": "folded", "as an IP-Adapter": "ip-adapter
 STATM, SAMPLING_INTERVAL = Path("/proc/self/statm"), 0.001
 
 
-def make_pipeline(unet_config: dict, device: torch.device, dtype: torch.dtype) -> FineFacePipeline:
-    """Make a pipeline that has only a UNet, with uninitialized weights."""
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(**unet_config)
-    unet = nn.Module.to(unet, dtype).to_empty(device=device).eval()
-    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-    scheduler = DDIMScheduler(clip_sample=False, steps_offset=1)
-    return FineFacePipeline(unet=unet, scheduler=scheduler, **absent, requires_safety_checker=False)
+def make_components(make_unet: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> dict:
+    """The components of a pipeline that has only a UNet, with uninitialized weights."""
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    return {**absent, "unet": empty_model(make_unet, device, dtype)}
 
 
-def write_adapter(folder: Path, unet_config: dict) -> None:
+def write_adapter(folder: Path, make_unet: Callable[[], nn.Module]) -> None:
     """Write a random adapter with a LoRA, in float32."""
-    unet = make_pipeline(unet_config, torch.device("cpu"), torch.float32).unet
-    adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim)
-    unet.add_adapter(LoraConfig(r=LORA_RANK, target_modules=LORA_TARGETS), LORA_NAME)
-    write_au_adapter(folder, adapter, unet, LORA_NAME)
+    components = make_components(make_unet, torch.device("cpu"), torch.float32)
+    make_row("lora", components).pipeline.save_au_adapter(folder)
 
 
 def export_as(form: str, trained: Path) -> tuple[Path, int]:
@@ -64,39 +55,33 @@ def export_as(form: str, trained: Path) -> tuple[Path, int]:
     return folder, sum(path.stat().st_size for path in files)
 
 
-def adapter_bytes(pipeline: FineFacePipeline) -> int:
-    """The bytes of the adapter and of its LoRA in memory."""
-    lora = [parameter for name, parameter in pipeline.unet.named_parameters() if ".lora_" in name]
-    return sum(p.numel() * p.element_size() for p in (*pipeline.au_adapter.parameters(), *lora))
+def own_bytes() -> int:
+    """The memory of this process, without pages of mapped files, which the system can take back at any time."""
+    _, resident, shared, *_ = map(int, STATM.read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
-def peak_growth(device: torch.device, work: Callable[[], object]) -> int | None:
+def peak_growth(device: torch.device, work: Callable[[], object]) -> float:
     """
-    Returns by how many bytes memory on `device` grew at most while `work` was running; None on an accelerator that is
-    no CUDA device, and without /proc. On the CPU, pages of mapped files do not count, because the system can take them
-    back at any time.
+    Returns by how many bytes memory on `device` grew at most while `work` was running; NaN on an accelerator that is
+    no CUDA device, and without /proc.
     """
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
     if device.type != "cpu" or not STATM.is_file():
+        take_peak(device)
+        before = take_peak(device)
         work()
-        return None
-
-    def own_bytes() -> int:
-        _, resident, shared, *_ = map(int, STATM.read_text().split())
-        return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+        return take_peak(device) - before
+    # Memory that was freed but not given back would be used first, and hide what `work` needs.
+    ctypes.CDLL(None).malloc_trim(0)
+    sizes, finished = [own_bytes()], threading.Event()
 
     def watch() -> None:
         while not finished.wait(SAMPLING_INTERVAL):
             sizes.append(own_bytes())
 
-    sizes, finished = [own_bytes()], threading.Event()
-    thread = threading.Thread(target=watch, daemon=True)
     # The work stays in this thread, because another one would not use memory that this one has freed.
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         work()
@@ -106,22 +91,25 @@ def peak_growth(device: torch.device, work: Callable[[], object]) -> int | None:
     return max(*sizes, own_bytes()) - sizes[0]
 
 
-def time_loading(pipeline: FineFacePipeline, folder: Path, repeats: int) -> tuple[float, float, int | None]:
-    """Returns the seconds of a first load, the median of later ones, and the peak of memory in the first."""
-    device, seconds = pipeline.unet.device, []
+def time_loading(components: dict, folder: Path, repeats: int) -> tuple[float, float, int, float]:
+    """
+    Load an adapter. Returns the seconds of a first load, the median of later ones, the bytes of the adapter and of its
+    LoRA in memory, and the peak of memory in the first load.
+    """
+    pipeline, seconds = FineFacePipeline(**components, requires_safety_checker=False), []
+    device, bare = pipeline.unet.device, pipeline.unet.get_memory_footprint()
 
     def load() -> None:
-        synchronize(device)
-        started = time.perf_counter()
+        started = now(device)
         pipeline.load_au_adapter(folder)
-        synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        seconds.append(now(device) - started)
 
     with quiet():
         peak = peak_growth(device, load)
         for _ in range(repeats):
             load()
-    return seconds[0], statistics.median(seconds[1:]), peak
+    stays = pipeline.unet.get_memory_footprint() - bare + pipeline.au_adapter.get_memory_footprint()
+    return seconds[0], statistics.median(seconds[1:]), stays, peak
 
 
 def make_tables(args: argparse.Namespace) -> Iterator[str]:
@@ -132,19 +120,16 @@ def make_tables(args: argparse.Namespace) -> Iterator[str]:
         for form in FORMS:
             exported, size = export_as(form, trained)
             for dtype in ("float32", "float16"):
-                pipeline = make_pipeline(SD21["unet"], args.device, DTYPES[dtype])
-                first, later, peak = time_loading(pipeline, exported, args.repeats)
-                file, stays, most = (in_units(number, 2**20) for number in (size, adapter_bytes(pipeline), peak))
-                rows.append([f"{form}, {dtype} UNet", file, f"{first:.2f}", f"{later:.2f}", stays, most])
-                del pipeline
-    header = ["", "files, MiB", "first, s", "in place of another, s", "stays, MiB", "at most, MiB"]
-    yield markdown_table(header, rows)
+                components = make_components(SD21["unet"], args.device, getattr(torch, dtype))
+                first, later, stays, peak = time_loading(components, exported, args.repeats)
+                rows.append((f"{form}, {dtype} UNet", size / 2**20, first, later, stays / 2**20, peak / 2**20))
+    columns = {"": "{}", "files, MiB": "{:,.1f}", "first, s": "{:.2f}", "in place of another, s": "{:.2f}"}
+    yield markdown_table(columns | {"stays, MiB": "{:,.1f}", "at most, MiB": "{:,.1f}"}, rows)
 
 
-def main(argv: list[str] | None = None) -> int:
-    options = {"--repeats": {"type": count, "default": 5, "help": "(default: 5)"}}
-    return run_benchmark("benchmarks.bench_loading", __doc__, options, make_tables, argv)
+OPTIONS = {"--repeats": {"type": count, "default": 5, "help": "(default: 5)"}}
 
+main = partial(run_benchmark, "benchmarks.bench_loading", __doc__, OPTIONS, make_tables)
 
 if __name__ == "__main__":
     sys.exit(main())

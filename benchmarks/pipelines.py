@@ -6,27 +6,24 @@ row of the tables of `benchmarks.bench_inference`, all on one set of weights.
 """
 
 import copy
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor, IPAdapterAttnProcessor
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from peft import LoraConfig
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from action_units import au_image_embeds, parse_aus
+from action_units import au_image_embeds
 from au_attention_processor import au_layers
-from au_encoder import AUAdapter, AUEncoder, base_unet
-from drawing.model import quiet
-from evaluation.systems import embed_with_tokens
+from au_encoder import AUAdapter, base_unet
+from drawing.model import fuse_lora, quiet
 from hub.ip_adapter import ip_adapter_state_dict
 from paper.baselines import add_ip_adapter
 from pipeline_fineface import LORA_NAME, FineFacePipeline
@@ -35,79 +32,71 @@ from program import TOY_MODEL
 from train_fineface import LORA_TARGETS
 
 
-PROMPT = "a closeup of a boy in a park"
 AUS = "AU6=2.5 AU12=5"
-GUIDANCE_SCALE = 7.5
 IP_IMAGE_DIM = 1024
-LORA_RANK = 32
-"""The rank of the paper's LoRA, which is also that of the toy model."""
-# The sizes of the published configurations, where these are not the defaults of the classes.
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-}
+
+
+def text_encoder(kind: type[nn.Module], width: int, layers: int, heads: int, **others) -> Callable[[], nn.Module]:
+    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    return partial(kind, CLIPTextConfig(**sizes, num_attention_heads=heads, **others))
+
+
+# What makes each model in the sizes of the published configurations, where these are not the defaults of the classes.
+VAE = partial(
+    AutoencoderKL,
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    # The VAE of Stable Diffusion XL that can decode in half precision. Other pipelines ignore this.
+    force_upcast=False,
+)
+UNET = partial(UNet2DConditionModel, sample_size=64)
+LINEAR_UNET = partial(UNET, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)
 SD21 = {
-    "unet": {
-        "sample_size": 64,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
-    "text_encoder": {"hidden_size": 1024, "num_hidden_layers": 23, "num_attention_heads": 16, "hidden_act": "gelu"},
+    "unet": partial(LINEAR_UNET, cross_attention_dim=1024),
+    "text_encoder": text_encoder(CLIPTextModel, 1024, 23, 16, hidden_act="gelu"),
 }
-SD15 = {
-    "unet": {"sample_size": 64, "cross_attention_dim": 768},
-    "text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
-}
+SD15 = {"unet": partial(UNET, cross_attention_dim=768), "text_encoder": text_encoder(CLIPTextModel, 768, 12, 12)}
 SDXL = {
-    "unet": {
-        "sample_size": 128,
-        "block_out_channels": (320, 640, 1280),
-        "attention_head_dim": (5, 10, 20),
-        "use_linear_projection": True,
-        "cross_attention_dim": 2048,
-        "transformer_layers_per_block": (1, 2, 10),
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    },
+    "unet": partial(
+        LINEAR_UNET,
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        transformer_layers_per_block=(1, 2, 10),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
     "text_encoder": SD15["text_encoder"],
-    "text_encoder_2": {
-        "hidden_size": 1280,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-        "hidden_act": "gelu",
-    },
+    "text_encoder_2": text_encoder(CLIPTextModelWithProjection, 1280, 32, 20, projection_dim=1280, hidden_act="gelu"),
 }
 
 
-def random_components(sizes: dict[str, dict], device: torch.device, dtype: torch.dtype) -> dict:
-    """The components of a pipeline, with random weights that are made on `device`."""
+def empty_model(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model that `make` makes, but on `device` from the start, and with uninitialized weights."""
+    with init_empty_weights():
+        model = make()
+    weights = {k: torch.empty_like(weight, device=device, dtype=dtype) for k, weight in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval()
+
+
+def random_components(makers: dict[str, Callable], device: torch.device, dtype: torch.dtype) -> dict:
+    """The components of a pipeline, with random weights."""
     torch.manual_seed(0)
-    models = {}
-    with device:
-        models["unet"] = UNet2DConditionModel(**sizes["unet"])
-        models["vae"] = AutoencoderKL(**VAE)
-        for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-            if name in sizes:
-                models[name] = kind(CLIPTextConfig(intermediate_size=4 * sizes[name]["hidden_size"], **sizes[name]))
-    for model in models.values():
-        # Use `nn.Module.to`: `ModelMixin.to` logs a warning on casts.
-        nn.Module.to(model, dtype).eval()
+    components = {name: empty_model(make, device, dtype) for name, make in {"vae": VAE, **makers}.items()}
+    for parameter in itertools.chain.from_iterable(model.parameters() for model in components.values()):
+        nn.init.normal_(parameter, std=0.02)
     # The cost of a prompt is that of 77 tokens, however it is cut, and that of a step does not depend on its noise.
     tokenizer = CLIPTokenizer.from_pretrained(TOY_MODEL, subfolder="tokenizer", model_max_length=77)
-    models |= {"tokenizer": tokenizer, "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
-    models |= {"feature_extractor": None, "image_encoder": None}
-    return models | ({"tokenizer_2": tokenizer} if is_xl(models) else {"safety_checker": None})
-
-
-def is_xl(components: dict) -> bool:
-    return "text_encoder_2" in components
+    components |= {"tokenizer": tokenizer, "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1)}
+    absent = {"safety_checker": None, "feature_extractor": None}
+    return components | ({"tokenizer_2": tokenizer} if "text_encoder_2" in makers else absent)
 
 
 def toy_components(device: torch.device, dtype: torch.dtype) -> dict:
@@ -124,29 +113,22 @@ ARCHITECTURES = {
 """The title of each model, and a function that makes its components on a device in a dtype."""
 
 
-def resolution_of(components: dict) -> int:
-    return components["unet"].config.sample_size * 2 ** (len(components["vae"].config.block_out_channels) - 1)
-
-
-class TextbookAUAttnProcessor(IPAdapterAttnProcessor):
-    """Eq. 2 as it stands: at every step both keys and values, both matrices of scores, both attentions."""
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states, *args, **kwargs):
-        """The last one of `encoder_hidden_states` is the AU token."""
-        text_and_aus = encoder_hidden_states[:, :-1], [encoder_hidden_states[:, -1:]]
-        return super().__call__(attn, hidden_states, text_and_aus, *args, **kwargs)
-
-
-def set_textbook_processors(unet: nn.Module, adapter: AUAdapter) -> None:
-    """Give each cross-attention layer copies of its keys and values, and the attention of the textbook to all."""
+def make_textbook(unet: nn.Module, adapter: AUAdapter) -> None:
+    """
+    Make `adapter` an IP-Adapter of `unet`, whose picture is the AUs. Each layer computes Eq. 2 as it stands: at every
+    step both keys and values, both matrices of scores, both attentions.
+    """
     weights = adapter.attn_processors_state_dict()
     processors = {name: AttnProcessor() for name in unet.attn_processors}
     for layer in adapter.layers:
         to_k, to_v = (weights[f"{layer}.processor.{name}.weight"].detach() for name in ("to_k_au", "to_v_au"))
-        processor = TextbookAUAttnProcessor(*to_k.shape, num_tokens=(1,)).to(to_k)
+        with to_k.device:
+            processor = IPAdapterAttnProcessor(*to_k.shape, num_tokens=(1,)).to(to_k)
         processor.load_state_dict({"to_k_ip.0.weight": to_k, "to_v_ip.0.weight": to_v})
         processors[f"{layer}.processor"] = processor
     unet.set_attn_processor(processors)
+    unet.encoder_hid_proj = MultiIPAdapterImageProjection([adapter.encoder])
+    unet.config.encoder_hid_dim_type = "ip_image_proj"
 
 
 @dataclass(frozen=True)
@@ -185,70 +167,70 @@ ROWS = {
 
 @dataclass
 class Variant:
-    """The pipeline of a row, and how it is called. The textbook's plain pipeline gets tokens from `token_encoder`."""
+    """The pipeline of a row, and how it is called."""
 
-    row: Row
-    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    pipeline: DiffusionPipeline
     kwargs: dict
-    token_encoder: AUEncoder | None = None
 
     @torch.no_grad()
-    def __call__(self, batch_size: int, steps: int, on_step_end=None, **kwargs):
-        prompts = [PROMPT] * batch_size
-        called = {"prompt": prompts}
-        if self.token_encoder is not None:
-            aus = parse_aus(AUS).expand(batch_size, -1)
-            called = embed_with_tokens(self.pipeline, self.token_encoder, prompts, aus, guided=True)
+    def __call__(self, batch_size: int, steps: int, on_step_end: Callable | None = None, **kwargs):
         return self.pipeline(
+            ["a closeup of a boy in a park"] * batch_size,
             num_inference_steps=steps,
-            guidance_scale=GUIDANCE_SCALE,
+            guidance_scale=7.5,
             generator=torch.Generator().manual_seed(0),
             callback_on_step_end=on_step_end,
-            **called,
             **self.kwargs,
             **kwargs,
         ).images
 
 
-def make_row(name: str, components: dict, lora_rank: int = LORA_RANK) -> Variant:
-    """Make the pipeline of a row from `components`. Rows share all weights that they do not change."""
+def make_row(name: str, components: dict, lora_rank: int = 32) -> Variant:
+    """
+    Make the pipeline of a row from `components`. Rows share all weights that they do not change. The default of
+    `lora_rank` is the paper's.
+    """
     row, unet = ROWS[name], base_unet(components["unet"]).eval()
-    is_fused = row.lora in ("fused", "baked in")
-    if is_fused:
+    if row.lora in ("fused", "baked in"):
         unet = copy.deepcopy(unet)  # fusing writes into the weights
-    plain, ours, options = StableDiffusionPipeline, FineFacePipeline, {"requires_safety_checker": False}
-    if is_xl(components):
-        plain, ours, options = StableDiffusionXLPipeline, FineFaceXLPipeline, {"add_watermarker": False}
-    kwargs, token_encoder = dict(row.kwargs), None
+    ours, options = FineFacePipeline, {"requires_safety_checker": False}
+    if "text_encoder_2" in components:
+        ours, options = FineFaceXLPipeline, {"add_watermarker": False}
+    layers, width = au_layers(unet), unet.config.cross_attention_dim
+    kwargs, embeds = dict(row.kwargs), None
     torch.manual_seed(1)
     if row.ip_adapter:
         add_ip_adapter(unet, IP_IMAGE_DIM)
-        embeds = torch.randn(2, 1, IP_IMAGE_DIM, device=unet.device, dtype=unet.dtype)
-        kwargs["ip_adapter_image_embeds"] = [embeds]
-    if row.tokens or row.plain_aus:
-        adapter = AUAdapter(au_layers(unet), unet.config.cross_attention_dim, num_tokens=row.tokens or 1)
+        embeds = torch.randn(2, 1, IP_IMAGE_DIM)
     if row.plain_aus:
+        # As an IP-Adapter, every adapter of one token has the same form, and that of this one is made at once.
         tensors = {"image_proj": {}, "ip_adapter": {}}
-        for key, tensor in ip_adapter_state_dict(adapter).items():
+        for key, tensor in ip_adapter_state_dict(AUAdapter(layers, width, encoder_type="direct")).items():
             part, _, tensor_name = key.partition(".")
             tensors[part][tensor_name] = tensor
         unet._load_ip_adapter_weights([tensors])
-        kwargs["ip_adapter_image_embeds"] = [t.to(unet.device) for t in au_image_embeds(AUS, dtype=unet.dtype)]
     if row.tokens:
-        adapter = nn.Module.to(adapter, unet.device, unet.dtype).eval()
+        # For Stable Diffusion XL, drawing 341 million numbers on a CPU takes seconds.
+        with unet.device:
+            adapter = AUAdapter(layers, width, num_tokens=row.tokens)
+        adapter = nn.Module.to(adapter, unet.dtype).eval()
     if row.textbook:
-        token_encoder, ours = adapter.encoder, plain
-        set_textbook_processors(unet, adapter)
+        make_textbook(unet, adapter)
     elif row.tokens:
         options["au_adapter"], kwargs["aus"] = adapter, AUS
-    pipeline = (ours if row.tokens else plain)(**components | {"unet": unet}, **options)
+    if row.textbook or row.plain_aus:
+        (embeds,) = au_image_embeds(AUS)
+    if embeds is not None:
+        kwargs["ip_adapter_image_embeds"] = [embeds.to(unet.device, unet.dtype)]
+    kind = ours if "aus" in kwargs else ours.base_class
+    pipeline = kind(**components | {"unet": unet}, **options)
     pipeline.set_progress_bar_config(disable=True)
     if row.lora:
         torch.manual_seed(2)
-        config = LoraConfig(r=lora_rank, target_modules=LORA_TARGETS, init_lora_weights=False)
-        unet.add_adapter(config, LORA_NAME)
-    if is_fused:
+        with unet.device:
+            unet.add_adapter(LoraConfig(r=lora_rank, target_modules=LORA_TARGETS, init_lora_weights=False), LORA_NAME)
+    if row.lora == "fused":
         pipeline.fuse_lora(components=["unet"])
-    if row.lora == "baked in":
-        pipeline.unload_lora_weights()
-    return Variant(row, pipeline, kwargs, token_encoder)
+    elif row.lora == "baked in":
+        fuse_lora(pipeline)
+    return Variant(pipeline, kwargs)

@@ -1,11 +1,13 @@
 # Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What all benchmarks share: options, and Markdown tables under the names of the machine and the versions."""
+"""What all benchmarks share: options, memory, and tables under the names of the machine and the versions."""
 
 import argparse
 import itertools
+import math
 import platform
 import re
+import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,24 +17,18 @@ import torch
 from program import Parser, pick_device, run_program, write_atomically
 
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
 def run_benchmark(
     module: str,
     description: str | None,
     options: dict[str, dict],
     tables: Callable[[argparse.Namespace], Iterable[str]],
-    argv: list[str] | None,
+    argv: list[str] | None = None,
 ) -> int:
     """
     Run a benchmark from the command line, and return the exit status. Each part that `tables` yields for the parsed
     arguments is printed, and the file of `--output` is written anew, so that a run that was stopped leaves its parts.
-
-    Args:
-        options (`dict`):
-            The arguments of `add_argument` by flag, beside `--device` and `--output`. A default that is a tuple has
-            two values: on a CPU, and elsewhere. `--count` takes no device.
+    `options` are the arguments of `add_argument` by flag, beside `--device` and `--output`. A default that is a tuple
+    has two values: on a CPU, and elsewhere. `--count` takes no device.
     """
     parser = Parser(module, description)
     parser.add_argument("--device", help="(default: the accelerator, if there is one)")
@@ -68,14 +64,9 @@ def _machine(device: torch.device) -> str:
     return f"{name}; Python {platform.python_version()}, {versions}."
 
 
-def in_units(number: float | None, unit: int) -> str:
-    """A number of bytes as a cell of a table; "–" where it could not be measured."""
-    return "–" if number is None else f"{number / unit:,.1f}"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def choices(allowed: Iterable[str], default, text: str) -> dict:
+    """The arguments of `add_argument` for an option that takes several of `allowed`."""
+    return {"nargs": "+", "choices": allowed, "default": default, "help": text}
 
 
 def count(text: str) -> int:
@@ -85,6 +76,26 @@ def count(text: str) -> int:
     return int(text)
 
 
-def synchronize(device: torch.device) -> None:
+def markdown_table(columns: dict[str, str], rows: Iterable[Sequence]) -> str:
+    """A table. `columns` are headings, each with the format of its cells. NaN, what could not be measured, is "–"."""
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    for row in rows:
+        cells = zip(columns.values(), row, strict=True)
+        lines.append("–" if cell != cell else form.format(cell) for form, cell in cells)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def now(device: torch.device) -> float:
+    """The time in seconds when `device` has done its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def take_peak(device: torch.device) -> float:
+    """Returns the most bytes that tensors took on a CUDA device since the last call; NaN on another device."""
+    if device.type != "cuda":
+        return math.nan
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak

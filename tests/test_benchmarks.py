@@ -4,10 +4,12 @@ import re
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from tiny import make_components, make_xl_components, shorten
 from torch.profiler import ProfilerActivity, profile
 
@@ -51,6 +53,10 @@ def components_on(device: torch.device, dtype: torch.dtype = torch.float32) -> d
     return {k: v.to(device, dtype) if isinstance(v, torch.nn.Module) else v for k, v in components.items()}
 
 
+def make_unet() -> UNet2DConditionModel:
+    return make_components(cross_attention_dim=WIDTH)["unet"]
+
+
 @pytest.fixture
 def make():
     """Makes the variant of a row on one set of weights."""
@@ -89,9 +95,9 @@ def test_a_step_of_xl_multiplies_nothing_more_either():
     components = make_xl_components(cross_attention_dim=WIDTH)
     components["unet"] = shorten(components["unet"])
     components = {k: v.to("meta") if isinstance(v, torch.nn.Module) else v for k, v in components.items()}
-    rows = ("plain", "one-token", "lora", "plain-aus", "ip-plain", "ip", "third-branch")
+    rows = ("plain", "one-token", "lora", "plain-aus", "ip-plain", "ip", "third-branch", "textbook")
     counts = {row: bench_inference.step_flops(make_row(row, components, lora_rank=4), 1) for row in rows}
-    assert 0 < counts["plain"] == counts["one-token"] < counts["plain-aus"] < counts["lora"]
+    assert 0 < counts["plain"] == counts["one-token"] < counts["plain-aus"] < counts["lora"] < counts["textbook"]
     assert counts["ip"] == counts["ip-plain"] and counts["third-branch"] == 1.5 * counts["plain"]
 
 
@@ -192,21 +198,21 @@ def test_cuda_graphs_replay_with_new_aus(row, compiler):
 # --------------------------------------------------------------------------------------------------------------------
 
 # 60 MiB of adapter: far more than what loading needs for anything else.
-WIDE_UNET = {
-    "block_out_channels": (1024, 1024),
-    "layers_per_block": 1,
-    "cross_attention_dim": 1024,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-}
+WIDE_UNET = partial(
+    UNet2DConditionModel,
+    block_out_channels=(1024, 1024),
+    layers_per_block=1,
+    cross_attention_dim=1024,
+    down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="memory is read from /proc")
 def test_loading_an_adapter_holds_no_second_copy(tmp_path):
     bench_loading.write_adapter(tmp_path, WIDE_UNET)
-    pipeline = bench_loading.make_pipeline(WIDE_UNET, CPU, torch.float32)
-    _, _, peak = bench_loading.time_loading(pipeline, tmp_path, repeats=1)
-    stays = bench_loading.adapter_bytes(pipeline)
+    components = bench_loading.make_components(WIDE_UNET, CPU, torch.float32)
+    _, _, stays, peak = bench_loading.time_loading(components, tmp_path, repeats=1)
     assert stays > 40 * 2**20
     assert 0.8 * stays < peak < 1.25 * stays
 
@@ -278,13 +284,13 @@ def test_the_count_runs_on_no_device(monkeypatch, capsys):
 
 
 def test_a_folded_adapter_is_small(tmp_path):
-    bench_loading.write_adapter(tmp_path / "trained", dict(make_components(cross_attention_dim=WIDTH)["unet"].config))
+    bench_loading.write_adapter(tmp_path / "trained", make_unet)
     sizes = [bench_loading.export_as(form, tmp_path / "trained")[1] for form in bench_loading.FORMS]
     assert sizes[1] < sizes[0] / 2 and sizes[2] > sizes[1]
 
 
 def test_the_table_of_loading(monkeypatch, capsys):
-    monkeypatch.setitem(SD21, "unet", dict(make_components(cross_attention_dim=WIDTH)["unet"].config))
+    monkeypatch.setitem(SD21, "unet", make_unet)
     bench_loading.main(["--device", "cpu", "--repeats", "1"])
     ((_, *rows),) = read_tables(capsys.readouterr().out)
     expected = [f"{form}, {dtype} UNet" for form in bench_loading.FORMS for dtype in ("float32", "float16")]
@@ -306,13 +312,13 @@ def test_the_table_of_training(tiny_architecture, monkeypatch, capsys):
 def test_a_benchmark_that_stops_leaves_its_tables(tmp_path, capsys):
     def tables(args):
         assert args.device == CPU and args.steps == 3 and args.rounds == 2
-        yield markdown_table(["a", "b"], [["c", "1"]])
+        yield markdown_table({"a": "{}", "b": "{:.0f}"}, [("c", 1.2), ("d", float("nan"))])
         raise ValueError("stopped")
 
     options = {"--steps": {"type": int, "default": (3, 5)}, "--rounds": {"type": int, "default": (4, 5)}}
     argv = ["--device", "cpu", "--output", str(tmp_path / "report.md"), "--rounds", "2"]
     assert run_benchmark("benchmarks.none", "", options, tables, argv) == 2
-    assert (tmp_path / "report.md").read_text().endswith("\n\n| a | b |\n| --- | ---: |\n| c | 1 |\n")
+    assert (tmp_path / "report.md").read_text().endswith("\n\n| a | b |\n| --- | ---: |\n| c | 1 |\n| d | – |\n")
     assert [path.name for path in tmp_path.iterdir()] == ["report.md"] and "stopped" in capsys.readouterr().err
 
 
