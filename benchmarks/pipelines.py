@@ -135,15 +135,14 @@ def make_textbook(unet: nn.Module, adapter: AUAdapter) -> None:
 class Row:
     """
     A row of the tables: what a pipeline has beside the plain one. Its ratio is to the row `baseline`. `lora` is "on",
-    "fused", or "baked in": fused, then unloaded.
+    "fused", or "baked in": fused, then unloaded. `ip_adapter` is one for "pictures", or one for "AUs", in diffusers'
+    own attention or in that of the "textbook".
     """
 
     label: str
     tokens: int = 0
     lora: str | None = None
-    ip_adapter: bool = False
-    plain_aus: bool = False
-    textbook: bool = False
+    ip_adapter: str | None = None
     kwargs: dict = field(default_factory=dict)
     baseline: str = "plain"
 
@@ -156,11 +155,11 @@ ROWS = {
     "lora": Row("one token, LoRA not fused", 1, "on"),
     "attention-4": Row("general attention, 4 tokens", 4),
     "attention-16": Row("general attention, 16 tokens", 16),
-    "ip-plain": Row("plain with an IP-Adapter", ip_adapter=True),
-    "ip": Row("one token beside an IP-Adapter, to plain with it", 1, ip_adapter=True, baseline="ip-plain"),
-    "plain-aus": Row("plain with the AUs as an IP-Adapter, no LoRA", plain_aus=True),
+    "ip-plain": Row("plain with an IP-Adapter", ip_adapter="pictures"),
+    "ip": Row("one token beside an IP-Adapter, to plain with it", 1, ip_adapter="pictures", baseline="ip-plain"),
+    "plain-aus": Row("plain with the AUs as an IP-Adapter, no LoRA", ip_adapter="AUs"),
     "third-branch": Row("one token, `au_guidance_scale`", 1, kwargs={"au_guidance_scale": 5}),
-    "textbook": Row("textbook: bmm attention each step, LoRA not fused", 1, "on", textbook=True),
+    "textbook": Row("textbook: bmm attention each step, LoRA not fused", 1, "on", "textbook"),
 }
 """Each row of a table by its name on the command line."""
 
@@ -197,12 +196,12 @@ def make_row(name: str, components: dict, lora_rank: int = 32) -> Variant:
     if "text_encoder_2" in components:
         ours, options = FineFaceXLPipeline, {"add_watermarker": False}
     layers, width = au_layers(unet), unet.config.cross_attention_dim
-    kwargs, embeds = dict(row.kwargs), None
+    kwargs, (embeds,) = dict(row.kwargs), au_image_embeds(AUS)
     torch.manual_seed(1)
-    if row.ip_adapter:
+    if row.ip_adapter == "pictures":
         add_ip_adapter(unet, IP_IMAGE_DIM)
         embeds = torch.randn(2, 1, IP_IMAGE_DIM)
-    if row.plain_aus:
+    elif row.ip_adapter == "AUs":
         # As an IP-Adapter, every adapter of one token has the same form, and that of this one is made at once.
         tensors = {"image_proj": {}, "ip_adapter": {}}
         for key, tensor in ip_adapter_state_dict(AUAdapter(layers, width, encoder_type="direct")).items():
@@ -214,13 +213,11 @@ def make_row(name: str, components: dict, lora_rank: int = 32) -> Variant:
         with unet.device:
             adapter = AUAdapter(layers, width, num_tokens=row.tokens)
         adapter = nn.Module.to(adapter, unet.dtype).eval()
-    if row.textbook:
+    if row.ip_adapter == "textbook":
         make_textbook(unet, adapter)
     elif row.tokens:
         options["au_adapter"], kwargs["aus"] = adapter, AUS
-    if row.textbook or row.plain_aus:
-        (embeds,) = au_image_embeds(AUS)
-    if embeds is not None:
+    if row.ip_adapter is not None:
         kwargs["ip_adapter_image_embeds"] = [embeds.to(unet.device, unet.dtype)]
     kind = ours if "aus" in kwargs else ours.base_class
     pipeline = kind(**components | {"unet": unet}, **options)
