@@ -136,16 +136,12 @@ def run(args: argparse.Namespace) -> str:
     return str(output)
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("hub.bundle", __doc__)
     help_output = "(default: fineface.py, or fineface_xl.py)"
     parser.add_argument("output", metavar="OUT", nargs="?", type=Path, help=help_output)
     parser.add_argument("--xl", action="store_true", help="write the pipeline for Stable Diffusion XL")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: run(parse_args(argv)))
+    return run_program(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

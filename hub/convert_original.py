@@ -122,17 +122,13 @@ def run(args: argparse.Namespace) -> str:
     return f"{args.output}: {'our' if to_ours else 'the original'} layout"
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("hub.convert_original", __doc__)
     parser.add_argument("input", metavar="IN", help="folder or Hub id of the adapter")
     parser.add_argument("output", metavar="OUT", type=Path, help="new folder")
     parser.add_argument("--variant", help="beginning of the original's file names: sd15")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if this program has written it")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: run(parse_args(argv)))
+    return run_program(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

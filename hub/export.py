@@ -348,12 +348,10 @@ def cast(pipeline, dtype: torch.dtype, device: torch.device | str = "cpu") -> No
 def add_remote_code(folder: Path, pipeline_class: type) -> None:
     """Add the files and the entries of `model_index.json` that make `folder` loadable without a clone."""
     leaves, pipeline_module = leaf_modules(), pipeline_class.__module__
-    for module in (*leaves, pipeline_module):
-        shutil.copyfile(SOURCE_DIR / f"{module}.py", folder / f"{module}.py")
+    for name in (*(f"{module}.py" for module in (*leaves, pipeline_module)), "hub/handler.py", "LICENSE"):
+        shutil.copy(SOURCE_DIR / name, folder)
     # diffusers looks for a component's class in the component's folder, and for its imports at the root.
-    shutil.copyfile(SOURCE_DIR / f"{COMPONENT_MODULE}.py", folder / COMPONENT / f"{COMPONENT_MODULE}.py")
-    shutil.copyfile(Path(__file__).with_name("handler.py"), folder / "handler.py")
-    shutil.copyfile(SOURCE_DIR / "LICENSE", folder / "LICENSE")
+    shutil.copy(SOURCE_DIR / f"{COMPONENT_MODULE}.py", folder / COMPONENT)
     (folder / "requirements.txt").write_text(requirements(ENDPOINT_REQUIREMENTS), encoding="utf-8")
     imports = "".join(f"from .{module} import {names[0]}  # noqa: F401\n" for module, names in leaves.items())
     imports += f"from .{pipeline_module} import {pipeline_class.__name__}  # noqa: F401\n"
@@ -383,12 +381,12 @@ def picture_jobs(defaults: dict, au_names: Sequence[str] = AU_NAMES) -> dict[str
     """The pictures of the card: the neutral face, every AU at 5, and the examples of the widget."""
     prompts = {"images/neutral.png": f"{DEMO_PROMPT} <neutral>"}
     prompts |= {f"images/{unit.name}.png": f"{DEMO_PROMPT} <{unit.name}=5>" for unit in action_units_of(au_names)}
-    prompts |= {name: prompt for name, prompt in _widget_pictures(au_names)}
+    prompts |= _widget_pictures(au_names)
     return {name: make_job({**defaults, "prompt": prompt}, au_names=au_names) for name, prompt in prompts.items()}
 
 
 def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names of pictures with their `WIDGET_PROMPTS`, if the adapter has the AUs of the prompt."""
+    """Names of pictures, each with one of the `WIDGET_PROMPTS`, if the adapter has the AUs of the prompt."""
     for number, prompt in enumerate(WIDGET_PROMPTS, start=1):
         with contextlib.suppress(ValueError):
             extract_au_tags(prompt, au_names=au_names)
@@ -476,7 +474,7 @@ def for_family(card: str, pipeline_class: type) -> str:
     return card
 
 
-def _au_table(has_pictures: bool, au_names: Sequence[str] = AU_NAMES) -> str:
+def _au_table(has_pictures: bool, au_names: Sequence[str]) -> str:
     """The AUs of the adapter as a table with a row for each, which says if each side can be moved by itself."""
     columns_of = au_columns(au_names)
     picture = '<img src="images/{}.png" alt="{}" width="96">'
