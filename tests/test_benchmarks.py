@@ -12,10 +12,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from tiny import make_components, make_xl_components, shorten
 from torch.profiler import ProfilerActivity, profile
+from transformers import CLIPTextModel
 
 from au_attention_processor import au_layers
 from benchmarks import bench_inference, bench_loading, bench_training
-from benchmarks.pipelines import ARCHITECTURES, ROWS, SD21, Variant, make_row
+from benchmarks.pipelines import ARCHITECTURES, ROWS, SD21, Variant, make_row, random_components, text_encoder
 from benchmarks.tables import markdown_table, run_benchmark
 
 
@@ -89,6 +90,15 @@ def test_variants_share_weights_and_leave_them_alone(make):
     assert torch.equal(draw(variants[0]), before)
     pointers = {c.pipeline.vae.decoder.conv_in.weight.data_ptr() for c in variants}
     assert len(pointers) == 1
+
+
+def test_random_weights_draw_the_same_finite_picture():
+    """Infinite numbers, or memory that nobody has written, may take another time."""
+    tiny = make_components(cross_attention_dim=WIDTH)
+    makers = {name: partial(type(tiny[name]).from_config, tiny[name].config) for name in ("unet", "vae")}
+    makers["text_encoder"] = text_encoder(CLIPTextModel, WIDTH, 2, 2)
+    first, second = (draw(make_row("lora", random_components(makers, CPU, torch.float32))) for _ in range(2))
+    assert torch.equal(first, second) and first.isfinite().all() and first.std() > 0
 
 
 def test_a_step_of_xl_multiplies_nothing_more_either():
