@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from action_units import AU_NAMES, read_aus
 from au_encoder import find_adapter_files, read_au_adapter
 from drawing.jobs import Job
 from drawing.model import Weights
-from evaluation import figures, metrics, report, run, training_picture
+from evaluation import figures, metrics, report, run, testset, training_picture
 from evaluation.image_encoders import make_image_encoder
 from evaluation.meters import TOOL_SCRIPTS, ToolError, make_meter
 from evaluation.systems import System, au_words, aus_in_words
@@ -966,27 +967,34 @@ def test_a_trial_that_diverges_is_recorded_once_but_the_one_all_are_compared_wit
     assert not design.diverged("wild").exists()
 
 
-def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(world, tmp_path, monkeypatch):
+@pytest.fixture
+def quick_trials(monkeypatch):
+    """A slope needs two intensities, and a pace two steps after the first one."""
+    monkeypatch.setattr(testset, "INTENSITIES", (1, 5))
     monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
-    arguments = ["--quick", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--feedback", "--only"]
+
+
+def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(prepared, quick_trials):
+    folder = prepared.folder
+    arguments = ["--quick", f"--model={prepared.model}", f"--work={folder}", "--processes=1", "--feedback", "--only"]
     assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
-    table = pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
+    table = pd.read_csv(folder / "feedback.csv").set_index("Trial")
     assert table.index.tolist() == ["start", "ordinary", "latents", "interactions"]
     # The budget pays for none, so each has the steps that are timed to find that out.
     assert table["steps"].tolist() == ["–", "3", "3", "3"] and (table["seconds a step"][1:].astype(float) > 0).all()
     assert table["slopes"].str.fullmatch(r"-?\d+\.\d\d to -?\d+\.\d\d").all()
-    assert json.loads((tmp_path / "runs" / "feedback_latents" / "settings.json").read_text())["adapter"]
-    before = read_files_in(tmp_path / "systems") | read_files_in(tmp_path / "runs")
+    assert json.loads((folder / "runs" / "feedback_latents" / "settings.json").read_text())["adapter"]
+    before = read_files_in(folder / "systems") | read_files_in(folder / "runs")
     assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
-    assert before == read_files_in(tmp_path / "systems") | read_files_in(tmp_path / "runs")
+    assert before == read_files_in(folder / "systems") | read_files_in(folder / "runs")
 
-    start = read_au_adapter(find_adapter_files(str(tmp_path / "systems" / "fineface")))
+    start = read_au_adapter(find_adapter_files(str(folder / "systems" / "fineface")))
     aus = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) * 5
     for encoder_type in ("direct", "res_3mlp"):
         changed = feedback_trials.change_encoder(start, encoder_type)
         assert changed.config.encoder_type == encoder_type
         torch.testing.assert_close(changed(aus)[1], start(aus)[1], rtol=1e-4, atol=1e-5)
-    grown = read_au_adapter(find_adapter_files(str(tmp_path / "systems" / "feedback_interactions")))
+    grown = read_au_adapter(find_adapter_files(str(folder / "systems" / "feedback_interactions")))
     values = [grown(row)[1] for row in (aus[:1], aus[1:2], aus[:1] + aus[1:2], 0 * aus[:1])]
     assert (values[0] + values[1] - values[2] - values[3]).abs().max() > 0
 
@@ -1006,24 +1014,25 @@ def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, c
     assert sorted(path.name for path in experiment.folder.iterdir()) == ["experiment.json", "feedback.json"]
 
 
-def test_the_command_line_sets_time_batch_and_prompts_of_trials_of_feedback(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(feedback_trials, "PROBE_STEPS", 3)
-    arguments = ["--quick", f"--model={world}", f"--work={tmp_path}", "--processes=1", "--only", "ordinary"]
+def test_the_command_line_sets_time_batch_and_prompts_of_trials_of_feedback(prepared, tmp_path, quick_trials):
+    # Trials of another time, on the same data.
+    folder = shutil.copytree(prepared.folder, tmp_path / "work", ignore=shutil.ignore_patterns("feedback*"))
+    arguments = ["--quick", f"--model={prepared.model}", f"--work={folder}", "--processes=1", "--only", "ordinary"]
 
     def make_table(*options: str) -> pd.DataFrame:
-        settings = ("--feedback", "--feedback-seconds=2", "--feedback-batch-size=4")
+        settings = ("--feedback", "--feedback-seconds=1", "--feedback-batch-size=4")
         assert trials.main([*arguments, *settings, *options]) == 0
-        return pd.read_csv(tmp_path / "feedback.csv").set_index("Trial")
+        return pd.read_csv(folder / "feedback.csv").set_index("Trial")
 
     first = make_table()
     # More than the steps that are timed to find out how many the time pays for.
     assert int(first.loc["ordinary", "steps"]) > 3
-    config = json.loads((tmp_path / "systems" / "feedback_ordinary" / "train_config.json").read_text())
+    config = json.loads((folder / "systems" / "feedback_ordinary" / "train_config.json").read_text())
     assert (config["train_batch_size"], config["au_feedback_batch_size"]) == (4, 2)
-    trained = read_files_in(tmp_path / "systems")
+    trained = read_files_in(folder / "systems")
     second = make_table("--feedback-prompts=2")
     assert second["pictures"].tolist() == (2 * first["pictures"]).tolist()
-    assert read_files_in(tmp_path / "systems") == trained
+    assert read_files_in(folder / "systems") == trained
 
 
 @pytest.mark.slow
