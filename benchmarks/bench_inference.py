@@ -36,7 +36,7 @@ def time_call(variant: Variant, batch_size: int, steps: int) -> tuple[float, flo
         return tensors
 
     mark()
-    variant(batch_size, steps, mark)
+    variant(batch_size, steps, callback_on_step_end=mark)
     mark()
     return marks[-1] - marks[0], (marks[-2] - marks[1]) / (steps - 1) if steps > 1 else math.nan
 

@@ -171,14 +171,12 @@ class Variant:
     pipeline: DiffusionPipeline
     kwargs: dict
 
-    @torch.no_grad()
-    def __call__(self, batch_size: int, steps: int, on_step_end: Callable | None = None, **kwargs):
+    def __call__(self, batch_size: int, steps: int, **kwargs):
         return self.pipeline(
             ["a closeup of a boy in a park"] * batch_size,
             num_inference_steps=steps,
             guidance_scale=7.5,
             generator=torch.Generator().manual_seed(0),
-            callback_on_step_end=on_step_end,
             **self.kwargs,
             **kwargs,
         ).images
