@@ -21,7 +21,7 @@ from face_data import store
 from face_data.captions import take_emotion_words
 from face_data.pictures import FACE_BOX, link_file
 from face_data.report import SourceReport, count_intensities, draw_histograms, report_json, report_text
-from face_data.table_choice import sort_aus
+from face_data.tabled import sort_aus
 from program import option, replacing, write_atomically
 
 

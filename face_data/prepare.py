@@ -19,6 +19,7 @@ goes on where it was.
 """
 
 import argparse
+import functools
 import os
 import sqlite3
 import sys
@@ -36,8 +37,7 @@ from face_data.disfa import Disfa
 from face_data.from_hub import METADATA, HubPictures, fetch_pictures
 from face_data.report import report_folders
 from face_data.store import CAPTIONS, PHOTOS, WORK, check_folder, fill_folder
-from face_data.table_choice import AUTable, choose_aus
-from face_data.tabled import Tabled
+from face_data.tabled import AUTable, Tabled, choose_aus
 from program import Parser, add_options, check_options, option, run_program, take_options
 
 
@@ -123,13 +123,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "Captions by BLIP-2, for pictures that have none."
     add("caption", run_caption, text, ("folders", *BLIP2_OPTIONS))
     text = "BLIP-2 is asked which pictures are photographs."
-    add("photos", run_photos, text, ("folders", *BLIP2_OPTIONS))
+    add("photos", functools.partial(run_caption, kind=PHOTOS), text, ("folders", *BLIP2_OPTIONS))
     text = "The data set for the training, from work folders."
     add("build", run_build, text, ("folders", "output", "num_workers"), (Build, None))
     text = "All steps for DISFA and AffectNet, one after the other."
     own, others = ("disfa", "affectnet", *TABLE_OPTIONS, *BLIP2_OPTIONS, *WORK_OPTIONS), (Disfa, None)
     add("paper", run_paper, text, own, others, of_affectnet, (Build, ("format",)), au_names=AU_NAMES, **LIMITS)
-    add("report", run_report, "What the steps kept and left out, and why.", ("folders",))
+    text = "What the steps kept and left out, and why."
+    add("report", lambda step, args: report_folders(step.folders), text, ("folders",))
     return parser.parse_args(argv)
 
 
@@ -187,10 +188,6 @@ def run_caption(step: Step, args: argparse.Namespace, kind: str = CAPTIONS) -> s
     return f"{kind}: {', '.join(map(str, step.folders))}"
 
 
-def run_photos(step: Step, args: argparse.Namespace) -> str:
-    return run_caption(step, args, PHOTOS)
-
-
 def run_build(step: Step, args: argparse.Namespace) -> str:
     return build_dataset(Build(step.folders, step.output, **take_options(Build, args)), step.num_workers)
 
@@ -200,13 +197,9 @@ def run_paper(step: Step, args: argparse.Namespace) -> str:
     folders = tuple(step.output / WORK / name for name in ("disfa", "affectnet"))
     run_disfa(replace(step, root=step.disfa, output=folders[0]), args)
     run_affectnet(replace(step, root=step.affectnet, output=folders[1]), args)
-    run_photos(replace(step, folders=folders[1:]), args)
+    run_caption(replace(step, folders=folders[1:]), args, PHOTOS)
     run_caption(replace(step, folders=folders), args)
     return run_build(replace(step, folders=folders), args)
-
-
-def run_report(step: Step, args: argparse.Namespace) -> str:
-    return report_folders(step.folders)
 
 
 def run(args: argparse.Namespace) -> str:
@@ -215,7 +208,6 @@ def run(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status of `run_program`."""
     return run_program(
         lambda: run(parse_args(argv)),
         interrupted="the same command goes on from here",

@@ -11,23 +11,22 @@ import functools
 import json
 import math
 import os
+import re
 import sqlite3
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 from statistics import fmean
 
-from action_units import AU_NAMES, action_units_of, au_columns, mirrored_columns
-from face_data.au_tables import NO, find_name_column, read_au_table, read_number
+from action_units import ALL_AU_NAMES, AU_NAMES, action_units_of, au_columns, mirrored_columns, whole_au
+from face_data.au_tables import AU_TABLE_TOOLS, NO, find_measured_aus, find_name_column, read_au_table, read_number
 from face_data.captions import CAPTION_COLUMNS, take_emotion_words
 from face_data.pictures import FACE_BOX, PICTURE_SUFFIXES, box_columns, size_and_end
 from face_data.store import PARTS, SETTINGS, Part, check_source, part_path
-from face_data.table_choice import AUTable, sort_aus
 from face_data.table_files import read_records
 from program import check_options, file_digest, option, replacing
 
@@ -53,20 +52,101 @@ _YES = ("1", "1.0", "true", "yes")
 
 
 @dataclass(frozen=True)
+class AUTable:
+    """
+    A table, the tool that wrote it (by default its columns tell), and the AUs taken from it. `choose_aus` fills in
+    AUs that are left open, and a `note` on which AUs are taken and which are left out.
+    """
+
+    path: Path
+    tool: str | None = None
+    aus: tuple[str, ...] = ()
+    note: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "AUTable":
+        """`"FILE"`, `"TOOL=FILE"`, `"FILE:AU5,AU9"` or `"TOOL=FILE:AU5,AU9"`."""
+        tool, _, rest = text.partition("=")
+        tool, rest = (tool, rest) if tool in AU_TABLE_TOOLS else (None, text)
+        match = re.fullmatch(r"(.+?)(?::(AU\w+(?:,\s*AU\w+)*))?", rest, flags=re.IGNORECASE | re.DOTALL)
+        if match is None:
+            raise ValueError(f"`--aus` is {text!r}. Write FILE, TOOL=FILE, or TOOL=FILE:AU5,AU9.")
+        aus = tuple(name.strip().upper() for name in match[2].split(",")) if match[2] else ()
+        unknown = [name for name in aus if name not in {*ALL_AU_NAMES, *map(whole_au, ALL_AU_NAMES)}]
+        if unknown:
+            raise ValueError(
+                f"`--aus` names {unknown[0]!r} in {text!r}, which is no AU of FACS. Write AU5, or AU12L and AU12R."
+            )
+        return cls(Path(match[1]), tool, aus)
+
+
+def choose_aus(tables: tuple[AUTable, ...], au_names: tuple[str, ...] | None = None) -> tuple[AUTable, ...]:
+    """
+    Decide which AUs come from which table: those that are written behind it, and from the one table behind which there
+    are none, all others that it measures. `au_names` are the AUs of the data, by default what the tables measure, each
+    side by itself where they tell it. An AU without sides gives both sides, and two sides give their mean.
+
+    Raises:
+        FileNotFoundError: if a table is not there.
+        ValueError: if an AU comes from no table or from two, if a table gives none, or if `au_names` is no list that
+            an adapter can have.
+    """
+    for table in tables:
+        if not table.path.is_file():
+            raise FileNotFoundError(f"There is no table {str(table.path)!r}.")
+    named = [name for table in tables for name in table.aus]
+    twice = next((name for name in named if named.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"`--aus` takes {twice} from two tables. An AU comes from one.")
+    whole = [table.path for table in tables if not table.aus]
+    if len(whole) > 1:
+        raise ValueError(
+            f"`--aus` takes all AUs from {whole[0]} and from {whole[1]}. Say behind all tables but one which AUs come"
+            " from it: TOOL=FILE:AU5,AU9."
+        )
+    chosen = []
+    for table in tables:
+        tool, measured = find_measured_aus(table.path, table.tool)
+        offered = au_names or table.aus or measured or AU_NAMES
+        taken = tuple(name for name in offered if _is_among(name, table.aus or named) == bool(table.aus))
+        # Closed eyes look the same for long and briefly.
+        missing = [n for n in taken if measured and whole_au(n).replace("AU45", "AU43") not in au_columns(measured)]
+        if missing or not taken:
+            raise ValueError(
+                f"`--aus` takes {', '.join(missing) or 'no AU'} from {table.path}, where {tool} measures"
+                f" {', '.join(measured)}. Choose others by `--au_names`, or behind the file's name."
+            )
+        left = [name for name in measured if not _is_among(name, taken)]
+        elsewhere = [name for name in left if _is_among(name, named) and not _is_among(name, table.aus)]
+        others = [name for name in left if name not in elsewhere]
+        note = f"{table.path}: {tool} gives {', '.join(taken)}."
+        if elsewhere:
+            note += f" Left out, because another table gives them: {', '.join(elsewhere)}."
+        if others:
+            flag = "--au_names" if au_names else "--aus"
+            note += f" Left out, because `{flag}` does not name them: {', '.join(others)}."
+        chosen.append(replace(table, aus=taken, note=note))
+    au_columns([name for table in chosen for name in table.aus])
+    return tuple(chosen)
+
+
+def sort_aus(names: Iterable[str]) -> tuple[str, ...]:
+    """AUs by their numbers, left before right."""
+    return tuple(sorted(names, key=lambda name: (int(whole_au(name).removeprefix("AU")), name)))
+
+
+def _is_among(name: str, others: Iterable[str]) -> bool:
+    """AU12 is among AUs with AU12L, and AU12L among AUs with AU12."""
+    return any(name in (other, whole_au(other)) or whole_au(name) == other for other in others)
+
+
+@dataclass(frozen=True)
 class Tabled:
     """
-    Pictures and their tables.
-
-    Args:
-        source (`str`):
-            Name of the source in the training data.
-        bases (`tuple[Path, ...]`):
-            Folders that file names of the table are relative to. Names that begin with folders of another machine
-            are found by their ends.
-        tables (`tuple[AUTable, ...]`):
-            AUs of the pictures as `choose_aus` gives them; the first one decides which pictures there are.
-        about (`Path`, *optional*):
-            A table with captions and boxes of faces, for pictures of which the first table does not say them.
+    Pictures and their tables. `source` is the name of the source in the training data. File names of the tables are
+    relative to the folders `bases`; names that begin with folders of another machine are found by their ends. `tables`
+    have the AUs as `choose_aus` gives them, and the first one decides which pictures there are. `about` is a table
+    with captions and boxes of faces, for pictures of which the first table does not say them.
     """
 
     source: str
@@ -235,7 +315,7 @@ def build_index(tabled: Tabled, path: Path, part: Part) -> None:
 
     with replacing(path) as unfinished:
         unfinished.unlink(missing_ok=True)
-        with closing(sqlite3.connect(unfinished)) as database:
+        with contextlib.closing(sqlite3.connect(unfinished)) as database:
             database.execute("CREATE TABLE rows (key TEXT, number INTEGER, facts TEXT)")
             for number, table in enumerate(tabled.tables):
                 for row in read_au_table(table.path, table.tool, wanted, on_error, part.note, table.aus):
@@ -282,7 +362,7 @@ def compare_pictures(tabled: Tabled, database: sqlite3.Connection, part: Part) -
 
 
 def query_index(folder: Path, question: str, values: tuple = ()) -> Iterator[tuple]:
-    with closing(sqlite3.connect(folder / INDEX)) as database:
+    with contextlib.closing(sqlite3.connect(folder / INDEX)) as database:
         yield from database.execute(question, values)
 
 
