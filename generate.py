@@ -112,7 +112,6 @@ def _check_counts(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status of `run_program`."""
 
     def work() -> str | None:
         args = parse_args(argv)

@@ -19,7 +19,6 @@ import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from datetime import timedelta
 from numbers import Real
 from pathlib import Path
@@ -229,7 +228,7 @@ def check_folder_or_hub_id(name: str, what: str) -> None:
 # ---- Files and folders that appear whole or not at all --------------------------------------------------------------
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """
     Yield a temporary path beside `path`, whose folder is created if needed. If the block ends without an error, the
@@ -272,7 +271,7 @@ def _work_folder(folder: Path) -> Path:
     return (folder if folder.is_dir() else folder.parent) / f".{folder.name or 'volume'}.part"
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """
     Yield an empty folder. If the block ends without an error, its entries replace all that is in `folder`; otherwise
@@ -308,7 +307,7 @@ def _swap(folder: Path, new: Path, old: Path) -> None:
         undo.pop_all()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     """Turn the errors by which libraries report a full disk into an OSError."""
     try:
@@ -360,7 +359,7 @@ def check_output(path: Path, is_folder: bool = False, suffixes: Sequence[str] = 
     check_writable(path / LOCK_NAME if is_folder else path, f"`--output` {str(path)!r}")
 
 
-@contextmanager
+@contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
     """
     Keep other runs out of `folder`, which is created if needed, until the block ends with or without an error. Raises

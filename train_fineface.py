@@ -41,16 +41,8 @@ from au_attention_processor import attach_au_processors, au_layers, pack_au_tens
 from au_encoder import AUAdapter, find_adapter_files, read_au_adapter, read_lora
 from pipeline_fineface import LORA_NAME
 from program import only_run_in, run_program, write_atomically
-from training.checkpoints import (
-    CONFIG_NAME,
-    TrainingState,
-    check_same_work,
-    disk_errors_explained,
-    find_checkpoint,
-    load_checkpoint,
-    register_state,
-    save_checkpoint,
-)
+from training import checkpoints
+from training.checkpoints import TrainingState, check_same_work, disk_errors_explained, find_checkpoint
 from training.config import TrainConfig, parse_args
 from training.data import (
     PixelInputs,
@@ -222,7 +214,6 @@ def init_trackers(accelerator: Accelerator, config: TrainConfig) -> None:
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of the frozen models."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
@@ -294,9 +285,9 @@ def train(
         state.model.unet.compile()
     side_attention = SideAttention(state.model) if config.au_side_attention_weight else None
     model, optimizer, lr_scheduler = accelerator.prepare(state.model, optimizer, lr_scheduler)
-    register_state(accelerator, state)
+    checkpoints.register_state(accelerator, state)
     if checkpoint is not None:
-        load_checkpoint(accelerator, checkpoint)
+        checkpoints.load_checkpoint(accelerator, checkpoint)
     parameters = list(state.model.trained_parameters().values())
     dataloader = make_dataloader(samples, state.step, config, accelerator)
     announce(accelerator, config, state, samples.inputs.data, feedback)
@@ -366,7 +357,7 @@ def train(
                 values["au_side_attention_loss"] = mean_parts[1]
             accelerator.log(values, step=state.step)
             if state.step % config.checkpointing_steps == 0:
-                save_checkpoint(accelerator, state, config)
+                checkpoints.save_checkpoint(accelerator, state, config)
             if state.step % config.validation_steps == 0 or state.step == config.max_train_steps:
                 if accelerator.is_main_process and config.validation_prompt:
                     validate(accelerator, state, config, encoders)
@@ -407,7 +398,7 @@ def stop_before_step(
     """Save the weights, which are still finite, and raise an error that names the pictures of all processes."""
     names = [table.name(index) for table, index in map(data.locate, gather_object(rows))]
     if state.step and not (config.output_dir / f"checkpoint-{state.step}").exists():
-        save_checkpoint(accelerator, state, config)
+        checkpoints.save_checkpoint(accelerator, state, config)
     kept = f"checkpoint-{state.step} holds them" if state.step else "no step was done yet"
     what = f"The loss is {mean_loss}" if not math.isfinite(mean_loss) else "The gradient is not finite"
     raise FloatingPointError(
@@ -485,8 +476,8 @@ def _run(config: TrainConfig, accelerator: Accelerator) -> None:
     inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
     feedback = make_feedback(config, meter, model, inputs, data.au_names)
     if accelerator.is_main_process:
-        with disk_errors_explained(CONFIG_NAME, config.output_dir):
-            write_atomically(config.output_dir / CONFIG_NAME, config.to_json())
+        with disk_errors_explained(checkpoints.CONFIG_NAME, config.output_dir):
+            write_atomically(config.output_dir / checkpoints.CONFIG_NAME, config.to_json())
     if config.cache_latents:
         inputs = cache_inputs(inputs, config, accelerator)
         encoders.unload()

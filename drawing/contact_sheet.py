@@ -25,15 +25,8 @@ Cell = TypeVar("Cell")
 @dataclass(frozen=True)
 class Table(Generic[Cell]):
     """
-    Cells in rows of equal length: jobs to be drawn, or pictures of one size.
-
-    Args:
-        rows (`list[list[Cell]]`):
-            The cells.
-        row_labels (`list[str]`):
-            The label at the left of each row, its text after a line break small and grey. Empty for no labels.
-        column_labels (`list[str]`):
-            The label above each column.
+    Cells in rows of equal length: jobs to be drawn, or pictures of one size. A label stands at the left of each row,
+    its text after a line break small and grey, unless there are no `row_labels`, and one above each column.
     """
 
     rows: list[list[Cell]]
@@ -100,17 +93,10 @@ def _unit(table: Table[Image.Image]) -> int:
 
 def write_animation(pictures: Iterable[Image.Image], path: Path, fps: float, comment: str = "") -> None:
     """
-    Write an endless GIF, or an MP4 (H.264), from pictures of one size. `path` appears when the file is complete.
-
-    Args:
-        pictures (`Iterable[Image.Image]`):
-            The frames, taken one by one. An MP4 needs even sides.
-        path (`Path`):
-            A path with one of `ANIMATION_SUFFIXES`.
-        fps (`float`):
-            Frames a second. A GIF counts the time of a frame in hundredths of a second, and viewers take at least 2.
-        comment (`str`, *optional*):
-            Text that is written into the file.
+    Write an endless GIF, or an MP4 (H.264), from pictures of one size, which are taken one by one; an MP4 needs even
+    sides. `path` has one of `ANIMATION_SUFFIXES`, and appears when the file is complete. `fps` is frames a second: a
+    GIF counts the time of a frame in hundredths of a second, and viewers take at least 2. `comment` is text that is
+    written into the file.
     """
     pictures = iter(pictures)
     first = next(pictures)

@@ -16,16 +16,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 
-from action_units import (
-    AU_NAMES,
-    action_units_of,
-    au_columns,
-    available_presets,
-    extract_au_tags,
-    format_aus,
-    read_aus,
-    whole_au,
-)
+import action_units
+from action_units import AU_NAMES, action_units_of, au_columns, available_presets, format_aus, read_aus, whole_au
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table
 from face_data.au_tables import read_au_table
 from program import MAX_NAME_BYTES, check_integer, is_integer, is_real, number_or_none, option, show_value
@@ -89,7 +81,7 @@ def make_job(values: Mapping, spell: Callable[[str], str] = str, au_names: Seque
             raise ValueError(f"`{spell(name)}` has to be Unicode text, but is {show_value(text)}.")
         if len(text) > MAX_PROMPT_LENGTH:
             raise ValueError(f"`{spell(name)}` has {len(text)} characters. At most {MAX_PROMPT_LENGTH} are allowed.")
-    prompt, tag = extract_au_tags(values.get("prompt") or "", spell("prompt"), au_names)
+    prompt, tag = action_units.extract_au_tags(values.get("prompt") or "", spell("prompt"), au_names)
     if not prompt.strip():
         raise ValueError(f"`{spell('prompt')}` is empty. Say what to draw, such as 'a girl in a park'.")
     if tag is not None and values.get("aus") is not None:
@@ -129,9 +121,7 @@ def intensities_of(job: Job, au_names: Sequence[str] = AU_NAMES) -> dict[str, fl
     return dict(zip(au_names, read_aus(job.aus or "", au_names=au_names)[0], strict=True))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Files ----------------------------------------------------------------------------------------------------------
 
 
 def read_model_defaults(model: str) -> dict:
@@ -232,9 +222,7 @@ def _check_name(name) -> str:
     return Path(name).as_posix()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tables of AUs
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Tables of AUs --------------------------------------------------------------------------------------------------
 
 
 def read_table_jobs(
@@ -247,18 +235,11 @@ def read_table_jobs(
     au_names: Sequence[str] = AU_NAMES,
 ) -> tuple[dict[str, Job], int]:
     """
-    Make a job from each row of a table: `job` with the AUs of the row. Returns the jobs by the names of their
-    pictures, which have the row's line and name (`00002_frame_1.png`), and the number of rows that are skipped because
-    no face was found.
-
-    Args:
-        tool (`str`, *optional*), say (`Callable`, *optional*), au_names (`Sequence[str]`, *optional*):
-            As `read_au_table` takes them.
-        face (`int`, *optional*):
-            The face to draw, if the table numbers the faces of a picture (`face_id`); by default that of the first row
-            with a face. Rows of other faces are skipped, and `say` gets their number.
-        max_rows (`int`, *optional*):
-            The largest number of rows; more are an error.
+    Make a job from each row of a table: `job` with the AUs of the row. `tool`, `say` and `au_names` are as
+    `read_au_table` takes them. If the table numbers the faces of a picture (`face_id`), `face` is the one to draw, by
+    default that of the first row with a face; rows of other faces are skipped, and `say` gets their number. Returns
+    the jobs by the names of their pictures, which have the row's line and name (`00002_frame_1.png`), and the number
+    of rows that are skipped because no face was found.
 
     Raises:
         OSError, ValueError: if the table cannot be read, has too many rows, or has no row to draw.
@@ -302,9 +283,7 @@ def interpolate_jobs(key_jobs: list[Job], frames_between: int, au_names: Sequenc
     return {f"{number:06d}.png": job for number, job in enumerate(jobs)}
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Sheets: tables of jobs, which become tables of pictures
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Sheets: tables of jobs, which become tables of pictures --------------------------------------------------------
 
 
 def sweep_table(job: Job, sweep: str, au_names: Sequence[str] = AU_NAMES) -> Table[Job]:

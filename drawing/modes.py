@@ -16,6 +16,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
+import program
 from drawing import labelled_set
 from drawing.contact_sheet import ANIMATION_SUFFIXES, Table, draw_sheet, write_animation
 from drawing.files import background_writer, describe, find_unfinished, sheet_metadata, write_picture
@@ -34,16 +35,6 @@ from drawing.jobs import (
 )
 from drawing.model import Weights, check_weights, draw_jobs, make_batches, read_au_names
 from face_data.store import write_lines
-from program import (
-    check_output,
-    import_av,
-    on_main_process,
-    only_run_in,
-    settle_device,
-    share_of,
-    spell_option,
-    start_processes,
-)
 
 
 FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avi", ".mov", ".webm")
@@ -81,12 +72,12 @@ def draw_folder(
     with contextlib.ExitStack() as stack:
 
         def begin() -> dict[Job, list[Path]]:
-            stack.enter_context(only_run_in(folder))
+            stack.enter_context(program.only_run_in(folder))
             return find_unfinished(jobs, folder, weights, overwrite)
 
-        paths_by_job = on_main_process(processes, begin)
+        paths_by_job = program.on_main_process(processes, begin)
         # Jobs of equal settings are side by side, so every process gets an equal share of them.
-        share = share_of(processes, list(itertools.chain(*make_batches(list(paths_by_job), 1))))
+        share = program.share_of(processes, list(itertools.chain(*make_batches(list(paths_by_job), 1))))
         if share:
             num_before = len(jobs) - len(paths_by_job) if processes.num_processes == 1 else 0
             about, silent = describe(weights, args.dtype), not processes.is_main_process
@@ -102,7 +93,7 @@ def draw_folder(
 
 
 def run_batch(values: Mapping, au_names: Sequence[str], weights: Weights, args, processes: PartialState) -> str:
-    jobs = on_main_process(processes, lambda: read_jobs(args.batch, values, au_names))
+    jobs = program.on_main_process(processes, lambda: read_jobs(args.batch, values, au_names))
     return draw_folder(jobs, weights, args, processes)
 
 
@@ -110,14 +101,14 @@ def run_table(values: Mapping, au_names: Sequence[str], weights: Weights, args, 
     """Draw each row of the table, or an animation, whose frames are kept in a hidden folder until it is written."""
 
     def read() -> tuple[dict[str, Job], int]:
-        job = make_job(values, spell_option, au_names)
+        job = make_job(values, program.spell_option, au_names)
         if job.aus is not None:
             raise ValueError("`--aus-from` says what the AUs are. Leave out `--aus`, and AUs in the prompt.")
         if args.output.suffix.lower() == ".mp4":
-            import_av()
+            program.import_av()
         return read_table_jobs(args.aus_from, job, args.aus_tool, args.aus_face, au_names=au_names)
 
-    jobs, num_skipped = on_main_process(processes, read)
+    jobs, num_skipped = program.on_main_process(processes, read)
     skipped = f", {num_skipped} rows without a face skipped" if num_skipped else ""
     if not is_animation(args):
         return draw_folder(jobs, weights, args, processes) + skipped
@@ -139,23 +130,25 @@ def run_dataset(values: Mapping, au_names: Sequence[str], weights: Weights, args
     def read() -> tuple[dict[str, Job], dict[str, dict]]:
         given = [name for name in ("prompt", "aus") if name in values]
         if given:
-            raise ValueError(f"The distribution says what a data set shows. Leave out `{spell_option(given[0])}`.")
+            raise ValueError(
+                f"The distribution says what a data set shows. Leave out `{program.spell_option(given[0])}`."
+            )
         labelled_set.check_dataset_folder(args.output, args.dataset)
         distribution = labelled_set.read_distribution(args.distribution or labelled_set.DEFAULT_DISTRIBUTION, au_names)
         return labelled_set.draw_dataset(distribution, args.dataset, values, au_names)
 
-    jobs, rows = on_main_process(processes, read)
+    jobs, rows = program.on_main_process(processes, read)
     label = partial(write_lines, args.output / labelled_set.DATASET_METADATA_NAME, rows.values())
     return draw_folder(jobs, weights, args, processes, finish=label)
 
 
 def run(args: argparse.Namespace) -> str | None:
     """Check the request, carry it out, and return where the result is; None on processes with nothing to report."""
-    settle_device(args)
+    program.settle_device(args)
     weights = Weights(args.model, args.adapter, args.adapter_variant)
     in_folder = {"batch": run_batch, "aus_from": run_table, "dataset": run_dataset}
     run_shared = next((run_mode for mode, run_mode in in_folder.items() if getattr(args, mode) is not None), None)
-    processes = start_processes(args.device)
+    processes = program.start_processes(args.device)
 
     def check() -> tuple[dict, tuple[str, ...]]:
         check_weights(weights)
@@ -165,17 +158,17 @@ def run(args: argparse.Namespace) -> str | None:
                 f" ends in {' or '.join(ANIMATION_SUFFIXES)}."
             )
         suffixes = ANIMATION_SUFFIXES if is_animation(args) else (".png",)
-        check_output(args.output, run_shared is not None and not is_animation(args), suffixes)
+        program.check_output(args.output, run_shared is not None and not is_animation(args), suffixes)
         given = {name: value for name, value in vars(args).items() if name in JOB_FIELDS}
         return read_model_defaults(args.model) | given, read_au_names(weights)
 
-    values, au_names = on_main_process(processes, check)
+    values, au_names = program.on_main_process(processes, check)
     if run_shared is not None:
         return run_shared(values, au_names, weights, args, processes)
     if not processes.is_main_process:
         return None
     values = {"prompt": DEMO_PROMPT, "seed": DEMO_SEED} | values if args.demo else values
-    job = make_job(values, spell_option, au_names)
+    job = make_job(values, program.spell_option, au_names)
     if job.aus is not None and (args.demo or args.presets is not None):
         raise ValueError("This sheet sets all AUs itself. Leave out `--aus`, and AUs in the prompt.")
     return draw_picture(job, sheet_of(job, args, au_names), weights, args)

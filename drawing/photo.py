@@ -143,12 +143,11 @@ def edit_photo(
     **call_kwargs,
 ) -> Image.Image:
     """
-    Give the face where `mask` is white the expression `aus`. The model draws the region around the mask at the size
-    that suits it, and the result is scaled back and pasted in. Where `mask` is black, every pixel stays as it is.
+    Give the face where `mask` is white the expression `aus`. The model, which may be a `FineFaceXLPipeline`, draws
+    the region around the mask at the size that suits it, and the result is scaled back and pasted in. Where `mask` is
+    black, every pixel stays as it is.
 
     Args:
-        pipe (`FineFacePipeline` or `FineFaceXLPipeline`):
-            The model.
         picture, mask (`Image.Image`):
             Two pictures of the same size, which may be any.
         side (`int`, *optional*):

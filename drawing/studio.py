@@ -64,13 +64,8 @@ class Stopped(Exception):
 
 class Studio:
     """
-    A loaded model that draws one job after another. Its methods may be called from several threads: they take turns.
-
-    Args:
-        weights (`Weights`):
-            Where the model comes from.
-        device (`torch.device`), dtype (`str`):
-            The device and the precision of the model.
+    A model, loaded onto `device` in the precision `dtype`, that draws one job after another. Its methods may be called
+    from several threads: they take turns.
 
     Raises:
         OSError: if the model or the adapter cannot be found.

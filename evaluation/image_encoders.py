@@ -122,10 +122,8 @@ class ToyImageEncoder(ImageEncoder):
 
 def make_image_encoder(spec: str, device: torch.device) -> ImageEncoder:
     """
-    Args:
-        spec (`str`):
-            `"toy"` for the encoder of the toy model, `"toy:FOLDER"` for the encoder of another model of the toy
-            world, or the folder or Hub id of a CLIP model of transformers.
+    `spec` is `"toy"` for the encoder of the toy model, `"toy:FOLDER"` for the encoder of another model of the toy
+    world, or the folder or Hub id of a CLIP model of transformers.
     """
     kind, _, where = spec.partition(":")
     if kind == "toy":

@@ -50,11 +50,7 @@ class Reading:
 
 def make_meter(spec: str, device: torch.device, au_names: Sequence[str] = AU_NAMES) -> "Meter":
     """
-    Args:
-        spec (`str`):
-            `"toy"`, or a tool and where it is: see `WAYS_TO_NAME_A_METER`.
-        au_names (`Sequence[str]`, defaults to `AU_NAMES`):
-            The AUs to read.
+    The meter that reads `au_names`. `spec` is `"toy"`, or a tool and where it is: see `WAYS_TO_NAME_A_METER`.
 
     Raises:
         FileNotFoundError: if there is no such table, folder or program.

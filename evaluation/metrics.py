@@ -21,14 +21,8 @@ def is_hard(au_names: Sequence[str]) -> np.ndarray:
 
 def au_mse(commanded: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """
-    Eq. 3 for each picture: the squared difference between commanded and measured intensity, averaged over the AUs.
-
-    Args:
-        commanded, measured (`np.ndarray` of shape `(pictures, n)`):
-            FACS intensities of the same AUs.
-
-    Returns:
-        `np.ndarray` of shape `(pictures,)`, in squared FACS intensities.
+    Eq. 3 for each picture, `(pictures,)`: the squared difference between commanded and measured FACS intensities of
+    the same AUs, `(pictures, n)` each, averaged over the AUs.
     """
     return np.square(measured - commanded).mean(axis=1)
 
@@ -66,13 +60,8 @@ def unrequested_movement(commanded: np.ndarray, measured: np.ndarray, neutral: n
 
 def outside_change(picture: np.ndarray, neutral: np.ndarray, face_box: tuple[float, float, float, float]) -> float:
     """
-    Root mean squared difference of the pixels outside `face_box`, where black and white differ by 1.
-
-    Args:
-        picture, neutral (`np.ndarray` of shape `(height, width, 3)`, uint8):
-            The picture with AUs, and the neutral one.
-        face_box (`tuple` of four `float`):
-            Left, top, right and bottom of the face, in parts of width and height.
+    Root mean squared difference of the pixels outside `face_box` (left, top, right and bottom of the face, in parts of
+    width and height), where black and white differ by 1. Both pictures are `(height, width, 3)` uint8.
     """
     height, width = picture.shape[:2]
     left, top, right, bottom = face_box
@@ -107,13 +96,9 @@ def bootstrap(
 ) -> Figure:
     """
     Compute `statistic(*columns)` and its bootstrap interval. Prompts are drawn with replacement, and then the pictures
-    of each drawn prompt, because pictures of one prompt are alike and tell less than independent ones.
-
-    Args:
-        columns (`np.ndarray` of shape `(pictures, …)`):
-            Rows in which any column has a NaN are left out.
-        prompts (`np.ndarray` of shape `(pictures,)`):
-            Which prompt a picture belongs to.
+    of each drawn prompt, because pictures of one prompt are alike and tell less than independent ones. `prompts`,
+    `(pictures,)`, says which prompt a picture belongs to. Pictures of which any of the `columns`, `(pictures, …)`, has
+    a NaN are left out.
     """
     whole = np.ones(len(prompts), dtype=bool)
     for column in columns:

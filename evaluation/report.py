@@ -10,22 +10,12 @@ import numpy as np
 import pandas as pd
 
 from action_units import au_columns, whole_au
-from evaluation.metrics import (
-    HARD_AUS,
-    NO_FIGURE,
-    Figure,
-    au_mse,
-    bootstrap,
-    is_hard,
-    pearson,
-    slope,
-    unrequested_movement,
-)
+from evaluation import metrics
 
 
 SUMMARY_COLUMNS = ["meter", "part", "au", "metric", "value", "low", "high", "pictures", "prompts"]
 PICTURE_METRICS = ("clip_i", "agreement", "outside", "reference_similarity", "seconds")
-WITHOUT_HARD = " without " + ", ".join(HARD_AUS)
+WITHOUT_HARD = " without " + ", ".join(metrics.HARD_AUS)
 METRIC_NAMES = {
     "au_mse": "AU MSE ↓",
     "au_mse_easy": f"AU MSE{WITHOUT_HARD} ↓",
@@ -53,29 +43,19 @@ PART_NAMES = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Figures --------------------------------------------------------------------------------------------------------
 
 
 def summarize(results: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     """
-    Compute all figures of a run.
-
-    Args:
-        results (`pd.DataFrame`):
-            A row for each picture and meter, as `evaluation.run` writes them.
-        draws (`int`, defaults to 1000):
-            The number of bootstrap draws.
-
-    Returns:
-        `pd.DataFrame` with the columns `SUMMARY_COLUMNS`. `au` is "" for all together. The metric `no_face` counts
-        pictures in which the meter found no face. They are in no other figure.
+    Compute all figures of a run, from a row for each picture and meter, as `evaluation.run` writes them, with so many
+    bootstrap `draws`. The result has the columns `SUMMARY_COLUMNS`, where `au` is "" for all together. The metric
+    `no_face` counts pictures in which the meter found no face. They are in no other figure.
     """
     rows = []
 
     def add(meter: str, part: str, au: str, metric: str, group: pd.DataFrame, statistic: Callable, *columns) -> None:
-        figure = bootstrap(statistic, *columns, prompts=group["prompt_index"].to_numpy(), draws=draws)
+        figure = metrics.bootstrap(statistic, *columns, prompts=group["prompt_index"].to_numpy(), draws=draws)
         rows.append((meter, part, au, metric, *astuple(figure)))
 
     for part, group in results.drop_duplicates("name").groupby("part", sort=False):
@@ -147,19 +127,19 @@ def _statistics(table: pd.DataFrame) -> Iterator[tuple]:
 
 def _overall_statistics(group: pd.DataFrame, part: str) -> Iterator[tuple]:
     commanded, measured, neutral = intensities(group)
-    easy = ~is_hard(commanded_aus(group))
-    errors = au_mse(commanded, measured)
+    easy = ~metrics.is_hard(commanded_aus(group))
+    errors = metrics.au_mse(commanded, measured)
     yield "au_mse", np.mean, errors
     # If a hard AU was commanded alone, its picture is left out; in a combination, only its column is.
     kept = (commanded[:, ~easy] == 0).all(axis=1) | (part == "combination")
-    yield "au_mse_easy", np.mean, np.where(kept, au_mse(commanded[:, easy], measured[:, easy]), np.nan)
+    yield "au_mse_easy", np.mean, np.where(kept, metrics.au_mse(commanded[:, easy], measured[:, easy]), np.nan)
     for domain in ("in", "out"):
         of_domain = (group["domain"] == domain).to_numpy()
         if of_domain.any():
             yield f"au_mse_{domain}", np.mean, np.where(of_domain, errors, np.nan)
-    yield "au_mse_neutral", np.mean, au_mse(commanded, neutral)
-    yield "unrequested", np.mean, unrequested_movement(commanded, measured, neutral)
-    for metric, function in (("r", pearson), ("slope", slope)):
+    yield "au_mse_neutral", np.mean, metrics.au_mse(commanded, neutral)
+    yield "unrequested", np.mean, metrics.unrequested_movement(commanded, measured, neutral)
+    for metric, function in (("r", metrics.pearson), ("slope", metrics.slope)):
         statistic = _mean_over_aus(function, only_where_commanded=part == "single")
         yield metric, statistic, commanded, measured
         yield f"{metric}_easy", statistic, commanded[:, easy], measured[:, easy]
@@ -185,13 +165,13 @@ def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tupl
     commanded, measured, neutral = intensities(group)
     moved = measured - neutral
     x, y = commanded[:, column], (moved if part == "extrapolation" else measured)[:, column]
-    yield "r", pearson, x, y
-    yield "slope", slope, x, y
+    yield "r", metrics.pearson, x, y
+    yield "slope", metrics.slope, x, y
     if part == "combination":
         yield "au_mse", np.mean, np.square(y - x)
     elif part == "single":
-        yield "au_mse", np.mean, au_mse(commanded, measured)
-        yield "unrequested", np.mean, unrequested_movement(commanded, measured, neutral)
+        yield "au_mse", np.mean, metrics.au_mse(commanded, measured)
+        yield "unrequested", np.mean, metrics.unrequested_movement(commanded, measured, neutral)
         names = commanded_aus(group)
         for other in au_columns(names)[whole_au(names[column])]:
             if other != column and (x == 5).any():
@@ -202,20 +182,16 @@ def _au_statistics(group: pd.DataFrame, part: str, column: int) -> Iterator[tupl
                 yield f"change_at_{value:g}", np.mean, np.where(x == value, y, np.nan)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Markdown
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Markdown -------------------------------------------------------------------------------------------------------
 
 
-def find_figure(summary: pd.DataFrame, metric: str, part: str, meter: str = "", au: str = "") -> Figure:
+def find_figure(summary: pd.DataFrame, metric: str, part: str, meter: str = "", au: str = "") -> metrics.Figure:
     """Find one figure in the table of `summarize`. `NO_FIGURE` if it is not there."""
     # In a table that was read from a file, empty texts are NaN.
     keys = {"metric": metric, "part": part, "meter": meter, "au": au}
     is_it = [summary[name].to_numpy(object, na_value="") == text for name, text in keys.items()]
     rows = summary[np.logical_and.reduce(is_it)]
-    if rows.empty:
-        return NO_FIGURE
-    return Figure(*rows.iloc[0][SUMMARY_COLUMNS[4:]])
+    return metrics.NO_FIGURE if rows.empty else metrics.Figure(*rows.iloc[0][SUMMARY_COLUMNS[4:]])
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -250,8 +226,8 @@ def format_report(
     return "\n".join(lines) + "\n"
 
 
-def _metric_table(summary: pd.DataFrame, metrics: Iterable[str], parts: list[str], meter: str) -> list[str]:
-    figures = {metric: [find_figure(summary, metric, part, meter) for part in parts] for metric in metrics}
+def _metric_table(summary: pd.DataFrame, names: Iterable[str], parts: list[str], meter: str) -> list[str]:
+    figures = {metric: [find_figure(summary, metric, part, meter) for part in parts] for metric in names}
     figures = {metric: row for metric, row in figures.items() if any(figure.pictures for figure in row)}
     if not figures:
         return ["Nothing was measured."]
@@ -272,10 +248,10 @@ def _au_table(summary: pd.DataFrame, part: str, meter: str) -> list[str]:
     rows = summary[(summary["part"] == part) & (summary["meter"] == meter) & (summary["au"] != "")]
     if rows.empty:
         return []
-    metrics = list(rows["metric"].unique())
-    header = [AU_METRIC_NAMES.get(metric, metric.replace("_", " ")) for metric in metrics]
+    names = list(rows["metric"].unique())
+    header = [AU_METRIC_NAMES.get(metric, metric.replace("_", " ")) for metric in names]
     body = []
     for au in rows["au"].unique():
-        figures = [find_figure(summary, metric, part, meter, au) for metric in metrics]
+        figures = [find_figure(summary, metric, part, meter, au) for metric in names]
         body.append([au, *(f"{figure}" for figure in figures), str(figures[0].pictures)])
     return ["", f"### Each AU: {PART_NAMES[part]}", "", *markdown_table(["AU", *header, "pictures"], body)]

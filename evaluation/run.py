@@ -29,6 +29,7 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm.auto import tqdm
 
+import program
 from action_units import AU_NAMES, read_aus
 from drawing.files import read_metadata, write_picture, write_png
 from drawing.jobs import Job, make_job, read_model_defaults
@@ -39,24 +40,6 @@ from evaluation.meters import Meter, ToolError, make_meter, read_picture
 from evaluation.metrics import clip_similarity, outside_change
 from evaluation.systems import SYSTEMS, System, check_system, is_toy_model
 from evaluation.testset import Item
-from program import (
-    TOY_MODEL,
-    Parser,
-    add_options,
-    check_options,
-    check_output,
-    check_settings,
-    file_digest,
-    folder_digest,
-    option,
-    replacing,
-    run_program,
-    share_of,
-    spell_option,
-    take_options,
-    write_atomically,
-    write_settings,
-)
 
 
 TOY_FACE_BOX = (26 / 128, 26 / 128, 102 / 128, 122 / 128)
@@ -69,7 +52,7 @@ SETTABLE = (*SAMPLING, "height", "width")
 
 
 evaluated, tested, measured = (
-    functools.partial(option, group=heading) for heading in ("what is evaluated", "the test set", "measuring")
+    functools.partial(program.option, group=heading) for heading in ("what is evaluated", "the test set", "measuring")
 )
 BY_DEFAULT = "(default: toy, for a model of the toy world)"
 
@@ -77,22 +60,20 @@ BY_DEFAULT = "(default: toy, for a model of the toy world)"
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """
-    What is evaluated, and how. Creating one checks values and touches no disk.
-
-    Args:
-        sampling (`dict`):
-            Fields `SETTABLE` of `Job`. They replace those in the model's `fineface.json`.
-        meters (`tuple` of `str`), image_encoder (`str`, *optional*):
-            As `make_meter` and `make_image_encoder` take them. Models of the toy world default to its own.
+    What is evaluated, and how. Creating one checks values and touches no disk. `sampling` has fields `SETTABLE` of
+    `Job`, which replace those in the model's `fineface.json`. `meters` and `image_encoder` are as `make_meter` and
+    `make_image_encoder` take them; models of the toy world default to its own.
     """
 
-    output: Path = option(MISSING, "folder for all that is made")
-    only: Literal["generate", "measure"] | None = option(None, "one of the two steps (default: both)")
-    batch_size: int = option(8, "pictures at once (default: 8)", low=1)
-    device: Literal["cpu"] | None = option(None, "(default: the accelerator, if there is one)")
-    dtype: Literal["float32", "float16", "bfloat16"] | None = option(None, "(default: float32 on cpu, else 16)")
+    output: Path = program.option(MISSING, "folder for all that is made")
+    only: Literal["generate", "measure"] | None = program.option(None, "one of the two steps (default: both)")
+    batch_size: int = program.option(8, "pictures at once (default: 8)", low=1)
+    device: Literal["cpu"] | None = program.option(None, "(default: the accelerator, if there is one)")
+    dtype: Literal["float32", "float16", "bfloat16"] | None = program.option(
+        None, "(default: float32 on cpu, else 16)"
+    )
 
-    model: str = evaluated(str(TOY_MODEL), "folder or Hub id (default: the toy model)")
+    model: str = evaluated(str(program.TOY_MODEL), "folder or Hub id (default: the toy model)")
     adapter: str | None = evaluated(None, "folder or Hub id (default: the AU adapter beside the model)")
     adapter_variant: str | None = evaluated(None, "sd15: of the published adapter, the files for Stable Diffusion 1.5")
     system: Literal[tuple(SYSTEMS)] = evaluated(
@@ -128,7 +109,7 @@ class EvaluationConfig:
     bootstrap_draws: int = measured(1000, "for the intervals (default: 1000)", low=1)
 
     def __post_init__(self):
-        check_options(self, spell_option)
+        program.check_options(self, program.spell_option)
         if self.face_box is not None:
             left, top, right, bottom = self.face_box
             if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
@@ -140,17 +121,16 @@ class EvaluationConfig:
 
 
 def parse_args(argv: list[str] | None) -> EvaluationConfig:
-    parser = Parser("evaluation.run", __doc__)
-    add_options(parser, EvaluationConfig, spell=spell_option)
+    parser = program.Parser("evaluation.run", __doc__)
+    program.add_options(parser, EvaluationConfig, spell=program.spell_option)
     defaults = "Default: what the fineface.json of the model says, or that of Stable Diffusion."
-    add_options(parser.add_argument_group("sampling", defaults), Job, SETTABLE, spell=spell_option)
+    program.add_options(parser.add_argument_group("sampling", defaults), Job, SETTABLE, spell=program.spell_option)
     args = parser.parse_args(argv)
-    return EvaluationConfig(**take_options(EvaluationConfig, args), sampling=take_options(Job, args, SETTABLE))
+    sampling = program.take_options(Job, args, SETTABLE)
+    return EvaluationConfig(**program.take_options(EvaluationConfig, args), sampling=sampling)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The folder of a run
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The folder of a run --------------------------------------------------------------------------------------------
 
 
 def make_template(config: EvaluationConfig) -> Job:
@@ -160,8 +140,8 @@ def make_template(config: EvaluationConfig) -> Job:
         defaults.pop("au_guidance_scale", None)
         for name in ("au_guidance_scale", "au_scale"):
             if config.sampling.get(name) is not None:
-                raise ValueError(f"`{spell_option(name)}` needs the AU adapter: it is for fineface only.")
-    return make_job({"prompt": "any", **defaults, **config.sampling}, spell_option)
+                raise ValueError(f"`{program.spell_option(name)}` needs the AU adapter: it is for fineface only.")
+    return make_job({"prompt": "any", **defaults, **config.sampling}, program.spell_option)
 
 
 def find_references(config: EvaluationConfig) -> list[Path]:
@@ -178,18 +158,18 @@ def find_references(config: EvaluationConfig) -> list[Path]:
 
 
 def digest_if_folder(name: str | None) -> str | None:
-    return folder_digest(Path(name)) if name and Path(name).is_dir() else None
+    return program.folder_digest(Path(name)) if name and Path(name).is_dir() else None
 
 
 def keep_settings(
     path: Path, settings: dict, what: str, state: PartialState, defaults: Mapping = MappingProxyType({})
 ) -> None:
     """Write `settings` to `path`, or, if they are there already, check that they are the same."""
-    has_settings = check_settings(path, settings, what, defaults)
+    has_settings = program.check_settings(path, settings, what, defaults)
     # They are written after every process has looked for them.
     state.wait_for_everyone()
     if not has_settings and state.is_main_process:
-        write_settings(path, settings)
+        program.write_settings(path, settings)
 
 
 def is_measured(path: Path, items: list[Item]) -> bool:
@@ -208,7 +188,7 @@ class Evaluation:
         self.weights = Weights(config.model, config.adapter, config.adapter_variant)
         check_weights(self.weights)
         check_system(config.system, self.weights)
-        check_output(config.output, is_folder=True)
+        program.check_output(config.output, is_folder=True)
         self.template, self.is_toy = make_template(config), is_toy_model(config.model)
         default_prompts = testset.TOY_PROMPTS if self.is_toy else testset.PROMPTS
         prompts = testset.read_prompts(config.prompts or default_prompts)
@@ -225,13 +205,13 @@ class Evaluation:
         self.dtype = config.dtype or ("float32" if state.device.type == "cpu" else "float16")
         self.settings = {
             "system": config.system,
-            "model": "toy_faces/weights" if Path(config.model).resolve() == TOY_MODEL else config.model,
+            "model": "toy_faces/weights" if Path(config.model).resolve() == program.TOY_MODEL else config.model,
             "model_files": digest_if_folder(config.model),
             "adapter": config.adapter,
             "adapter_files": digest_if_folder(config.adapter),
             "adapter_variant": config.adapter_variant,
-            "ip_adapter_file": file_digest(config.ip_adapter) if config.ip_adapter else None,
-            "reference_images": {path.name: file_digest(path) for path in self.references},
+            "ip_adapter_file": program.file_digest(config.ip_adapter) if config.ip_adapter else None,
+            "reference_images": {path.name: program.file_digest(path) for path in self.references},
             **{name: getattr(self.template, name) for name in SETTABLE},
             "dtype": self.dtype,
             "prompts": [[prompt.text, prompt.seed] for prompt in prompts],
@@ -272,7 +252,7 @@ class Evaluation:
     def generate(self) -> None:
         """Draw this process's share of the missing pictures."""
         missing, size, state = self.missing, self.config.batch_size, self.state
-        batches = share_of(state, [missing[start : start + size] for start in range(0, len(missing), size)])
+        batches = program.share_of(state, [missing[start : start + size] for start in range(0, len(missing), size)])
         if batches:
             with quiet():
                 dtype = getattr(torch, self.dtype)
@@ -319,10 +299,10 @@ class Evaluation:
         groups = [(folder / file, items) for file, items in self.groups.items()]
         groups = [(path, items) for path, items in groups if not is_measured(path, items)]
         state.wait_for_everyone()
-        silent = not state.is_main_process
+        share, silent = program.share_of(state, groups), not state.is_main_process
         with quiet():
-            for path, items in tqdm(share_of(state, groups), desc=f"measure: {name}", unit="group", disable=silent):
-                write_atomically(path, measure_group(items).to_csv(index=False))
+            for path, items in tqdm(share, desc=f"measure: {name}", unit="group", disable=silent):
+                program.write_atomically(path, measure_group(items).to_csv(index=False))
         state.wait_for_everyone()
 
     def measure_aus(self, meter: Meter, items: list[Item]) -> pd.DataFrame:
@@ -374,11 +354,11 @@ class Evaluation:
     def write_results(self) -> Path:
         """Write the results and the figures that follow from them, and return the path of the report."""
         output, results = self.config.output, self.collect()
-        write_atomically(output / "results.csv", results.to_csv(index=False))
-        with replacing(output / "results.parquet") as unfinished:
+        program.write_atomically(output / "results.csv", results.to_csv(index=False))
+        with program.replacing(output / "results.parquet") as unfinished:
             results.to_parquet(unfinished, index=False)
         summary = report.summarize(results, self.config.bootstrap_draws)
-        write_atomically(output / "summary.csv", summary.to_csv(index=False))
+        program.write_atomically(output / "summary.csv", summary.to_csv(index=False))
         drawings = figures.draw_all(self.items, results, output / "pictures")
         drawings = {f"figures/{name}.png": image for name, image in drawings.items()}
         for name, image in drawings.items():
@@ -386,7 +366,7 @@ class Evaluation:
         unmeasured = {meter: report.unmeasured_aus(table) for meter, table in report.by_meter(results)}
         agreement_name = self.encoder.agreement_name if self.encoder else ""
         text = report.format_report(summary, self.settings, agreement_name, list(drawings), unmeasured)
-        write_atomically(output / "report.md", text)
+        program.write_atomically(output / "report.md", text)
         return output / "report.md"
 
 
@@ -413,7 +393,7 @@ def run(config: EvaluationConfig) -> Path | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status of `run_program`; 1 also if a tool has failed."""
-    return run_program(
+    return program.run_program(
         lambda: run(parse_args(argv)),
         interrupted="the same command goes on from here",
         out_of_memory="Try a smaller `--batch-size`, or `--dtype float16`.",

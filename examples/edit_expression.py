@@ -18,20 +18,11 @@ from pathlib import Path
 
 from PIL import Image
 
+import program
 from drawing.jobs import Job, make_job, read_model_defaults
 from drawing.model import SAMPLING, Weights, check_weights, read_au_names
 from drawing.photo import check_box, face_mask, find_faces, open_photo
 from drawing.studio import Studio
-from program import (
-    Parser,
-    add_model_options,
-    add_options,
-    check_output,
-    run_program,
-    settle_device,
-    spell_option,
-    take_options,
-)
 
 
 def read_box(text: str) -> tuple[int, ...]:
@@ -39,7 +30,7 @@ def read_box(text: str) -> tuple[int, ...]:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__)
+    parser = program.Parser(description=__doc__)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--aus", required=True, help='the new expression: "AU6=2.5 AU12=5", "6C+12D", a preset')
     parser.add_argument("--prompt", required=True, help="what the picture shows, apart from the expression")
@@ -48,8 +39,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     region.add_argument("--mask", type=Path, help="a picture of the same size, white where the face is")
     parser.add_argument("--output", required=True, type=Path, help="PNG file")
     parser.add_argument("--strength", type=float, default=0.8, help="how much may change, up to 1 (default: 0.8)")
-    add_options(parser, Job, ("seed", *SAMPLING), spell_option)
-    add_model_options(parser)
+    program.add_options(parser, Job, ("seed", *SAMPLING), program.spell_option)
+    program.add_model_options(parser)
     return parser.parse_args(argv)
 
 
@@ -74,13 +65,13 @@ def read_picture_and_mask(args: argparse.Namespace) -> tuple[Image.Image, Image.
 def run(args: argparse.Namespace) -> Path:
     weights = Weights(args.model, args.adapter, args.adapter_variant)
     check_weights(weights)
-    check_output(args.output)
+    program.check_output(args.output)
     if not 0 < args.strength <= 1:
         raise ValueError(f"`--strength` has to be above 0 and up to 1, but is {args.strength}.")
-    settle_device(args)
+    program.settle_device(args)
     picture, mask = read_picture_and_mask(args)
-    values = read_model_defaults(args.model) | take_options(Job, args)
-    job = make_job(values, spell_option, read_au_names(weights))
+    values = read_model_defaults(args.model) | program.take_options(Job, args)
+    job = make_job(values, program.spell_option, read_au_names(weights))
     studio = Studio(weights, args.device, args.dtype)
     studio.pipeline.set_progress_bar_config(disable=False)
     edited = studio.edit(picture, mask, job, args.strength)
@@ -89,7 +80,7 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: run(parse_args(argv)))
+    return program.run_program(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

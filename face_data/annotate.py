@@ -26,13 +26,9 @@ MAX_CAPTION_TOKENS, MAX_ANSWER_TOKENS = 40, 5
 
 class Blip2:
     """
-    A BLIP-2 model that describes pictures and answers questions about them, without sampling.
-
-    Args:
-        model (`str`):
-            Folder or Hub id, for instance `Salesforce/blip2-opt-2.7b`.
-        device (`str`, *optional*):
-            By default the process's GPU if there is one. A GPU computes in float16.
+    A BLIP-2 model that describes pictures and answers questions about them, without sampling. `model` is a folder or a
+    Hub id, for instance `Salesforce/blip2-opt-2.7b`; `device` is by default the process's GPU if there is one. A GPU
+    computes in float16.
     """
 
     def __init__(self, model: str, device: str | None = None):
@@ -72,16 +68,9 @@ def is_photo(cartoon: str, real: str) -> bool | None:
 
 def annotate(folder: Path, kind: str, model: str, batch_size: int, device: str | None = None) -> None:
     """
-    Let BLIP-2 look at all pictures of the work folder `folder` that have no caption yet, or of which it is not known
-    whether they are photographs.
-
-    Args:
-        kind (`str`):
-            `CAPTIONS` or `PHOTOS`.
-        model (`str`), device (`str`, *optional*):
-            As `Blip2` takes them. The model is loaded when the first picture needs it.
-        batch_size (`int`):
-            Pictures that the model sees together.
+    Let BLIP-2 look at all pictures of the work folder `folder` that have no caption yet (`kind` is `CAPTIONS`), or of
+    which it is not known whether they are photographs (`PHOTOS`), `batch_size` at once. `model` and `device` are as
+    `Blip2` takes them; the model is loaded when the first picture needs it.
     """
     store.read_settings(folder, is_finished=True)
     store.claim_folder(folder / kind, {"model": model})

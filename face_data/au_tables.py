@@ -145,33 +145,15 @@ _ALL_SHAPES = {shape for name in _SHAPES_OF_AUS for shape in _shapes_of(name)} |
 
 @dataclass(frozen=True)
 class AURow:
-    """
-    One face of a table.
+    """One face of a table."""
 
-    Args:
-        name (`str`):
-            File name of the picture, or number of the frame; "" if the table has neither.
-        aus (`numpy.ndarray` of shape `(n,)`):
-            float32 FACS intensities in [0, 5], in the order of `au_names`. NaN without a face.
-        face_found (`bool`):
-            False where the tool reports no face.
-        line (`int`):
-            Line in the file, from 1, header included; for a Parquet file or a JSON list, number of the row, from 1.
-        record (`dict`):
-            The row as it was read, with all columns.
-        face (`int`, *optional*):
-            Number of the face in its picture or video, if the tool gives one.
-        confidence (`float`):
-            The tool's confidence in the face, or 0 if the table has none.
-    """
-
-    name: str
-    aus: np.ndarray
-    face_found: bool
-    line: int
-    record: dict = field(default_factory=dict, repr=False, compare=False)
-    face: int | None = None
-    confidence: float = 0.0
+    name: str  # file name of the picture, or number of the frame; "" if the table has neither
+    aus: np.ndarray  # (n,) float32 FACS intensities in [0, 5], in the order of `au_names`; NaN without a face
+    face_found: bool  # False where the tool reports no face
+    line: int  # in the file, from 1, header included; of a Parquet file or a JSON list, number of the row, from 1
+    record: dict = field(default_factory=dict, repr=False, compare=False)  # the row as it was read, with all columns
+    face: int | None = None  # number of the face in its picture or video, if the tool gives one
+    confidence: float = 0.0  # the tool's confidence in the face, or 0 if the table has none
 
 
 def read_au_table(
@@ -385,15 +367,9 @@ def _tools_of(columns: Iterable[str]) -> list[str]:
 
 def find_measured_aus(path: str | os.PathLike, tool: str | None = None) -> tuple[str, tuple[str, ...]]:
     """
-    The tool of a table and the AUs that its columns measure, by their numbers, each side by itself where the table
-    tells both. Closed eyes are AU43, also where the tool calls them a blink (AU45).
-
-    Args:
-        path (`str` or `os.PathLike`), tool (`str`, *optional*):
-            As `read_au_table` takes them. JSON is read to its end, because each row may have other columns.
-
-    Returns:
-        `tuple[str, tuple[str, ...]]`: one of `AU_TABLE_TOOLS`, and the AUs; () if a column `aus` tells them.
+    The tool of a table, one of `AU_TABLE_TOOLS`, and the AUs that its columns measure, by their numbers, each side by
+    itself where the table tells both; () if a column `aus` tells them. Closed eyes are AU43, also where the tool calls
+    them a blink (AU45). JSON is read to its end, because each row may have other columns.
 
     Raises:
         FileNotFoundError: if there is no such file.

@@ -84,15 +84,10 @@ def box_columns(
     box: tuple[Sequence[float], bool] | None, placed: Placed, is_upright: bool = False
 ) -> tuple[dict[str, float], str | None]:
     """
-    `FACE_BOX` as parts of the picture `placed`, cut to it; empty without a box, and for one that is not within it.
-    Boxes are those of the picture as viewers and most detectors show it, which is certain if it `is_upright`.
-
-    Args:
-        box (`tuple[Sequence[float], bool]`, *optional*):
-            Left, top, right and bottom of a face, and whether they are in pixels, or else parts of the picture.
-
-    Returns:
-        `tuple[dict[str, float], str | None]`: the columns, and the note of `placed` with what was made of the box.
+    The columns `FACE_BOX` as parts of the picture `placed`, cut to it; empty without a `box`, and for one that is not
+    within it. `box` is left, top, right and bottom of a face, and whether they are in pixels, or else parts of the
+    picture as viewers and most detectors show it, which is certain if it `is_upright`. Also returns the note of
+    `placed` with what was made of the box.
     """
     if box is None:
         return {}, placed.note

@@ -48,12 +48,8 @@ _SPLIT = re.compile(r"(train|training|test|testing|eval|evaluation|validation|va
 @dataclass
 class Part:
     """
-    The lines of a part while it is made.
-
-    Args:
-        on_error (`str`):
-            "stop": something that should not be, such as a corrupt picture, raises a `ValueError` with its path.
-            "skip": it is written down and left out.
+    The lines of a part while it is made. With `on_error="stop"`, something that should not be, such as a corrupt
+    picture, raises a `ValueError` with its path; with "skip", it is written down and left out.
     """
 
     on_error: str
@@ -207,14 +203,8 @@ def run_parts(work: Callable[[str], None], parts: Iterable[str], folder: Path, n
 
 def fill_folder(source, folder: Path, num_workers: int, on_error: str) -> None:
     """
-    Fill the work folder `folder`, or go on with it.
-
-    Args:
-        source (`Tabled` or `Disfa`):
-            What is read. Its `settings()` become those of the folder, `begin(folder, on_error)` names the parts, and
-            `make_part(folder, part, name)` fills one of them.
-        on_error (`str`):
-            As `Part` takes it.
+    Fill the work folder `folder` from a `Tabled` or `Disfa`, or go on with it. The `settings()` of the source become
+    those of the folder, `begin(folder, on_error)` names the parts, and `make_part(folder, part, name)` fills one.
     """
     claim_folder(folder, source.settings())
     names = source.begin(folder, on_error)

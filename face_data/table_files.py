@@ -27,13 +27,8 @@ _WORKBOOK_SUFFIXES = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 
 def read_records(path: str | os.PathLike, say: Callable[[str], None]) -> Iterator[tuple[int, dict]]:
     """
-    Read the rows of a table.
-
-    Args:
-        path (`str` or `os.PathLike`):
-            A .csv, .tsv, .jsonl, .json (one object or a list of them, read as a whole) or .parquet file.
-        say (`Callable`):
-            Is called with a sentence about whatever was guessed or left out, once for each kind.
+    Read the rows of a table: a .csv, .tsv, .jsonl, .json (one object or a list of them, read as a whole) or .parquet
+    file. `say` is called with a sentence about whatever was guessed or left out, once for each kind.
 
     Yields:
         `tuple[int, dict]`: the number of the line in the file, from 1, header included (of a .json or .parquet file,

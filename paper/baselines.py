@@ -38,6 +38,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
+import train_fineface
 from action_units import AU_NAMES
 from au_attention_processor import au_layers
 from au_encoder import ENCODER_FOLDER, LORA_WEIGHTS_NAME, AUEncoder, ip_adapter_numbers
@@ -48,17 +49,7 @@ from evaluation.systems import UNET_FOLDER, System, append_tokens, au_words, aus
 from face_data.store import write_lines
 from pipeline_fineface import LORA_NAME
 from program import Parser, check_settings, only_run_in, run_program, write_settings
-from train_fineface import (
-    LORA_TARGETS,
-    FineFaceModel,
-    attention_for_training,
-    choose_resolution,
-    frozen_dtype,
-    init_trackers,
-    load_noise_scheduler,
-    make_accelerator,
-    train,
-)
+from train_fineface import FineFaceModel, make_accelerator, train
 from training.checkpoints import TrainingState, check_same_work, find_checkpoint
 from training.config import TrainConfig, default_settings
 from training.config import parse_args as parse_training_args
@@ -116,7 +107,7 @@ def make_baseline(
         unet.enable_gradient_checkpointing()
     if system in ("lora_t", "lora_au"):
         lora = {"r": config.rank, "lora_alpha": config.rank, "init_lora_weights": "gaussian"}
-        unet.add_adapter(LoraConfig(**lora, target_modules=LORA_TARGETS), LORA_NAME)
+        unet.add_adapter(LoraConfig(**lora, target_modules=train_fineface.LORA_TARGETS), LORA_NAME)
     token_encoder = None
     if system == "lora_au":
         sizes = (len(AU_NAMES), unet.config.cross_attention_dim)
@@ -190,9 +181,7 @@ class BaselineState(TrainingState):
                 save_file(ip_adapter_state_dict(unet), folder / IP_ADAPTER_NAME)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Data
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Data -----------------------------------------------------------------------------------------------------------
 
 
 def word_captions(data, words: tuple[str, ...]) -> None:
@@ -281,9 +270,7 @@ def embed_pictures(data, config: TrainConfig, device: torch.device) -> torch.Ten
     return torch.cat(embeds)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------------------------
+# ---- Training -------------------------------------------------------------------------------------------------------
 
 
 def encode_data(
@@ -294,7 +281,7 @@ def encode_data(
     unet: nn.Module,
 ) -> PixelInputs | LatentInputs:
     """The inputs of training. With `--cache_latents`, they come from the same cache as in `train_fineface.py`."""
-    inputs = PixelInputs(data, encoders, choose_resolution(config, unet, encoders.vae_scale_factor))
+    inputs = PixelInputs(data, encoders, train_fineface.choose_resolution(config, unet, encoders.vae_scale_factor))
     return cache_inputs(inputs, config, accelerator) if config.cache_latents else inputs
 
 
@@ -342,7 +329,7 @@ def run(system: str, config: TrainConfig) -> None:
 
 def _train(system: str, config: TrainConfig, accelerator: Accelerator, new_settings: dict) -> None:
     """Train a baseline, and write `new_settings`, if there are any, when the data have been checked."""
-    checkpoint, device, dtype = find_checkpoint(config), accelerator.device, frozen_dtype(accelerator)
+    checkpoint, device, dtype = find_checkpoint(config), accelerator.device, train_fineface.frozen_dtype(accelerator)
     samples_per_step = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     check_same_work(checkpoint, samples_per_step=samples_per_step)
     with accelerator.main_process_first():
@@ -351,8 +338,8 @@ def _train(system: str, config: TrainConfig, accelerator: Accelerator, new_setti
             check_pictures(data)
             if new_settings:
                 write_settings(config.output_dir / SETTINGS_NAME, new_settings)
-    init_trackers(accelerator, config)
-    noise_scheduler = load_noise_scheduler(config)
+    train_fineface.init_trackers(accelerator, config)
+    noise_scheduler = train_fineface.load_noise_scheduler(config)
     plain_captions = data.captions.to_pylist()
     if system in ("dreambooth", "lora_t"):
         word_captions(data, au_words(is_toy_model(config.pretrained_model_name_or_path)))
@@ -379,7 +366,7 @@ def _train(system: str, config: TrainConfig, accelerator: Accelerator, new_setti
         encoders.unload()
     ema = EMAModel(model.trained_parameters().values(), config.ema_decay) if config.use_ema else None
     state = BaselineState(model, ema, samples_per_step, system=system)
-    with attention_for_training(device):
+    with train_fineface.attention_for_training(device):
         train(config, accelerator, state, samples, noise_scheduler, encoders, checkpoint)
     if accelerator.is_main_process:
         state.save_adapter(config.output_dir)

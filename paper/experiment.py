@@ -87,16 +87,9 @@ BUDGETS = {
 
 class Experiment:
     """
-    Args:
-        folder (`Path`):
-            The folder of the data, the trained systems and their evaluations.
-        budget (`Budget`):
-            The budget of each system in it.
-        model (`str`):
-            The frozen base: a model of the toy world.
-        sampling (`dict`, *optional*):
-            Replaces `num_inference_steps` and `guidance_scale` of the model's `fineface.json`. The file's
-            `au_guidance_scale` is not used, because the paper guides AUs and text together.
+    A `folder` of the data, the trained systems and their evaluations; each system has the same `budget`. `model`, the
+    frozen base, is of the toy world. `sampling` replaces `num_inference_steps` and `guidance_scale` of its
+    `fineface.json`. The file's `au_guidance_scale` is not used, because the paper guides AUs and text together.
 
     Raises:
         ValueError: if the folder was made with another budget, model or sampling.

@@ -257,11 +257,6 @@ def make_latent_meter() -> PictureReader:
     return PictureReader(outputs=len(AU_NAMES), scale=5.0, au_names=AU_NAMES, **channels)
 
 
-def make_second_meter() -> SecondMeter:
-    """Judges: it plays the part that LibreFace plays in the paper."""
-    return SecondMeter(TOY_AU_NAMES)
-
-
 def make_attribute_reader() -> PictureReader:
     return PictureReader(outputs=sum(len(values) for values in ATTRIBUTES.values()))
 

@@ -27,17 +27,9 @@ from action_units import AU_NAMES, au_projection, mirrored_columns
 from drawing.jobs import read_model_defaults
 from pipeline_fineface import FineFacePipeline
 from program import TOY_MODEL, Parser, number_or_none, pick_device, run_program, write_atomically
+from toy_faces import renderer
 from toy_faces.networks import PictureReader, attribute_logits
 from toy_faces.pictures import UNSEEN, aus_of, render_seed, to_pixel_values
-from toy_faces.renderer import (
-    ATTRIBUTES,
-    TOY_AU_NAMES,
-    attributes_in,
-    render,
-    sample_aus,
-    sample_portrait,
-    sample_toy_aus,
-)
 from training.feedback import load_meter
 
 
@@ -140,7 +132,7 @@ class Bench:
         logits = attribute_logits(self.read(self.reader, pixel_values))
         agreement = {}
         for name in SCORED_ATTRIBUTES:
-            seen = [ATTRIBUTES[name][number] for number in logits[name].argmax(1).tolist()]
+            seen = [renderer.ATTRIBUTES[name][number] for number in logits[name].argmax(1).tolist()]
             right = [value == says[name] for value, says in zip(seen, named, strict=True) if name in says]
             agreement |= {name: float(np.mean(right))} if right else {}
         return agreement
@@ -153,7 +145,7 @@ def measure_instruments(bench: Bench, count: int) -> dict[str, dict[str, float]]
     reconstructed = bench.vae_round_trip(pixel_values)
     truth = aus_of(seeds) @ au_projection(AU_NAMES, bench.au_names)
     error = (reconstructed - pixel_values).square().mean((1, 2, 3))
-    agreement = bench.attribute_agreement(reconstructed, [sample_portrait(seed).attributes for seed in seeds])
+    agreement = bench.attribute_agreement(reconstructed, [renderer.sample_portrait(seed).attributes for seed in seeds])
     figures = {"VAE PSNR, dB": {"": (10 * torch.log10(4 / error)).mean().item()}}
     for what, pictures in (("renders", pixel_values), ("through the VAE", reconstructed)):
         figures[f"meter MSE, {what}"] = {
@@ -174,7 +166,7 @@ def combination_commands(
 ) -> tuple[list[int], torch.Tensor]:
     """`count` combinations of two to five AUs, each with three of the prompts in turn."""
     sided = set(au_names) - set(AU_NAMES)
-    names, sample = (TOY_AU_NAMES, sample_toy_aus) if sided else (AU_NAMES, sample_aus)
+    names, sample = (renderer.TOY_AU_NAMES, renderer.sample_toy_aus) if sided else (AU_NAMES, renderer.sample_aus)
     drawn = (torch.from_numpy(sample(seed)) for seed in range(UNSEEN, UNSEEN + 100 * count))
     combinations = [aus for aus in drawn if (aus > 0).sum() >= 2][:count]
     commands = torch.stack(combinations) @ au_projection(names, au_names)
@@ -220,12 +212,12 @@ def wholeness(bench: Bench, drawn: Commanded) -> dict[str, float]:
     alike = drawn.commands @ au_projection(bench.au_names, names)
     pairs = [(names.index(name), names.index(f"{name[:-1]}R")) for name in names if name.endswith("L")]
     differences = [(read[:, left] - read[:, right])[alike[:, left] == alike[:, right]].abs() for left, right in pairs]
-    toy_aus = (drawn.commands @ au_projection(bench.au_names, TOY_AU_NAMES)).numpy()
+    toy_aus = (drawn.commands @ au_projection(bench.au_names, renderer.TOY_AU_NAMES)).numpy()
 
     def rendered(first_seed: int) -> torch.Tensor:
-        named = enumerate(map(attributes_in, (PROMPTS[prompt] for prompt in drawn.prompts)))
-        people = (sample_portrait(first_seed + row, **attributes) for row, attributes in named)
-        pictures = [np.asarray(render(person, aus)) for person, aus in zip(people, toy_aus, strict=True)]
+        named = enumerate(map(renderer.attributes_in, (PROMPTS[prompt] for prompt in drawn.prompts)))
+        people = (renderer.sample_portrait(first_seed + row, **attributes) for row, attributes in named)
+        pictures = [np.asarray(renderer.render(person, aus)) for person, aus in zip(people, toy_aus, strict=True)]
         return bench.read(meter.embed, to_pixel_values(np.stack(pictures)))
 
     one, another = rendered(UNSEEN), rendered(UNSEEN + 10_000)
@@ -285,7 +277,7 @@ def evaluate(bench: Bench, quick: bool) -> tuple[dict[str, dict[str, float]], di
         for name, value in found.items():
             figures.setdefault(name, {})[meter] = value
     figures |= {name: {"second_meter": value} for name, value in wholeness(bench, combined).items()}
-    named = [attributes_in(prompt) for prompt in PROMPTS]
+    named = [renderer.attributes_in(prompt) for prompt in PROMPTS]
     agreement = bench.attribute_agreement(combined.pictures, [named[prompt] for prompt in combined.prompts])
     unmoved = bench.attribute_agreement(plain, [named[prompt] for prompt in prompts])
     figures["attributes as prompted"] = {"": float(np.mean(list(agreement.values())))}
@@ -340,7 +332,6 @@ def format_report(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status of `run_program`."""
     parser = Parser("toy_faces.report", __doc__)
     parser.add_argument("--model", type=Path, default=TOY_MODEL)
     parser.add_argument("--adapter", type=Path, help="another AU adapter than the one in the model's folder")

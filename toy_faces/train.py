@@ -176,9 +176,7 @@ class Recipe:
                 getattr(self, stage)()
             print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # What the stages share
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- What the stages share --------------------------------------------------------------------------------------
 
     @cached_property
     def pictures(self) -> Pictures:
@@ -239,9 +237,7 @@ class Recipe:
         """One timestep from each of `batch` equal intervals: uniform as ever, with less noise in the gradient."""
         return self.to_device((np.arange(batch) + rng.random(batch)) / batch * 1000).long()
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The base
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- The base ---------------------------------------------------------------------------------------------------
 
     def captions(self) -> None:
         """The tokenizer, and the tokens of every picture's captions: `(WORDINGS, pictures, 48)` int32."""
@@ -327,9 +323,7 @@ class Recipe:
         components |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         self.finish("base", StableDiffusionPipeline(unet=unet.eval(), text_encoder=text_encoder.eval(), **components))
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # What looks at pictures
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- What looks at pictures -------------------------------------------------------------------------------------
 
     def image_encoder(self) -> None:
         """A CLIP image encoder: its embedding of a picture agrees with the (frozen) text embedding of its caption."""
@@ -360,7 +354,7 @@ class Recipe:
     def second_meter(self) -> None:
         """The meter that judges, of another architecture and seed, on other pictures. No training uses it."""
         torch.manual_seed(2)
-        self.train_reader("second_meter", networks.make_second_meter(), self.judge_pictures)
+        self.train_reader("second_meter", SecondMeter(TOY_AU_NAMES), self.judge_pictures)
 
     def attribute_reader(self) -> None:
         self.train_reader("attribute_reader", networks.make_attribute_reader(), self.pictures)
@@ -386,9 +380,7 @@ class Recipe:
         self.fit(name, {name: network}, loss_function, length, 1e-3, ema_decay=0.998)
         self.finish(name, network.eval())
 
-    # ----------------------------------------------------------------------------------------------------------------
-    # The adapters
-    # ----------------------------------------------------------------------------------------------------------------
+    # ---- The adapters -----------------------------------------------------------------------------------------------
 
     def twelve(self) -> None:
         """The paper's AUs, both sides alike."""
@@ -598,7 +590,6 @@ def run_in_parallel(*arguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status of `run_program`."""
     parser = Parser("toy_faces.train", __doc__)
     parser.add_argument("--preset", choices=SIZES, default="cpu")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/toy_faces"))
