@@ -1,3 +1,5 @@
+# Copyright 2026 The FineFace authors.
+# SPDX-License-Identifier: Apache-2.0
 """
 The Action Units (AUs) of the Facial Action Coding System, ready-made expressions, and every way to write AUs down.
 

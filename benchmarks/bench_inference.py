@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Measures the cost of AU control as a multiple of plain Stable Diffusion: `python -m benchmarks.bench_inference`.

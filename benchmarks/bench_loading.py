@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Measures the cost of loading an adapter for Stable Diffusion 2.1, of random weights, in three forms: `python -m

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Measures how much each optimization of `train_fineface.py` saves: `python -m benchmarks.bench_training`.

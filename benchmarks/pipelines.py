@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 What the benchmarks compare: models of published sizes with random weights, or the toy model, and a pipeline for each

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """What all benchmarks share: options, memory, and tables under the names of the machine and the versions."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Draws sheets of pictures, which are labelled tables side by side and one below the other, and writes animations."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Writes pictures as PNG files that record how they were made, and finds out which of them are finished."""
 

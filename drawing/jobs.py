@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 A `Job` says what to draw in one picture. Jobs come from options, JSON Lines or tables of AUs, and are laid out in

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Makes a labelled data set for training. Its expressions and prompts are drawn at random from a distribution."""
 

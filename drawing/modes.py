@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """The modes of `generate.py`: picture, sheet, folder and animation. All is checked before a model is loaded."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Gives the face in a photograph another expression: the region of the face is drawn anew with AUs (inpainting), at the

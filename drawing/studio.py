@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Draws for `app.py`: pictures, sweeps and tables of faces from a model that stays loaded, and the Python and the command

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Draws a run: the paper's Figs. 4, 5, 6 and 8 as grids of pictures, dose–response curves, and a heat map."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Image encoders embed pictures for CLIP-I (Eq. 4), and measure how well a picture shows what its prompt says."""
 

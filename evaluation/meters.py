@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Meters read AU intensities from pictures. The toy world's meter runs here; LibreFace, py-feat 2 and OpenFace 2 run in

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Metrics as small functions of arrays: the paper's two (Eq. 3 and 4), and others that see what these two miss."""
 

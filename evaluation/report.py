@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Summarizes results, which have a row for each picture, to figures with intervals, and writes these as Markdown."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Draws the paper's test set (§5) with a model, and measures whether the faces show the AUs that were commanded:

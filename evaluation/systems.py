@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """The systems of the paper's Table 1. Each of them draws prompts with AUs."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """The paper's test set (§5.1): the pictures to draw, and the names of their files."""
 

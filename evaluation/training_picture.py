@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Shows a run of `train_fineface.py` in one picture: the curve of its loss, with validation sheets below.

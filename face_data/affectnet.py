@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 AffectNet in both forms that it is given out in (paper §4.4, docs/data.md), with AUs from a table. What is no face is

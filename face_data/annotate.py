@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Captions, and the answer to whether a picture is a photograph, by BLIP-2 (paper, supplement "Dataset Construction").

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """AU intensities from tables of other tools, row by row. docs/data.md lists the tools, their columns and scales."""
 

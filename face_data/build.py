@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 From work folders to the data set that `train_fineface.py` reads: rows, captions and BLIP-2's answers are joined, what

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Captions without their words of emotion. Where the text says "smiling", it explains the face in the training picture,

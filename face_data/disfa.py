@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """DISFA: 27 people filmed while they watch videos (paper §4.4, docs/data.md). Each subject is a part of its folder."""
 

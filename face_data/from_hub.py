@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Pictures with captions from a data set on the Hub, row by row, into a folder where tools can measure them:

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of any kind as 8-bit RGB with the colours that a viewer shows, or the reason why that cannot be."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Training data from DISFA, AffectNet, or any pictures with AUs, step by step. Each step can be stopped: the same command

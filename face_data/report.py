@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """What became of the pictures: a table of counts with reasons, and a picture of the intensities before and after."""
 

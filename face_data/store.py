@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 What all steps share: a folder that is filled part by part, and what becomes of a picture that cannot be used.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Rows of CSV, TSV, JSON, JSON Lines and Parquet files as dicts, read one by one, with the habits of spreadsheets: other

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Pictures whose AUs are in tables: any folder of pictures, AffectNet, and what comes from the Hub. The first table says

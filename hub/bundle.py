@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Writes a pipeline as one file, in the form that `examples/community` of diffusers takes.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Converts the adapter files that the paper's authors published to our layout, and ours to theirs. No number changes.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Makes a Hugging Face repository that anybody can load without a clone of this code.

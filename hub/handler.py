@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 The handler that a Hugging Face Inference Endpoint runs: `handler.py` at the root of an exported repository.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Writes an AU adapter as an IP-Adapter, which plain diffusers loads.

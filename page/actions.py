@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """The actions of the controls of the page. Actions that need no server are in `controls.js`."""
 

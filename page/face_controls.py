@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 The presets and the sliders of a face, as one component of the page. Its value is an expression as `format_aus` writes

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Lays out the components of the page from top to bottom. Their actions are in `actions.py`."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """How the page looks: colours and letters. Sizes and places are in `look.css`."""
 

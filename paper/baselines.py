@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Trains the other systems of the paper's Table 1, and the small IP-Adapter of its Fig. 7, on the same data and with the

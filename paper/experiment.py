@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 An experiment: a data set of the toy world, systems that are trained on it under one budget, and their evaluations.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Repeats the paper's Tables 1–3 and Fig. 7 on the toy world, and sets the results beside the paper's own numbers:

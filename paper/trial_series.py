@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """What both kinds of trials share, those of the design and those of AU feedback: a series is made, and has a table."""
 

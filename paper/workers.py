@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Runs several jobs at once, each in a process of its own. Importing this module does not import torch."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One small training loop for every network of the toy world: resumable at any step, a checkpoint a minute."""
 
 import json

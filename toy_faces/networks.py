@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The networks of the toy world: ordinary diffusers and transformers classes, and one small picture reader."""
 
 import json

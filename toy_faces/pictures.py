@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """
 The rendered training pictures of the toy world: files of pixels, and what each picture shows.
 

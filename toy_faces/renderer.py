@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A small world of drawn portraits whose facial action units are known exactly.
 
 Every picture is a person (a closed vocabulary of attributes plus a continuous identity jitter) whose face is a rig

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""
 What the toy weights are worth: `python -m toy_faces.report`.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 r"""
 Make the toy model: `python -m toy_faces.train --preset cpu` from nothing (2 cores, within 8 hours), or `--preset gpu`
 from the VAE and the readers of earlier weights (one H100-class card with 16 processor cores, within 8 minutes).

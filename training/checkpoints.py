@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: the state that changes during training, how it is written and read, and where a run resumes."""
 

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """The settings of a training run, as the flags of `train_fineface.py` and as one checked value."""
 

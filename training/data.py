@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 From a data set to training samples: checked rows, pictures and captions that are encoded in each step or once into a

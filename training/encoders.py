@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 The frozen part of a base model that prepares the inputs of training: pictures become latents, and captions become the

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 AU feedback: draw pictures while training, read their AUs with a frozen meter, and send the error back.

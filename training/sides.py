@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Teaches the UNet which position of a face belongs to which side, for adapters with a token for each side."""
 
 import torch

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """Validation pictures: a sheet with a row for each prompt and seed and a column for each expression."""
 

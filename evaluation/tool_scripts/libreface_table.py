@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 AU intensities by LibreFace: `python libreface_table.py PICTURES.txt TABLE.csv`.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 Blendshapes by MediaPipe's FaceLandmarker: `python mediapipe_table.py PICTURES.txt TABLE.jsonl MODEL`.

@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 One table of what OpenFace 2 has written for a folder: `python openface_table.py PICTURES.txt FOLDER TABLE.csv`.

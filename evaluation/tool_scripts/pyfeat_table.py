@@ -1,4 +1,3 @@
-# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 AU probabilities by py-feat 2: `python pyfeat_table.py PICTURES.txt TABLE.csv`.
