@@ -24,7 +24,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ADDRESS = "FINEFACE_TEST_PROCESSES"
 # Long ones begin first, and then those with the most tests: so no worker is alone with a long one at the end.
-LONG_FILES = ("app", "train_your_own", "recipes", "train_xl", "from_hub", "training_checkpoints", "toy_faces")
+LONG_FILES = ("app", "pipeline_fineface", "train_fineface", "evaluation", "train_your_own", "recipes", "train_xl")
+LONG_FILES += ("from_hub", "training_checkpoints", "toy_faces", "benchmarks")
 
 
 def pytest_configure(config):

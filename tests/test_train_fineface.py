@@ -332,7 +332,7 @@ def test_positions_learn_which_side_of_the_face_they_are_on(train, tmp_path):
     folder = write_faces(tmp_path / "sided", sides | box, ("AU12",))
     options = f"--train_data_dir {folder} --au_side_tokens --au_side_attention_weight 9 --learning_rate 3e-2"
     options += " --random_flip --gradient_checkpointing --report_to tensorboard"
-    train("run", f"{options} --max_train_steps 60")
+    train("run", f"{options} --max_train_steps 30")
     losses = logged(tmp_path / "run", "au_side_attention_loss")
     # A position that does not know its side guesses: ln 2.
     assert losses[0] == pytest.approx(0.69, abs=0.05) and losses[-1] < 0.5
