@@ -17,35 +17,23 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+import au_encoder
 from action_units import AU_NAMES
-from au_encoder import (
-    ATTN_PROCESSORS_NAME,
-    LORA_WEIGHTS_NAME,
-    ORIGINAL_ATTN_PROCESSORS_NAME,
-    ORIGINAL_ENCODER_NAME,
-    AUAdapter,
-    check_finite,
-    find_adapter_files,
-    read_au_adapter,
-    read_lora_metadata,
-    read_tensors,
-    write_adapter_weights,
-)
 from program import Parser, check_new_folder, new_folder, run_program
 
 
-def write_original(folder: Path, adapter: AUAdapter, prefix: str = "") -> None:
+def write_original(folder: Path, adapter: au_encoder.AUAdapter, prefix: str = "") -> None:
     """Write `adapter` into `folder` in the layout of the paper's authors, in files that begin with `prefix`."""
     encoder = {k.replace("intensity_proj.", "au_encoder."): t for k, t in adapter.encoder.state_dict().items()}
     values = {
         key.replace("to_k_au", "au_to_k").replace("to_v_au", "au_to_v"): tensor.clone()
         for key, tensor in adapter.attn_processors_state_dict().items()
     }
-    torch.save(encoder, folder / f"{prefix}{ORIGINAL_ENCODER_NAME}")
-    torch.save(values, folder / f"{prefix}{ORIGINAL_ATTN_PROCESSORS_NAME}")
+    torch.save(encoder, folder / f"{prefix}{au_encoder.ORIGINAL_ENCODER_NAME}")
+    torch.save(values, folder / f"{prefix}{au_encoder.ORIGINAL_ATTN_PROCESSORS_NAME}")
 
 
-def check_fits_original(adapter: AUAdapter, source: Path) -> None:
+def check_fits_original(adapter: au_encoder.AUAdapter, source: Path) -> None:
     """Raise a ValueError if the original layout has no place for `adapter`, whose config is the file `source`."""
     config = adapter.config
     if config.encoder_type not in ("res_mlp64", "res_mlp") or adapter.num_tokens != 1:
@@ -66,12 +54,14 @@ def write_unscaled_lora(source: Path, target: Path, dtype: torch.dtype | None = 
     scale is another, it is multiplied into the weights, which then differ, while the model stays the same. With a
     `dtype` of None, the tensors keep theirs.
     """
-    tensors = read_tensors(source)
+    tensors = au_encoder.read_tensors(source)
     # From diffusers 0.27 on, LoRAs have the names of PEFT. Older files have no metadata.
-    metadata = read_lora_metadata(source, {key.removeprefix("unet."): tensor for key, tensor in tensors.items()})
+    metadata = au_encoder.read_lora_metadata(
+        source, {key.removeprefix("unet."): tensor for key, tensor in tensors.items()}
+    )
     scales = {} if metadata is None else {key: _lora_scale(metadata, key) for key in tensors if ".lora_B." in key}
     for key, tensor in tensors.items():
-        check_finite(key, tensor, source)
+        au_encoder.check_finite(key, tensor, source)
     if dtype is None and all(scale == 1 for scale in scales.values()):
         shutil.copyfile(source, target)
     else:
@@ -92,8 +82,8 @@ def _lora_scale(metadata: dict, key: str) -> float:
 def run(args: argparse.Namespace) -> str:
     if args.output.resolve() == Path(args.input).resolve():
         raise ValueError("IN and OUT are the same folder. Name another folder as OUT.")
-    files = find_adapter_files(args.input, variant=args.variant, optional=True) if args.variant else None
-    files = files or find_adapter_files(args.input)
+    files = au_encoder.find_adapter_files(args.input, variant=args.variant, optional=True) if args.variant else None
+    files = files or au_encoder.find_adapter_files(args.input)
     if files.is_ip_adapter:
         raise ValueError(
             f"{str(files.attn_processors)!r} is an adapter for plain diffusers, which this program does not convert."
@@ -106,18 +96,18 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(
             f"A variant of the original layout has no place for a LoRA, {str(files.lora)!r}. Leave out `--variant`."
         )
-    marker = ATTN_PROCESSORS_NAME if to_ours else prefix + ORIGINAL_ATTN_PROCESSORS_NAME
+    marker = au_encoder.ATTN_PROCESSORS_NAME if to_ours else prefix + au_encoder.ORIGINAL_ATTN_PROCESSORS_NAME
     check_new_folder(args.output, args.overwrite, marker)
-    adapter = read_au_adapter(files)
+    adapter = au_encoder.read_au_adapter(files)
     with new_folder(args.output) as folder:
         if to_ours:
-            write_adapter_weights(folder, adapter)
+            au_encoder.write_adapter_weights(folder, adapter)
         else:
             check_fits_original(adapter, files.encoder_config)
             write_original(folder, adapter, prefix)
         if files.lora is not None:
             copy_lora = shutil.copyfile if to_ours else write_unscaled_lora
-            copy_lora(files.lora, folder / LORA_WEIGHTS_NAME)
+            copy_lora(files.lora, folder / au_encoder.LORA_WEIGHTS_NAME)
     return f"{args.output}: {'our' if to_ours else 'the original'} layout"
 
 

@@ -37,6 +37,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+import program
 from action_units import AU_NAMES, action_units_of, au_columns, extract_au_tags, whole_au
 from au_encoder import (
     IP_ADAPTER_NAME,
@@ -54,20 +55,7 @@ from drawing.model import Weights, draw_batches, load_pipeline, pipeline_class_o
 from hub.bundle import SOURCE_DIR, leaf_modules
 from hub.convert_original import write_unscaled_lora
 from hub.ip_adapter import fits_ip_adapter, write_ip_adapter
-from program import (
-    TOY_MODEL,
-    Parser,
-    add_options,
-    check_folder_or_hub_id,
-    check_new_folder,
-    is_hub_id,
-    new_folder,
-    option,
-    pick_device,
-    run_program,
-    spell_option,
-    take_options,
-)
+from program import option
 from training.config import published_settings
 
 
@@ -112,9 +100,7 @@ NOT_RECORDED = "Nothing about the training was recorded beside these weights."
 NOT_MEASURED = "No measurements of these weights were given when they were exported."
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The request. All of it is checked before anything is loaded or written.
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The request: all of it is checked before anything is loaded or written ----------------------------------------
 
 
 on_pictures, on_card = (
@@ -177,16 +163,16 @@ class ExportConfig:
 
 
 def parse_args(argv: list[str] | None) -> ExportConfig:
-    parser = Parser("hub.export", __doc__)
-    add_options(parser, ExportConfig, spell=spell_option)
-    return ExportConfig(**take_options(ExportConfig, parser.parse_args(argv)))
+    parser = program.Parser("hub.export", __doc__)
+    program.add_options(parser, ExportConfig, spell=program.spell_option)
+    return ExportConfig(**program.take_options(ExportConfig, parser.parse_args(argv)))
 
 
 def find_weights(config: ExportConfig) -> Weights | None:
     """The model and the adapter that make the repository or draw its pictures; None for an adapter without a model."""
     named = [name for name in (config.source, config.base) if name is not None]
     for name in named:
-        check_folder_or_hub_id(name, "The model or adapter")
+        program.check_folder_or_hub_id(name, "The model or adapter")
     if config.folder.resolve() in [Path(name).resolve() for name in named]:
         raise ValueError("FOLDER is the source or the base itself. Name another folder.")
     model, index = named[-1], Path(named[-1]) / "model_index.json"
@@ -249,17 +235,17 @@ def gather_facts(config: ExportConfig, weights: Weights | None, is_original: boo
     """
     settings, report, notes = (Path(config.source) / name for name in (TRAIN_CONFIG_NAME, REPORT_NAME, "README.md"))
     trained = read_json_file(settings) if settings.is_file() else {}
-    if config.base_model is not None and not is_hub_id(config.base_model):
+    if config.base_model is not None and not program.is_hub_id(config.base_model):
         raise ValueError(f"`--base-model` is {config.base_model!r}, which is no id of a Hub repository.")
     # A folder on this disk is no base for anybody else.
     bases = (config.base_model, weights and weights.model, trained.get("pretrained_model_name_or_path"))
-    recorded = [trained["dataset_name"]] if is_hub_id(trained.get("dataset_name") or "") else []
+    recorded = [trained["dataset_name"]] if program.is_hub_id(trained.get("dataset_name") or "") else []
     # Only the paper's authors use the original layout, and the template names the data that they trained on.
     datasets = list(config.datasets or recorded) or (None if is_original else [])
     evaluation = config.evaluation or (report if report.is_file() else None)
     return {
         "license": config.license,
-        "base_model": next((name for name in bases if name is not None and is_hub_id(name)), None),
+        "base_model": next((name for name in bases if name is not None and program.is_hub_id(name)), None),
         "datasets": datasets,
         "training": _training_text(config.training, trained, notes),
         "evaluation": NOT_MEASURED if evaluation is None else _section(evaluation),
@@ -284,9 +270,7 @@ def _section(path: Path) -> str:
     return re.sub("^(#+ )", r"##\1", text, flags=re.MULTILINE).strip()
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The repository
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The repository ------------------------------------------------------------------------------------------------
 
 
 def write_repository(weights: Weights, folder: Path, dtype: torch.dtype):
@@ -392,9 +376,7 @@ def _widget_pictures(au_names: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield f"images/example_{number}.png", prompt
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The model card
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The model card ------------------------------------------------------------------------------------------------
 
 
 def fill_card(
@@ -488,9 +470,7 @@ def _au_table(has_pictures: bool, au_names: Sequence[str]) -> str:
     return "\n".join(f"| {' | '.join(cells[:num_columns])} |" for cells in rows)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The Space
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The Space -----------------------------------------------------------------------------------------------------
 
 
 def write_space(weights: Weights, folder: Path, title: str, facts: dict, dtype: torch.dtype) -> None:
@@ -500,7 +480,7 @@ def write_space(weights: Weights, folder: Path, title: str, facts: dict, dtype: 
         target = folder / path.relative_to(SOURCE_DIR)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    model = folder / TOY_MODEL.relative_to(SOURCE_DIR)
+    model = folder / program.TOY_MODEL.relative_to(SOURCE_DIR)
     pipeline = load_pipeline(weights, torch.device("cpu"), dtype)
     pipeline.save_pretrained(model)
     remove_paths(model)
@@ -544,9 +524,7 @@ def imported_files(path: Path) -> list[Path]:
     return list(found)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The program
-# --------------------------------------------------------------------------------------------------------------------
+# ---- The program ---------------------------------------------------------------------------------------------------
 
 
 def push(api: HfApi, config: ExportConfig) -> str:
@@ -600,8 +578,8 @@ def run(config: ExportConfig) -> str:
         ValueError: if the options do not fit together, or a file is broken.
         OSError: if something cannot be read, written or uploaded.
     """
-    device, weights = pick_device(config.device), find_weights(config)
-    check_new_folder(config.folder, config.overwrite, config.marker)
+    device, weights = program.pick_device(config.device), find_weights(config)
+    program.check_new_folder(config.folder, config.overwrite, config.marker)
     defaults = {} if weights is None else read_model_defaults(weights.model)
     options = defaults | {"seed": config.seed}
     if config.num_inference_steps is not None:
@@ -616,7 +594,7 @@ def run(config: ExportConfig) -> str:
     has_pictures = has_card and weights is not None and not config.no_pictures
     dtype = getattr(torch, config.dtype)
 
-    with quiet(), new_folder(config.folder) as folder:
+    with quiet(), program.new_folder(config.folder) as folder:
         if config.space:
             write_space(weights, folder, config.repo_id.split("/")[-1], facts, dtype)
         elif is_alone:
@@ -645,7 +623,7 @@ def run(config: ExportConfig) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: run(parse_args(argv)))
+    return program.run_program(lambda: run(parse_args(argv)))
 
 
 if __name__ == "__main__":

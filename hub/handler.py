@@ -1,3 +1,4 @@
+# Copyright 2026 The FineFace authors.
 # SPDX-License-Identifier: Apache-2.0
 """
 The handler that a Hugging Face Inference Endpoint runs: `handler.py` at the root of an exported repository.
