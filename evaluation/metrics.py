@@ -82,9 +82,7 @@ class Figure:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".2f"
-        if np.isnan(self.value):
-            return "–"
-        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+        return "–" if np.isnan(self.value) else f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
 
 NO_FIGURE = Figure(float("nan"), float("nan"), float("nan"), 0, 0)

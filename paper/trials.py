@@ -30,15 +30,10 @@ GOAL = -0.65
 """The wanted change of the AU MSE of combinations, relative to the paper's design."""
 SLOPES = (0.85, 1.15)
 GUIDED = {"au_guidance_scale": 3.0}
-WEIGHTED = {
-    "face_loss_weight": 8.0,
-    "timestep_bias_strategy": "range",
-    "timestep_bias_begin": 400,
-    "timestep_bias_multiplier": 4.0,
-}
-"""The weights of the loss in the recipe of the toy model."""
 BEST = {**TRAINING_PRESETS["best"], "au_learning_rate": 1e-2}
 """`--preset best`. The AUs learn at ten times the rate of the LoRA, which is 1e-3 here."""
+WEIGHTED = {name: BEST[name] for name in BEST if name.startswith(("face_loss", "timestep_bias"))}
+"""The weights of the loss in it alone."""
 TRIALS = {
     "paper": Trial("the paper's design: Res + MLP64, one token, joint guidance"),
     "au_guidance_3": Trial("AUs guided apart from the text, by MagicFace's optimum", sampling=GUIDED),

@@ -497,8 +497,6 @@ class Recipe:
         model = make_model(self.load(UNet2DConditionModel, "base/unet"), config, au_names=au_names)
         return model.to(self.device, memory_format=torch.channels_last), is_new
 
-    # ----------------------------------------------------------------------------------------------------------------
-
     def export(self, weights: Path = TOY_MODEL) -> None:
         """Write everything that was trained, in half precision, to `weights`."""
         pipeline = FineFacePipeline.from_pretrained(self.folder / "base", dtype=torch.float16)
