@@ -48,6 +48,16 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: (item.path.stem.removeprefix("test_") not in LONG_FILES, -counts[item.path]))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_precision():
+    """Each file trains in a precision of its own, as programs do. A process of accelerate keeps its first one."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def pytest_collection_finish():
     gc.freeze()
     gc.set_threshold(10_000)
