@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(config, items):
         items.sort(key=lambda item: (item.path.stem.removeprefix("test_") not in LONG_FILES, -counts[item.path]))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_precision():
-    """Each file trains in a precision of its own, as programs do. A process of accelerate keeps its first one."""
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its state, and its precision, for the life of a process; here a process holds many runs."""
     yield
     if "accelerate" in sys.modules:
         from accelerate.state import AcceleratorState

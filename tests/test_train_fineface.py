@@ -22,7 +22,6 @@ from training_runs import (  # noqa: F401
     config_fixture,
     datasets_cache_fixture,
     faces_dir_fixture,
-    fresh_accelerator_fixture,
     on_every_family,
     run_processes_fixture,
     write_faces,

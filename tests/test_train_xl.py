@@ -11,7 +11,6 @@ from training_runs import (  # noqa: F401
     arguments_fixture,
     datasets_cache_fixture,
     faces_dir_fixture,
-    fresh_accelerator_fixture,
 )
 
 from action_units import AU_NAMES

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, Image, Value
 from test_evaluation import write_program
 from test_face_data import draw, tiny_blip2_dir  # noqa: F401
 from test_from_hub import PROMPTS, portrait
-from training_runs import datasets_cache_fixture, fresh_accelerator_fixture  # noqa: F401
+from training_runs import datasets_cache_fixture  # noqa: F401
 
 import evaluation.run
 import face_data.prepare

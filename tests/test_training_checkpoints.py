@@ -10,7 +10,6 @@ from training_runs import (  # noqa: F401
     arguments_fixture,
     datasets_cache_fixture,
     faces_dir_fixture,
-    fresh_accelerator_fixture,
     run_processes_fixture,
     write_faces,
 )

@@ -18,7 +18,6 @@ from training_runs import (  # noqa: F401
     config_fixture,
     datasets_cache_fixture,
     faces_dir_fixture,
-    fresh_accelerator_fixture,
     write_faces,
 )
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tiny import FAMILIES
 
 from action_units import AU_NAMES
@@ -21,13 +20,6 @@ def datasets_cache_fixture(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
         yield
-
-
-@pytest.fixture(autouse=True, name="fresh_accelerator")
-def fresh_accelerator_fixture():
-    """accelerate keeps its state for the life of a process; here a process holds many runs."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_faces(folder, changes=(), drop=()):
