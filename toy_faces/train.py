@@ -16,6 +16,7 @@ On processors with AMX and a C++ compiler, `--mixed_precision bf16 --compile` tr
 """
 
 import json
+import math
 import shutil
 import sys
 import time
@@ -456,7 +457,7 @@ class Recipe:
                 commanded = name_expressions(leave_one_au(commanded, symmetric, rng), au_names, rng)
                 if not symmetric:
                     commanded = rest_one_side(commanded, rng)
-                num_neutral = -(-len(commanded) // 20)
+                num_neutral = math.ceil(len(commanded) / 20)
                 commanded[:num_neutral] = 0
                 noise = torch.randn_like(latents[indices].float())
                 pictures = feedback.draw(predict, batch, noise, commanded)
