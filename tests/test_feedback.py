@@ -275,6 +275,20 @@ def test_a_picture_is_commanded_the_aus_of_another_row(arguments):
     )
 
 
+def test_a_share_of_the_pictures_is_commanded_one_au_alone(arguments):
+    def commands(options: str) -> torch.Tensor:
+        config = parse_args(arguments("run", f"{FEEDBACK} {options}"))
+        data, encoders = load_training_data(config), load_encoders(config, torch.device("cpu"), torch.float32)
+        samples = TrainingSamples(PixelInputs(data, encoders, 32), 1000, config)
+        return torch.stack([samples[number]["commanded_aus"] for number in range(60)])
+
+    singles, others = commands("--au_feedback_single_prob 0.5"), commands("")
+    alone = (singles > 0).sum(1) == 1
+    assert 20 <= alone.sum() <= 40 and len(singles[alone].nonzero()[:, 1].unique()) > 8
+    assert singles[alone].max() > 4 and singles[alone].sum(1).min() < 1
+    assert torch.equal(singles[~alone], others[~alone])
+
+
 def test_feedback_makes_the_meter_read_what_was_commanded(config):
     model, feedback, batch = make_model_and_feedback(config, steps=2, guidance_scale=2.0)
     commands = torch.tensor([[5.0] + [0.0] * 11, [0.0] * 11 + [5.0]])

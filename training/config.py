@@ -146,6 +146,9 @@ class TrainConfig:
         " from the same noise. It is added to the meter's error.",
         low=0,
     )
+    au_feedback_single_prob: float = fixed(
+        0.0, "Share of drawn pictures that are commanded one AU alone, instead of the AUs of another sample.", 0, 1
+    )
     au_feedback_batch_size: int | None = fixed(
         None, "Pictures of a process in a forward pass; by default --train_batch_size.", low=1
     )

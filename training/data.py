@@ -709,6 +709,9 @@ class TrainingSamples(torch.utils.data.Dataset):
             flip, drop_aus = rng.random(2) < (0.5 * config.random_flip, config.au_drop_prob)
             sample["commanded_aus"] = self._aus(data, other, flip, drop_aus, rng)
             sample["feedback_seed"] = torch.tensor(int(rng.integers(2**63)))
+            one, intensity = rng.integers(len(data.au_names)), rng.uniform(0, 5)
+            if rng.random() < config.au_feedback_single_prob:
+                sample["commanded_aus"] = intensity * torch.eye(len(data.au_names))[one]
         return sample
 
     def _aus(self, data: TrainingData, index: int, flip: bool, drop: bool, rng: np.random.Generator) -> torch.Tensor:
