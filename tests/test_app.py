@@ -655,6 +655,8 @@ def test_a_number_beyond_the_limits(window):
 
 def test_every_wrong_value_is_a_message_that_covers_nothing(window):
     with window() as page:
+        # Opened before it is needed: a moment later, Gradio sets its values once more.
+        page.get_by_role("button", name="Settings").click()
         for selector, value, key, part in (
             (AUS, "6x+12", "Enter", "`Expression`"),
             (AUS, "AU12=nope", "Tab", "`Expression`"),
@@ -668,7 +670,6 @@ def test_every_wrong_value_is_a_message_that_covers_nothing(window):
             wait_for_message(page, part)
             page.fill(selector, before)
             close_message(page, part)
-        page.get_by_role("button", name="Settings").click()
         for name, value, part in (
             ("num_inference_steps", "9999", "`Steps` goes up to 150"),
             ("guidance_scale", "", "`Guidance`"),
