@@ -7,7 +7,7 @@ is no photograph is left out, and measured AUs are corrected (paper, supplement 
 import functools
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,7 +187,7 @@ def join_part(source: Source, part: str, build: Build) -> Iterator[dict]:
         text, words = facts["text"], row.pop("removed_words", [])
         if build.drop_emotion_words:
             text, found = take_emotion_words(text)
-            words = [*Counter(words).elements(), *Counter(found).elements()]
+            words = [*words, *found]
         text = text or build.default_caption or ""
         row.pop("is_photo", None)
         reason = None if text else "empty caption"

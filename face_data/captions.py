@@ -5,11 +5,10 @@ and the AUs learn nothing.
 
 Example:
     >>> take_emotion_words("a photo of an angry old man with a furious look, in a park")
-    ('a photo of an old man, in a park', {'angry': 1, 'furious': 1})
+    ('a photo of an old man, in a park', ['angry', 'furious'])
 """
 
 import re
-from collections import Counter
 
 
 # The columns of tables and data sets that may hold captions, the most likely first.
@@ -107,30 +106,29 @@ _STEPS = tuple(
 )
 
 
-def take_emotion_words(text: str) -> tuple[str, dict[str, int]]:
+def take_emotion_words(text: str) -> tuple[str, list[str]]:
     """
     Take words of emotion and of expression out of an English caption, and what they leave dangling, such as "with a
     … look". A caption without such words stays as it is.
 
     Returns:
-        `tuple[str, dict[str, int]]`: the caption, which may be empty, and how often each word or phrase was taken out,
-        in lower case.
+        `tuple[str, list[str]]`: the caption, which may be empty, and the words and phrases taken out, in lower case.
     """
-    taken = Counter()
+    taken = []
 
     def mark(match: re.Match) -> str:
-        taken[match[0].lower()] += 1
+        taken.append(match[0].lower())
         return _M
 
     marked = _WORD.sub(mark, text.replace(_M, " "))
     if not taken:
-        return text, {}
+        return text, []
     previous = None
     while previous != marked:
         previous = marked
         for pattern, replacement in _STEPS:
             marked = pattern.sub(replacement, marked)
-    return _tidy(marked), dict(taken)
+    return _tidy(marked), taken
 
 
 def _tidy(marked: str) -> str:

@@ -9,7 +9,6 @@ import functools
 import importlib
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -158,7 +157,7 @@ def _open_stream(pictures: HubPictures):
 
 def _keep(row: dict, stem: str, pictures: HubPictures, folder: Path, part: store.Part) -> None:
     """Put the picture of a row into the folder and its line into the part, or say why not."""
-    label, num_faces, boxes, text, removed = f"{pictures.dataset}, {stem}", 1, [], "", {}
+    label, num_faces, boxes, text, removed = f"{pictures.dataset}, {stem}", 1, [], "", []
     if pictures.face_count_column is not None:
         num_faces = row[pictures.face_count_column] or 0
     if pictures.boxes_column is not None and num_faces == 1:
@@ -166,7 +165,7 @@ def _keep(row: dict, stem: str, pictures: HubPictures, folder: Path, part: store
         num_faces = len(boxes)
     if pictures.caption_column is not None:
         text = " ".join(str(row[pictures.caption_column] or "").split())
-        text, removed = (text, {}) if pictures.keep_emotion_words else take_emotion_words(text)
+        text, removed = (text, []) if pictures.keep_emotion_words else take_emotion_words(text)
     if num_faces != 1:
         part.drop(SEVERAL_FACES if num_faces > 1 else NO_FACE, label)
         return
@@ -195,8 +194,7 @@ def _keep(row: dict, stem: str, pictures: HubPictures, folder: Path, part: store
             return
     box = (boxes[0], max(boxes[0][2:]) > 1) if boxes else None
     known, note = box_columns(box, placed, is_upright=pictures.find_faces is not None)
-    words = list(Counter(removed).elements()) or None
-    part.keep(placed.path, folder, text=text, **known, removed_words=words, changed=note)
+    part.keep(placed.path, folder, text=text, **known, removed_words=removed or None, changed=note)
 
 
 def _read_picture(image: dict) -> bytes:

@@ -13,7 +13,6 @@ import os
 import re
 import sqlite3
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
@@ -278,7 +277,7 @@ class Tabled:
         text, words = facts["text"], facts["removed_words"]
         if self.drop_emotion_words:
             text, taken = take_emotion_words(text)
-            words = [*Counter(words).elements(), *Counter(taken).elements()]
+            words = [*words, *taken]
         box, note = box_columns(facts["box"], placed)
         row = {"text": text, **dict(zip(self.au_names, aus, strict=True)), "source": self.source}
         row |= {"subject": facts["subject"], "origin": origin, **box, "is_photo": facts["is_photo"]}

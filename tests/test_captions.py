@@ -42,7 +42,7 @@ def test_words_of_emotion_go_with_what_hangs_on_them(text, expected):
     clean, taken = take_emotion_words(text)
     assert clean == expected and taken
     # Nothing is left to take.
-    assert take_emotion_words(clean) == (clean, {})
+    assert take_emotion_words(clean) == (clean, [])
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_words_of_emotion_go_with_what_hangs_on_them(text, expected):
     ],
 )
 def test_other_captions_stay_as_they_are(text):
-    assert take_emotion_words(text) == (text, {})
+    assert take_emotion_words(text) == (text, [])
 
 
 # A word of each category of the data set EmoNet-Face.
@@ -71,11 +71,11 @@ intoxication jealousy
 
 @pytest.mark.parametrize("emotion", EMOTIONS.split())
 def test_each_emotion_of_a_taxonomy_of_forty_is_known(emotion):
-    assert take_emotion_words(f"a photo of a man expressing {emotion}") == ("a photo of a man", {emotion: 1})
+    assert take_emotion_words(f"a photo of a man expressing {emotion}") == ("a photo of a man", [emotion])
 
 
-def test_words_are_counted():
-    assert take_emotion_words("A SMILING girl, a smiling boy")[1] == {"smiling": 2}
+def test_each_word_is_told_as_often_as_it_was_there():
+    assert take_emotion_words("A SMILING girl, a smiling boy")[1] == ["smiling", "smiling"]
 
 
 def test_the_example_of_the_documentation_holds():
