@@ -40,7 +40,8 @@ FEEDBACK = {
     "au_feedback_steps": 4,
     "learning_rate": 5e-4,
     "au_learning_rate": 5e-3,
-    # Neither depends on the number of steps, which is known only when some have been timed.
+    # Neither depends on the number of steps, which is known only when some have been timed. With a cosine instead, the
+    # steps that are timed have a course of their own.
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 5,
     "ema_decay": 0.9,
@@ -48,6 +49,18 @@ FEEDBACK = {
 FEEDBACK_TRIALS = {
     "start": Trial("the common adapter, before"),
     "ordinary": Trial("no feedback: the ordinary training goes on", {"au_feedback_meter": None}),
+    "best": Trial(
+        "… with the ordinary loss of the best design, faster, and an encoder that can hold interactions of AUs",
+        {
+            **TRAINING_PRESETS["best"],
+            "au_feedback_meter": None,
+            "learning_rate": 1e-3,
+            "au_learning_rate": 1e-2,
+            "lr_scheduler": "cosine",
+            "ema_decay": 0.99,
+        },
+        encoder_type="res_3mlp",
+    ),
     "all_steps": Trial("gradient through all four denoising steps"),
     "last_step": Trial("… through the last one", {"au_feedback_backprop": 1}),
     "random_step": Trial("… through one at random", {"au_feedback_mode": "random_step"}),

@@ -935,7 +935,7 @@ def test_the_best_trial_keeps_clip_i_and_is_held_against_the_goal(experiment):
 
 
 def test_trials_are_flags_of_the_trainer_and_share_adapters(experiment, tmp_path, capsys):
-    for name, trial in trials.TRIALS.items():
+    for name, trial in [*trials.TRIALS.items(), *feedback_trials.FEEDBACK_TRIALS.items()]:
         base = TrainConfig(pretrained_model_name_or_path="base", train_data_dir=tmp_path, output_dir=tmp_path)
         assert replace(base, **trial.train), name
     names = ["paper", "best", "au_guidance_3", "best_guided"]
