@@ -844,7 +844,7 @@ def test_a_photo_by_hand(window, tmp_path):
             int(page.input_value(f"#box-{side} input")) for side in ("left", "top", "right", "bottom")
         )
         assert (abs(top - 55) <= 2, abs(right - 210) <= 2, abs(bottom - 176) <= 2) == (True, True, True)
-        assert page.is_visible("#photo .box")
+        page.wait_for_selector("#photo .box")
         press(page, "#strength input", "Enter")
         page.wait_for_selector("#edited img")
         edited = pixels(download(page, "#download-photo", tmp_path))
@@ -927,7 +927,8 @@ def test_a_slow_model_of_sdxl_says_so_and_draws(browser, tiny_xl_dir, tiny_xl_ad
         assert f"Model: {tmp_path / 'model'}" in page.inner_text("#title")
         says = "() => getComputedStyle(document.querySelector('#picture .empty'), '::after').content"
         assert page.evaluate(says) == '"Nothing is drawn yet. Press Draw."'
-        assert page.get_by_text("this model takes long here").is_visible() and not page.is_checked("#live input")
+        page.get_by_text("this model takes long here").wait_for()
+        assert not page.is_checked("#live input")
         assert page.inner_text("#other-person") == "Another seed"
         page.fill(AUS, "")
         assert "6C+12D" in page.get_attribute("#aus textarea, #aus input", "placeholder")
@@ -953,7 +954,7 @@ def test_two_sides_are_linked_until_they_are_unlinked(browser):
         left, right = (f".side[data-name=AU12{side}] input[type=range]" for side in "LR")
         page.wait_for_selector(left)
         assert page.is_hidden(right) and page.locator("#AU26 .link").count() == 0
-        assert page.get_by_role("img", name="moves the mouth", exact=True).is_visible()
+        page.get_by_role("img", name="moves the mouth", exact=True).wait_for()
         press(page, left, "ArrowRight")
         wait_for(page, "#said textarea", "element.value === 'AU12=3.1'")
         page.click("#AU12 .link")

@@ -981,6 +981,11 @@ def test_trials_of_feedback_begin_alike_and_get_the_same_processor_time(prepared
     before = read_files_in(folder / "systems") | read_files_in(folder / "runs")
     assert trials.main([*arguments, "ordinary", "latents", "interactions"]) == 0
     assert before == read_files_in(folder / "systems") | read_files_in(folder / "runs")
+    # More prompts judge what is trained already.
+    trained = read_files_in(folder / "systems")
+    assert trials.main([*arguments, "ordinary", "--feedback-prompts=2"]) == 0
+    more = pd.read_csv(folder / "feedback.csv").set_index("Trial")["pictures"]
+    assert (more / table["pictures"]).tolist() == [2, 2, 1, 1] and read_files_in(folder / "systems") == trained
 
     start = read_au_adapter(find_adapter_files(str(folder / "systems" / "fineface")))
     aus = torch.rand(3, 12, generator=torch.Generator().manual_seed(0)) * 5
@@ -1008,25 +1013,16 @@ def test_the_time_of_trials_of_feedback_is_one_for_a_folder(experiment, world, c
     assert sorted(path.name for path in experiment.folder.iterdir()) == ["experiment.json", "feedback.json"]
 
 
-def test_the_command_line_sets_time_batch_and_prompts_of_trials_of_feedback(prepared, tmp_path, quick_trials):
+def test_more_time_pays_for_more_steps(prepared, tmp_path, quick_trials):
     # Trials of another time, on the same data.
     folder = shutil.copytree(prepared.folder, tmp_path / "work", ignore=shutil.ignore_patterns("feedback*"))
-    arguments = ["--quick", f"--model={prepared.model}", f"--work={folder}", "--processes=1", "--only", "ordinary"]
-
-    def make_table(*options: str) -> pd.DataFrame:
-        settings = ("--feedback", "--feedback-seconds=1", "--feedback-batch-size=4")
-        assert trials.main([*arguments, *settings, *options]) == 0
-        return pd.read_csv(folder / "feedback.csv").set_index("Trial")
-
-    first = make_table()
+    budget = replace(prepared.budget, feedback_seconds=1.0, feedback_batch_size=4)
+    series = feedback_trials.FeedbackTrials(Experiment(folder, budget, prepared.model))
+    adapter = series.train("ordinary")
     # More than the steps that are timed to find out how many the time pays for.
-    assert int(first.loc["ordinary", "steps"]) > 3
-    config = json.loads((folder / "systems" / "feedback_ordinary" / "train_config.json").read_text())
+    assert series.pace("ordinary")["steps"] > 3
+    config = json.loads((adapter / "train_config.json").read_text())
     assert (config["train_batch_size"], config["au_feedback_batch_size"]) == (4, 2)
-    trained = read_files_in(folder / "systems")
-    second = make_table("--feedback-prompts=2")
-    assert second["pictures"].tolist() == (2 * first["pictures"]).tolist()
-    assert read_files_in(folder / "systems") == trained
 
 
 @pytest.mark.slow
