@@ -224,9 +224,10 @@ def test_flags_without_effect_are_named(arguments):
         "`--timestep_bias_begin`: no effect without `--timestep_bias_strategy`.",
         "`--ema_decay`: no effect without `--use_ema`.",
     ]
-    flags = "--au_feedback_meter a:b --au_feedback_mode one_step --au_feedback_steps 8 --use_ema --ema_decay 0.9"
-    [said] = parse_args(arguments("run", flags)).flags_without_effect()
-    assert said == "`--au_feedback_steps`: no effect with `--au_feedback_mode one_step`, which draws nothing."
+    flags = "--au_feedback_meter a:b --au_feedback_mode one_step --au_feedback_steps 8 --au_feedback_single_prob 0.5"
+    [said] = parse_args(arguments("run", f"{flags} --use_ema --ema_decay 0.9")).flags_without_effect()
+    names = "`--au_feedback_steps`, `--au_feedback_single_prob`"
+    assert said == f"{names}: no effect with `--au_feedback_mode one_step`, which draws nothing."
     assert not parse_args(arguments("run", "--preset best")).flags_without_effect()
     [said] = parse_args(arguments("run", "--preset best_feedback")).flags_without_effect()
     assert "`--au_feedback_appearance_weight`: no effect without `--au_feedback_meter`" in said

@@ -272,7 +272,7 @@ class TrainConfig:
         draws_nothing, sentences = "with `--au_feedback_mode one_step`, which draws nothing", []
         for holds, names, reason in (
             (self.au_feedback_meter is None, "au_feedback_", "without `--au_feedback_meter`"),
-            (self.au_feedback_mode == "one_step", "au_feedback_(steps|guidance_scale)", draws_nothing),
+            (self.au_feedback_mode == "one_step", "au_feedback_(steps|guidance_scale|single_prob)", draws_nothing),
             (self.timestep_bias_strategy == "none", "timestep_bias_", "without `--timestep_bias_strategy`"),
             (not self.use_ema, "ema_decay", "without `--use_ema`"),
         ):
