@@ -31,7 +31,7 @@ from evaluation.run import keep_settings
 from evaluation.testset import TOY_PROMPTS, read_prompts
 from paper.experiment import METER, Experiment
 from paper.tables import OURS
-from paper.trial_series import Trial, Trials
+from paper.trial_series import BEST, Trial, Trials
 from program import new_folder, write_atomically
 from training.config import TRAINING_PRESETS
 
@@ -40,8 +40,8 @@ FEEDBACK = {
     "au_feedback_steps": 4,
     "learning_rate": 5e-4,
     "au_learning_rate": 5e-3,
-    # Neither depends on the number of steps, which is known only when some have been timed. With a cosine instead, the
-    # steps that are timed have a course of their own.
+    # Neither depends on the number of steps, which is known only when some have been timed. A cosine ends
+    # with these, and then begins anew for all steps.
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 5,
     "ema_decay": 0.9,
@@ -52,10 +52,9 @@ FEEDBACK_TRIALS = {
     "best": Trial(
         "… with the ordinary loss of the best design, faster, and an encoder that can hold interactions of AUs",
         {
-            **TRAINING_PRESETS["best"],
+            **BEST,
             "au_feedback_meter": None,
             "learning_rate": 1e-3,
-            "au_learning_rate": 1e-2,
             "lr_scheduler": "cosine",
             "ema_decay": 0.99,
         },

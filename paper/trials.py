@@ -21,19 +21,16 @@ from evaluation.run import PAPER_PARTS
 from paper.experiment import Budget
 from paper.feedback_trials import FeedbackTrials
 from paper.tables import METHODS, OURS, add_arguments, make_experiment, report
-from paper.trial_series import Trial, Trials
+from paper.trial_series import BEST, Trial, Trials
 from program import Parser, add_options, spell_option, take_options
-from training.config import TRAINING_PRESETS
 
 
 GOAL = -0.65
 """The wanted change of the AU MSE of combinations, relative to the paper's design."""
 SLOPES = (0.85, 1.15)
 GUIDED = {"au_guidance_scale": 3.0}
-BEST = {**TRAINING_PRESETS["best"], "au_learning_rate": 1e-2}
-"""`--preset best`. The AUs learn at ten times the rate of the LoRA, which is 1e-3 here."""
 WEIGHTED = {name: BEST[name] for name in BEST if name.startswith(("face_loss", "timestep_bias"))}
-"""The weights of the loss in it alone."""
+"""The weights of the loss in `BEST` alone."""
 TRIALS = {
     "paper": Trial("the paper's design: Res + MLP64, one token, joint guidance"),
     "au_guidance_3": Trial("AUs guided apart from the text, by MagicFace's optimum", sampling=GUIDED),

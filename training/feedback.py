@@ -203,8 +203,8 @@ class AUFeedback:
     ) -> Tensor:
         """
         The loss of the first `num_pictures` of a batch of `TrainingSamples`, by the mode. Drawn pictures are commanded
-        the AUs of other rows, because an expression must not depend on the person. `noisy_latents` and `prediction`
-        are input and output of the model for the batch.
+        the AUs of other rows, or one AU alone, because an expression must not depend on the person. `noisy_latents`
+        and `prediction` are input and output of the model for the batch.
         """
         batch = {name: tensor[:num_pictures] for name, tensor in batch.items()}
         noisy_latents, prediction = noisy_latents[:num_pictures], prediction[:num_pictures]
