@@ -238,6 +238,8 @@ def replacing(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.part")
     try:
         with _disk_errors(path):
+            # What a killed process has left can be a hard link, and writing into it would change what it links to.
+            unfinished.unlink(missing_ok=True)
             yield unfinished
             _make_readable(unfinished)
             os.replace(unfinished, path)

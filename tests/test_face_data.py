@@ -25,6 +25,7 @@ from face_data.pictures import FACE_BOX, place_picture
 from face_data.prepare import main
 from face_data.report import AFTER_COLOR, count_intensities, draw_histograms
 from face_data.store import list_parts, read_lines, read_parts, read_rows, run_parts
+from program import write_atomically
 from toy_faces.renderer import render, sample_aus, sample_portrait
 from training.config import TrainConfig
 from training.data import load_training_data
@@ -293,6 +294,19 @@ def test_a_killed_step_goes_on_where_it_was(tmp_path):
     prepare(*command, work)
     assert all(path.stat().st_mtime_ns == mtime for path, mtime in times.items())
     assert files_of(work) == files_of(tmp_path / "whole")
+
+
+def test_a_link_that_a_killed_process_has_left_is_replaced(tmp_path):
+    first, second, unfinished = tmp_path / "a.jpg", tmp_path / "b.jpg", tmp_path / ".placed.jpg.part"
+    for path, color in ((first, "red"), (second, "blue")):
+        Image.new("RGB", (8, 8), color).save(path)
+    before = first.read_bytes()
+    for source in (first, second):
+        os.link(first, unfinished)
+        assert place_picture(source, tmp_path / "placed.jpg").path.samefile(source)
+    os.link(first, unfinished)
+    write_atomically(tmp_path / "placed.jpg", "text")
+    assert first.read_bytes() == before
 
 
 def end_itself(part: str) -> None:
