@@ -46,6 +46,8 @@ FEEDBACK = {
     "lr_warmup_steps": 5,
     "ema_decay": 0.9,
 }
+FIRST_SHARE = 0.25
+"""The part of the time that a trial has which comes before another one."""
 FEEDBACK_TRIALS = {
     "start": Trial("the common adapter, before"),
     "ordinary": Trial("no feedback: the ordinary training goes on", {"au_feedback_meter": None}),
@@ -80,6 +82,18 @@ FEEDBACK_TRIALS = {
         "… in as many steps as are sampled, tones and colours stay, and the ordinary loss is that of the best design",
         {**TRAINING_PRESETS["best_feedback"], "au_learning_rate": 5e-4, "ema_decay": 0.99},
         encoder_type="res_3mlp",
+    ),
+    "best_then_whole": Trial(
+        f"`best` for {FIRST_SHARE:.0%} of the time, then feedback; half of the faces are commanded one AU alone",
+        {
+            **TRAINING_PRESETS["best_feedback"],
+            "au_feedback_appearance_weight": 10.0,
+            "au_feedback_single_prob": 0.5,
+            "au_learning_rate": 5e-4,
+            "lr_scheduler": "cosine",
+            "ema_decay": 0.99,
+        },
+        after="best",
     ),
 }
 PROBE_STEPS = 5
@@ -188,19 +202,27 @@ class FeedbackTrials(Trials):
 
     def train(self, name: str) -> Path:
         """Train for `feedback_seconds`."""
+        trial = FEEDBACK_TRIALS[name]
         if name == "start":
             return self.start_adapter(None)
-        trial = FEEDBACK_TRIALS[name]
+        if trial.after is None:
+            return self.train_for(1, name, trial, self.start_adapter(trial.encoder_type))
+        first, before = f"{name}_first", FEEDBACK_TRIALS[trial.after]
+        adapter = self.train_for(FIRST_SHARE, first, before, self.start_adapter(before.encoder_type))
+        return self.train_for(1 - FIRST_SHARE, name, trial, adapter)
+
+    def train_for(self, share: float, name: str, trial: Trial, start: Path) -> Path:
+        """Train from the adapter `start` for a share of `feedback_seconds`. Returns the folder, named after `name`."""
         flags = FEEDBACK | {
             "au_feedback_meter": str(Path(self.experiment.model) / "meter"),
             "train_batch_size": self.batch_size,
             "au_feedback_batch_size": self.batch_size // 2,
             "au_feedback_guidance_scale": self.experiment.sampling["guidance_scale"],
-            "adapter_name_or_path": str(self.start_adapter(trial.encoder_type)),
+            "adapter_name_or_path": str(start),
         }
         if trial.reads_latents:
             flags["au_feedback_meter"] = str(self.make_latent_meter())
-        folder = self.experiment.system_folder(f"feedback_{name}", flags | trial.train)
+        folder = self.experiment.system_folder(self.system_name(name), flags | trial.train)
         config, pace = self.experiment.config(folder.name, **flags | trial.train), self.pace(name)
 
         def train_until(step: int) -> float:
@@ -217,7 +239,7 @@ class FeedbackTrials(Trials):
 
         if not pace:
             seconds = train_until(PROBE_STEPS)
-            write(seconds=seconds, steps=max(PROBE_STEPS, round(self.budget.feedback_seconds / seconds)))
+            write(seconds=seconds, steps=max(PROBE_STEPS, round(share * self.budget.feedback_seconds / seconds)))
         if pace.get("outcome") != "trained":
             write(seconds=train_until(pace["steps"]), outcome="trained")
         return folder
@@ -228,7 +250,8 @@ class FeedbackTrials(Trials):
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def figures(self, name: str) -> dict[str, str]:
-        figure, pace = functools.partial(self.experiment.figure, self.run_name(name)), self.pace(name)
+        figure = functools.partial(self.experiment.figure, self.run_name(name))
+        paces = [pace for pace in map(self.pace, (f"{name}_first", name)) if pace]
         slopes = [figure("slope", "single", au).value for au in AU_NAMES]
 
         def to_no_control(part: str) -> str:
@@ -236,8 +259,8 @@ class FeedbackTrials(Trials):
 
         has_other = name != "ordinary" and "ordinary" in self.evaluated()
         return {
-            self.first_figure: str(pace.get("steps", "–")),
-            "seconds a step": f"{pace['seconds']:.2f}" if pace else "–",
+            self.first_figure: " + ".join(str(pace["steps"]) for pace in paces) or "–",
+            "seconds a step": ", ".join(f"{pace['seconds']:.2f}" for pace in paces) or "–",
             "mean r ↑": f"{figure('r', 'single').value:.2f}",
             "slopes": f"{min(slopes):.2f} to {max(slopes):.2f}",
             "single AUs, MSE / no control ↓": to_no_control("single"),

@@ -23,7 +23,8 @@ BEST = {**TRAINING_PRESETS["best"], "au_learning_rate": 1e-2}
 class Trial:
     """
     A variant, and why it is tried: flags of train_fineface.py, and options of `evaluation.run`. A trial of AU feedback
-    can go on with another encoder, which begins with what the common adapter adds, or learn from a meter on latents.
+    can go on with another encoder, which begins with what the common adapter adds, learn from a meter on latents, or
+    go on `after` another trial that has the first part of the time.
     """
 
     why: str
@@ -31,6 +32,7 @@ class Trial:
     sampling: dict = field(default_factory=dict)
     encoder_type: str | None = None
     reads_latents: bool = False
+    after: str | None = None
 
 
 class Trials:

@@ -1025,6 +1025,19 @@ def test_more_time_pays_for_more_steps(prepared, tmp_path, quick_trials):
     assert (config["train_batch_size"], config["au_feedback_batch_size"]) == (4, 2)
 
 
+def test_a_trial_after_another_goes_on_from_its_adapter(prepared, tmp_path, quick_trials):
+    folder = shutil.copytree(prepared.folder, tmp_path / "work", ignore=shutil.ignore_patterns("feedback*"))
+    series = feedback_trials.FeedbackTrials(
+        Experiment(folder, replace(prepared.budget, feedback_seconds=0.1), prepared.model)
+    )
+    adapter = series.train("best_then_whole")
+    config = json.loads((adapter / "train_config.json").read_text())
+    first = Path(config["adapter_name_or_path"])
+    assert first.name == "feedback_best_then_whole_first" and config["au_feedback_meter"]
+    assert json.loads((first / "train_config.json").read_text())["au_feedback_meter"] is None
+    assert read_au_adapter(find_adapter_files(str(adapter))).config.encoder_type == "res_3mlp"
+
+
 @pytest.mark.slow
 def test_jobs_in_other_processes_are_done_and_the_first_error_ends_them(tmp_path):
     run_jobs([functools.partial(Path.touch, tmp_path / name) for name in "ab"], processes=2)
