@@ -108,6 +108,15 @@ def check_box(box, size: tuple[int, int], label: str = "box") -> Box:
     return clipped
 
 
+def check_mask(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The mask. Raises a ValueError if it has another size than the picture, or is black everywhere."""
+    if mask.size != size:
+        raise ValueError("The mask has {} × {} pixels, but the picture has {} × {}.".format(*mask.size, *size))
+    if not mask.getbbox():
+        raise ValueError("The mask is black, so nothing is to be drawn. It is white where the face is.")
+    return mask
+
+
 def face_mask(size: tuple[int, int], box: Box, feather: float = 0.04) -> Image.Image:
     """
     Draw the shape of a face in `box`, white on black (mode `"L"`). Its edge fades inwards over `feather` times the
@@ -165,7 +174,7 @@ def edit_photo(
     if not 0 < strength <= 1:
         raise ValueError(f"`strength` has to be above 0 and up to 1, but is {strength!r}.")
     side = side or pipe.unet.config.sample_size * pipe.vae_scale_factor
-    region = surroundings(mask.getbbox(), picture.size)
+    region = surroundings(check_mask(mask, picture.size).getbbox(), picture.size)
     part, part_mask = picture.convert("RGB").crop(region), mask.crop(region)
     # The model draws in blocks of 8 pixels.
     width, height = (max(8, 8 * round(side * length / max(part.size) / 8)) for length in part.size)

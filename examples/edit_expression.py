@@ -20,7 +20,7 @@ from PIL import Image
 import program
 from drawing.jobs import Job, make_job, read_model_defaults
 from drawing.model import SAMPLING, Weights, check_weights, read_au_names
-from drawing.photo import check_box, face_mask, find_faces, open_photo
+from drawing.photo import check_box, check_mask, face_mask, find_faces, open_photo
 from drawing.studio import Studio
 
 
@@ -53,12 +53,7 @@ def read_picture_and_mask(args: argparse.Namespace) -> tuple[Image.Image, Image.
             raise ValueError(f"{args.picture} shows {what}. Say where with `--box`.")
         return picture, face_mask(picture.size, faces[0])
     with Image.open(args.mask) as file:
-        mask = file.convert("L")
-    if mask.size != picture.size:
-        raise ValueError(f"The mask has {mask.size} pixels, but the picture has {picture.size}.")
-    if not mask.getextrema()[1]:
-        raise ValueError("Nothing is to be drawn: the mask is black.")
-    return picture, mask
+        return picture, check_mask(file.convert("L"), picture.size)
 
 
 def run(args: argparse.Namespace) -> Path:

@@ -373,7 +373,7 @@ def test_the_example_runs_from_the_command_line(tiny_sd_dir, tiny_adapter_dir, t
     assert (about["aus"], about["num_inference_steps"], about["picture"]) == ("AU12=5", 2, "picture.png")
     Image.new("L", (16, 16), 255).save(tmp_path / "mask.png")
     for changes, part in (
-        (["--mask", str(tmp_path / "mask.png")], "(16, 16)"),
+        (["--mask", str(tmp_path / "mask.png")], "16 × 16"),
         (["--box", "4,4,28,28", "--aus", "AU7"], "AU7"),
         (["--box", "40,40,60,60"], "lies outside"),
         (["--box", "4,4,28,28", "--strength", "0"], "--strength"),

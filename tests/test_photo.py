@@ -109,6 +109,12 @@ def test_a_wrong_strength_is_an_error(tiny_pipe, strength):
         edit(tiny_pipe, some_photo((32, 32)), strength=strength)
 
 
+@pytest.mark.parametrize(("size", "words"), [((32, 32), "is black"), ((16, 32), "16 × 32 pixels, but .* 32 × 32")])
+def test_a_mask_that_does_not_say_where_is_an_error(tiny_pipe, size, words):
+    with pytest.raises(ValueError, match=words):
+        edit_photo(tiny_pipe, some_photo((32, 32)), Image.new("L", size), "a boy", "12E")
+
+
 def test_editing_logs_nothing(tiny_pipe, caplog):
     photo, logger = some_photo((32, 32)), logging.getLogger("diffusers")
     logger.addHandler(caplog.handler)
