@@ -2,13 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The toy world beside its renderer: the loop that trains it, the recipe, the weights, the report."""
 
+import functools
 import json
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -247,6 +250,19 @@ def test_the_recipe_makes_every_part_and_the_pipeline_loads_them(tiny_run, tmp_p
         one, other = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (before, after))
         moves.append(max((tensor.float() - other[name].float()).abs().max() for name, tensor in one.items()))
     assert moves[0] == 0 and 0 < moves[1] < 0.05
+
+
+def test_a_recipe_that_fails_leaves_no_process_that_renders(tmp_path, monkeypatch):
+    def fail_while_rendering(recipe: train.Recipe) -> None:
+        recipe.pictures.finished()
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(train.Recipe, "vae", fail_while_rendering)
+    monkeypatch.setattr(train, "Pictures", functools.partial(Pictures, shard=4))
+    size = replace(train.SIZES["tiny"], pictures=400)
+    with pytest.raises(OSError, match="the disk is full"):
+        train.Recipe(size, tmp_path, torch.device("cpu")).run(["vae"])
+    assert not multiprocessing.active_children() and len(list((tmp_path / "pictures").iterdir())) < 50
 
 
 def test_half_of_the_commands_let_one_side_rest():

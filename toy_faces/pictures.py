@@ -117,9 +117,13 @@ class Pictures:
             with tqdm(total=len(self.seeds), desc="render", unit="shard", mininterval=5) as progress:
                 for count in range(1, len(self.seeds) + 1):
                     progress.update(len(self.finished(count)) - progress.n)
-            if self.pool:
-                self.pool.shutdown()
+            self.close()
         return self.shards
+
+    def close(self) -> None:
+        """Render no more than what has begun. Without this, a spawned process can wait for its renderers forever."""
+        if self.pool:
+            self.pool.shutdown(cancel_futures=True)
 
     def draw(
         self, rng: np.random.Generator, batch: int, device: "torch.device", finished_only: bool = False

@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -159,6 +159,7 @@ class Recipe:
 
     def __init__(self, size: Size, folder: Path, device: torch.device, start: Path | None = None):
         self.size, self.folder, self.device, self.start = size, folder, device, start
+        self.renderers = ExitStack()
         folder.mkdir(parents=True, exist_ok=True)
         for part in TAKEN if start else ():
             if not self.is_done(part):
@@ -169,24 +170,26 @@ class Recipe:
         """Run each stage that is not done, once what it needs is there: another process may be making that."""
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-        for stage in stages:
-            started = time.monotonic()
-            while not self.is_done(stage) and not all(map(self.is_done, NEEDS[stage])):
-                time.sleep(0.5)
-            if not self.is_done(stage):
-                torch.manual_seed(0)
-                getattr(self, stage)()
-            print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
+        with self.renderers:
+            for stage in stages:
+                started = time.monotonic()
+                while not self.is_done(stage) and not all(map(self.is_done, NEEDS[stage])):
+                    time.sleep(0.5)
+                if not self.is_done(stage):
+                    torch.manual_seed(0)
+                    getattr(self, stage)()
+                print(f"{stage}: {time.monotonic() - started:.1f} s", flush=True)
 
     # ---- What the stages share --------------------------------------------------------------------------------------
 
     @cached_property
     def pictures(self) -> Pictures:
-        return Pictures(self.folder / "pictures", self.size.pictures)
+        return self.renderers.enter_context(closing(Pictures(self.folder / "pictures", self.size.pictures)))
 
     @cached_property
     def judge_pictures(self) -> Pictures:
-        return Pictures(self.folder / "judge_pictures", self.size.judge_pictures, JUDGE_SEEDS)
+        pictures = Pictures(self.folder / "judge_pictures", self.size.judge_pictures, JUDGE_SEEDS)
+        return self.renderers.enter_context(closing(pictures))
 
     @cached_property
     def expressions(self) -> torch.Tensor:
