@@ -46,20 +46,23 @@ FEEDBACK = {
     "lr_warmup_steps": 5,
     "ema_decay": 0.9,
 }
+FAST = {
+    "au_feedback_meter": None,
+    "learning_rate": 1e-3,
+    "au_learning_rate": 1e-2,
+    "lr_scheduler": "cosine",
+    "ema_decay": 0.99,
+}
+"""No feedback, and rates that begin higher and fall along a cosine."""
 FIRST_SHARE = 0.25
 """The part of the time that a trial has which comes before another one."""
 FEEDBACK_TRIALS = {
     "start": Trial("the common adapter, before"),
     "ordinary": Trial("no feedback: the ordinary training goes on", {"au_feedback_meter": None}),
+    "ordinary_fast": Trial("… at rates that begin higher and fall along a cosine", FAST),
     "best": Trial(
         "… with the ordinary loss of the best design, faster, and an encoder that can hold interactions of AUs",
-        {
-            **BEST,
-            "au_feedback_meter": None,
-            "learning_rate": 1e-3,
-            "lr_scheduler": "cosine",
-            "ema_decay": 0.99,
-        },
+        BEST | FAST,
         encoder_type="res_3mlp",
     ),
     "all_steps": Trial("gradient through all four denoising steps"),
