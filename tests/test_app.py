@@ -922,8 +922,10 @@ def test_a_slow_model_of_sdxl_says_so_and_draws(browser, tiny_xl_dir, tiny_xl_ad
     settle_device(args)
     with (
         served(app.load_page(args)) as url,
-        opened(browser, f"{url}?num_inference_steps=1", first="#picture .empty") as page,
+        opened(browser, f"{url}?num_inference_steps=1&aus=4E", first="#picture .empty") as page,
     ):
+        # What the link says comes after the page, and would replace what is typed before.
+        wait_for(page, AUS, "element.value == 'AU4=5'")
         assert f"Model: {tmp_path / 'model'}" in page.inner_text("#title")
         says = "() => getComputedStyle(document.querySelector('#picture .empty'), '::after').content"
         assert page.evaluate(says) == '"Nothing is drawn yet. Press Draw."'
