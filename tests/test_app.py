@@ -493,8 +493,8 @@ def opened(browser, url: str, width: int = 1280, height: int = 900, first="#pict
 
 
 def wait_for(page, selector: str, condition: str, *args) -> None:
-    """Until `condition`, JavaScript on `element` and `args`, is true."""
-    script = f"([selector, args]) => {{ const element = document.querySelector(selector); return {condition}; }}"
+    """Until the element is there, and `condition`, JavaScript on `element` and `args`, is true."""
+    script = f"([selector, args], element = document.querySelector(selector)) => element && ({condition})"
     page.wait_for_function(script, arg=[selector, args])
 
 
@@ -954,7 +954,8 @@ def test_two_sides_are_linked_until_they_are_unlinked(browser):
         page = browser.new_page()
         page.goto(url)
         left, right = (f".side[data-name=AU12{side}] input[type=range]" for side in "LR")
-        page.wait_for_selector(left)
+        for selector in (left, "#said textarea", "#back"):
+            page.wait_for_selector(selector)
         assert page.is_hidden(right) and page.locator("#AU26 .link").count() == 0
         page.get_by_role("img", name="moves the mouth", exact=True).wait_for()
         press(page, left, "ArrowRight")
