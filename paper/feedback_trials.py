@@ -55,7 +55,7 @@ FAST = {
 }
 """No feedback, and rates that begin higher and fall along a cosine."""
 FIRST_SHARE = 0.25
-"""The part of the time that a trial has which comes before another one."""
+"""The part of the time that the first trial has if another goes on after it."""
 FEEDBACK_TRIALS = {
     "start": Trial("the common adapter, before"),
     "ordinary": Trial("no feedback: the ordinary training goes on", {"au_feedback_meter": None}),
